@@ -1,0 +1,25 @@
+"""Errors that are the user's to mend: each message says what was found, what was expected, what to do."""
+
+
+class IcsearchError(Exception):
+    """Bad input. The command line prints the message as one line and exits with status 2."""
+
+
+class PatternError(IcsearchError):
+    """A pattern, or a file that holds one, that cannot be used."""
+
+
+class CalibrationError(IcsearchError):
+    """Calibration text, tokens or a cache that cannot be used."""
+
+
+class ModelError(IcsearchError):
+    """A checkpoint that cannot be used."""
+
+
+class JournalError(IcsearchError):
+    """A journal that cannot be read or continued."""
+
+
+class OutOfMemoryError(IcsearchError):
+    """Memory ran out; the message names the option to change."""
