@@ -1,0 +1,100 @@
+"""An append-only journal of JSON lines. State changes only by writing an event and replaying it.
+
+Each event is one line, written with a single call and fsynced before it counts. A process can die at any
+byte: a torn last line is cut off before the next event is appended, and everything before it is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from icsearch.errors import JournalError
+
+JOURNAL_FORMAT = "icsearch.journal/1"
+Event = dict[str, Any]
+
+
+class Journal:
+    """The events of one run, in `path`. Open it with `with`, read with `events`, add with `append`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def exists(self) -> bool:
+        """True once a whole first event is on disk."""
+        return self.path.exists() and b"\n" in self.path.read_bytes()[:1_000_000]
+
+    def events(self) -> list[Event]:
+        """All whole events. A torn tail is ignored; damage before it is an error that names the line."""
+        return list(self._whole_events())
+
+    def append(self, event: Event) -> None:
+        """Write one event durably. The event counts once this returns."""
+        line = json.dumps(event, allow_nan=False, separators=(",", ":")) + "\n"
+        self._cut_torn_tail()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            _write_all(descriptor, line.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _whole_events(self) -> Iterator[Event]:
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise JournalError(f"cannot read {self.path}: {error.strerror or error}") from None
+        lines = data.split(b"\n")[:-1]  # what follows the last newline is torn
+        for number, line in enumerate(lines, start=1):
+            event = self._parse(line, number)
+            if number == 1 and event.get("format") != JOURNAL_FORMAT:
+                raise JournalError(
+                    f"{self.path} has format {event.get('format')!r}: expected {JOURNAL_FORMAT!r}; "
+                    "continue it with the version that wrote it, or start over with --fresh"
+                )
+            yield event
+
+    def _parse(self, line: bytes, number: int) -> Event:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or "event" not in event:
+            raise JournalError(
+                f"{self.path} is damaged at line {number}: expected a JSON event; "
+                "restore the file, or start over with --fresh"
+            )
+        return event
+
+    def _cut_torn_tail(self) -> None:
+        if not self.path.exists():
+            return
+        with open(self.path, "rb+") as file:
+            size = file.seek(0, os.SEEK_END)
+            end = _end_of_last_line(file, size)
+            if end < size:
+                file.truncate(end)
+                os.fsync(file.fileno())
+
+
+def _end_of_last_line(file: Any, size: int, block: int = 65536) -> int:
+    """Byte offset just behind the last newline, 0 if there is none."""
+    position = size
+    while position > 0:
+        start = max(0, position - block)
+        file.seek(start)
+        found = file.read(position - start).rfind(b"\n")
+        if found >= 0:
+            return start + int(found) + 1
+        position = start
+    return 0
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    while data:
+        written = os.write(descriptor, data)
+        data = data[written:]

@@ -1,0 +1,268 @@
+"""F/S patterns: which DSA layers run their own indexer (F), and which reuse the selection before them (S).
+
+A pattern has one letter per DSA layer, layer 0 first (IndexCache paper, section 3). The first letter is
+always F: there is no earlier selection to reuse.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from icsearch.errors import PatternError
+
+PATTERN_FORMAT = "icsearch.pattern/1"
+FULL, SHARED = "F", "S"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """An immutable, checked F/S string, such as ``FFSFSSSF``."""
+
+    letters: str
+
+    def __post_init__(self) -> None:
+        if not self.letters:
+            raise PatternError("empty pattern: expected one letter F or S for each DSA layer")
+        for position, letter in enumerate(self.letters):
+            if letter not in (FULL, SHARED):
+                raise PatternError(
+                    f"pattern has {letter!r} at position {position}: expected only the letters F and S (uppercase)"
+                )
+        if self.letters[0] != FULL:
+            raise PatternError("pattern starts with S: the first DSA layer has no earlier selection to reuse; use F")
+
+    @classmethod
+    def parse(cls, text: str, num_layers: int | None = None) -> Pattern:
+        """Letters in any case with surrounding space removed; checked against `num_layers` if given."""
+        pattern = cls(text.strip().upper())
+        if num_layers is not None and len(pattern) != num_layers:
+            raise PatternError(
+                f"pattern has {len(pattern)} letters, the model has {num_layers} DSA layers: give one letter per layer"
+            )
+        return pattern
+
+    @classmethod
+    def full(cls, num_layers: int) -> Pattern:
+        """All layers F: the unmodified model."""
+        return cls(FULL * num_layers)
+
+    @classmethod
+    def from_full_layers(cls, full_layers: set[int], num_layers: int) -> Pattern:
+        """F at the given positions, S elsewhere."""
+        return cls("".join(FULL if layer in full_layers else SHARED for layer in range(num_layers)))
+
+    @classmethod
+    def uniform(cls, num_layers: int, retention: Fraction) -> Pattern:
+        """ceil(retention * N) layers F, evenly spaced from layer 0: 1/4 gives ``FSSSFSSS...``.
+
+        This is the paper's uniform interleaving. The engines' freq/offset form is shifted (``FFSSSF...``).
+        """
+        kept = num_full(retention, num_layers)
+        return cls.from_full_layers({i * num_layers // kept for i in range(kept)}, num_layers)
+
+    def __len__(self) -> int:
+        return len(self.letters)
+
+    def __str__(self) -> str:
+        return self.letters
+
+    def is_full(self, layer: int) -> bool:
+        return self.letters[layer] == FULL
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, letter in enumerate(self.letters) if letter == FULL)
+
+    @property
+    def shared_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, letter in enumerate(self.letters) if letter == SHARED)
+
+    @property
+    def retention(self) -> float:
+        """Share of the layers that keep their indexer."""
+        return len(self.full_layers) / len(self)
+
+    def flip(self, layer: int) -> Pattern:
+        """The pattern with one F layer turned into S."""
+        if not 0 < layer < len(self) or not self.is_full(layer):
+            raise PatternError(f"cannot share layer {layer} of {self.letters}: expected an F layer other than layer 0")
+        return Pattern(self.letters[:layer] + SHARED + self.letters[layer + 1 :])
+
+    def sources(self) -> tuple[int, ...]:
+        """For each layer, the layer whose selection it uses: itself if F, else the nearest F before it."""
+        nearest, sources = 0, []
+        for layer, letter in enumerate(self.letters):
+            nearest = layer if letter == FULL else nearest
+            sources.append(nearest)
+        return tuple(sources)
+
+
+def parse_retention(text: str) -> Fraction:
+    """A retention as typed, ``1/4`` or ``0.25``, as an exact fraction in (0, 1]."""
+    try:
+        value = Fraction(text.strip())
+    except (ValueError, ZeroDivisionError):
+        raise PatternError(f"retention {text!r} is not a number: give a fraction such as 1/4 or a decimal such as 0.25") from None
+    if not 0 < value <= 1:
+        raise PatternError(f"retention {text} is out of range: give a value above 0 and at most 1, such as 1/4")
+    return value
+
+
+def num_full(retention: Fraction, num_layers: int) -> int:
+    """How many layers stay F: ceil(retention * N)."""
+    return math.ceil(retention * num_layers)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One committed flip. Losses in nats per token; `delta` is to the all-F baseline, with its paired std_err."""
+
+    step: int
+    layer: int
+    loss: float
+    delta: float
+    std_err: float
+    pattern: str
+
+
+@dataclass(frozen=True)
+class PatternFile:
+    """The contents of a pattern.json: a pattern and where it comes from."""
+
+    pattern: Pattern
+    layer_indices: tuple[int, ...]
+    method: str
+    strategy: str | None = None
+    objective: str | None = None
+    baseline_loss: float | None = None
+    loss: float | None = None
+    steps: tuple[Step, ...] = ()
+    model: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    icsearch_version: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of the contract, format icsearch.pattern/1."""
+        return {
+            "format": PATTERN_FORMAT,
+            "pattern": self.pattern.letters,
+            "num_layers": len(self.pattern),
+            "layer_indices": list(self.layer_indices),
+            "full_layers": list(self.pattern.full_layers),
+            "retention": self.pattern.retention,
+            "method": self.method,
+            "strategy": self.strategy,
+            "objective": self.objective,
+            "baseline_loss": self.baseline_loss,
+            "loss": self.loss,
+            "steps": [asdict(step) for step in self.steps],
+            "model": self.model,
+            "calibration": self.calibration,
+            "cost": self.cost,
+            "icsearch_version": self.icsearch_version,
+        }
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, json.dumps(self.to_json(), indent=2) + "\n")
+
+    def at_retention(self, retention: Fraction) -> Pattern:
+        """The pattern of this run with ceil(retention * N) F layers; greedy patterns are nested.
+
+        Raises PatternError where the run did not go that far.
+        """
+        kept = num_full(retention, len(self.pattern))
+        on_the_way = [Pattern(step.pattern) for step in self.steps]
+        if self.steps:
+            first = self.steps[0]
+            before = first.pattern[: first.layer] + FULL + first.pattern[first.layer + 1 :]
+            on_the_way.insert(0, Pattern(before))
+        for pattern in (self.pattern, *on_the_way):
+            if len(pattern.full_layers) == kept:
+                return pattern
+        counts = sorted({len(p.full_layers) for p in (self.pattern, *on_the_way)})
+        raise PatternError(
+            f"the file holds no pattern with {kept} F layers (retention {retention}): "
+            f"it holds {counts[0]} to {counts[-1]} of {len(self.pattern)}; search with a smaller --retention"
+        )
+
+
+def read_json(path: Path, what: str) -> Any:
+    """A JSON document, or a PatternError that names the file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PatternError(f"no file {path}: expected {what}") from None
+    except OSError as error:
+        raise PatternError(f"cannot read {path}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise PatternError(f"{path} is not JSON ({error}): expected {what}") from None
+
+
+def load_pattern_file(path: Path) -> PatternFile:
+    """Read and check a pattern.json; an unknown format version is refused."""
+    document = read_json(path, "a pattern.json that icsearch wrote")
+    found = document.get("format") if isinstance(document, dict) else None
+    if found != PATTERN_FORMAT:
+        raise PatternError(f"{path} has format {found!r}: expected {PATTERN_FORMAT!r}; write it again with this version")
+    try:
+        return _from_json(document)
+    except PatternError as error:
+        raise PatternError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PatternError(f"{path} is damaged ({type(error).__name__}: {error}): write it again with icsearch") from None
+
+
+def _from_json(document: dict[str, Any]) -> PatternFile:
+    pattern = Pattern.parse(document["pattern"], document["num_layers"])
+    layer_indices = tuple(int(index) for index in document["layer_indices"])
+    if len(layer_indices) != len(pattern):
+        raise PatternError(f"{len(layer_indices)} layer_indices for {len(pattern)} letters: expected as many")
+    steps = tuple(Step(**step) for step in document["steps"])
+    for step in steps:
+        Pattern.parse(step.pattern, len(pattern))
+    return PatternFile(
+        pattern=pattern,
+        layer_indices=layer_indices,
+        steps=steps,
+        **{
+            name: document.get(name, default)
+            for name, default in {
+                "method": "unknown",
+                "strategy": None,
+                "objective": None,
+                "baseline_loss": None,
+                "loss": None,
+                "model": {},
+                "calibration": {},
+                "cost": {},
+                "icsearch_version": None,
+            }.items()
+        },
+    )
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside the target, fsync, rename: a reader sees the old file or the new one, never half of it."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def looks_like_letters(text: str) -> bool:
+    """True for something typed as a pattern rather than as a path or a name."""
+    return re.fullmatch(r"[FfSs]+", text) is not None

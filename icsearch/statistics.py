@@ -1,0 +1,47 @@
+"""Losses as numbers: totals, differences and their paired standard errors. Pure Python, no torch.
+
+A loss is known as one float64 sum of negative log-likelihoods per sequence, plus the counted tokens of each
+sequence. The sequence is the independent unit, so every error is taken over sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A loss difference in nats per token, and its standard error paired over sequences (nan for one sequence)."""
+
+    delta: float
+    std_err: float
+
+    @property
+    def is_tie(self) -> bool:
+        """True where the difference is within one standard error, so that the sign is not known."""
+        return not abs(self.delta) > self.std_err
+
+
+def mean_loss(nll: Sequence[float], tokens: Sequence[int]) -> float:
+    """Summed NLL / counted tokens, in nats. Sums are added in sequence order, so the bits do not depend on who adds."""
+    total = 0.0
+    for value in nll:
+        total += value
+    return total / sum(tokens)
+
+
+def paired_difference(nll: Sequence[float], reference: Sequence[float], tokens: Sequence[int]) -> Difference:
+    """Loss minus reference loss on the same sequences, with the ratio estimator's standard error.
+
+    For sequences of equal length this is the standard error of the mean of the per-sequence differences.
+    """
+    differences = [a - b for a, b in zip(nll, reference, strict=True)]
+    delta = mean_loss(nll, tokens) - mean_loss(reference, tokens)
+    n = len(differences)
+    if n < 2:
+        return Difference(delta, math.nan)
+    residuals = [d - delta * t for d, t in zip(differences, tokens, strict=True)]
+    variance = n / (n - 1) * math.fsum(r * r for r in residuals)
+    return Difference(delta, math.sqrt(variance) / sum(tokens))
