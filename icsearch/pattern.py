@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from icsearch.errors import PatternError
+from icsearch.files import write_atomically
 
 PATTERN_FORMAT = "icsearch.pattern/1"
 FULL, SHARED = "F", "S"
@@ -247,20 +247,6 @@ def _from_json(document: dict[str, Any]) -> PatternFile:
             }.items()
         },
     )
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write beside the target, fsync, rename: a reader sees the old file or the new one, never half of it."""
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def looks_like_letters(text: str) -> bool:
