@@ -1,0 +1,157 @@
+"""A checkpoint as files: find it, check that every shard is whole, fingerprint it. No torch here.
+
+What the tensors mean is the business of `model.py`; this module answers before anything large is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icsearch.errors import ModelError
+from icsearch.resources import demo_checkpoint
+
+DEMO = "demo"
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+HASH_ALL_BELOW = 1 << 30  # bytes; larger checkpoints are sampled, see `fingerprint`
+SAMPLES, SAMPLE_BYTES = 256, 1 << 16
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local directory with a config and whole safetensors shards."""
+
+    name: str
+    directory: Path
+    config: dict[str, Any]
+    shards: tuple[Path, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights on disk, in bytes."""
+        return sum(shard.stat().st_size for shard in self.shards)
+
+
+def open_checkpoint(name_or_path: str) -> Checkpoint:
+    """Resolve MODEL (`demo`, a directory, a hub id) and check its files; raises ModelError."""
+    directory = _resolve(name_or_path)
+    config = _read_json(directory / "config.json", "the checkpoint's config.json")
+    shards = _shards(directory)
+    return Checkpoint(name_or_path, directory, config, shards)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over config.json and the shards: every byte below 1 GiB in all, else evenly spaced samples of each.
+
+    Sampling keeps the fingerprint of a 700B checkpoint in seconds; it covers each shard's header (names, shapes,
+    dtypes), its size, and 256 blocks of 64 KiB.
+    """
+    digest = hashlib.sha256()
+    digest.update((checkpoint.directory / "config.json").read_bytes())
+    whole = checkpoint.num_bytes < HASH_ALL_BELOW
+    for shard in checkpoint.shards:
+        digest.update(f"{shard.name}:{shard.stat().st_size};".encode())
+        _hash_file(digest, shard, whole)
+    return digest.hexdigest()
+
+
+def _hash_file(digest: Any, path: Path, whole: bool) -> None:
+    with open(path, "rb") as file:
+        if whole:
+            while block := file.read(1 << 20):
+                digest.update(block)
+            return
+        digest.update(file.read(1 << 20))
+        size = path.stat().st_size
+        for sample in range(SAMPLES):
+            file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+
+
+def _resolve(name_or_path: str) -> Path:
+    if name_or_path == DEMO:
+        return demo_checkpoint()
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file: expected a checkpoint directory with config.json and safetensors shards")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+        raise ModelError(f"no checkpoint at {path}: expected a directory, a hub id such as zai-org/GLM-5, or demo")
+    return _download(name_or_path)
+
+
+def _download(repo_id: str) -> Path:
+    """Fetch a hub checkpoint (or find it in the hub's cache) and return its directory."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub client raises a dozen kinds: offline, gated, not found, disk full
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"no directory {repo_id}, and the hub did not deliver {repo_id} ({reason}): "
+            "check the name, the network and `hf auth login`, or give a local directory"
+        ) from error
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"no {path.name} in {path.parent}: expected {what}; is this a checkpoint directory?") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON ({error}): expected {what}; download it again") from None
+    if not isinstance(document, dict):
+        raise ModelError(f"{path} holds a {type(document).__name__}: expected {what}; download it again")
+    return document
+
+
+def _shards(directory: Path) -> tuple[Path, ...]:
+    """The checkpoint's safetensors files, each present, whole, and holding the tensors that the index promises."""
+    if (directory / INDEX_NAME).exists():
+        weight_map = _read_json(directory / INDEX_NAME, "the safetensors index").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelError(f"{directory / INDEX_NAME} has no weight_map: download it again")
+        promised: dict[str, set[str]] = {}
+        for tensor, file in weight_map.items():
+            promised.setdefault(str(file), set()).add(tensor)
+    elif (directory / SINGLE_NAME).exists():
+        promised = {SINGLE_NAME: set()}
+    else:
+        raise ModelError(_no_weights(directory))
+    for file, tensors in promised.items():
+        _check_shard(directory, file, tensors)
+    return tuple(directory / file for file in sorted(promised))
+
+
+def _no_weights(directory: Path) -> str:
+    other = sorted(path.name for path in directory.glob("*.bin")) or sorted(path.name for path in directory.glob("*.pt"))
+    found = f"found only {other[0]}" if other else "found no weights"
+    return f"{found} in {directory}: expected {SINGLE_NAME} or {INDEX_NAME}; convert the checkpoint to safetensors"
+
+
+def _check_shard(directory: Path, file: str, promised: set[str]) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    path = directory / file
+    if Path(file).name != file:
+        raise ModelError(f"{INDEX_NAME} names {file!r}: expected a file name inside {directory}; download it again")
+    if not path.exists():
+        raise ModelError(f"shard {file} is missing from {directory}: {INDEX_NAME} lists it; download it again")
+    try:
+        with safe_open(path, framework="numpy") as shard:
+            missing = promised - set(shard.keys())
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size
+        raise ModelError(f"shard {file} is truncated or damaged ({size} bytes; {error}): download it again") from None
+    if missing:
+        raise ModelError(f"shard {file} lacks {sorted(missing)[0]}, which {INDEX_NAME} promises: download it again")

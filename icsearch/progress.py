@@ -1,0 +1,212 @@
+"""How a run shows itself: a live display on a terminal, plain lines elsewhere, nothing with --quiet."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from icsearch.plan import SearchPlan, format_bytes
+from icsearch.record import RunRecord
+from icsearch.statistics import mean_loss
+
+if TYPE_CHECKING:
+    from icsearch.greedy import GreedyRequest
+    from icsearch.model import Layout
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Quiet:
+    """Hears everything and says nothing."""
+
+    def info(self, text: str) -> None: ...
+
+    def planned(self, plan: SearchPlan, request: GreedyRequest, layout: Layout, record: RunRecord) -> None: ...
+
+    def step_started(self, step: int, patterns: int, layer_sequences: int) -> None: ...
+
+    def layer_done(self, layer_sequences: int) -> None: ...
+
+    def losses_known(self, record: RunRecord, step: int) -> None: ...
+
+    def committed(self, record: RunRecord) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Plain(Quiet):
+    """One line for each thing that happens: for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._clock = RunClock()
+        self._last_line = 0.0
+
+    def info(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True)
+
+    def planned(self, plan: SearchPlan, request: GreedyRequest, layout: Layout, record: RunRecord) -> None:
+        self._clock.total = plan.layer_evaluations * len(record.tokens)
+        self._clock.done = record.layer_sequences
+        self.console.print(plan_table(plan, layout, record))
+
+    def step_started(self, step: int, patterns: int, layer_sequences: int) -> None:
+        self._clock.start_step(step, layer_sequences)
+        self.info(f"{_step_name(step)}: scoring {patterns} patterns")
+
+    def layer_done(self, layer_sequences: int) -> None:
+        self._clock.advance(layer_sequences)
+
+    def losses_known(self, record: RunRecord, step: int) -> None:
+        if time.monotonic() - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = time.monotonic()
+        share = self._clock.step_done / max(self._clock.step_total, 1)
+        self.info(f"{_step_name(step)}: {share:.0%}, {best_so_far(record, step)}, {self._clock.remaining()}")
+
+    def committed(self, record: RunRecord) -> None:
+        self.info(commit_line(record) + f", {self._clock.remaining()}")
+
+
+class Live(Plain):
+    """A progress bar for the step at work, above it one line for each commit."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[note]}", style="dim"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+
+    def step_started(self, step: int, patterns: int, layer_sequences: int) -> None:
+        self._clock.start_step(step, layer_sequences)
+        if self._task is None:
+            self._progress.start()
+        else:
+            self._progress.remove_task(self._task)
+        description = f"{_step_name(step)} · {patterns} patterns"
+        self._task = self._progress.add_task(description, total=layer_sequences, note="")
+
+    def layer_done(self, layer_sequences: int) -> None:
+        super().layer_done(layer_sequences)
+        self._progress.advance(self._task, layer_sequences)
+
+    def losses_known(self, record: RunRecord, step: int) -> None:
+        self._progress.update(self._task, note=f"{best_so_far(record, step)} · {self._clock.remaining()}")
+
+    def committed(self, record: RunRecord) -> None:
+        self.info(commit_line(record))
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class RunClock:
+    """Remaining time, from the layer runs done in this process and those still to come (a bound from above)."""
+
+    def __init__(self) -> None:
+        self.total = self.done = self.step_total = self.step_done = 0
+        self._measured = 0
+        self._started: float | None = None
+
+    def start_step(self, step: int, layer_sequences: int) -> None:
+        self._started = self._started or time.monotonic()
+        self.step_total, self.step_done = layer_sequences, 0
+
+    def advance(self, layer_sequences: int) -> None:
+        self.step_done += layer_sequences
+        self.done += layer_sequences
+        self._measured += layer_sequences
+
+    def remaining(self) -> str:
+        """Such as `at most 1:23 left`."""
+        if self._started is None or not self._measured:
+            return "time left unknown"
+        rate = (time.monotonic() - self._started) / self._measured
+        return f"at most {format_seconds(rate * max(self.total - self.done, 0))} left"
+
+
+def make_listener(quiet: bool) -> Quiet:
+    """The display that fits: nothing, a live bar on a terminal, or plain lines. All of it goes to stderr."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        return Quiet()
+    return Live(console) if console.is_terminal else Plain(console)
+
+
+def plan_table(plan: SearchPlan, layout: Layout, record: RunRecord) -> Table:
+    """The plan, printed before the run."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, text in _plan_rows(plan, layout, record):
+        table.add_row(name, text)
+    return table
+
+
+def _plan_rows(plan: SearchPlan, layout: Layout, record: RunRecord) -> list[tuple[str, str]]:
+    options = record.start["options"]
+    ratio = plan.naive_layer_evaluations / plan.layer_evaluations
+    rows = [
+        ("model", f"{escape(record.start['model']['name_or_path'])} ({layout.model_type}, {layout.num_layers} layers)"),
+        ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
+        ("evaluations", f"{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
+        ("layer evaluations", f"at most {plan.layer_evaluations}; one forward each: {plan.naive_layer_evaluations}"
+                              f" ({ratio:.1f} times as many)"),
+        ("memory", f"{format_bytes(plan.weight_bytes)} weights + {min(plan.branches_per_sweep, plan.candidates) + 1} "
+                   f"branches x {format_bytes(plan.branch_bytes)} + {format_bytes(plan.layer_bytes)} in a layer, "
+                   f"of {format_bytes(plan.memory_bytes)} (estimate)"),
+        ("numerics", f"{options['dtype']} on {options['device']}, {options['threads']} threads, "
+                     f"{options['batch_size']} sequences a call"),
+    ]
+    if layout.native_shared:
+        shared = ", ".join(map(str, layout.native_shared))
+        rows.insert(2, ("native S layers", f"{shared}: shared by the checkpoint, and they stay so"))
+    return rows
+
+
+def commit_line(record: RunRecord) -> str:
+    """What the last commit did."""
+    commit, step = record.commits[-1], record.steps()[-1]
+    tie = f", tied with {', '.join(map(str, commit.ties))}" if commit.ties else ""
+    return (
+        f"step {commit.step}/{record.start['options']['num_shared']}: layer {commit.layer} shares, "
+        f"loss {step.loss:.4f} ({step.delta:+.4f} ± {step.std_err:.4f}){tie}"
+    )
+
+
+def best_so_far(record: RunRecord, step: int) -> str:
+    """The leader on the sequences that all patterns of this step have been scored on."""
+    patterns = record.asked[step]
+    common = set.intersection(*(set(record.nll[letters]) for letters in patterns))
+    if step == 0 or not common:
+        return f"{len(common)} of {len(record.tokens)} sequences"
+    order = sorted(common)
+    tokens = [record.tokens[s] for s in order]
+    losses = {p: mean_loss([record.nll[p][s] for s in order], tokens) for p in patterns}
+    best = min(losses, key=losses.__getitem__)
+    before = record.pattern.letters
+    layer = next(i for i, (a, b) in enumerate(zip(before, best, strict=True)) if a != b)
+    return f"best so far layer {layer}, loss {losses[best]:.4f} on {len(order)} of {len(record.tokens)} sequences"
+
+
+def format_seconds(seconds: float) -> str:
+    """m:ss or h:mm:ss."""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def _step_name(step: int) -> str:
+    return f"step {step}" if step else "baseline"

@@ -1,0 +1,119 @@
+"""What a user can ask for, checked: frozen requests that commands pass on as one object. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from icsearch.errors import IcsearchError, PatternError
+from icsearch.pattern import Pattern, num_full, parse_retention
+from icsearch.strategies import split_stages
+
+OBJECTIVES = ("lm-loss",)
+STRATEGIES = ("exact",)
+DEFAULT_RETENTION = Fraction(1, 4)
+
+
+@dataclass(frozen=True)
+class CalibrationRequest:
+    """Which batches to score on. None means: choose for me."""
+
+    model: str
+    source: str
+    seq_len: int | None = None
+    num_sequences: int | None = None
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class GreedyRequest:
+    """Everything that a greedy search can be asked. None means: choose for me."""
+
+    calibration: CalibrationRequest
+    out: Path
+    retention: Fraction | None = None
+    num_shared: int | None = None
+    stages: int = 1
+    keep_full: frozenset[int] = frozenset()
+    objective: str = "lm-loss"
+    strategy: str = "exact"
+    device: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
+    memory: int | None = None
+    threads: int | None = None
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("--objective", self.objective, OBJECTIVES)
+        _check_choice("--strategy", self.strategy, STRATEGIES)
+        if self.retention is not None and self.num_shared is not None:
+            raise IcsearchError("--retention and --num-shared both say how far to go: give one of them")
+
+    @property
+    def model(self) -> str:
+        return self.calibration.model
+
+    def resolve_num_shared(self, start: Pattern) -> int:
+        """K, the number of flips from `start`; refused with the largest possible K where it cannot be reached."""
+        self._check_layers(start)
+        largest = len(self.flippable(start))
+        wanted = self._wanted_flips(start)
+        if wanted > largest:
+            raise PatternError(
+                f"cannot share {wanted} more layers: {largest} of the {len(start)} DSA layers can be flipped (layer 0, "
+                "--keep-full, first layers of stages and native S layers stay as they are); "
+                f"give --num-shared {largest} or less"
+            )
+        return wanted
+
+    def flippable(self, start: Pattern) -> list[int]:
+        """The layers that a search may flip."""
+        blocks = split_stages(len(start), self.stages)
+        kept = {0} | self.keep_full | {block.start for block in blocks}
+        return [layer for layer in start.full_layers if layer not in kept]
+
+    def _check_layers(self, start: Pattern) -> None:
+        total = len(start)
+        for layer in sorted(self.keep_full):
+            if layer >= total:
+                raise PatternError(f"--keep-full names layer {layer}: expected DSA layers 0 to {total - 1}")
+            if not start.is_full(layer):
+                raise PatternError(f"--keep-full names layer {layer}, which the checkpoint itself shares: leave it out")
+        if not 1 <= self.stages <= total:
+            raise PatternError(f"--stages {self.stages} is out of range: give 1 to {total} for {total} DSA layers")
+
+    def _wanted_flips(self, start: Pattern) -> int:
+        if self.num_shared is not None:
+            if self.num_shared < 1:
+                raise PatternError(f"--num-shared {self.num_shared} is out of range: give at least 1")
+            return self.num_shared
+        retention = self.retention or DEFAULT_RETENTION
+        kept, full = num_full(retention, len(start)), len(start.full_layers)
+        if kept >= full:
+            raise PatternError(
+                f"--retention {retention} keeps {kept} F layers and the checkpoint has {full}: "
+                "nothing to flip; give a smaller retention"
+            )
+        return full - kept
+
+
+def parse_share(retention: str | None) -> Fraction | None:
+    """--retention as typed, or None where it was not given."""
+    return None if retention is None else parse_retention(retention)
+
+
+def parse_layers(text: str, option: str) -> frozenset[int]:
+    """A list of layers as typed, such as `0,5,9`."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    bad = [part for part in parts if not part.isdecimal()]
+    if bad:
+        raise IcsearchError(f"{option} has {bad[0]!r}: expected layer numbers with commas between, such as 0,5,9")
+    return frozenset(int(part) for part in parts)
+
+
+def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise IcsearchError(f"{option} {value!r} is unknown: give {' or '.join(choices)}")

@@ -1,0 +1,85 @@
+"""A RUN directory: one process at a time, one journal, and a refusal to continue somebody else's search."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from icsearch.errors import JournalError
+from icsearch.files import sync_directory
+from icsearch.journal import Event, Journal
+from icsearch.record import JOURNAL_NAME, RunRecord
+
+RESULT_NAMES = ("pattern.json", "curve.csv", "curve.png", "report.html")
+_MUST_AGREE = ("options", "model", "calibration")
+
+
+class RunDirectory:
+    """The journal of one search and its results."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = Journal(path / JOURNAL_NAME)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process. The lock dies with its process, however that dies."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the block ends
+        except OSError as error:
+            raise JournalError(f"cannot write to {self.path} ({error.strerror}): give another --out") from None
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise JournalError(
+                    f"another icsearch is running in {self.path}: wait for it, or give another --out"
+                ) from None
+            yield
+
+    def existing(self) -> RunRecord | None:
+        """The run so far, or None where none was started."""
+        return RunRecord.replay(self.journal.events()) if self.journal.exists() else None
+
+    def clear(self) -> None:
+        """Remove the journal and the results of the last run, and nothing else."""
+        for name in (JOURNAL_NAME, *RESULT_NAMES):
+            (self.path / name).unlink(missing_ok=True)
+        sync_directory(self.path)
+
+    def check_same(self, record: RunRecord, wanted: Event) -> None:
+        """Refuse to continue a run whose options, model or calibration are others; says which differ."""
+        differences = [
+            line for part in _MUST_AGREE for line in _differences(part, record.start[part], wanted[part])
+        ]
+        if differences:
+            raise JournalError(
+                f"{self.path} holds a run with other settings ({'; '.join(differences)}): "
+                "repeat its command, give another --out, or start over with --fresh"
+            )
+
+    def begin(self, start: Event) -> RunRecord:
+        """Write the first event of a new run."""
+        self.journal.append(start)
+        sync_directory(self.path)
+        return RunRecord.replay([start])
+
+
+def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Readable `key: found -> wanted` for each value that differs. Names and paths may; fingerprints may not."""
+    lines = []
+    for key in sorted(found.keys() | wanted.keys()):
+        if key in ("name_or_path", "source") or found.get(key) == wanted.get(key):
+            continue
+        label = key if part == "options" else f"{part} {key}"
+        lines.append(f"{label} {_short(found.get(key))}, now {_short(wanted.get(key))}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"

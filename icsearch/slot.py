@@ -1,0 +1,81 @@
+"""The slot: what turns a DSA layer's indexer into one that can be Full or Shared.
+
+In every DSA family the selection is what a call of the `indexer` submodule returns. A slot stands in the
+indexer's place: as F it calls the indexer and remembers the selection, as S it hands the remembered one back
+(IndexCache paper, section 3). The memory belongs to one run (`SelectionStore`), never to a module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from icsearch.errors import ModelError
+from icsearch.pattern import Pattern
+
+
+@dataclass
+class SelectionStore:
+    """One run's pattern and its current selection, whatever the family's indexer returns ([B, T, k] indices)."""
+
+    pattern: Pattern
+    selection: Any = None
+
+
+class IndexerSlot(nn.Module):
+    """Stands where `inner` stood. Without a store it is `inner`: the model is then unmodified.
+
+    `inner` is None on a layer that the checkpoint itself shares. The slot adopts the parameter tables of
+    `inner`, so that names in the state dict, devices and dtypes stay those of the model.
+    """
+
+    def __init__(self, inner: nn.Module | None, position: int) -> None:
+        super().__init__()
+        # Past nn.Module's registration: as a submodule, `inner` would show up in every parameter name.
+        object.__setattr__(self, "inner", inner)
+        self.position = position
+        self.store: SelectionStore | None = None
+        if inner is not None:
+            for table in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+                object.__setattr__(self, table, getattr(inner, table))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The selection for this layer: computed if F, the store's if S."""
+        if self.store is None:
+            return self._compute(args, kwargs)
+        if self.store.pattern.is_full(self.position):
+            self.store.selection = self._compute(args, kwargs)
+        elif self.store.selection is None:
+            raise ModelError(f"DSA layer {self.position} is S, but no F layer ran before it in this pass")
+        return self.store.selection
+
+    def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.inner is None:
+            raise ModelError(f"DSA layer {self.position} has no indexer in this checkpoint: it can only be S")
+        return self.inner(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            inner = self.__dict__.get("inner")
+            if inner is None:
+                raise
+            return getattr(inner, name)
+
+
+def find_indexers(decoder_layer: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
+    """(owner, indexer) for each module inside a decoder layer that has an attribute `indexer`; it may be None."""
+    found = []
+    for owner in decoder_layer.modules():
+        if "indexer" in owner._modules or "indexer" in vars(owner):
+            found.append((owner, owner.indexer))
+    return [(owner, inner) for owner, inner in found if inner is None or isinstance(inner, nn.Module)]
+
+
+def selection_bytes(selection: Any) -> int:
+    """Memory of a selection in bytes; 0 for one that is not a tensor."""
+    return selection.numel() * selection.element_size() if isinstance(selection, torch.Tensor) else 0

@@ -1,0 +1,193 @@
+"""The layer sweep: many patterns scored in one pass over the layers.
+
+Patterns are walked as a tree. All patterns that agree up to a layer are one branch there, with one state; where
+their letters differ the branch forks. So in a greedy step the committed pattern is the trunk, and each candidate
+forks off at its own layer. Layers are the outer loop: each layer's weights are touched once per wave.
+
+A branch is (hidden states, current selection) per batch. Batches are cut from the sequences once, by
+`batch_size`, and every layer call has one batch's shape, whatever else is alive: so the losses have the same bits
+as those of whole forwards (`naive_nll`), for any split of patterns into sweeps and of batches into waves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from icsearch.errors import IcsearchError, OutOfMemoryError
+from icsearch.losses import sequence_nll
+from icsearch.model import DsaModel, LayerCall
+from icsearch.pattern import Pattern
+from icsearch.slot import SelectionStore
+
+
+class NonFiniteLossError(IcsearchError):
+    """A loss came out NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive calibration sequences: `input_ids` int64 [B, T], `counted` bool [B, T], `first` sequence number."""
+
+    first: int
+    input_ids: torch.Tensor
+    counted: torch.Tensor
+
+    @property
+    def last(self) -> int:
+        """One past the last sequence number."""
+        return self.first + len(self.input_ids)
+
+
+@dataclass
+class Branch:
+    """Patterns that agree so far, and per batch the state that they share."""
+
+    patterns: list[Pattern]
+    hidden_states: list[torch.Tensor]  # per batch [B, T, D]
+    selections: list[object]  # per batch, what the last F indexer returned
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """`nll[letters]`: summed NLL in nats of each sequence of the wave; `layer_sequences`: layer runs x sequences."""
+
+    nll: dict[str, list[float]]
+    layer_sequences: int
+
+
+def cut_batches(input_ids: torch.Tensor, counted: torch.Tensor, batch_size: int) -> list[Batch]:
+    """Fixed batches of consecutive sequences of [S, T] ids. The last may be smaller."""
+    return [
+        Batch(first, input_ids[first : first + batch_size], counted[first : first + batch_size])
+        for first in range(0, len(input_ids), batch_size)
+    ]
+
+
+class Sweeper:
+    """Runs sweeps of one model; call arguments are captured once per batch shape and kept."""
+
+    def __init__(self, model: DsaModel) -> None:
+        self.model = model
+        self._calls: dict[torch.Size, list[LayerCall]] = {}
+        self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
+
+    @torch.inference_mode()
+    def sweep(
+        self,
+        patterns: Iterable[Pattern],
+        wave: Sequence[Batch],
+        on_layer: Callable[[int], None] = lambda layer_sequences: None,
+    ) -> SweepResult:
+        """Score every pattern on every sequence of the wave, which must be consecutive.
+
+        `on_layer` hears the layer runs x sequences done by each layer. Raises NonFiniteLossError, OutOfMemoryError.
+        """
+        try:
+            return self._sweep(list(dict.fromkeys(patterns)), wave, on_layer)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(error) from error
+            raise
+
+    def _sweep(self, patterns: list[Pattern], wave: Sequence[Batch], on_layer: Callable[[int], None]) -> SweepResult:
+        sequences = sum(len(batch.input_ids) for batch in wave)
+        calls = [self._calls_for(batch) for batch in wave]
+        trunk = [self.model.embed(batch.input_ids) for batch in wave]
+        branches = [Branch(patterns, trunk, [None] * len(wave))]
+        layer_runs = 0
+        for index in range(len(self.model.layers)):
+            pending, branches = branches, []
+            while pending:  # taken off one by one, so that a branch's old states go as its new ones come
+                branches += self._run_layer(index, pending.pop(0), calls)
+            layer_runs += len(branches)
+            on_layer(len(branches) * sequences)
+        nll = {str(branch.patterns[0]): self._losses(branch, wave) for branch in branches}
+        return SweepResult(nll, layer_runs * sequences)
+
+    def _run_layer(self, index: int, branch: Branch, calls: list[list[LayerCall]]) -> list[Branch]:
+        """One layer on one branch; two branches come back where the patterns part."""
+        return [self._advance(index, branch, patterns, calls) for patterns in self._split(index, branch.patterns)]
+
+    def _split(self, index: int, patterns: list[Pattern]) -> list[list[Pattern]]:
+        position = self._letter_of_layer.get(index)
+        if position is None:
+            return [patterns]
+        full = [pattern for pattern in patterns if pattern.is_full(position)]
+        shared = [pattern for pattern in patterns if not pattern.is_full(position)]
+        return [group for group in (full, shared) if group]
+
+    def _advance(
+        self, index: int, branch: Branch, patterns: list[Pattern], calls: list[list[LayerCall]]
+    ) -> Branch:
+        hidden_states, selections = [], []
+        for states, selection, batch_calls in zip(branch.hidden_states, branch.selections, calls, strict=True):
+            store = SelectionStore(patterns[0], selection)
+            hidden_states.append(self.model.run_layer(index, states, batch_calls[index], store))
+            selections.append(store.selection)
+        return Branch(patterns, hidden_states, selections)
+
+    def _losses(self, branch: Branch, wave: Sequence[Batch]) -> list[float]:
+        sums: list[float] = []
+        for states, batch in zip(branch.hidden_states, wave, strict=True):
+            sums += self.batch_losses(states, batch, branch.patterns[0])
+        return sums
+
+    def batch_losses(self, hidden_states: torch.Tensor, batch: Batch, pattern: Pattern) -> list[float]:
+        """Final layer's [B, T, D] states to one NLL sum per sequence; raises NonFiniteLossError."""
+        normed = self.model.final_norm(hidden_states)
+        nll = sequence_nll(normed, self.model.lm_head, batch.input_ids, batch.counted)
+        bad = (~torch.isfinite(nll)).nonzero().flatten().tolist()
+        if bad:
+            layer = self._first_nonfinite_layer(batch, pattern, bad[0])
+            raise NonFiniteLossError(
+                f"the loss of sequence {batch.first + bad[0]} under {pattern} is {nll[bad[0]].item()}, "
+                f"first seen behind {layer}: expected a finite number; try --dtype float32, or look at that sequence"
+            )
+        return [float(value) for value in nll]
+
+    def _first_nonfinite_layer(self, batch: Batch, pattern: Pattern, row: int) -> str:
+        calls = self._calls_for(batch)
+        states = self.model.embed(batch.input_ids)
+        if not torch.isfinite(states[row]).all():
+            return "the embedding"
+        store = SelectionStore(pattern)
+        for index in range(len(self.model.layers)):
+            states = self.model.run_layer(index, states, calls[index], store)
+            if not torch.isfinite(states[row]).all():
+                return f"decoder layer {index}"
+        return "the LM head"
+
+    def _calls_for(self, batch: Batch) -> list[LayerCall]:
+        shape = batch.input_ids.shape
+        if shape not in self._calls:
+            self._calls[shape] = self.model.capture_calls(batch.input_ids)
+        return self._calls[shape]
+
+
+@torch.inference_mode()
+def naive_nll(model: DsaModel, pattern: Pattern, batches: Sequence[Batch]) -> list[float]:
+    """The slow, obvious twin: one whole forward per pattern and batch by the model's own code."""
+    sums: list[float] = []
+    for batch in batches:
+        states = model.final_hidden_states(batch.input_ids, pattern)
+        sums += sequence_nll(states, model.lm_head, batch.input_ids, batch.counted).tolist()
+    return sums
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for a failed allocation on CPU or CUDA."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def out_of_memory(error: BaseException) -> OutOfMemoryError:
+    """The error for the user: what ran out, and which option to change."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return OutOfMemoryError(
+        f"out of memory ({reason}): lower --memory so that fewer branches live at once, "
+        "or --batch-size, or --seq-len; the run continues where it stopped"
+    )

@@ -1,0 +1,34 @@
+"""Shared fixtures. Threads are set before torch starts: two cores are easily swamped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import tiny
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session", params=sorted(tiny.FAMILIES))
+def family_checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random checkpoint of each family in turn."""
+    return tiny.save_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def glm_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random glm_moe_dsa checkpoint."""
+    return tiny.save_checkpoint(tmp_path_factory.mktemp("glm"))
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5 x 40 random tokens."""
+    return tiny.save_tokens(tmp_path_factory.mktemp("tokens"))
