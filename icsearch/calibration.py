@@ -82,11 +82,24 @@ class Calibration:
             digest.update(b"mask" + np.ascontiguousarray(self.loss_mask).tobytes())
         return digest.hexdigest()
 
+    def counted(self) -> NDArray[np.bool_]:
+        """Which predictions count, bool [sequences, length]; never that of position 0."""
+        counted = np.ones(self.input_ids.shape, dtype=np.bool_) if self.loss_mask is None else self.loss_mask.copy()
+        counted[:, 0] = False
+        return counted
+
     def counted_tokens(self) -> list[int]:
         """How many predictions count in each sequence."""
-        if self.loss_mask is None:
-            return [self.seq_len - 1] * self.num_sequences
-        return [int(count) for count in self.loss_mask[:, 1:].sum(axis=1)]
+        return [int(count) for count in self.counted().sum(axis=1)]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a model can take. `max_positions` None: it names no limit."""
+
+    vocab_size: int
+    index_topk: int
+    max_positions: int | None
 
 
 def described(
@@ -130,25 +143,17 @@ def pack(documents: Iterable[list[int]], seq_len: int, eos: int | None) -> Itera
                     break
 
 
-def build(
-    source: TextSource,
-    tokenizer: Tokenizer,
-    *,
-    seq_len: int,
-    num_sequences: int,
-    seed: int,
-    vocab_size: int,
-    tokenizer_fingerprint: str,
-) -> Calibration:
+def build(source: TextSource, tokenizer: Tokenizer, key: Mapping[str, Any], *, vocab_size: int) -> Calibration:
     """Read, tokenise and pack `num_sequences` sequences of `seq_len` tokens; reads no further than needed.
 
-    `seed` decides the order of the documents (of the built-in corpus: the documents). Raises CalibrationError
-    where the text is too little or its tokens do not fit a vocabulary of `vocab_size`.
+    `key` is that of `cache_key`. Its `seed` decides the order of the documents (of the built-in corpus: the documents).
+    Raises CalibrationError where the text is too little or its tokens do not fit a vocabulary of `vocab_size`.
     """
+    seq_len, num_sequences = key["seq_len"], key["num_sequences"]
     _check_request(tokenizer, seq_len, num_sequences)
     prefix, eos = document_prefix(tokenizer), tokenizer.eos_token_id
     tally = Tally()
-    documents = tally.count(_tokenised(source.documents(seed), tokenizer, prefix), 0 if eos is None else 1)
+    documents = tally.count(_tokenised(source.documents(key["seed"]), tokenizer, prefix), 0 if eos is None else 1)
     sequences = list(islice(pack(documents, seq_len, eos), num_sequences))
     if len(sequences) < num_sequences:
         raise CalibrationError(_too_little(source, tally, len(sequences), seq_len, num_sequences))
@@ -156,7 +161,7 @@ def build(
     _check_ids(input_ids, vocab_size)
     origin = {
         "source": source.text,
-        **_key(source, tokenizer_fingerprint, seq_len, num_sequences, seed),
+        **key,
         "source_revision": source.revision,
         "documents": tally.documents,
         "document_prefix": prefix,
@@ -271,7 +276,7 @@ def load(directory: Path) -> Calibration:
         if expected is not None and expected != found:
             raise CalibrationError(
                 f"calibration in {directory} is damaged: its tokens have {name} {_short(found)}, {MANIFEST_FILE} says "
-                f"{_short(expected)}: rebuild with --rebuild, or delete {MANIFEST_FILE} if you changed the tokens"
+                f"{_short(expected)}: rebuild with --fresh, or delete {MANIFEST_FILE} if you changed the tokens"
             )
     return calibration
 
@@ -288,7 +293,7 @@ def _read_tokens(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_] | Non
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
         raise CalibrationError(
             f"{path} is damaged or cannot be read ({error}): expected input_ids, int64 [sequences, length], in a "
-            f"safetensors file; rebuild with --rebuild, or bring the tokens again"
+            f"safetensors file; rebuild with --fresh, or bring the tokens again"
         ) from None
     if "input_ids" not in tensors:
         raise CalibrationError(
@@ -303,11 +308,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path} cannot be read ({error}): rebuild with --rebuild, or delete the file") from None
+        raise CalibrationError(f"{path} cannot be read ({error}): rebuild with --fresh, or delete the file") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != CALIBRATION_FORMAT:
         raise CalibrationError(
-            f"{path} has format {found!r}: expected {CALIBRATION_FORMAT!r}; rebuild with --rebuild, or delete the file"
+            f"{path} has format {found!r}: expected {CALIBRATION_FORMAT!r}; rebuild with --fresh, or delete the file"
         )
     return dict(manifest)
 
@@ -320,10 +325,10 @@ def obtain(
     seq_len: int,
     num_sequences: int,
     seed: int,
-    vocab_size: int,
+    limits: Limits,
     rebuild: bool = False,
 ) -> tuple[Calibration, bool]:
-    """The calibration that SOURCE names, and whether it was there already (a cache hit).
+    """The calibration that SOURCE names, checked against the model's limits, and whether it was there already.
 
     A directory with tokens is loaded as it is; length, number and seed are then what they are there. Any other
     source is built into `cache_dir`, or taken from it where it was built from the same text, with the same
@@ -334,27 +339,25 @@ def obtain(
     if isinstance(source, ReadyTokens):
         calibration = load(source.directory)
         _check_same_tokenizer(calibration, tokenizer_loader, source.directory)
+        check(calibration, limits)
         return calibration, True
+    check_length(seq_len, limits)  # before anything is written: a cache of the wrong length would be in the way
     tokenizer = tokenizer_loader()
     _check_request(tokenizer, seq_len, num_sequences)
     fingerprint = tokenizer_fingerprint(tokenizer)
-    key = _key(source, fingerprint, seq_len, num_sequences, seed)
+    key = cache_key(source, fingerprint, seq_len, num_sequences, seed)
     if not rebuild and (cache_dir / TOKENS_FILE).exists():
-        return _cached(cache_dir, key), True
-    calibration = build(
-        source,
-        tokenizer,
-        seq_len=seq_len,
-        num_sequences=num_sequences,
-        seed=seed,
-        vocab_size=vocab_size,
-        tokenizer_fingerprint=fingerprint,
-    )
-    save(calibration, cache_dir)
-    return calibration, False
+        calibration, hit = _cached(cache_dir, key), True
+    else:
+        calibration, hit = build(source, tokenizer, key, vocab_size=limits.vocab_size), False
+    check(calibration, limits)
+    if not hit:
+        save(calibration, cache_dir)
+    return calibration, hit
 
 
-def _key(source: TextSource, tokenizer: str, seq_len: int, num_sequences: int, seed: int) -> dict[str, Any]:
+def cache_key(source: TextSource, tokenizer: str, seq_len: int, num_sequences: int, seed: int) -> dict[str, Any]:
+    """What decides the tokens of a text source; `tokenizer` is its fingerprint."""
     values = (source.fingerprint, source.corpus_version, tokenizer, PACKING, seq_len, num_sequences, seed)
     return dict(zip(KEY, values, strict=True))
 
@@ -364,7 +367,7 @@ def _cached(cache_dir: Path, key: Mapping[str, Any]) -> Calibration:
     if "source_fingerprint" not in calibration.manifest:
         raise CalibrationError(
             f"{cache_dir} holds tokens that icsearch did not build: give {cache_dir} itself as SOURCE, choose another "
-            f"directory, or overwrite them with --rebuild"
+            f"directory, or overwrite them with --fresh"
         )
     differences = [
         f"{name} (there {_short(calibration.manifest.get(name))}, asked for {_short(wanted)})"
@@ -374,7 +377,7 @@ def _cached(cache_dir: Path, key: Mapping[str, Any]) -> Calibration:
     if differences:
         raise CalibrationError(
             f"calibration in {cache_dir} was built with another {', '.join(differences)}: choose another directory, "
-            f"give the same options, or rebuild with --rebuild"
+            f"give the same options, or rebuild with --fresh"
         )
     return calibration
 
@@ -394,31 +397,32 @@ def _check_same_tokenizer(calibration: Calibration, load_tokenizer: Callable[[],
         )
 
 
-def check(calibration: Calibration, *, vocab_size: int, index_topk: int, max_positions: int | None) -> None:
-    """Raise CalibrationError where a search for this model cannot run on these tokens, or would mean nothing.
-
-    `max_positions` None: the model names no limit.
-    """
+def check(calibration: Calibration, limits: Limits) -> None:
+    """Raise CalibrationError where a search for this model cannot run on these tokens, or would mean nothing."""
     _check_arrays(calibration.input_ids, calibration.loss_mask)
-    length = calibration.seq_len
-    if length <= index_topk:
-        raise CalibrationError(
-            f"sequences of {length} tokens are not longer than the model's index_topk of {index_topk}: every selection "
-            f"would be all tokens, and every layer free to share; use longer sequences, such as --seq-len "
-            f"{4 * index_topk}"
-        )
-    if max_positions is not None and length > max_positions:
-        raise CalibrationError(
-            f"sequences of {length} tokens are longer than the model's {max_positions} positions: "
-            f"use --seq-len {max_positions} or less"
-        )
-    _check_ids(calibration.input_ids, vocab_size)
+    check_length(calibration.seq_len, limits)
+    _check_ids(calibration.input_ids, limits.vocab_size)
     for sequence, count in enumerate(calibration.counted_tokens()):
         if count == 0:
             raise CalibrationError(
                 f"loss_mask counts no token of sequence {sequence}: expected at least one True after position 0; "
                 f"leave the sequence out or mend the mask"
             )
+
+
+def check_length(length: int, limits: Limits) -> None:
+    """Raise CalibrationError for sequences too short to choose from, or longer than the model goes."""
+    if length <= limits.index_topk:
+        raise CalibrationError(
+            f"sequences of {length} tokens are not longer than the model's index_topk of {limits.index_topk}: every "
+            f"selection would be all tokens, and every layer free to share; use longer sequences, such as --seq-len "
+            f"{4 * limits.index_topk}"
+        )
+    if limits.max_positions is not None and length > limits.max_positions:
+        raise CalibrationError(
+            f"sequences of {length} tokens are longer than the model's {limits.max_positions} positions: "
+            f"use --seq-len {limits.max_positions} or less"
+        )
 
 
 _NO_TOKENIZER = (

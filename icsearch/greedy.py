@@ -101,7 +101,7 @@ class SweepScorer:
         self.patterns_per_sweep = patterns
         self._sweeper = Sweeper(dsa)
         input_ids = torch.from_numpy(batches.input_ids).to(dsa.device)
-        counted = torch.from_numpy(counted_mask(batches)).to(dsa.device)
+        counted = torch.from_numpy(batches.counted()).to(dsa.device)
         self._batches: dict[tuple[int, int], Batch] = {
             (batch.first, batch.last): batch for batch in cut_batches(input_ids, counted, batch_size)
         }
@@ -132,20 +132,16 @@ def calibrate(request: CalibrationRequest, out: Path, fresh: bool) -> tuple[cali
 def _obtain(
     request: CalibrationRequest, source: Checkpoint, layout: Layout, cache: Path, fresh: bool
 ) -> tuple[calibration.Calibration, bool]:
-    batches, hit = calibration.obtain(
+    return calibration.obtain(
         request.source,
         lambda: model.load_tokenizer(source, request.trust_remote_code),
         cache,
         seq_len=request.seq_len or default_seq_len(layout),
         num_sequences=request.num_sequences or DEFAULT_NUM_SEQUENCES,
         seed=request.seed,
-        vocab_size=layout.vocab_size,
+        limits=calibration.Limits(layout.vocab_size, layout.index_topk, layout.max_positions),
         rebuild=fresh,
     )
-    calibration.check(
-        batches, vocab_size=layout.vocab_size, index_topk=layout.index_topk, max_positions=layout.max_positions
-    )
-    return batches, hit
 
 
 def default_seq_len(layout: Layout) -> int:
@@ -287,7 +283,3 @@ def make_deterministic(device: str) -> list[str]:
     torch.backends.cuda.matmul.allow_tf32 = False
     return ["deterministic algorithms are on; torch warns of a kernel that has none"]
 
-
-def counted_mask(batches: calibration.Calibration) -> Any:
-    import numpy as np
-    return np.ones(batches.input_ids.shape, bool) if batches.loss_mask is None else batches.loss_mask

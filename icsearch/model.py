@@ -193,6 +193,11 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
             "expected a DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa"
         )
     text_config = skeleton.config
+    if min(indexer.index_topk, indexer.n_heads, indexer.head_dim) < 1:
+        raise ModelError(
+            f"config.json of {checkpoint.name} has index_topk {indexer.index_topk}, index_n_heads {indexer.n_heads}, "
+            f"index_head_dim {indexer.head_dim}: expected positive numbers; use the config that belongs to the weights"
+        )
     return Layout(
         model_type=config.model_type,
         num_layers=len(skeleton.layers),
@@ -244,17 +249,19 @@ def quiet_transformers() -> None:
 
 
 def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's own tokenizer; raises ModelError where there is none."""
+    """The checkpoint's own tokenizer, or None where it brings none; raises ModelError for a damaged one."""
     from transformers import AutoTokenizer
 
+    if not any(checkpoint.directory.glob("tokenizer*")):
+        return None
     try:
         return AutoTokenizer.from_pretrained(
             checkpoint.directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by the kind of damage
         raise ModelError(
-            f"no usable tokenizer in {checkpoint.directory} ({_first_line(error)}): "
-            "add tokenizer.json, or give ready tokens (a directory with calibration.safetensors)"
+            f"the tokenizer in {checkpoint.directory} cannot be used ({_first_line(error)}): "
+            "download it again, or give ready tokens (a directory with calibration.safetensors)"
         ) from error
 
 

@@ -73,21 +73,17 @@ def text_file(path: Path, count: int = 40, separator: str = "\n<|endoftext|>\n")
     return path
 
 
-def build(source: str, tokenizer: Any, **changes: Any) -> cal.Calibration:
+def build(
+    source: str, tokenizer: Any, seq_len: int = 32, num_sequences: int = 4, seed: int = 0, vocab_size: int = VOCAB
+) -> cal.Calibration:
     parsed = sources.parse_source(source)
     assert isinstance(parsed, sources.TextSource)
-    options: dict[str, Any] = {
-        "seq_len": 32,
-        "num_sequences": 4,
-        "seed": 0,
-        "vocab_size": VOCAB,
-        "tokenizer_fingerprint": "t",
-    }
-    return cal.build(parsed, tokenizer, **{**options, **changes})
+    key = cal.cache_key(parsed, "t", seq_len, num_sequences, seed)
+    return cal.build(parsed, tokenizer, key, vocab_size=vocab_size)
 
 
 def obtain(source: str, tokenizer: Any, cache: Path, **changes: Any) -> tuple[cal.Calibration, bool]:
-    options: dict[str, Any] = {"seq_len": 32, "num_sequences": 4, "seed": 0, "vocab_size": VOCAB}
+    options: dict[str, Any] = {"seq_len": 32, "num_sequences": 4, "seed": 0, "limits": cal.Limits(VOCAB, 4, 64)}
     return cal.obtain(source, lambda: tokenizer, cache, **{**options, **changes})
 
 
@@ -247,7 +243,8 @@ def test_no_more_is_read_than_needed(tokenizer: Any) -> None:
             for taken in range(1, 1_000_000):  # noqa: B007
                 yield TEXT
 
-    cal.build(Counted("x"), tokenizer, seq_len=32, num_sequences=4, seed=0, vocab_size=VOCAB, tokenizer_fingerprint="t")
+    counted = Counted("x")
+    cal.build(counted, tokenizer, cal.cache_key(counted, "t", 32, 4, 0), vocab_size=VOCAB)
     assert taken == cal.BATCH_DOCUMENTS
 
 
@@ -513,7 +510,7 @@ def test_own_tokens_with_a_description(tmp_path: Path) -> None:
     with refused("seq_len 4", "says 5"):
         cal.load(directory)
     (directory / "calibration.json").write_text('{"format": "icsearch.calibration/2"}')
-    with refused("icsearch.calibration/2", "icsearch.calibration/1", "--rebuild"):
+    with refused("icsearch.calibration/2", "icsearch.calibration/1", "--fresh"):
         cal.load(directory)
 
 
@@ -547,7 +544,7 @@ def test_cache_is_used_again(tokenizer: Any, tmp_path: Path) -> None:
 def test_another_key_is_refused_and_rebuilt_with_consent(tokenizer: Any, tmp_path: Path) -> None:
     text, cache = text_file(tmp_path / "a.txt"), tmp_path / "cache"
     before, _ = obtain(str(text), tokenizer, cache)
-    with refused("seq_len (there 32, asked for 16)", "num_sequences (there 4, asked for 5)", "seed", "--rebuild"):
+    with refused("seq_len (there 32, asked for 16)", "num_sequences (there 4, asked for 5)", "seed", "--fresh"):
         obtain(str(text), tokenizer, cache, seq_len=16, num_sequences=5, seed=1)
     with refused("tokenizer_fingerprint"):
         obtain(str(text), make_tokenizer(text="quite other words quite"), cache)
@@ -570,7 +567,7 @@ def test_new_corpus_version_is_another_key(tokenizer: Any, tmp_path: Path, monke
 
 def test_own_tokens_are_not_overwritten(tokenizer: Any, tmp_path: Path) -> None:
     own_tokens(tmp_path, input_ids=np.zeros((2, 4), dtype=np.int64))
-    with refused("did not build", "as SOURCE", "--rebuild"):
+    with refused("did not build", "as SOURCE", "--fresh"):
         obtain("demo", tokenizer, tmp_path)
     assert not obtain("demo", tokenizer, tmp_path, rebuild=True)[1]
 
@@ -588,7 +585,7 @@ def test_cut_cache_is_refused(tokenizer: Any, tmp_path: Path, cut: int) -> None:
     obtain("demo", tokenizer, tmp_path)
     path = tmp_path / "calibration.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
-    with refused("damaged", "--rebuild"):
+    with refused("damaged", "--fresh"):
         obtain("demo", tokenizer, tmp_path)
     assert not obtain("demo", tokenizer, tmp_path, rebuild=True)[1]
     assert obtain("demo", tokenizer, tmp_path)[1]
@@ -600,10 +597,10 @@ def test_changed_tokens_and_broken_manifest_are_refused(tokenizer: Any, tmp_path
     data = bytearray(path.read_bytes())
     data[-8] ^= 1
     path.write_bytes(data)
-    with refused("damaged", "fingerprint", "--rebuild"):
+    with refused("damaged", "fingerprint", "--fresh"):
         obtain("demo", tokenizer, tmp_path)
     manifest.write_text(manifest.read_text()[:50])
-    with refused("cannot be read", "--rebuild"):
+    with refused("cannot be read", "--fresh"):
         obtain("demo", tokenizer, tmp_path)
 
 
@@ -666,13 +663,19 @@ def test_fingerprint_of_a_slow_tokenizer() -> None:
     assert cal.tokenizer_fingerprint(Slow("abc")) != cal.tokenizer_fingerprint(Slow("acb"))
 
 
+def test_a_length_that_cannot_be_searched_leaves_nothing_behind(tokenizer: Any, tmp_path: Path) -> None:
+    with refused("not longer than the model's index_topk of 4"):
+        obtain("demo", tokenizer, tmp_path, seq_len=4)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- checks before a search ----------------------------------------------------------------------------------
 
 
 def check(
     ids: Any, mask: Any = None, vocab_size: int = 100, index_topk: int = 4, max_positions: int | None = 64
 ) -> None:
-    cal.check(cal.Calibration(ids, mask), vocab_size=vocab_size, index_topk=index_topk, max_positions=max_positions)
+    cal.check(cal.Calibration(ids, mask), cal.Limits(vocab_size, index_topk, max_positions))
 
 
 def test_checks_before_a_search() -> None:
