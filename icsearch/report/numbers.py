@@ -1,0 +1,68 @@
+"""Numbers as readers see them: as many digits as the error allows. Losses are nats per token."""
+
+from __future__ import annotations
+
+import math
+
+from icsearch.statistics import Difference
+
+MAX_DECIMALS = 7
+
+
+def loss(value: float) -> str:
+    """A loss in nats per token, four decimals."""
+    return f"{value:.4f}"
+
+
+def decimals_for(std_err: float) -> int:
+    """Decimals that show two digits of an error; four where there is none."""
+    if not (math.isfinite(std_err) and std_err > 0):
+        return 4
+    return min(max(1 - math.floor(math.log10(std_err)), 1), MAX_DECIMALS)
+
+
+def with_error(delta: float, std_err: float, sign: bool = True) -> str:
+    """``+0.0412 ± 0.0035``; without an error (one sequence only) the number alone."""
+    decimals = decimals_for(std_err)
+    plus = "+" if sign else ""
+    number = f"{delta:{plus}.{decimals}f}"
+    return f"{number} ± {std_err:.{decimals}f}" if math.isfinite(std_err) else number
+
+
+def difference(value: Difference) -> str:
+    """A signed difference with its standard error."""
+    return with_error(value.delta, value.std_err)
+
+
+def compact(value: float) -> str:
+    """Two significant digits without trailing noise, for ticks and slopes: 0.00042, 0.013, 1.5."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    decimals = max(1 - math.floor(math.log10(abs(value))), 0)
+    return f"{value:.{decimals}f}" if decimals <= MAX_DECIMALS + 1 else f"{value:.1e}"
+
+
+def percent(share: float) -> str:
+    """A share in per cent: whole, or one decimal below ten."""
+    return f"{100 * share:.0f}%" if abs(share) >= 0.0995 else f"{100 * share:.1f}%"
+
+
+def count(value: float) -> str:
+    """A count with thin separators, one decimal only where it is not whole: 12,345."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"
+
+
+def duration(seconds: float) -> str:
+    """``48 s``, ``3 min 20 s``, ``5 h 12 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def plural(number: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -1,0 +1,95 @@
+"""Axes and colour scales as pure functions: from numbers to pixels and colour classes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+WARM_LEVELS = 8  # half decades of rising loss, from the noise up
+COOL_LEVELS = 4  # half decades of falling loss
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear map from [low, high] to pixels [start, end]."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def at(self, value: float) -> float:
+        """Pixel of a value."""
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self, count: int = 6, whole: bool = False) -> list[float]:
+        """Round numbers inside the range, about `count` of them; whole numbers only if asked."""
+        step = nice_step((self.high - self.low) / max(count, 1))
+        if whole:
+            step = max(1.0, math.ceil(step))
+        first = math.ceil(self.low / step - 1e-9)
+        last = math.floor(self.high / step + 1e-9)
+        return [i * step for i in range(first, last + 1)]
+
+
+def nice_step(rough: float) -> float:
+    """The smallest of 1, 2, 5 times a power of ten that is at least `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+
+
+def tick_label(value: float, step: float) -> str:
+    """A tick with the decimals that its step needs."""
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    return f"{value:.{decimals}f}"
+
+
+@dataclass(frozen=True)
+class CostScale:
+    """Signed logarithmic colour classes for loss differences (nats per token). Below `noise` all is one neutral class.
+
+    Level 0 is |cost| <= noise; level n > 0 reaches noise * 10^(n/2), rising losses up to 8, falling ones to -4.
+    """
+
+    noise: float
+
+    def level(self, cost: float) -> int:
+        if abs(cost) <= self.noise:
+            return 0
+        level = max(1, math.ceil(2 * math.log10(abs(cost) / self.noise)))
+        return min(level, WARM_LEVELS) if cost > 0 else -min(level, COOL_LEVELS)
+
+    def css_class(self, cost: float) -> str:
+        """``h0``, ``h3`` for a rise, ``c2`` for a fall."""
+        level = self.level(cost)
+        return f"h{level}" if level >= 0 else f"c{-level}"
+
+    def upper_bound(self, level: int) -> float:
+        """The largest absolute cost of a level but the last."""
+        return float(self.noise * 10 ** (abs(level) / 2))
+
+
+def cost_scale(costs: Sequence[float], errors: Iterable[float]) -> CostScale:
+    """A scale that starts at the noise: the median standard error, rounded to one digit.
+
+    Without errors (one sequence) it spans the levels down from the largest cost.
+    """
+    known = sorted(error for error in errors if math.isfinite(error) and error > 0)
+    if known:
+        return CostScale(one_digit(known[len(known) // 2]))
+    largest = max((abs(cost) for cost in costs), default=0.0)
+    return CostScale(one_digit(largest / 10 ** (WARM_LEVELS / 2)) if largest > 0 else 1e-6)
+
+
+def one_digit(value: float) -> float:
+    """Rounded to one significant digit."""
+    return float(f"{value:.0e}")
+
+
+def label_every(count: int, pixels: float, needed: float) -> int:
+    """Label each n-th of `count` cells of `pixels` each so that labels have `needed` pixels: 1, 2, 5, 10, 20..."""
+    for every in (1, 2, 5, 10, 20, 50, 100):
+        if every * pixels >= needed:
+            return every
+    return count

@@ -1,0 +1,119 @@
+"""The result in a terminal: a few lines, a strip of letters, a table that fits 80 columns."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from icsearch.pattern import Pattern
+from icsearch.record import RunRecord
+from icsearch.report import numbers
+from icsearch.report.view import Point, RunView, headline, kink_sentence, view_run
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+    from rich.text import Text
+
+ROWS_SHOWN = 24  # a longer search shows its first and last steps
+FIRST_ROWS, LAST_ROWS = 6, 14
+PATTERN_WIDTH = 23  # a longer pattern shows the letters around the flip
+FULL_STYLE, SHARED_STYLE, FLIP_STYLE = "bold white on dark_blue", "dim", "bold yellow"
+
+
+def summary_table(record: RunRecord) -> RenderableType:
+    """What a run found, for `rich.print`: headline, pattern, losses beside uniform ones, the steps."""
+    from rich.console import Group
+    from rich.text import Text
+
+    view = view_run(record)
+    parts: list[RenderableType] = [Text(headline(view)), Text()]
+    if view.points:
+        parts += [pattern_strip(view.final.pattern), Text(), _losses(view), Text()]
+    if len(view.points) > 1:
+        parts.append(_steps(view))
+    if view.kink is not None:
+        parts.append(Text(kink_sentence(view)))
+    if any(commit.ties for commit in record.commits):
+        parts.append(Text("=n: n other layers were within one standard error of the one chosen", style="dim"))
+    parts.append(Text("In-sample: measured on the batches searched on. Confirm with icsearch eval.", style="dim"))
+    return Group(*parts)
+
+
+def pattern_strip(pattern: Pattern) -> Text:
+    """The letters, F standing out; without colours the letters alone say it."""
+    from rich.text import Text
+
+    strip = Text()
+    for letter in pattern.letters:
+        strip.append(letter, style=FULL_STYLE if letter == "F" else SHARED_STYLE)
+    return strip
+
+
+def _losses(view: RunView) -> Table:
+    table = _table("pattern", "F layers", "loss", "delta to baseline")
+    points = [("baseline", view.points[0])]
+    if view.final.step:
+        points.append(("searched", view.final))
+    for name, point in points:
+        table.add_row(name, str(point.full), numbers.loss(point.loss), _delta(point))
+    for reference in view.references:
+        same = " (as many F)" if reference is view.same_retention else ""
+        full = str(len(reference.pattern.full_layers))
+        delta = numbers.difference(reference.difference)
+        table.add_row(f"{reference.label}{same}", full, numbers.loss(reference.loss), delta)
+    return table
+
+
+def _steps(view: RunView) -> Table:
+    table = _table("step", "layer", "F", "loss", "delta ± std_err", "tie", "pattern")
+    steps = view.points[1:]
+    left_out = len(steps) - FIRST_ROWS - LAST_ROWS if len(steps) > ROWS_SHOWN else 0
+    for index, point in enumerate(steps):
+        if left_out and index == FIRST_ROWS:
+            table.add_row("…", "…", "…", "…", f"{left_out} more in curve.csv", "", "…")
+        if not left_out or not FIRST_ROWS <= index < FIRST_ROWS + left_out:
+            table.add_row(*_step_cells(view, point))
+    return table
+
+
+def _step_cells(view: RunView, point: Point) -> tuple[str | Text, ...]:
+    ties = len(view.record.commits[point.step - 1].ties)
+    return (
+        str(point.step),
+        str(point.layer),
+        str(point.full),
+        numbers.loss(point.loss),
+        _delta(point),
+        f"={ties}" if ties else "",
+        around_flip(point.pattern, point.layer or 0),
+    )
+
+
+def _delta(point: Point) -> str:
+    return "" if point.step == 0 else numbers.difference(point.difference)
+
+
+def around_flip(pattern: Pattern, layer: int, width: int = PATTERN_WIDTH) -> Text:
+    """The letters, or those around `layer` where they are too many, with the flipped letter marked."""
+    from rich.text import Text
+
+    n = len(pattern)
+    inside = width - 2  # one place on either side for an ellipsis
+    first = 0 if n <= width else min(max(layer - inside // 2, 0), n - inside)
+    last = n if n <= width else first + inside
+    text = Text("…" if first else "", style=SHARED_STYLE)
+    for position in range(first, last):
+        style = FLIP_STYLE if position == layer else "" if pattern.is_full(position) else SHARED_STYLE
+        text.append(pattern.letters[position], style=style)
+    return text.append("…" if last < n else "", style=SHARED_STYLE)
+
+
+def _table(*columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    for column in columns:
+        left = column == "pattern"
+        table.add_column(column, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
+    return table

@@ -1,0 +1,256 @@
+"""A replayed run as the numbers that a report shows. Everything is computed from the journal; nothing is drawn here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from icsearch.pattern import Pattern
+from icsearch.record import RunRecord
+from icsearch.report import numbers
+from icsearch.report.kink import Kink, find_kink
+from icsearch.statistics import Difference
+
+
+@dataclass(frozen=True)
+class Point:
+    """A pattern on the loss curve. Step 0 is the baseline, without a layer. Losses in nats per token."""
+
+    step: int
+    layer: int | None
+    decoder_layer: int | None
+    pattern: Pattern
+    loss: float
+    difference: Difference  # to the baseline
+
+    @property
+    def full(self) -> int:
+        return len(self.pattern.full_layers)
+
+    @property
+    def shared(self) -> int:
+        return len(self.pattern.shared_layers)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A uniform pattern scored on the same batches, and the searched pattern with as many F layers, where it exists."""
+
+    name: str
+    pattern: Pattern
+    loss: float
+    difference: Difference  # to the baseline
+    searched: Point | None
+    searched_minus_uniform: Difference | None
+
+    @property
+    def label(self) -> str:
+        return self.name.replace(":", " ")
+
+    @property
+    def avoided(self) -> float | None:
+        """Share of the uniform pattern's cost that the search avoids; None where that cost is not above two errors."""
+        cost = self.difference
+        if self.searched is None or not cost.delta > 2 * cost.std_err:
+            return None
+        return (cost.delta - self.searched.difference.delta) / cost.delta
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One candidate of one step: the loss of the pattern with this layer shared too, minus that before the step."""
+
+    step: int
+    layer: int
+    pattern: str
+    cost: Difference
+    committed: bool
+    tied: bool
+
+
+@dataclass(frozen=True)
+class Tie:
+    """A step whose winner could not be told from others: (layer, loss difference to the winner's pattern)."""
+
+    step: int
+    layer: int
+    others: tuple[tuple[int, Difference], ...]
+
+
+@dataclass(frozen=True)
+class RunView:
+    """All that a report shows of one run. `points` is empty while the baseline is not scored."""
+
+    name: str
+    record: RunRecord
+    points: tuple[Point, ...]
+    references: tuple[Reference, ...]
+    cells: tuple[Cell, ...]
+    ties: tuple[Tie, ...]
+    kink: Kink | None
+
+    @property
+    def start(self) -> dict[str, Any]:
+        return self.record.start
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.record.start_pattern)
+
+    @property
+    def finished(self) -> bool:
+        return self.record.finished
+
+    @property
+    def final(self) -> Point:
+        return self.points[-1]
+
+    @property
+    def blocks(self) -> tuple[tuple[int, int], ...]:
+        """Pipeline stages as [first, last) positions in the pattern; one block when there is no split."""
+        blocks = self.start.get("blocks") or [[0, self.num_layers]]
+        return tuple((first, last) for first, last in blocks)
+
+    @property
+    def native_shared(self) -> tuple[int, ...]:
+        return tuple(self.start["model"].get("native_shared") or ())
+
+    @property
+    def baseline_name(self) -> str:
+        return "the checkpoint's own pattern" if self.native_shared else "the all-F baseline"
+
+    @property
+    def layer_indices(self) -> tuple[int, ...]:
+        return tuple(self.start["layer_indices"])
+
+    @property
+    def same_retention(self) -> Reference | None:
+        """The uniform pattern with exactly as many F layers as the pattern reached, if one was scored."""
+        if not self.points:
+            return None
+        return next((r for r in self.references if r.searched is self.final), None)
+
+    def step_cost(self, step: int) -> Difference | None:
+        """What the flip of a step cost: the loss difference to the pattern before it."""
+        return next((cell.cost for cell in self.cells if cell.step == step and cell.committed), None)
+
+
+def view_run(record: RunRecord, name: str = "") -> RunView:
+    """Compute the numbers of a report. `name` tells runs apart where a page shows several."""
+    points = _points(record)
+    cells = _cells(record) if points else ()
+    return RunView(
+        name=name,
+        record=record,
+        points=points,
+        references=_references(record, points),
+        cells=cells,
+        ties=_ties(record),
+        kink=find_kink([float(p.shared) for p in points], [p.difference.delta for p in points]),
+    )
+
+
+def _points(record: RunRecord) -> tuple[Point, ...]:
+    start = record.start_pattern
+    if record.sums(start.letters) is None:
+        return ()
+    points = [Point(0, None, None, start, record.loss(start.letters), Difference(0.0, 0.0))]
+    for step in record.steps():
+        decoder_layer = record.start["layer_indices"][step.layer]
+        difference = Difference(step.delta, step.std_err)
+        points.append(Point(step.step, step.layer, decoder_layer, Pattern(step.pattern), step.loss, difference))
+    return tuple(points)
+
+
+def _references(record: RunRecord, points: tuple[Point, ...]) -> tuple[Reference, ...]:
+    """The references that are scored completely; a pattern with two names is shown once."""
+    by_full = {point.full: point for point in points}
+    found: dict[str, Reference] = {}
+    for name, letters in record.references.items():
+        if not points or record.sums(letters) is None or letters in found:
+            continue
+        searched = by_full.get(len(Pattern(letters).full_layers))
+        saved = record.difference(searched.pattern.letters, letters) if searched else None
+        difference = record.difference(letters)
+        found[letters] = Reference(name, Pattern(letters), record.loss(letters), difference, searched, saved)
+    return tuple(found.values())
+
+
+def _cells(record: RunRecord) -> tuple[Cell, ...]:
+    commits = {commit.step: commit for commit in record.commits}
+    cells = []
+    for step in sorted(step for step in record.asked if 0 < step <= len(record.commits) + 1):
+        before = record.commits[step - 2].pattern if step > 1 else record.start_pattern.letters
+        commit = commits.get(step)
+        for candidate in record.candidates(step):
+            cost = record.difference(candidate.pattern, before)
+            committed = commit is not None and commit.layer == candidate.layer
+            tied = commit is not None and candidate.layer in commit.ties
+            cells.append(Cell(step, candidate.layer, candidate.pattern, cost, committed, tied))
+    return tuple(cells)
+
+
+def _ties(record: RunRecord) -> tuple[Tie, ...]:
+    found = []
+    for commit in record.commits:
+        if not commit.ties:
+            continue
+        patterns = {c.layer: c.pattern for c in record.candidates(commit.step)}
+        others = tuple(
+            (layer, record.difference(patterns[layer], commit.pattern)) for layer in commit.ties if layer in patterns
+        )
+        found.append(Tie(commit.step, commit.layer, others))
+    return tuple(found)
+
+
+# --- sentences ----------------------------------------------------------------------------------------------------
+
+
+def headline(view: RunView) -> str:
+    """The result in one or two sentences, each number with its error. In-sample: on the batches searched on."""
+    if not view.points:
+        return "The baseline is not scored yet: there is no result to show."
+    final = view.final
+    lead = "" if view.finished else f"Not finished; after {numbers.plural(final.step, 'flip')}: "
+    kept = f"{final.full} of {view.num_layers} layers keep their indexer ({numbers.percent(final.pattern.retention)})"
+    cost = f"{lead}{kept}; {_change(final.difference, view.baseline_name, view.points[0].loss)}."
+    return f"{cost} {_against_uniform(view)}".strip()
+
+
+def _change(difference: Difference, baseline_name: str, baseline_loss: float) -> str:
+    amount = numbers.with_error(abs(difference.delta), difference.std_err, sign=False)
+    baseline = f"{baseline_name} at {numbers.loss(baseline_loss)}"
+    if difference.delta == 0 and difference.std_err == 0:
+        return f"that is {baseline} nats per token"
+    if math.isnan(difference.std_err):
+        signed = numbers.difference(difference)
+        return f"the loss changes by {signed} nats per token from {baseline} (one sequence: no standard error)"
+    if difference.is_tie:
+        signed = numbers.difference(difference)
+        return f"the loss is that of {baseline} within one standard error ({signed} nats per token)"
+    rises = "rises" if difference.delta > 0 else "falls"
+    return f"the loss {rises} by {amount} nats per token from {baseline}"
+
+
+def _against_uniform(view: RunView) -> str:
+    reference = view.same_retention
+    if reference is None or reference.pattern == view.final.pattern:
+        return ""
+    cost = numbers.difference(reference.difference)
+    text = f"The uniform pattern with as many F layers costs {cost}"
+    if reference.avoided is None or reference.avoided <= 0:
+        return f"{text}."
+    return f"{text}: the search avoids {numbers.percent(reference.avoided)} of that."
+
+
+def kink_sentence(view: RunView) -> str:
+    """Where the curve bends, or that no clear kink is there."""
+    if view.kink is None:
+        return "No clear kink: two lines do not fit this curve clearly better than one, or it does not turn steeper."
+    kink, at = view.kink, round(view.kink.x)
+    return (
+        f"The curve bends at {numbers.plural(at, 'shared layer')} ({view.num_layers - at} F left): about "
+        f"{numbers.compact(kink.slope_before)} nats per token for each flip before, "
+        f"{numbers.compact(kink.slope_after)} after."
+    )
