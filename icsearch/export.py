@@ -275,7 +275,12 @@ def _flag(name: str) -> Callable[[dict[str, Any]], str]:
 
 
 def _config_json(settings: dict[str, Any]) -> str:
-    return json.dumps(settings, indent=2)
+    """One key a line; a list stays on its line, as one letter each would fill pages."""
+    lines = []
+    for key, value in settings.items():
+        text = _config_json(value).replace("\n", "\n  ") if isinstance(value, dict) else json.dumps(value)
+        lines.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 ENGINES: dict[str, Engine] = {

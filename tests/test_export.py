@@ -81,8 +81,8 @@ def test_freq_and_offset_where_they_exist_are_transformers_own(letters: str) -> 
 
     keys = json.loads(export(pattern_file(letters), "transformers").text)
     assert set(keys) == {"indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"}
-    freq, offset = keys["index_topk_freq"], keys["index_skip_topk_offset"]
-    config = GlmMoeDsaConfig(num_hidden_layers=len(letters), index_topk_freq=freq, index_skip_topk_offset=offset)
+    schedule = {key: keys[key] for key in ("index_topk_freq", "index_skip_topk_offset")}
+    config = GlmMoeDsaConfig.from_dict({"num_hidden_layers": len(letters), **schedule})
     assert config.indexer_types == keys["indexer_types"]
 
 

@@ -70,7 +70,7 @@ def test_kink_of_two_lines_is_found_exactly() -> None:
     assert kink.x == 13
     assert kink.slope_before == pytest.approx(0.01)
     assert kink.slope_after == pytest.approx(0.21)
-    assert kink.fit[1] == (13, pytest.approx(0.13))
+    assert kink.fit[1] == pytest.approx((13, 0.13))
 
 
 def test_kink_with_noise_and_an_offset() -> None:

@@ -39,7 +39,6 @@ class Mark:
 class Series:
     """One run: its curve, its uniform patterns, and the fitted lines of its kink."""
 
-    name: str
     marks: tuple[Mark, ...]
     references: tuple[Mark, ...]
     fit: tuple[tuple[float, float], ...] = ()
@@ -63,7 +62,8 @@ class Placed:
 
 @dataclass(frozen=True)
 class PlacedSeries:
-    name: str
+    """A series in pixels; `index` chooses its colour."""
+
     index: int
     path: str
     points: tuple[Placed, ...]
@@ -103,24 +103,25 @@ class CurvePicture:
 def series_of(view: RunView, as_share: bool = False) -> Series:
     """A run's curve by shared layers, or by the share of layers where runs of different depth are compared."""
     scale = 100 / view.num_layers if as_share else 1.0
-    fit = view.kink.fit if view.kink and not as_share else ()
+    prefix = f"{view.name}: " if as_share else ""
     return Series(
-        name=view.name,
-        marks=tuple(_point_mark(point, scale) for point in view.points),
-        references=tuple(_reference_mark(reference, scale) for reference in view.references),
-        fit=fit,
+        marks=tuple(_point_mark(point, scale, prefix) for point in view.points),
+        references=tuple(_reference_mark(reference, scale, prefix) for reference in view.references),
+        fit=view.kink.fit if view.kink and not as_share else (),
     )
 
 
-def _point_mark(point: Point, scale: float) -> Mark:
+def _point_mark(point: Point, scale: float, prefix: str) -> Mark:
     what = "baseline" if point.layer is None else f"step {point.step}: layer {point.layer} shared"
-    tooltip = f"{what}, {point.full} F left, loss {numbers.loss(point.loss)}, {numbers.difference(point.difference)}"
+    tooltip = (
+        f"{prefix}{what}, {point.full} F left, loss {numbers.loss(point.loss)}, {numbers.difference(point.difference)}"
+    )
     return Mark(point.shared * scale, point.difference, "", tooltip)
 
 
-def _reference_mark(reference: Reference, scale: float) -> Mark:
+def _reference_mark(reference: Reference, scale: float, prefix: str) -> Mark:
     pattern = reference.pattern
-    tooltip = f"{reference.label}: {len(pattern.full_layers)} F, {numbers.difference(reference.difference)}"
+    tooltip = f"{prefix}{reference.label}: {len(pattern.full_layers)} F, {numbers.difference(reference.difference)}"
     return Mark(len(pattern.shared_layers) * scale, reference.difference, reference.label, tooltip)
 
 
@@ -180,7 +181,6 @@ def _kink_guide(kink: tuple[float, str] | None, x_axis: Axis) -> Guide | None:
 def _place(one: Series, index: int, x_axis: Axis, y_axis: Axis, with_labels: bool) -> PlacedSeries:
     points = tuple(_place_mark(mark, x_axis, y_axis) for mark in one.marks)
     return PlacedSeries(
-        name=one.name,
         index=index,
         path=_path([(p.x, p.y) for p in points]),
         points=points,

@@ -63,7 +63,6 @@ class Cell:
 
     step: int
     layer: int
-    pattern: str
     cost: Difference
     committed: bool
     tied: bool
@@ -187,7 +186,7 @@ def _cells(record: RunRecord) -> tuple[Cell, ...]:
             cost = record.difference(candidate.pattern, before)
             committed = commit is not None and commit.layer == candidate.layer
             tied = commit is not None and candidate.layer in commit.ties
-            cells.append(Cell(step, candidate.layer, candidate.pattern, cost, committed, tied))
+            cells.append(Cell(step, candidate.layer, cost, committed, tied))
     return tuple(cells)
 
 
