@@ -134,7 +134,7 @@ def _shards(directory: Path) -> tuple[Path, ...]:
 
 
 def _no_weights(directory: Path) -> str:
-    other = sorted(path.name for path in directory.glob("*.bin")) or sorted(path.name for path in directory.glob("*.pt"))
+    other = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))]
     found = f"found only {other[0]}" if other else "found no weights"
     return f"{found} in {directory}: expected {SINGLE_NAME} or {INDEX_NAME}; convert the checkpoint to safetensors"
 

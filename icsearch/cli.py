@@ -29,14 +29,12 @@ app = typer.Typer(
     help="Find out which layers of a DeepSeek-Sparse-Attention model can drop their indexer, and what that costs.",
 )
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or [b]demo[/b].")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or demo.")]
 SeqLen = Annotated[
     int | None,
     typer.Option(min=2, help="Tokens per sequence.", show_default="4 x index_topk, at least 256"),
 ]
-NumSequences = Annotated[
-    int | None, typer.Option(min=1, help="Calibration sequences.", show_default="48")
-]
+NumSequences = Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="48")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice and order of calibration texts.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="No plan and no progress, only the result.")]
@@ -74,7 +72,8 @@ def calibrate(
     request = CalibrationRequest(model, source, seq_len, num_sequences, seed, trust_remote_code)
     batches, hit = make(request, out, fresh)
     state = "already there, reused" if hit else "written"
-    typer.echo(f"{out}: {batches.num_sequences} x {batches.seq_len} tokens, {state} (fingerprint {batches.fingerprint[:12]})")
+    size = f"{batches.num_sequences} x {batches.seq_len} tokens"
+    typer.echo(f"{out}: {size}, {state} (fingerprint {batches.fingerprint[:12]})")
 
 
 @app.command()
@@ -109,8 +108,10 @@ def greedy(
     ] = None,
     memory: Annotated[
         str | None,
-        typer.Option(help="Memory budget, such as 8GB. It decides how many candidates live at once, never the bits.",
-                     show_default="80% of what is free"),
+        typer.Option(
+            help="Memory budget, such as 8GB. It decides how many candidates live at once, never the bits.",
+            show_default="80% of what is free",
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")
@@ -240,6 +241,6 @@ def _explain(error: Exception) -> tuple[str, int]:
         return str(error), EXIT_BAD_INPUT
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         return f"{error.format_message()} (see icsearch --help)", EXIT_BAD_INPUT
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "the disk is full: free some space and repeat the command; it continues where it stopped", EXIT_FAILURE
     return f"{type(error).__name__}: {error} (--debug shows where)", EXIT_FAILURE

@@ -45,9 +45,7 @@ def greedy(request: GreedyRequest, listener: Listener) -> RunRecord:
     num_shared = request.resolve_num_shared(layout.start_pattern)
     run = RunDirectory(request.out)
     with run.locked():
-        batches, hit = _obtain(
-            request.calibration, source, layout, request.out / "calibration", request.fresh
-        )
+        batches, hit = _obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
         how = "from the cache" if hit else "made now"
         listener.info(f"calibration: {batches.num_sequences} x {batches.seq_len} tokens ({how})")
         if request.fresh:
@@ -78,7 +76,10 @@ def _search(
     memory = request.memory or int(MEMORY_SHARE * free_bytes(options["device"]))
     try:
         dsa = model.load(
-            source, dtype=options["dtype"], device=request.device, trust_remote_code=request.calibration.trust_remote_code
+            source,
+            dtype=options["dtype"],
+            device=request.device,
+            trust_remote_code=request.calibration.trust_remote_code,
         )
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
@@ -282,4 +283,3 @@ def make_deterministic(device: str) -> list[str]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = False
     return ["deterministic algorithms are on; torch warns of a kernel that has none"]
-

@@ -35,7 +35,7 @@ class DsaModel:
     Positions count DSA layers from 0 (the letters of a pattern); `layer_indices[position]` is the decoder layer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:  # a causal language model of transformers
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
@@ -124,7 +124,7 @@ class DsaModel:
     def run_layer(
         self, index: int, hidden_states: torch.Tensor, call: LayerCall, store: SelectionStore
     ) -> torch.Tensor:
-        """One decoder layer on [B, T, D] states, in the role that the store's pattern gives it; the store is updated."""
+        """One decoder layer on [B, T, D] states, in the role that the store's pattern gives it; updates the store."""
         slot = self._slot_of.get(index)
         if slot is not None:
             slot.store = store
@@ -215,7 +215,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
     )
 
 
-def _skeleton(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> nn.Module:
+def _skeleton(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -301,7 +301,7 @@ def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 
 def _load_weights(
     checkpoint: Checkpoint, config: Any, dtype: str, trust_remote_code: bool
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> Any:  # (model, loading info)
     from transformers import AutoModelForCausalLM
 
     if dtype != "auto" and dtype not in DTYPES:

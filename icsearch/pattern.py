@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -109,7 +108,9 @@ def parse_retention(text: str) -> Fraction:
     try:
         value = Fraction(text.strip())
     except (ValueError, ZeroDivisionError):
-        raise PatternError(f"retention {text!r} is not a number: give a fraction such as 1/4 or a decimal such as 0.25") from None
+        raise PatternError(
+            f"retention {text!r} is not a number: give a fraction, as 1/4, or a decimal, as 0.25"
+        ) from None
     if not 0 < value <= 1:
         raise PatternError(f"retention {text} is out of range: give a value above 0 and at most 1, such as 1/4")
     return value
@@ -211,13 +212,13 @@ def load_pattern_file(path: Path) -> PatternFile:
     document = read_json(path, "a pattern.json that icsearch wrote")
     found = document.get("format") if isinstance(document, dict) else None
     if found != PATTERN_FORMAT:
-        raise PatternError(f"{path} has format {found!r}: expected {PATTERN_FORMAT!r}; write it again with this version")
+        raise PatternError(f"{path} has format {found!r}: expected {PATTERN_FORMAT!r}; write it with this version")
     try:
         return _from_json(document)
     except PatternError as error:
         raise PatternError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PatternError(f"{path} is damaged ({type(error).__name__}: {error}): write it again with icsearch") from None
+        raise PatternError(f"{path} is damaged ({type(error).__name__}: {error}): write it again") from None
 
 
 def _from_json(document: dict[str, Any]) -> PatternFile:
@@ -231,24 +232,14 @@ def _from_json(document: dict[str, Any]) -> PatternFile:
     return PatternFile(
         pattern=pattern,
         layer_indices=layer_indices,
+        method=document["method"],
+        strategy=document["strategy"],
+        objective=document["objective"],
+        baseline_loss=document["baseline_loss"],
+        loss=document["loss"],
         steps=steps,
-        **{
-            name: document.get(name, default)
-            for name, default in {
-                "method": "unknown",
-                "strategy": None,
-                "objective": None,
-                "baseline_loss": None,
-                "loss": None,
-                "model": {},
-                "calibration": {},
-                "cost": {},
-                "icsearch_version": None,
-            }.items()
-        },
+        model=document["model"],
+        calibration=document["calibration"],
+        cost=document["cost"],
+        icsearch_version=document["icsearch_version"],
     )
-
-
-def looks_like_letters(text: str) -> bool:
-    """True for something typed as a pattern rather than as a path or a name."""
-    return re.fullmatch(r"[FfSs]+", text) is not None

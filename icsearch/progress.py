@@ -12,10 +12,10 @@ from rich.table import Table
 
 from icsearch.plan import SearchPlan, format_bytes
 from icsearch.record import RunRecord
+from icsearch.requests import GreedyRequest
 from icsearch.statistics import mean_loss
 
 if TYPE_CHECKING:
-    from icsearch.greedy import GreedyRequest
     from icsearch.model import Layout
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -162,13 +162,22 @@ def _plan_rows(plan: SearchPlan, layout: Layout, record: RunRecord) -> list[tupl
         ("model", f"{escape(record.start['model']['name_or_path'])} ({layout.model_type}, {layout.num_layers} layers)"),
         ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
         ("evaluations", f"{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
-        ("layer evaluations", f"at most {plan.layer_evaluations}; one forward each: {plan.naive_layer_evaluations}"
-                              f" ({ratio:.1f} times as many)"),
-        ("memory", f"{format_bytes(plan.weight_bytes)} weights + {min(plan.branches_per_sweep, plan.candidates) + 1} "
-                   f"branches x {format_bytes(plan.branch_bytes)} + {format_bytes(plan.layer_bytes)} in a layer, "
-                   f"of {format_bytes(plan.memory_bytes)} (estimate)"),
-        ("numerics", f"{options['dtype']} on {options['device']}, {options['threads']} threads, "
-                     f"{options['batch_size']} sequences a call"),
+        (
+            "layer evaluations",
+            f"at most {plan.layer_evaluations}; one forward each: {plan.naive_layer_evaluations}"
+            f" ({ratio:.1f} times as many)",
+        ),
+        (
+            "memory",
+            f"{format_bytes(plan.weight_bytes)} weights + {min(plan.branches_per_sweep, plan.candidates) + 1} "
+            f"branches x {format_bytes(plan.branch_bytes)} + {format_bytes(plan.layer_bytes)} in a layer, "
+            f"of {format_bytes(plan.memory_bytes)} (estimate)",
+        ),
+        (
+            "numerics",
+            f"{options['dtype']} on {options['device']}, {options['threads']} threads, "
+            f"{options['batch_size']} sequences a call",
+        ),
     ]
     if layout.native_shared:
         shared = ", ".join(map(str, layout.native_shared))

@@ -9,7 +9,7 @@ from typing import Any
 
 from icsearch.errors import JournalError
 from icsearch.journal import Event, Journal
-from icsearch.pattern import FULL, Pattern, PatternFile, Step
+from icsearch.pattern import Pattern, PatternFile, Step
 from icsearch.statistics import Difference, mean_loss, paired_difference
 
 JOURNAL_NAME = "journal.jsonl"
@@ -17,11 +17,15 @@ JOURNAL_NAME = "journal.jsonl"
 
 @dataclass(frozen=True)
 class Commit:
-    """One committed flip; `ties` are the layers that the winner could not be told from (one paired std_err)."""
+    """One committed flip, and the flips it was chosen from.
+
+    `ties` are the layers that the winner could not be told from (within one paired std_err).
+    """
 
     step: int
     layer: int
     pattern: str
+    candidates: tuple[int, ...]
     ties: tuple[int, ...]
 
 
@@ -75,7 +79,9 @@ class RunRecord:
             self._apply_losses(event)
         elif kind == "commit":
             self.commits.append(
-                Commit(event["step"], event["layer"], event["pattern"], tuple(event["ties"]))
+                Commit(
+                    event["step"], event["layer"], event["pattern"], tuple(event["candidates"]), tuple(event["ties"])
+                )
             )
         elif kind == "note":
             self.notes.append(event["text"])
@@ -147,25 +153,29 @@ class RunRecord:
         )
 
     def candidates(self, step: int) -> list[Candidate]:
-        """Every flip scored completely in a step, by layer."""
-        before = self.commits[step - 2].pattern if step > 1 else self.start_pattern.letters
-        found = []
-        for letters in self.asked.get(step, []):
-            if self.sums(letters) is None:
-                continue
-            layer = next(i for i, (a, b) in enumerate(zip(before, letters, strict=True)) if a == FULL and b != FULL)
-            found.append(Candidate(step, layer, letters, self.loss(letters), self.difference(letters)))
-        return sorted(found, key=lambda candidate: candidate.layer)
+        """Every flip scored completely in a step (the last one may still be at work), by layer."""
+        before = Pattern(self.commits[step - 2].pattern) if step > 1 else self.start_pattern
+        if step <= len(self.commits):
+            layers = self.commits[step - 1].candidates
+        else:
+            asked = set(self.asked.get(step, []))
+            layers = tuple(layer for layer in before.full_layers[1:] if before.flip(layer).letters in asked)
+        flips = [(layer, before.flip(layer).letters) for layer in sorted(layers)]
+        return [
+            Candidate(step, layer, letters, self.loss(letters), self.difference(letters))
+            for layer, letters in flips
+            if self.sums(letters) is not None
+        ]
 
     def cost(self) -> dict[str, Any]:
         """What the search took. A layer evaluation is one decoder layer run once over all calibration sequences."""
-        candidates = sum(len(patterns) for step, patterns in self.asked.items() if step > 0)
+        candidates = sum(len(commit.candidates) for commit in self.commits)
         scored = candidates + len(self.asked.get(0, []))
         return {
             "candidate_evaluations": candidates,
             "layer_evaluations": self.layer_sequences / len(self.start["tokens"]),
             "naive_layer_evaluations": scored * self.start["decoder_layers"],
-            "seconds": self.seconds,
+            "seconds": round(self.seconds, 3),
         }
 
     def pattern_file(self) -> PatternFile:

@@ -12,6 +12,7 @@ from icsearch.strategies import split_stages
 
 OBJECTIVES = ("lm-loss",)
 STRATEGIES = ("exact",)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_RETENTION = Fraction(1, 4)
 
 
@@ -49,6 +50,7 @@ class GreedyRequest:
     def __post_init__(self) -> None:
         _check_choice("--objective", self.objective, OBJECTIVES)
         _check_choice("--strategy", self.strategy, STRATEGIES)
+        _check_choice("--dtype", self.dtype, DTYPES)
         if self.retention is not None and self.num_shared is not None:
             raise IcsearchError("--retention and --num-shared both say how far to go: give one of them")
 

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from icsearch.errors import JournalError
 from icsearch.files import sync_directory
@@ -14,6 +14,7 @@ from icsearch.journal import Event, Journal
 from icsearch.record import JOURNAL_NAME, RunRecord
 
 RESULT_NAMES = ("pattern.json", "curve.csv", "curve.png", "report.html")
+_LOCK_NAME = ".lock"
 _MUST_AGREE = ("options", "model", "calibration")
 
 
@@ -26,20 +27,34 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for this process. The lock dies with its process, however that dies."""
+        """Hold the directory for this process. The lock dies with its process, however that dies.
+
+        A directory in which nothing was begun is not left behind.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the block ends
+            lock = (self.path / _LOCK_NAME).open("w")
         except OSError as error:
             raise JournalError(f"cannot write to {self.path} ({error.strerror}): give another --out") from None
         with lock:
+            self._lock(lock)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise JournalError(
-                    f"another icsearch is running in {self.path}: wait for it, or give another --out"
-                ) from None
-            yield
+                yield
+            finally:
+                self._remove_if_unused()
+
+    def _lock(self, lock: TextIO) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JournalError(
+                f"another icsearch is running in {self.path}: wait for it, or give another --out"
+            ) from None
+
+    def _remove_if_unused(self) -> None:
+        if [path.name for path in self.path.iterdir()] == [_LOCK_NAME]:
+            (self.path / _LOCK_NAME).unlink()
+            self.path.rmdir()
 
     def existing(self) -> RunRecord | None:
         """The run so far, or None where none was started."""
@@ -53,9 +68,7 @@ class RunDirectory:
 
     def check_same(self, record: RunRecord, wanted: Event) -> None:
         """Refuse to continue a run whose options, model or calibration are others; says which differ."""
-        differences = [
-            line for part in _MUST_AGREE for line in _differences(part, record.start[part], wanted[part])
-        ]
+        differences = [line for part in _MUST_AGREE for line in _differences(part, record.start[part], wanted[part])]
         if differences:
             raise JournalError(
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}): "

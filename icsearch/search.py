@@ -99,6 +99,7 @@ class Search:
                 "step": step,
                 "layer": winner,
                 "pattern": flips[winner].letters,
+                "candidates": sorted(flips),
                 "ties": self._ties(winner, flips),
             }
         )
@@ -111,8 +112,7 @@ class Search:
         return [
             layer
             for layer, pattern in flips.items()
-            if layer != winner
-            and paired_difference(self._record.sums(pattern.letters) or [], best, tokens).is_tie
+            if layer != winner and paired_difference(self._record.sums(pattern.letters) or [], best, tokens).is_tie
         ]
 
     def _check_replay(self, step: int, winner: int) -> None:

@@ -119,9 +119,7 @@ class Sweeper:
         shared = [pattern for pattern in patterns if not pattern.is_full(position)]
         return [group for group in (full, shared) if group]
 
-    def _advance(
-        self, index: int, branch: Branch, patterns: list[Pattern], calls: list[list[LayerCall]]
-    ) -> Branch:
+    def _advance(self, index: int, branch: Branch, patterns: list[Pattern], calls: list[list[LayerCall]]) -> Branch:
         hidden_states, selections = [], []
         for states, selection, batch_calls in zip(branch.hidden_states, branch.selections, calls, strict=True):
             store = SelectionStore(patterns[0], selection)

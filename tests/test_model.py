@@ -126,7 +126,7 @@ def test_index_cannot_lead_out_of_the_directory(sharded: Path, tmp_path: Path) -
     copy = Path(shutil.copytree(sharded, tmp_path / "model"))
     index = copy / "model.safetensors.index.json"
     document = json.loads(index.read_text())
-    document["weight_map"] = {name: "../elsewhere.safetensors" for name in document["weight_map"]}
+    document["weight_map"] = dict.fromkeys(document["weight_map"], "../elsewhere.safetensors")
     index.write_text(json.dumps(document))
     with pytest.raises(ModelError, match="expected a file name inside"):
         load(copy)

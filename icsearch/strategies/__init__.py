@@ -1,4 +1,4 @@
-"""Search strategies: ask which flips to score, tell the losses, hear which flip to commit. They see numbers, no model."""
+"""Search strategies: they ask which flips to score, are told the losses, and commit one. They see no model."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from icsearch.pattern import Pattern
 from icsearch.strategies.exact import cheapest
@@ -12,7 +13,7 @@ def split_stages(num_layers: int, stages: int) -> tuple[range, ...]:
     """Contiguous blocks of layers whose sizes differ by one at most, the larger ones first."""
     size, larger = divmod(num_layers, stages)
     starts = [stage * size + min(stage, larger) for stage in range(stages + 1)]
-    return tuple(range(first, last) for first, last in zip(starts, starts[1:], strict=False))
+    return tuple(range(first, last) for first, last in pairwise(starts))
 
 
 class StagedGreedy:

@@ -1,0 +1,118 @@
+"""The one-way imports of the design, read from the sources; and that light commands stay light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "icsearch"
+
+# What each module may import of the package. Rows are in the order in which data flows.
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "files": set(),
+    "resources": set(),
+    "statistics": set(),
+    "pattern": {"errors", "files"},
+    "journal": {"errors", "files"},
+    "record": {"errors", "journal", "pattern", "statistics"},
+    "corpus": set(),
+    "sources": {"corpus", "errors"},
+    "calibration": {"", "errors", "files", "sources"},
+    "checkpoint": {"errors", "resources"},
+    "slot": {"errors", "pattern"},
+    "model": {"checkpoint", "errors", "pattern", "slot"},
+    "losses": set(),
+    "sweep": {"errors", "losses", "model", "pattern", "slot"},
+    "strategies": {"pattern"},
+    "requests": {"errors", "pattern", "strategies"},
+    "plan": {"errors", "pattern", "strategies"},
+    "rundir": {"errors", "files", "journal", "record"},
+    "search": {"errors", "journal", "pattern", "record", "statistics", "strategies"},
+    "greedy": {
+        "", "calibration", "checkpoint", "journal", "model", "pattern", "plan", "record", "requests", "rundir",
+        "search", "strategies", "sweep",
+    },
+    "report": {"errors", "export", "files", "journal", "pattern", "record", "statistics"},
+    "export": {"errors", "pattern", "statistics"},
+    "progress": {"model", "plan", "record", "requests", "statistics"},
+    "cli": {
+        "", "errors", "export", "greedy", "model", "pattern", "plan", "progress", "record", "report", "requests",
+    },
+    "__init__": set(),
+    "__main__": {"cli"},
+}  # fmt: skip
+
+NO_TORCH = [
+    "errors",
+    "pattern",
+    "journal",
+    "record",
+    "statistics",
+    "strategies",
+    "plan",
+    "requests",
+    "report",
+    "export",
+]
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    """First-level modules of the package that a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("icsearch.")}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "icsearch":
+            inner = node.module.split(".")[1:]
+            names = {alias.name for alias in node.names}
+            modules = {name for name in names if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()}
+            found |= {inner[0]} if inner else modules | ({""} if names - modules else set())
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    found: dict[str, set[str]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        module = module_of(path)
+        found.setdefault(module, set()).update(imports_of(path) - {module})
+    assert found.keys() == ALLOWED.keys()
+    wrong = {module: imported - ALLOWED[module] for module, imported in found.items() if imported - ALLOWED[module]}
+    assert wrong == {}
+
+
+def test_the_table_has_no_circle() -> None:
+    known: set[str] = {""}
+    left = dict(ALLOWED)
+    while left:
+        ready = [module for module, imported in left.items() if imported <= known]
+        assert ready, f"circle among {sorted(left)}"
+        for module in ready:
+            known.add(module)
+            del left[module]
+
+
+def loaded_by(code: str) -> set[str]:
+    script = f"{code}\nimport sys; print(' '.join(name for name in sys.modules if '.' not in name))"
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    return set(output.splitlines()[-1].split())
+
+
+@pytest.mark.parametrize("heavy", [{"torch", "transformers", "datasets", "matplotlib"}])
+def test_light_modules_load_nothing_heavy(heavy: set[str]) -> None:
+    light = "\n".join(f"import icsearch.{module}" for module in NO_TORCH)
+    assert loaded_by(light) & heavy == set()
+
+
+def test_help_loads_nothing_heavy() -> None:
+    code = "import sys\nfrom icsearch import cli\nfor a in (['--help'], ['greedy', '--help']): cli._run(a, False)"
+    assert loaded_by(code) & {"torch", "transformers", "datasets", "matplotlib", "numpy", "jinja2"} == set()

@@ -1,0 +1,385 @@
+"""The command line: bad input is one line and exit status 2; runs end, continue and refuse as the contract says."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from icsearch import cli
+
+CSV = Path("curve.csv")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """The command in this process: status, stdout, stderr."""
+    capsys.readouterr()
+    status = cli._run([str(argument) for argument in arguments], debug=False)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line of a refusal."""
+    status, out, err = run(capsys, *arguments)
+    assert status == 2, err
+    lines = [line for line in err.splitlines() if line.startswith("icsearch: ")]
+    assert len(lines) == 1, err
+    assert err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in err
+    assert out == ""
+    return lines[0]
+
+
+def greedy(model: Path, tokens: Path, out: Path, *more: object) -> list[object]:
+    return ["greedy", model, "--calibration", tokens, "--out", out, "--batch-size", 2, *more]
+
+
+def subprocess_command(arguments: list[object]) -> list[str]:
+    return [sys.executable, "-m", "icsearch", *map(str, arguments)]
+
+
+def same_result(first: Path, second: Path) -> bool:
+    """Equal pattern.json apart from what a run cost, and equal curve.csv to the last digit."""
+    documents = [json.loads((run / "pattern.json").read_text()) for run in (first, second)]
+    for document in documents:
+        document.pop("cost")
+    return documents[0] == documents[1] and (first / CSV).read_bytes() == (second / CSV).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(glm_checkpoint: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    command = subprocess_command(greedy(glm_checkpoint, tokens, out, "--num-shared", 3))
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_a_run_writes_the_contract(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"journal.jsonl", "pattern.json", "curve.csv", "curve.png", "report.html"} <= names
+    document = json.loads((finished / "pattern.json").read_text())
+    assert document["format"] == "icsearch.pattern/1"
+    assert document["num_layers"] == 6
+    assert document["pattern"].count("S") == 3
+    assert document["full_layers"] == [i for i, letter in enumerate(document["pattern"]) if letter == "F"]
+    assert document["retention"] == 0.5
+    assert document["layer_indices"] == list(range(6))
+    assert [step["step"] for step in document["steps"]] == [1, 2, 3]
+    assert document["loss"] == document["steps"][-1]["loss"]
+    assert document["cost"]["candidate_evaluations"] == 5 + 4 + 3
+    assert set(document["calibration"]) >= {"fingerprint", "num_sequences", "seq_len", "source"}
+    assert set(document["model"]) >= {"name_or_path", "model_type", "fingerprint"}
+
+
+def test_finished_run_prints_its_result(
+    capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path
+) -> None:
+    before = (finished / "journal.jsonl").read_bytes()
+    status, out, err = run(capsys, *greedy(glm_checkpoint, tokens, finished, "--num-shared", 3))
+    assert status == 0
+    assert json.loads((finished / "pattern.json").read_text())["pattern"] in out.replace(" ", "")
+    assert "finished" in err
+    assert (finished / "journal.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--num-shared", 2], "num_shared 3, now 2"),
+        (["--num-shared", 3, "--stages", 2], "stages 1, now 2"),
+        (["--num-shared", 3, "--dtype", "bfloat16"], "dtype float32, now bfloat16"),
+        (["--num-shared", 3, "--keep-full", "2"], "keep_full"),
+        (["--num-shared", 3, "--threads", "1"], "threads 2, now 1"),
+    ],
+)
+def test_other_options_are_refused(
+    capsys: pytest.CaptureFixture[str],
+    finished: Path,
+    glm_checkpoint: Path,
+    tokens: Path,
+    change: list[object],
+    named: str,
+) -> None:
+    before = (finished / "journal.jsonl").read_bytes()
+    line = refused(capsys, *greedy(glm_checkpoint, tokens, finished, *change))
+    assert named in line
+    assert "--fresh" in line
+    assert (finished / "journal.jsonl").read_bytes() == before
+
+
+def test_other_model_and_other_tokens_are_refused(
+    capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    other_model = tiny.save_checkpoint(tmp_path / "model", seed=7)
+    other_tokens = tiny.save_tokens(tmp_path / "tokens", seed=7)
+    assert "model fingerprint" in refused(capsys, *greedy(other_model, tokens, finished, "--num-shared", 3))
+    line = refused(capsys, *greedy(glm_checkpoint, other_tokens, finished, "--num-shared", 3))
+    assert "calibration fingerprint" in line
+
+
+def test_fresh_starts_over(
+    capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(finished, tmp_path / "run"))
+    status, _, _ = run(capsys, *greedy(glm_checkpoint, tokens, copy, "--num-shared", 2, "--fresh"))
+    assert status == 0
+    assert len(json.loads((copy / "pattern.json").read_text())["steps"]) == 2
+
+
+@pytest.mark.parametrize("memory", ["750kB", "740kB"])
+def test_memory_budget_changes_no_bit(
+    capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path, memory: str
+) -> None:
+    arguments = greedy(glm_checkpoint, tokens, tmp_path / "run", "--num-shared", 3, "--memory", memory, "--quiet")
+    status, _, err = run(capsys, *arguments)
+    assert (status, err) == (0, "")
+    assert same_result(tmp_path / "run", finished)
+    first = json.loads((finished / "pattern.json").read_text())["cost"]
+    second = json.loads((tmp_path / "run" / "pattern.json").read_text())["cost"]
+    assert second["layer_evaluations"] > first["layer_evaluations"]  # the budget did split the sweeps
+
+
+def test_stages_and_keep_full(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    arguments = greedy(glm_checkpoint, tokens, tmp_path / "run", "--num-shared", 3, "--stages", 2, "--keep-full", "1")
+    assert run(capsys, *arguments)[0] == 0
+    pattern = json.loads((tmp_path / "run" / "pattern.json").read_text())["pattern"]
+    assert pattern == "FFSFSS"  # 1 and the blocks' first layers 0 and 3 stay
+
+
+BAD_REQUESTS: dict[str, tuple[list[object], str]] = {
+    "too many flips": (["--num-shared", 6], "give --num-shared 5 or less"),
+    "too many for the stages": (["--num-shared", 4, "--stages", 3], "give --num-shared 3 or less"),
+    "too many for keep-full": (["--num-shared", 5, "--keep-full", "3"], "give --num-shared 4 or less"),
+    "no flips": (["--num-shared", 0], "give at least 1"),
+    "negative flips": (["--num-shared", -2], "give at least 1"),
+    "retention 1": (["--retention", 1], "nothing to flip"),
+    "retention 0": (["--retention", 0], "out of range"),
+    "retention words": (["--retention", "half"], "'half' is not a number"),
+    "both": (["--retention", "1/2", "--num-shared", 2], "give one of them"),
+    "keep-full beyond": (["--keep-full", "9"], "expected DSA layers 0 to 5"),
+    "keep-full words": (["--keep-full", "1,x"], "'x'"),
+    "keep-full negative": (["--keep-full=-1"], "'-1'"),
+    "no stages": (["--stages", 0], "give 1 to 6"),
+    "too many stages": (["--stages", 7], "give 1 to 6"),
+    "unknown objective": (["--objective", "vibes"], "give lm-loss"),
+    "unknown strategy": (["--strategy", "guess"], "give exact"),
+    "unknown device": (["--device", "abacus"], "give auto, cpu, cuda"),
+    "unknown dtype": (["--dtype", "int4"], "give auto or float32"),
+    "memory words": (["--memory", "lots"], "8GB or 500MB"),
+    "memory too small": (["--memory", "1kB"], "raise --memory"),
+    "batch size 0": (["--batch-size", 0], "--batch-size"),
+    "threads 0": (["--threads", 0], "--threads"),
+    "unknown option": (["--retenton", "1/4"], "--retenton"),
+    "no such source": (["--calibration", "nowhere.txt"], "nowhere.txt"),
+    "unknown extension": (["--calibration", "tokens.docx"], "tokens.docx"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_REQUESTS)
+def test_bad_requests(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path, case: str
+) -> None:
+    options, expected = BAD_REQUESTS[case]
+    out = tmp_path / "run"
+    assert expected in refused(capsys, *greedy(glm_checkpoint, tokens, out, *options))
+    assert not (out / "journal.jsonl").exists() or case == "memory too small"
+
+
+def test_calibration_is_required(capsys: pytest.CaptureFixture[str], glm_checkpoint: Path) -> None:
+    assert "--calibration" in refused(capsys, "greedy", glm_checkpoint)
+
+
+def test_sequences_no_longer_than_a_selection(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path
+) -> None:
+    short = tiny.save_tokens(tmp_path / "short", length=8)
+    assert "index_topk of 8" in refused(capsys, *greedy(glm_checkpoint, short, tmp_path / "run"))
+    assert "index_topk of 8" in refused(
+        capsys, "greedy", glm_checkpoint, "--calibration", "demo", "--seq-len", 8, "--out", tmp_path / "run"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_calibrate_then_hit_then_refuse(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path
+) -> None:
+    arguments: list[object] = ["calibrate", glm_checkpoint, "demo", "--out", tmp_path / "c", "--seq-len", 32]
+    assert "written" in run(capsys, *arguments, "--num-sequences", 3)[1]
+    assert "reused" in run(capsys, *arguments, "--num-sequences", 3)[1]
+    assert "num_sequences" in refused(capsys, *arguments, "--num-sequences", 4)
+    assert "written" in run(capsys, *arguments, "--num-sequences", 4, "--fresh")[1]
+    status, _, err = run(capsys, *greedy(glm_checkpoint, tmp_path / "c", tmp_path / "run", "--num-shared", 1))
+    assert status == 0, err
+
+
+def test_greedy_from_a_text_file_uses_its_cache(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{i} the cat sat on the mat " * 5}) + "\n" for i in range(40)))
+    sizes = ["--seq-len", 32, "--num-sequences", 3, "--num-shared", 1]
+    arguments = greedy(glm_checkpoint, text, tmp_path / "run", *sizes)
+    assert "made now" in run(capsys, *arguments)[2]
+    assert "from the cache" in run(capsys, *arguments)[2]
+
+
+def test_broken_checkpoints_through_the_command_line(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(glm_checkpoint, tmp_path / "model"))
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "truncated or damaged" in refused(capsys, *greedy(copy, tokens, tmp_path / "run"))
+    weights.unlink()
+    assert "found no weights" in refused(capsys, *greedy(copy, tokens, tmp_path / "run"))
+    assert "no checkpoint at" in refused(capsys, *greedy(tmp_path / "none", tokens, tmp_path / "run"))
+    assert "the hub did not deliver" in refused(capsys, *greedy(Path("zai-org/GLM-5"), tokens, tmp_path / "run"))
+
+
+def test_out_is_a_file(capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("in the way")
+    assert "give another --out" in refused(capsys, *greedy(glm_checkpoint, tokens, tmp_path / "run"))
+
+
+def test_second_process_on_a_run_is_refused(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    from icsearch.rundir import RunDirectory
+
+    with RunDirectory(tmp_path / "run").locked():
+        assert "another icsearch is running" in refused(capsys, *greedy(glm_checkpoint, tokens, tmp_path / "run"))
+
+
+def test_killed_by_sigkill_in_the_middle_and_continued(
+    finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    """The real command, killed once behind its first losses, then run again."""
+    out = tmp_path / "run"
+    command = subprocess_command(greedy(glm_checkpoint, tokens, out, "--num-shared", 3))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if (out / "journal.jsonl").exists() and (out / "journal.jsonl").read_bytes().count(b"\n") >= 3:
+            process.kill()
+        time.sleep(0.001)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "pattern.json").exists()
+    before = (out / "journal.jsonl").read_bytes()
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "continuing" in result.stderr
+    assert (out / "journal.jsonl").read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    assert same_result(out, finished)
+
+
+def _search_in_child(arguments: list[str]) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.exit(cli._run(arguments, debug=False))
+
+
+def test_killed_at_many_random_points(finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
+    """Processes from a warm fork server, each killed once the journal has grown by a random number of bytes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["icsearch.greedy", "icsearch.report"])
+    arguments = [str(a) for a in greedy(glm_checkpoint, tokens, tmp_path / "run", "--num-shared", 3)]
+    journal = tmp_path / "run" / "journal.jsonl"
+    chance, kills = random.Random(5), 0
+    while True:
+        process = context.Process(target=_search_in_child, args=(arguments,))
+        process.start()
+        enough = _size(journal) + chance.randrange(1, 900)
+        while process.exitcode is None and _size(journal) < enough:
+            time.sleep(0.0005)
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+    assert kills >= 3
+    assert same_result(tmp_path / "run", finished)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def test_interrupt_is_130_and_continues(finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = subprocess_command(greedy(glm_checkpoint, tokens, out, "--num-shared", 3))
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (out / "journal.jsonl").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert same_result(out, finished)
+
+
+def test_full_disk_is_one_line_and_continues(
+    finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    """A file-size limit stops the journal in the middle of a line, as a full disk would."""
+    out = tmp_path / "run"
+    command = subprocess_command(greedy(glm_checkpoint, tokens, out, "--num-shared", 3))
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+    result = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert result.returncode == 1, result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("icsearch: the disk is full")
+    assert "Traceback" not in result.stderr
+    assert (out / "journal.jsonl").stat().st_size == 3000  # torn in the middle of an event
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert same_result(out, finished)
+
+
+def test_debug_shows_the_traceback(glm_checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "icsearch", "export", "none.json", "--engine", "vllm", "--debug"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+
+
+def test_version_and_no_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[:2] == (0, f"icsearch {cli.__version__}\n")
+    assert "greedy" in run(capsys)[1]
+
+
+def test_export_and_report(capsys: pytest.CaptureFixture[str], finished: Path, tmp_path: Path) -> None:
+    document = json.loads((finished / "pattern.json").read_text())
+    status, out, _ = run(capsys, "export", finished / "pattern.json", "--engine", "vllm")
+    assert status == 0
+    assert document["pattern"] in out
+    status, out, _ = run(capsys, "export", finished / "pattern.json", "--engine", "vllm", "--retention", "5/6")
+    assert document["steps"][0]["pattern"] in out
+    page = tmp_path / "page.html"
+    assert run(capsys, "report", finished, "--out", page)[0] == 0
+    assert document["pattern"] in page.read_text()
+    assert "holds 3 to 6 of 6" in refused(
+        capsys, "export", finished / "pattern.json", "--engine", "vllm", "--retention", "1/6"
+    )
+    assert "tgi" in refused(capsys, "export", finished / "pattern.json", "--engine", "tgi")
+    assert "no file" in refused(capsys, "export", tmp_path / "none.json", "--engine", "vllm")
+    assert "journal.jsonl" in refused(capsys, "report", tmp_path, "--out", page)

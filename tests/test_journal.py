@@ -1,0 +1,87 @@
+"""The journal: whole events or none, whatever byte a process dies at."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icsearch.errors import JournalError
+from icsearch.journal import JOURNAL_FORMAT, Event, Journal
+
+START: Event = {"event": "start", "format": JOURNAL_FORMAT}
+
+
+def written(path: Path, events: list[Event]) -> Journal:
+    journal = Journal(path)
+    for event in events:
+        journal.append(event)
+    return journal
+
+
+def test_round_trip_keeps_every_bit(tmp_path: Path) -> None:
+    values = [0.1 + 0.2, 1e-308, 302.57669830322266, -0.0, 5e-324]
+    events = [START, {"event": "losses", "nll": [values], "text": "ünïcode \n newline"}]
+    found = written(tmp_path / "j", events).events()
+    assert found == events
+    assert [value.hex() for value in found[1]["nll"][0]] == [value.hex() for value in values]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut=st.integers(0, 400), extra=st.integers(1, 3))
+def test_cut_at_any_byte_then_continued(tmp_path_factory: pytest.TempPathFactory, cut: int, extra: int) -> None:
+    events = [START, *({"event": "note", "text": "x" * 20 * i} for i in range(5))]
+    path = tmp_path_factory.mktemp("cut") / "journal.jsonl"
+    journal = written(path, events)
+    data = path.read_bytes()
+    kept = data[: min(cut, len(data))]
+    path.write_bytes(kept)
+    whole = kept.count(b"\n")
+    assert journal.events() == events[:whole]
+    assert journal.exists() == (whole > 0)
+    if whole == 0:
+        journal.append(START)
+        whole = 1
+    for number in range(extra):
+        journal.append({"event": "note", "text": str(number)})
+    assert len(journal.events()) == whole + extra
+
+
+def test_torn_tail_longer_than_a_block(tmp_path: Path) -> None:
+    journal = written(tmp_path / "j", [START])
+    with open(tmp_path / "j", "ab") as file:
+        file.write(b'{"event":"note","text":"' + b"y" * 200_000)
+    journal.append({"event": "note", "text": "z"})
+    assert journal.events() == [START, {"event": "note", "text": "z"}]
+
+
+def test_nan_is_never_written(tmp_path: Path) -> None:
+    journal = written(tmp_path / "j", [START])
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        journal.append({"event": "losses", "nll": [float("nan")]})
+    assert journal.events() == [START]
+
+
+@pytest.mark.parametrize("line", [b"garbage", b"[]", b'{"no": "event"}', b"\xff"])
+def test_damage_in_the_middle_names_the_line(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "j"
+    written(path, [START])
+    with open(path, "ab") as file:
+        file.write(line + b"\n" + json.dumps({"event": "note", "text": ""}).encode() + b"\n")
+    with pytest.raises(JournalError, match="damaged at line 2"):
+        Journal(path).events()
+
+
+def test_unknown_version_is_refused(tmp_path: Path) -> None:
+    journal = written(tmp_path / "j", [{**START, "format": "icsearch.journal/2"}])
+    with pytest.raises(JournalError, match="icsearch.journal/2"):
+        journal.events()
+
+
+def test_no_journal(tmp_path: Path) -> None:
+    assert not Journal(tmp_path / "none").exists()
+    with pytest.raises(JournalError, match="cannot read"):
+        Journal(tmp_path / "none").events()

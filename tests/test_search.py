@@ -1,0 +1,151 @@
+"""The search loop with a made-up scorer: journal, resume and refusal, without a model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from icsearch.errors import JournalError
+from icsearch.journal import JOURNAL_FORMAT, Event, Journal
+from icsearch.pattern import Pattern
+from icsearch.progress import Quiet
+from icsearch.record import RunRecord
+from icsearch.search import Scores, Search
+from icsearch.strategies import ExactGreedy, StagedGreedy, Strategy
+
+LAYERS, SEQUENCES, FLIPS = 6, 5, 3
+START: Event = {
+    "event": "start",
+    "format": JOURNAL_FORMAT,
+    "icsearch_version": "0",
+    "options": {"method": "greedy", "strategy": "exact", "objective": "lm-loss", "num_shared": FLIPS},
+    "model": {},
+    "calibration": {},
+    "decoder_layers": LAYERS,
+    "layer_indices": list(range(LAYERS)),
+    "start_pattern": "F" * LAYERS,
+    "references": {"uniform:1/2": "FSFSFS"},
+    "tokens": [10] * SEQUENCES,
+}
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+class MadeUp:
+    """Random losses fixed by pattern and sequence; counts what it is asked, and dies when told to."""
+
+    def __init__(self, patterns_per_sweep: int = 3, wave: int = 2, sweeps_to_live: int = 10**9) -> None:
+        self.patterns_per_sweep = patterns_per_sweep
+        self.waves: Sequence[tuple[int, int]] = [
+            (first, min(first + wave, SEQUENCES)) for first in range(0, SEQUENCES, wave)
+        ]
+        self.scored: list[tuple[str, int]] = []
+        self._left = sweeps_to_live
+
+    def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
+        if self._left == 0:
+            raise Killed
+        self._left -= 1
+        self.scored += [(p.letters, s) for p in patterns for s in range(*wave)]
+        return Scores({p.letters: [made_up_nll(p, s) for s in range(*wave)] for p in patterns}, 1)
+
+
+def made_up_nll(pattern: Pattern, sequence: int) -> float:
+    return 20 + random.Random(f"{pattern}:{sequence}").random() + len(pattern.shared_layers)
+
+
+def exact() -> Strategy:
+    return ExactGreedy(Pattern.full(LAYERS), frozenset(), FLIPS)
+
+
+def staged() -> Strategy:
+    return StagedGreedy(Pattern.full(LAYERS), frozenset(), FLIPS, 2)
+
+
+def run(path: Path, scorer: MadeUp, strategy: Callable[[], Strategy] = exact) -> RunRecord:
+    journal = Journal(path)
+    if not journal.exists():
+        journal.append(START)
+    record = RunRecord.replay(journal.events())
+    return Search(journal, record, strategy(), scorer, Quiet(), lambda patterns: 1).run()
+
+
+def outcome(record: RunRecord) -> tuple[object, ...]:
+    """Everything but time: losses to the last bit, commits, ties."""
+    return record.nll, record.commits, record.pattern, record.finished
+
+
+@pytest.mark.parametrize("strategy", [exact, staged])
+def test_killed_after_any_sweep_and_resumed(tmp_path: Path, strategy: Callable[[], Strategy]) -> None:
+    whole = MadeUp()
+    expected = outcome(run(tmp_path / "whole", whole, strategy))
+    total = len(whole.scored)
+    for sweeps in range(12):
+        path = tmp_path / f"killed{sweeps}"
+        first, second = MadeUp(sweeps_to_live=sweeps), MadeUp()
+        with pytest.raises(Killed):
+            run(path, first, strategy)
+        assert outcome(run(path, second, strategy)) == expected
+        assert len(first.scored) + len(second.scored) == total  # nothing is scored twice
+
+
+@pytest.mark.parametrize(("patterns", "wave"), [(1, 1), (2, 3), (100, 5)])
+def test_splits_do_not_change_the_outcome(tmp_path: Path, patterns: int, wave: int) -> None:
+    expected = run(tmp_path / "a", MadeUp())
+    found = run(tmp_path / "b", MadeUp(patterns, wave))
+    assert outcome(found) == outcome(expected)
+
+
+def test_finished_run_scores_nothing(tmp_path: Path) -> None:
+    run(tmp_path / "j", MadeUp())
+    again = MadeUp()
+    assert run(tmp_path / "j", again).finished
+    assert again.scored == []
+
+
+def test_torn_tail_costs_one_sweep_at_most(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    expected = outcome(run(path, MadeUp()))
+    data = path.read_bytes()
+    start = data.index(b"\n") + 1
+    for cut in random.Random(0).sample(range(start, len(data)), 40):
+        path.write_bytes(data[:cut])
+        assert outcome(run(path, MadeUp())) == expected
+
+
+def test_ties_by_the_paired_error(tmp_path: Path) -> None:
+    record = run(tmp_path / "j", MadeUp())
+    for commit in record.commits:
+        for candidate in record.candidates(commit.step):
+            if candidate.layer != commit.layer:
+                difference = record.difference(candidate.pattern, commit.pattern)
+                assert (candidate.layer in commit.ties) == (abs(difference.delta) <= difference.std_err)
+
+
+def test_changed_losses_are_noticed(tmp_path: Path) -> None:
+    """A journal whose commits do not follow from its losses is refused, not continued."""
+    path = tmp_path / "j"
+    run(path, MadeUp())
+    lines = path.read_text().splitlines(keepends=True)
+    commit = next(i for i, line in enumerate(lines) if '"commit"' in line)
+    layer = Journal(path).events()[commit]["layer"]
+    lines[commit] = lines[commit].replace(f'"layer":{layer}', f'"layer":{layer % 5 + 1}')
+    path.write_text("".join(lines[:-1]))
+    with pytest.raises(JournalError, match="its losses say"):
+        run(path, MadeUp())
+
+
+def test_candidates_and_steps(tmp_path: Path) -> None:
+    record = run(tmp_path / "j", MadeUp())
+    assert [c.layer for c in record.candidates(1)] == [1, 2, 3, 4, 5]
+    steps = record.steps()
+    for step in steps:
+        best = min(record.candidates(step.step), key=lambda c: (c.loss, c.layer))
+        assert (step.layer, step.loss) == (best.layer, best.loss)
+    assert record.cost()["candidate_evaluations"] == 5 + 4 + 3
+    assert record.cost()["naive_layer_evaluations"] == (5 + 4 + 3 + 2) * LAYERS

@@ -1,0 +1,49 @@
+"""Losses and paired errors against textbook formulas."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+
+from icsearch.statistics import Difference, mean_loss, paired_difference
+
+TOKENS = [10, 10, 10, 10]
+
+
+def test_equal_lengths_give_the_standard_error_of_the_mean() -> None:
+    nll, reference = [25.0, 31.0, 28.0, 40.0], [24.0, 29.0, 28.5, 35.0]
+    found = paired_difference(nll, reference, TOKENS)
+    per_sequence = [(a - b) / 10 for a, b in zip(nll, reference, strict=True)]
+    assert found.delta == pytest.approx(statistics.mean(per_sequence))
+    assert found.std_err == pytest.approx(statistics.stdev(per_sequence) / math.sqrt(4))
+
+
+def test_unequal_lengths_weigh_by_tokens() -> None:
+    """A difference in proportion to length is the same per token everywhere, so it has no error."""
+    tokens = [5, 10, 20]
+    found = paired_difference([t * 1.5 for t in tokens], [t * 1.0 for t in tokens], tokens)
+    assert found.delta == pytest.approx(0.5)
+    assert found.std_err == pytest.approx(0.0, abs=1e-12)
+
+
+def test_identical_losses() -> None:
+    assert paired_difference([1.0, 2.0], [1.0, 2.0], [3, 4]) == Difference(0.0, 0.0)
+    assert Difference(0.0, 0.0).is_tie
+
+
+def test_one_sequence_has_no_error_and_decides_nothing() -> None:
+    found = paired_difference([2.0], [1.0], [4])
+    assert found.delta == 0.25
+    assert math.isnan(found.std_err)
+    assert found.is_tie
+
+
+def test_tie_is_within_one_standard_error() -> None:
+    assert Difference(0.1, 0.1).is_tie
+    assert not Difference(-0.2, 0.1).is_tie
+
+
+def test_mean_loss() -> None:
+    assert mean_loss([10.0, 20.0], [5, 10]) == 2.0
