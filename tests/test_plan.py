@@ -1,0 +1,89 @@
+"""The plan: counts against brute force, memory by its formula, sizes as typed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from icsearch.errors import IcsearchError
+from icsearch.pattern import Pattern
+from icsearch.plan import BatchShape, format_bytes, parse_bytes, patterns_per_sweep, preview
+from icsearch.strategies import ExactGreedy, make_strategy
+
+SHAPE = BatchShape(
+    batch_size=2,
+    seq_len=100,
+    hidden_size=32,
+    dtype_bytes=2,
+    index_topk=16,
+    index_heads=4,
+    index_head_dim=8,
+    attention_heads=2,
+)
+
+
+def tree_nodes(patterns: list[Pattern]) -> int:
+    return len({pattern.letters[: i + 1] for pattern in patterns for i in range(len(pattern))})
+
+
+@pytest.mark.parametrize("num_layers", [2, 5, 9])
+def test_exact_evaluations_are_the_papers(num_layers: int) -> None:
+    """A full search costs N(N-1)/2 evaluations (paper, Algorithm 1)."""
+    strategy = ExactGreedy(Pattern.full(num_layers), frozenset(), num_layers - 1)
+    assert preview(strategy, tree_nodes)[0] == num_layers * (num_layers - 1) // 2
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_preview_bounds_every_search_from_above(stages: int) -> None:
+    """Played through with every possible choice of commits, no search takes more layer runs than the preview says."""
+    num_layers, flips = 6, 3
+    most = preview(make_strategy(Pattern.full(num_layers), frozenset(), flips, stages), tree_nodes)
+    chance = random.Random(0)
+    for _ in itertools.repeat(None, 200):
+        strategy = make_strategy(Pattern.full(num_layers), frozenset(), flips, stages)
+        evaluations = runs = 0
+        while layers := strategy.ask():
+            evaluations += len(layers)
+            runs += tree_nodes([strategy.pattern.flip(layer) for layer in layers])
+            strategy.tell({layer: chance.random() for layer in layers})
+        assert evaluations == most[0]
+        assert runs <= most[1]
+
+
+def test_branch_and_layer_bytes() -> None:
+    assert SHAPE.branch_bytes == 2 * 100 * (32 * 2 + 16 * 4)
+    assert SHAPE.layer_bytes == 2 * 100**2 * (2 * 4 + 8 + 3 + 2) * 4
+
+
+def test_budget_decides_how_many_live() -> None:
+    fixed = SHAPE.layer_bytes
+    assert patterns_per_sweep(SHAPE, fixed + 10 * SHAPE.branch_bytes) == 8
+    assert patterns_per_sweep(SHAPE, fixed + 3 * SHAPE.branch_bytes) == 1
+    with pytest.raises(IcsearchError, match="raise --memory"):
+        patterns_per_sweep(SHAPE, fixed + 2 * SHAPE.branch_bytes)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 * 2**29), ("1000", 1000), ("2K", 2000), ("3B", 3)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "8 apples", "0", "1e9", "8GBB"])
+def test_bad_sizes(text: str) -> None:
+    with pytest.raises(IcsearchError, match="is not a size"):
+        parse_bytes(text)
+
+
+def test_sizes_for_people() -> None:
+    assert [format_bytes(n) for n in (5, 1234, 2_500_000, 18 * 10**9, 7 * 10**12)] == [
+        "5 B",
+        "1.2 kB",
+        "2.5 MB",
+        "18.0 GB",
+        "7.0 TB",
+    ]

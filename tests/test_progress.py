@@ -1,0 +1,65 @@
+"""What a run shows: plain lines off a terminal, a live bar on one."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from test_search import START, MadeUp, exact
+
+from icsearch.journal import Journal
+from icsearch.progress import Live, Plain, Quiet, RunClock, format_seconds, make_listener
+from icsearch.record import RunRecord
+from icsearch.search import Search
+
+
+def shown(path: Path, kind: type[Plain], terminal: bool) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100, highlight=False)
+    listener = kind(console)
+    journal = Journal(path)
+    journal.append(START)
+    record = RunRecord.replay(journal.events())
+    Search(journal, record, exact(), MadeUp(), listener, lambda patterns: 1).run()
+    listener.close()
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    return output.getvalue()
+
+
+def test_plain_lines(tmp_path: Path) -> None:
+    lines = shown(tmp_path / "j", Plain, terminal=False)
+    assert "\x1b" not in lines
+    assert "baseline: scoring 2 patterns" in lines
+    assert "step 1: scoring 5 patterns" in lines
+    for step in (1, 2, 3):
+        assert f"step {step}/3: layer" in lines
+
+
+def test_live_bar_leaves_one_line_for_each_commit(tmp_path: Path) -> None:
+    output = shown(tmp_path / "j", Live, terminal=True)
+    assert "best so far layer" in output
+    assert sum(f"step {step}/3: layer" in output for step in (1, 2, 3)) == 3
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    listener = make_listener(quiet=True)
+    assert type(listener) is Quiet
+    journal = Journal(tmp_path / "j")
+    journal.append(START)
+    Search(journal, RunRecord.replay(journal.events()), exact(), MadeUp(), listener, lambda patterns: 1).run()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_remaining_time_is_unknown_until_something_was_measured() -> None:
+    clock = RunClock()
+    clock.total = 10
+    assert clock.remaining() == "time left unknown"
+    clock.start_step(1, 10)
+    clock.advance(10)
+    assert clock.remaining() == "at most 0:00 left"
+
+
+def test_seconds() -> None:
+    assert [format_seconds(s) for s in (0, 61, 3661.4)] == ["0:00", "1:01", "1:01:01"]
