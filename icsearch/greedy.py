@@ -199,17 +199,25 @@ def _start_event(
         "decoder_layers": layout.num_layers,
         "layer_indices": list(layout.layer_indices),
         "start_pattern": start.letters,
-        "references": references(start),
+        "references": references(start, num_shared),
         "blocks": [[block.start, block.stop] for block in split_stages(len(start), request.stages)],
         "tokens": batches.counted_tokens(),
     }
 
 
-def references(start: Pattern) -> dict[str, str]:
-    """Uniform patterns to compare with; those that ask F of a native S layer cannot be run and are left out."""
-    uniform = {f"uniform:{r}": Pattern.uniform(len(start), r) for r in REFERENCE_RETENTIONS}
-    possible = {name: p for name, p in uniform.items() if all(start.is_full(layer) for layer in p.full_layers)}
-    return {name: pattern.letters for name, pattern in possible.items()}
+def references(start: Pattern, num_shared: int) -> dict[str, str]:
+    """Uniform patterns to compare with: at 1/2, 1/4, 1/8, and with as many F layers as the search will keep.
+
+    Those that ask F of a native S layer cannot be run and are left out.
+    """
+    kept = Fraction(len(start.full_layers) - num_shared, len(start))
+    found: dict[str, str] = {}
+    for retention in (*REFERENCE_RETENTIONS, kept):
+        pattern = Pattern.uniform(len(start), retention)
+        possible = all(start.is_full(layer) for layer in pattern.full_layers)
+        if possible and pattern.letters not in found.values():
+            found[f"uniform:{retention}"] = pattern.letters
+    return found
 
 
 def environment() -> dict[str, Any]:
