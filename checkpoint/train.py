@@ -27,16 +27,17 @@ from seeding import build_model
 class Recipe:
     """Everything that decides the result."""
 
-    seed: int = 1
+    seed: int = 3
     seq_len: int = 256
     batch_size: int = 16
     far_layers: tuple[int, ...] = (1, 6, 11)
     windows: tuple[int, ...] = (8, 0, 4, 8, 4, 4, 0, 4, 8, 4, 4, 0, 4, 8, 4, 4)
-    index_topk: int = 8
+    far_head_windows: tuple[int, ...] = (0, 0, 4, 4)
+    index_topk: int = 16
     rope_theta: float = 100.0
-    dense_steps: int = 500
-    indexer_steps: int = 200
-    sparse_steps: int = 350
+    dense_steps: int = 360
+    indexer_steps: int = 160
+    sparse_steps: int = 240
     muon_lr: float = 0.01
     adam_lr: float = 2e-3
     indexer_lr: float = 0.02
@@ -68,12 +69,17 @@ class Trainer:
         hidden = self.model.model.embed_tokens(batch.input_ids)
         tapped, total_kl = [], torch.zeros(())
         for index, layer in enumerate(self.model.model.layers):
-            window = self.recipe.windows[index] if mode != "sparse" else 0
-            hidden, kl = self.layer_fn(layer, hidden, self.cos, self.sin, mode, window)
+            hidden, kl = self.layer_fn(layer, hidden, self.cos, self.sin, mode, self.windows(index))
             total_kl = total_kl + kl
             if index in self.recipe.far_layers:
                 tapped.append(hidden)
         return hidden, tapped, total_kl
+
+    def windows(self, layer: int) -> tuple[int, ...]:
+        """What the heads of a layer may see before the indexers choose; 0 means everything."""
+        if layer in self.recipe.far_layers:
+            return self.recipe.far_head_windows
+        return (self.recipe.windows[layer],) * len(self.recipe.far_head_windows)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.model.lm_head(twin.rms_norm(hidden, self.model.model.norm)).float()

@@ -73,15 +73,25 @@ def causal_mask(length: int, window: int) -> torch.Tensor:
     return (distance >= 0) & ((distance < window) if window else (distance >= 0))
 
 
-def attend(attn: nn.Module, x, cos, sin, mode: str, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_attention(query, key, value, windows: tuple[int, ...], scaling: float) -> torch.Tensor:
+    """Attention to all earlier tokens or to a window of them, as `windows` says for every head."""
+    if len(set(windows)) > 1:
+        half = next(i for i in range(len(windows)) if windows[i] != windows[0])
+        near = dense_attention(query[:, half:], key[:, half:], value[:, half:], windows[half:], scaling)
+        far = dense_attention(query[:, :half], key[:, :half], value[:, :half], windows[:half], scaling)
+        return torch.cat([far, near], dim=1)
+    if windows[0]:
+        return window_attention(query, key, value, windows[0], scaling)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling)
+
+
+def attend(attn: nn.Module, x, cos, sin, mode: str, windows: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of the attention [B, T, hidden] and the indexer's KL in nats per query (zero when `dense`)."""
     residual, query, key, value = project(attn, x, cos, sin)
     batch, length, _ = x.shape
     kl = x.new_zeros((), dtype=torch.float32)
-    if mode == "dense" and window:
-        out = window_attention(query, key, value, window, attn.scaling)
-    elif mode == "dense":
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=attn.scaling)
+    if mode == "dense":
+        out = dense_attention(query, key, value, windows, attn.scaling)
     else:
         seen = causal_mask(length, 0)
         scores = index_scores(attn.indexer, x.detach(), residual.detach(), cos, sin)
@@ -93,11 +103,34 @@ def attend(attn: nn.Module, x, cos, sin, mode: str, window: int) -> tuple[torch.
             out, weights = gathered_attention(query, key, value, chosen, seen, attn.scaling)
         else:
             logits = torch.matmul(query, key.transpose(-1, -2)).float() * attn.scaling
-            weights = logits.masked_fill(~causal_mask(length, window), float("-inf")).softmax(-1)
+            attended = torch.stack([causal_mask(length, window) for window in windows])
+            weights = logits.masked_fill(~attended, float("-inf")).softmax(-1)
             out = torch.matmul(weights.to(value.dtype), value)
         kl = divergence(weights.detach().mean(1), scores, seen)
     out = out.transpose(1, 2).reshape(batch, length, -1)
     return attn.o_proj(out), kl
+
+
+def attend_shared(
+    attn: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, chosen: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """Attention under a given selection [B, T, k], or under the layer's own where none is given.
+
+    Returns the output [B, T, hidden], the head-averaged attention over all earlier tokens [B, T, T] (what an indexer
+    that serves this layer should find), the indexer's scores [B, T, T] (None where it did not run), the selection.
+    """
+    residual, query, key, value = project(attn, x, cos, sin)
+    batch, length, _ = x.shape
+    seen, scores = causal_mask(length, 0), None
+    if chosen is None:
+        scores = index_scores(attn.indexer, x.detach(), residual.detach(), cos, sin).masked_fill(~seen, float("-inf"))
+        chosen = scores.detach().topk(min(attn.indexer.index_topk, length), dim=-1).indices
+    logits = torch.matmul(query, key.transpose(-1, -2)).float() * attn.scaling
+    target = logits.detach().masked_fill(~seen, float("-inf")).softmax(-1).mean(1)
+    selected = torch.zeros_like(target, dtype=torch.bool).scatter(-1, chosen, True) & seen
+    weights = logits.masked_fill(~selected.unsqueeze(1), float("-inf")).softmax(-1)
+    out = torch.matmul(weights.to(value.dtype), value).transpose(1, 2).reshape(batch, length, -1)
+    return attn.o_proj(out), target, scores, chosen
 
 
 def gathered_attention(query, key, value, chosen, seen, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,11 +170,20 @@ def swiglu(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
-def run_layer(layer: nn.Module, hidden, cos, sin, mode: str, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+def run_layer(layer: nn.Module, hidden, cos, sin, mode: str, windows: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """One decoder layer: hidden states [B, T, hidden] and the KL of its indexer."""
-    out, kl = attend(layer.self_attn, rms_norm(hidden, layer.input_layernorm), cos, sin, mode, window)
+    out, kl = attend(layer.self_attn, rms_norm(hidden, layer.input_layernorm), cos, sin, mode, windows)
     hidden = hidden + out
     return hidden + feed_forward(layer.mlp, rms_norm(hidden, layer.post_attention_layernorm)), kl
+
+
+def run_layer_shared(layer: nn.Module, hidden, cos, sin, chosen):
+    """One decoder layer by `attend_shared`: hidden states, attention target, scores, selection."""
+    normed = rms_norm(hidden, layer.input_layernorm)
+    out, target, scores, chosen = attend_shared(layer.self_attn, normed, cos, sin, chosen)
+    hidden = hidden + out
+    hidden = hidden + feed_forward(layer.mlp, rms_norm(hidden, layer.post_attention_layernorm))
+    return hidden, target, scores, chosen
 
 
 def rotary(model: nn.Module, length: int) -> tuple[torch.Tensor, torch.Tensor]:
