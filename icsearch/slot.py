@@ -7,6 +7,7 @@ indexer's place: as F it calls the indexer and remembers the selection, as S it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ class SelectionStore:
 
     pattern: Pattern
     selection: Any = None
+    # Where set, S layers run their own indexer beside, and this hears (position, borrowed, own selection).
+    probe: Callable[[int, Any, Any], None] | None = None
 
 
 class IndexerSlot(nn.Module):
@@ -50,6 +53,8 @@ class IndexerSlot(nn.Module):
             self.store.selection = self._compute(args, kwargs)
         elif self.store.selection is None:
             raise ModelError(f"DSA layer {self.position} is S, but no F layer ran before it in this pass")
+        elif self.store.probe is not None and self.inner is not None:
+            self.store.probe(self.position, self.store.selection, self._compute(args, kwargs))
         return self.store.selection
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
