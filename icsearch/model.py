@@ -15,7 +15,7 @@ from torch import nn
 from icsearch.checkpoint import Checkpoint
 from icsearch.errors import ModelError
 from icsearch.pattern import FULL, SHARED, Pattern
-from icsearch.slot import IndexerSlot, SelectionStore, find_indexers
+from icsearch.slot import SelectionStore, find_indexers, put_slot
 
 ATTENTION = "sdpa"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,25 +41,11 @@ class DsaModel:
         self.decoder = model.get_decoder()
         self.layers: list[nn.Module] = list(self.decoder.layers)
         self.lm_head: nn.Module = model.get_output_embeddings()
-        self.slots: list[IndexerSlot] = []
-        self.layer_indices: list[int] = []
-        self.native_shared: list[int] = []
-        self._put_slots()
+        owners = indexer_owners(model)
+        self.layer_indices = [index for index, _ in owners]
+        self.slots = [put_slot(owner, position) for position, (_, owner) in enumerate(owners)]
+        self.native_shared = [slot.position for slot in self.slots if slot.inner is None]
         self._slot_of = dict(zip(self.layer_indices, self.slots, strict=True))
-
-    def _put_slots(self) -> None:
-        native = native_types(self.config)
-        for index, layer in enumerate(self.layers):
-            for owner, inner in find_indexers(layer):
-                if inner is None and native.get(index) != "shared":
-                    continue  # a layer of another kind in a family that mixes them
-                position = len(self.slots)
-                slot = IndexerSlot(inner, position)
-                owner.indexer = slot
-                self.slots.append(slot)
-                self.layer_indices.append(index)
-                if inner is None:
-                    self.native_shared.append(position)
 
     @property
     def device(self) -> torch.device:
@@ -72,15 +58,16 @@ class DsaModel:
 
     @contextlib.contextmanager
     def running(self, pattern: Pattern) -> Iterator[SelectionStore]:
-        """Within the block, the model's own forward follows the pattern; afterwards it is unmodified again."""
+        """Within the block, the model's own forward follows the pattern; afterwards it is as it was before."""
         store = SelectionStore(pattern)
+        before = [slot.store for slot in self.slots]
         for slot in self.slots:
             slot.store = store
         try:
             yield store
         finally:
-            for slot in self.slots:
-                slot.store = None
+            for slot, earlier in zip(self.slots, before, strict=True):
+                slot.store = earlier
 
     def final_hidden_states(self, input_ids: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """One whole forward by the model's own code: [B, T] ids to [B, T, D] states after the final norm."""
@@ -127,17 +114,32 @@ class DsaModel:
         """One decoder layer on [B, T, D] states, in the role that the store's pattern gives it; updates the store."""
         slot = self._slot_of.get(index)
         if slot is not None:
-            slot.store = store
+            before, slot.store = slot.store, store
         try:
             output = self.layers[index](hidden_states, *call.args, **call.kwargs)
         finally:
             if slot is not None:
-                slot.store = None
+                slot.store = before
         return output[0] if isinstance(output, tuple) else output
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The norm between the last decoder layer and the LM head."""
         return self.decoder.norm(hidden_states)
+
+
+def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:
+    """(decoder layer, module whose `indexer` makes its selection) of each DSA layer of a transformers model, in order.
+
+    `indexer` is None on layers that the checkpoint itself shares, and a slot where one has been put.
+    """
+    native = native_types(model.config.get_text_config())
+    owners = []
+    for index, layer in enumerate(model.get_decoder().layers):
+        for owner, indexer in find_indexers(layer):
+            # None elsewhere: a layer of another kind in a family that mixes them
+            if indexer is not None or native.get(index) == "shared":
+                owners.append((index, owner))
+    return owners
 
 
 class _FirstLayerReached(Exception):

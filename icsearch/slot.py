@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from icsearch.errors import ModelError
-from icsearch.pattern import Pattern
+from icsearch.pattern import FULL, Pattern
 
 
 @dataclass
@@ -79,6 +79,25 @@ def find_indexers(decoder_layer: nn.Module) -> list[tuple[nn.Module, nn.Module |
         if "indexer" in owner._modules or "indexer" in vars(owner):
             found.append((owner, owner.indexer))
     return [(owner, inner) for owner, inner in found if inner is None or isinstance(inner, nn.Module)]
+
+
+def put_slot(owner: nn.Module, position: int) -> IndexerSlot:
+    """The slot in place of the owner's indexer: the one that stands there, or a new one."""
+    if not isinstance(owner.indexer, IndexerSlot):
+        owner.indexer = IndexerSlot(owner.indexer, position)
+    return owner.indexer
+
+
+def take_slot(owner: nn.Module) -> None:
+    """Put the owner's indexer back where a slot stands now; nothing happens where none does."""
+    slot = owner.indexer
+    if not isinstance(slot, IndexerSlot):
+        return
+    if slot.inner is None:
+        del owner.indexer  # a None that was never a module is a plain attribute, as it was
+    else:
+        slot.inner.training = slot.training  # train() and eval() have reached the slot alone
+    owner.indexer = slot.inner
 
 
 def selection_bytes(selection: Any) -> int:

@@ -163,15 +163,20 @@ class Sweeper:
             store = SelectionStore(patterns[0], selection)
             if probe is not None:
                 store.probe = partial(probe, batch, patterns)
-            call = self._calls_for(batch)[index]
+            call = self.calls_for(batch)[index]
             hidden_states.append(self.model.run_layer(index, states, call, store))
             selections.append(store.selection)
         return Branch(patterns, hidden_states, selections)
 
     def batch_losses(self, hidden_states: torch.Tensor, batch: Batch, pattern: Pattern) -> list[float]:
-        """Final layer's [B, T, D] states to one NLL sum per sequence; raises NonFiniteLossError."""
+        """The last layer's [B, T, D] states to one NLL sum per sequence; raises NonFiniteLossError."""
         normed = self.model.final_norm(hidden_states)
         nll = sequence_nll(normed, self.model.lm_head, batch.input_ids, batch.counted)
+        self.check_finite(nll, batch, pattern)
+        return [float(value) for value in nll]
+
+    def check_finite(self, nll: torch.Tensor, batch: Batch, pattern: Pattern) -> None:
+        """Raise NonFiniteLossError with layer and sequence named, unless all of the [B] sums are finite."""
         bad = (~torch.isfinite(nll)).nonzero().flatten().tolist()
         if bad:
             layer = self._first_nonfinite_layer(batch, pattern, bad[0])
@@ -179,10 +184,9 @@ class Sweeper:
                 f"the loss of sequence {batch.first + bad[0]} under {pattern} is {nll[bad[0]].item()}, "
                 f"first seen behind {layer}: expected a finite number; try --dtype float32, or look at that sequence"
             )
-        return [float(value) for value in nll]
 
     def _first_nonfinite_layer(self, batch: Batch, pattern: Pattern, row: int) -> str:
-        calls = self._calls_for(batch)
+        calls = self.calls_for(batch)
         states = self.model.embed(batch.input_ids)
         if not torch.isfinite(states[row]).all():
             return "the embedding"
@@ -193,7 +197,8 @@ class Sweeper:
                 return f"decoder layer {index}"
         return "the LM head"
 
-    def _calls_for(self, batch: Batch) -> list[LayerCall]:
+    def calls_for(self, batch: Batch) -> list[LayerCall]:
+        """Each layer's call arguments for this batch's shape."""
         shape = batch.input_ids.shape
         if shape not in self._calls:
             self._calls[shape] = self.model.capture_calls(batch.input_ids)
