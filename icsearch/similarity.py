@@ -59,17 +59,15 @@ class SimilaritySweep:
             overlap.append([self._overlap(selection, self._restore(one)) for one in earlier])
             earlier.append(self._keep(selection, batch.input_ids.shape[1]))
 
+        # Captured before observing: under another name, transformers would make no mask.
+        calls, states = self._sweeper.calls_for(batch), self._dsa.embed(batch.input_ids)
+        store = SelectionStore(self._dsa.start_pattern)
         with observed(self._dsa, observe):
-            self._walk(batch, on_layer)
+            for index in range(len(self._dsa.layers)):
+                states = self._dsa.run_layer(index, states, calls[index], store)
+                on_layer(len(batch.input_ids))
         self._check(cosine, batch)
         return SimilaritySums(cosine, overlap, len(self._dsa.layers) * len(batch.input_ids))
-
-    def _walk(self, batch: Batch, on_layer: Callable[[int], None]) -> None:
-        states, store = self._dsa.embed(batch.input_ids), SelectionStore(self._dsa.start_pattern)
-        calls = self._sweeper.calls_for(batch)
-        for index in range(len(self._dsa.layers)):
-            states = self._dsa.run_layer(index, states, calls[index], store)
-            on_layer(len(batch.input_ids))
 
     def _cosine(self, own: torch.Tensor, other: torch.Tensor) -> float:
         """[B, T, H, D] outputs to the summed cosine over the choosing queries, per token over concatenated heads."""

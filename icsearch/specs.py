@@ -63,7 +63,7 @@ def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: b
     if spec.startswith("published:"):
         file = load_pattern_file(_published_path(spec.removeprefix("published:")))
         return [_from_file(spec, file, file.pattern, target, force)]
-    if re.fullmatch(r"[FfSs]+", spec) and not Path(spec).exists():
+    if re.fullmatch(r"[A-Z]+|[fs]+", spec) and not Path(spec).exists():  # other letters: their position gets named
         return [NamedPattern(spec.upper(), Pattern.parse(spec, num_layers), "letters")]
     return _from_path(spec, target, retentions, force)
 

@@ -37,9 +37,9 @@ def test_cosine_equals_the_direct_computation(dsa: model.DsaModel, on_cpu: bool)
 def test_overlap_equals_sets(dsa: model.DsaModel) -> None:
     (batch,) = random_batches(sequences=2, batch_size=2)
     found = SimilaritySweep(dsa, TOPK).run(batch).overlap
-    calls, states = dsa.capture_calls(batch.input_ids), dsa.embed(batch.input_ids)
     store, selections = SelectionStore(Pattern.full(6)), []
     with torch.inference_mode():
+        calls, states = dsa.capture_calls(batch.input_ids), dsa.embed(batch.input_ids)
         for index in range(6):
             states = dsa.run_layer(index, states, calls[index], store)
             selections.append(store.selection.tolist())
