@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "resources": set(),
     "statistics": set(),
     "pattern": {"errors", "files"},
+    "cost": {"errors", "pattern"},
     "journal": {"errors", "files"},
     "record": {"errors", "journal", "pattern", "statistics"},
     "corpus": set(),
@@ -28,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "model": {"checkpoint", "errors", "pattern", "slot"},
     "losses": set(),
     "sweep": {"errors", "losses", "model", "pattern", "slot"},
+    "measure": {"errors", "model", "pattern", "sweep"},
     "strategies": {"pattern"},
     "requests": {"errors", "pattern", "strategies"},
     "plan": {"errors", "pattern", "strategies"},
@@ -50,6 +52,7 @@ ALLOWED: dict[str, set[str]] = {
 NO_TORCH = [
     "errors",
     "pattern",
+    "cost",
     "journal",
     "record",
     "statistics",
