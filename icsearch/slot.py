@@ -26,6 +26,7 @@ class SelectionStore:
     selection: Any = None
     # Where set, S layers run their own indexer beside, and this hears (position, borrowed, own selection).
     probe: Callable[[int, Any, Any], None] | None = None
+    source: int | None = None  # position of the layer that made the selection; None where that is not known
 
 
 class IndexerSlot(nn.Module):
@@ -50,12 +51,23 @@ class IndexerSlot(nn.Module):
         if self.store is None:
             return self._compute(args, kwargs)
         if self.store.pattern.is_full(self.position):
-            self.store.selection = self._compute(args, kwargs)
-        elif self.store.selection is None:
-            raise ModelError(f"DSA layer {self.position} is S, but no F layer ran before it in this pass")
-        elif self.store.probe is not None and self.inner is not None:
+            self.store.selection, self.store.source = self._compute(args, kwargs), self.position
+            return self.store.selection
+        self._check_source(self.store)
+        if self.store.probe is not None and self.inner is not None:
             self.store.probe(self.position, self.store.selection, self._compute(args, kwargs))
         return self.store.selection
+
+    def _check_source(self, store: SelectionStore) -> None:
+        """An S layer reads the nearest F layer before it: refuse what another one left."""
+        if store.selection is None:
+            raise ModelError(f"DSA layer {self.position} is S, but no F layer ran before it in this pass")
+        expected = store.pattern.letters.rfind(FULL, 0, self.position)
+        if store.source not in (None, expected):
+            raise ModelError(
+                f"DSA layer {self.position} is S and reads layer {expected}, but layer {store.source} ran last: "
+                "run the layers in order, one forward at a time (no activation checkpointing, no second thread)"
+            )
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inner is None:
@@ -83,9 +95,12 @@ def find_indexers(decoder_layer: nn.Module) -> list[tuple[nn.Module, nn.Module |
 
 def put_slot(owner: nn.Module, position: int) -> IndexerSlot:
     """The slot in place of the owner's indexer: the one that stands there, or a new one."""
-    if not isinstance(owner.indexer, IndexerSlot):
-        owner.indexer = IndexerSlot(owner.indexer, position)
-    return owner.indexer
+    found: Any = owner.indexer
+    if isinstance(found, IndexerSlot):
+        return found
+    slot = IndexerSlot(found, position)
+    owner.indexer = slot
+    return slot
 
 
 def take_slot(owner: nn.Module) -> None:
