@@ -1,139 +1,106 @@
-"""`icsearch eval` as a function: several patterns on held-out batches, in one sweep for all of them together."""
+"""`icsearch eval` as a function: from a request to eval.json. The command line parses and calls this."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from icsearch import calibration, model
+from icsearch import cost, plan
 from icsearch.errors import IcsearchError
-from icsearch.evaluation import EvalRecord, SequenceMeasures
-from icsearch.journal import Event, Journal
-from icsearch.losses import per_sequence, selection_overlap, token_measures
+from icsearch.evaluation import EvalRecord, save_eval
+from icsearch.journal import Event
+from icsearch.measures import Evaluation, bucket_edges, bucket_tokens
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
-from icsearch.sweep import Batch, Sweeper
+from icsearch.prepare import (
+    Inputs,
+    Listener,
+    count_in_sweeps,
+    device_batches,
+    load_model,
+    memory_of,
+    obtain_batches,
+    open_model,
+    run_options,
+    start_event,
+    tell_what_happens,
+)
+from icsearch.requests import EvalRequest
+from icsearch.rundir import RunDirectory
+from icsearch.specs import NamedPattern, Target, resolve_specs
 
 
-def bucket_edges(seq_len: int, index_topk: int) -> list[int]:
-    """Position buckets that double from index_topk on: 0, k, 2k, 4k, ... T."""
-    edges, edge = [0], index_topk
-    while edge < seq_len:
-        edges.append(edge)
-        edge *= 2
-    return [*edges, seq_len]
+def evaluate(request: EvalRequest, listener: Listener) -> dict[str, Any]:
+    """Measure, or continue, or return the finished evaluation in `request.out`; the content of eval.json."""
+    source, layout = open_model(request.calibration)
+    run = RunDirectory(request.out)
+    with run.locked():
+        inputs = Inputs(source, layout, obtain_batches(request, source, layout, listener))
+        existing = [] if request.fresh else run.existing()
+        start = _start(request, inputs, existing)
+        record = EvalRecord.replay(run.open(start, existing))
+        tell_what_happens(existing, record.finished, request.out, listener)
+        if not record.finished:
+            _run(request, inputs, run, record, listener)
+        return save_eval(request.out / "eval.json", record)
 
 
-def bucket_tokens(counted: torch.Tensor, edges: Sequence[int]) -> list[list[int]]:
-    """Counted tokens of each sequence in each bucket; counted: bool [S, T]."""
-    return [[int(row[a:b].sum()) for a, b in zip(edges, edges[1:], strict=False)] for row in counted]
+def _start(request: EvalRequest, inputs: Inputs, existing: Sequence[Event]) -> Event:
+    layout, batches = inputs.layout, inputs.batches
+    edges = bucket_edges(batches.seq_len, layout.index_topk)
+    start = start_event(
+        inputs,
+        {"method": "eval", **run_options(request, inputs, existing)},
+        index_topk=layout.index_topk,
+        bucket_edges=edges,
+        bucket_tokens=bucket_tokens(torch.from_numpy(batches.counted()), edges),
+        choosing_queries=batches.seq_len - layout.index_topk,
+    )
+    target = Target(
+        layout.model_type, start["model"]["fingerprint"], layout.start_pattern, start["calibration"]["fingerprint"]
+    )
+    named = resolve_specs(request.patterns, target, request.retentions, request.force)
+    start["patterns"] = [_describe(one) for one in named]
+    start["options"] |= {
+        "patterns": [[one.name, one.pattern.letters] for one in named],
+        "tasks": request.tasks,
+        "task_length": task_length(request, inputs) if request.tasks else None,
+        "measure": list(request.measure),
+        "lm_eval": list(request.lm_eval),
+    }
+    return start
 
 
-class Evaluation:
-    """Measures what is missing of a record, batch by batch; each event is on disk before it counts."""
-
-    def __init__(
-        self,
-        dsa: DsaModel,
-        batches: Sequence[Batch],
-        record: EvalRecord,
-        append: Callable[[Event], None],
-        on_layer: Callable[[int], None],
-    ) -> None:
-        self._dsa = dsa
-        self._sweeper = Sweeper(dsa)
-        self._batches = batches
-        self._record = record
-        self._append = append
-        self._on_layer = on_layer
-        self._edges: list[int] = record.start["bucket_edges"]
-        self._topk: int = record.start["index_topk"]
-
-    def run(self, patterns: Sequence[Pattern], patterns_per_sweep: int) -> None:
-        """Measure every pattern on every batch. The all-F model runs in each sweep: KL needs its states."""
-        full = self._dsa.start_pattern
-        others = [pattern for pattern in patterns if pattern != full]
-        chunks = [others[i : i + patterns_per_sweep] for i in range(0, len(others), patterns_per_sweep)] or [[]]
-        for batch in self._batches:
-            for chunk in chunks:
-                missing = [pattern for pattern in [full, *chunk] if not self._known(pattern, batch)]
-                if missing:
-                    self._append(self._measure([full, *(p for p in missing if p != full)], batch))
-
-    def _known(self, pattern: Pattern, batch: Batch) -> bool:
-        known = self._record.measures.get(pattern.letters, {})
-        return all(sequence in known for sequence in range(batch.first, batch.last))
-
-    def _measure(self, patterns: list[Pattern], batch: Batch) -> Event:
-        started = time.monotonic()
-        overlap: dict[str, dict[str, list[float]]] = {pattern.letters: {} for pattern in patterns}
-        tables: dict[str, dict[str, Any]] = {}
-
-        def probe(_: Batch, running: Sequence[Pattern], position: int, borrowed: Any, own: Any) -> None:
-            sums = self._overlap_sums(borrowed, own)
-            for pattern in running:
-                overlap[pattern.letters][str(position)] = sums
-
-        def reduce(_: Batch, states: dict[str, torch.Tensor]) -> None:
-            tables.update(self._tables(batch, states))
-
-        layer_sequences = self._sweeper.run(patterns, [batch], reduce, self._on_layer, probe)
-        return {
-            "event": "measures",
-            "sequences": [batch.first, batch.last],
-            "patterns": {letters: {**table, "overlap": overlap[letters]} for letters, table in tables.items()},
-            "layer_sequences": layer_sequences,
-            "seconds": round(time.monotonic() - started, 3),
-        }
-
-    def _overlap_sums(self, borrowed: torch.Tensor, own: torch.Tensor) -> list[float]:
-        """Summed over the queries that had to choose, per sequence."""
-        return selection_overlap(borrowed, own)[:, self._topk :].sum(dim=1).tolist()
-
-    def _tables(self, batch: Batch, states: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-        full = self._dsa.start_pattern.letters
-        reference = self._dsa.final_norm(states[full])
-        return {
-            letters: self._table(batch, Pattern(letters), hidden_states, reference)
-            for letters, hidden_states in states.items()
-        }
-
-    def _table(
-        self, batch: Batch, pattern: Pattern, hidden_states: torch.Tensor, reference: torch.Tensor
-    ) -> dict[str, Any]:
-        normed = self._dsa.final_norm(hidden_states)
-        nll, kl, agree = token_measures(normed, reference, self._dsa.lm_head, batch.input_ids)
-        sums = per_sequence(nll, batch.counted)
-        self._sweeper.check_finite(sums, batch, pattern)
-        return {
-            "nll": sums.tolist(),
-            "kl": per_sequence(kl, batch.counted).tolist(),
-            "agree": per_sequence(agree, batch.counted).tolist(),
-            "bucket_nll": self._bucket_sums(nll, batch.counted),
-        }
-
-    def _bucket_sums(self, nll: torch.Tensor, counted: torch.Tensor) -> list[list[float]]:
-        sums = []
-        for first, last in zip(self._edges, self._edges[1:], strict=False):
-            within = torch.zeros_like(counted)
-            within[:, first:last] = counted[:, first:last]
-            sums.append(per_sequence(nll, within))
-        return torch.stack(sums, dim=1).tolist()
+def _describe(named: NamedPattern) -> dict[str, Any]:
+    return {**asdict(named), "pattern": named.pattern.letters}
 
 
-def naive_measures(dsa: DsaModel, pattern: Pattern, batch: Batch) -> list[tuple[float, float, float]]:
-    """The slow, obvious twin: whole forwards and whole logits. (nll, kl, agree) sums of each sequence."""
-    with torch.inference_mode():
-        logits = dsa.lm_head(dsa.final_hidden_states(batch.input_ids, pattern)).float()[:, :-1]
-        reference = dsa.lm_head(dsa.final_hidden_states(batch.input_ids, dsa.start_pattern)).float()[:, :-1]
-        log_q, log_p = logits.log_softmax(-1), reference.log_softmax(-1)
-        nll = -log_q.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)  # [B, T-1]
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        agree = (logits.argmax(-1) == reference.argmax(-1)).float()
-        counted = batch.counted[:, 1:]
-        sums = [torch.where(counted, values.double(), 0.0).sum(1).tolist() for values in (nll, kl, agree)]
-    return list(zip(*sums, strict=True))
+def task_length(request: EvalRequest, inputs: Inputs) -> int:
+    """Tokens of a task's prompt: as asked, or as long as the batches."""
+    return request.task_length or inputs.batches.seq_len
+
+
+def _run(request: EvalRequest, inputs: Inputs, run: RunDirectory, record: EvalRecord, listener: Listener) -> None:
+    options, layout = record.start["options"], inputs.layout
+    memory = memory_of(request, inputs, options)
+    per_sweep = memory.patterns_per_sweep
+    dsa = load_model(request, inputs, options, listener)
+    patterns = [Pattern(one["pattern"]) for one in record.start["patterns"]]
+    total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
+    listener.planned(plan.model_rows(record.start), total, record.layer_sequences)
+
+    def append(event: Event) -> None:
+        run.journal.append(event)
+        record.apply(event)
+
+    batches = device_batches(dsa, inputs.batches, options["batch_size"])
+    listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
+    Evaluation(dsa, batches, record, append, listener.layer_done).run(patterns, per_sweep)
+    for name, compute in _extras(request, inputs, dsa, patterns).items():
+        if name not in record.extras:
+            listener.info(f"{name.replace('_', ' ')} ...")
+            append({"event": "extra", "name": name, "value": compute()})
+    append({"event": "finish"})

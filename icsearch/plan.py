@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from icsearch.errors import IcsearchError
 from icsearch.pattern import Pattern
@@ -34,6 +35,11 @@ class BatchShape:
         tokens = self.batch_size * self.seq_len
         selection = min(self.index_topk, self.seq_len) * INDEX_BYTES
         return tokens * (self.hidden_size * self.dtype_bytes + selection)
+
+    def selections_bytes(self, layers: int) -> int:
+        """All layers' selections of one batch, in the smallest integer type that holds a position."""
+        width = 1 if self.seq_len <= 2**8 else 2 if self.seq_len <= 2**15 else 4
+        return layers * self.batch_size * self.seq_len * min(self.index_topk, self.seq_len) * width
 
     @property
     def layer_bytes(self) -> int:
@@ -88,6 +94,43 @@ def preview(strategy: Strategy, count: Callable[[list[Pattern]], int]) -> tuple[
         layer_runs += count([strategy.pattern.flip(layer) for layer in layers])
         strategy.tell({layer: -float(layer) for layer in layers})
     return evaluations, layer_runs
+
+
+def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
+    """The plan in words; `start` is the journal's first event."""
+    ratio = plan.naive_layer_evaluations / plan.layer_evaluations
+    branches = min(plan.branches_per_sweep, plan.candidates) + 1
+    return [
+        *model_rows(start),
+        ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
+        ("evaluations", f"{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
+        (
+            "layer evaluations",
+            f"at most {plan.layer_evaluations}; one whole forward each would take {plan.naive_layer_evaluations} "
+            f"({ratio:.1f} times as many)",
+        ),
+        (
+            "memory",
+            f"{format_bytes(plan.weight_bytes)} weights + {branches} branches x {format_bytes(plan.branch_bytes)} + "
+            f"{format_bytes(plan.layer_bytes)} in a layer, of {format_bytes(plan.memory_bytes)} (estimate)",
+        ),
+    ]
+
+
+def model_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
+    """Model and numerics in words."""
+    model, options = start["model"], start["options"]
+    found = [
+        ("model", f"{model['name_or_path']} ({model['model_type']}, {start['decoder_layers']} layers)"),
+        (
+            "numerics",
+            f"{options['dtype']} on {options['device']}, {options['threads']} threads, "
+            f"{options['batch_size']} sequences a call",
+        ),
+    ]
+    if shared := model["native_shared"]:
+        found.append(("native S layers", f"{', '.join(map(str, shared))}: shared by the checkpoint, and they stay so"))
+    return found
 
 
 def parse_bytes(text: str) -> int:

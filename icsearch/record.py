@@ -41,6 +41,36 @@ class Candidate:
 
 
 @dataclass
+class SimilaritySums:
+    """Lower triangles summed over choosing queries, as they come in batch by batch."""
+
+    cosine: list[list[float]] = field(default_factory=list)
+    overlap: list[list[float]] = field(default_factory=list)
+    sequences: int = 0
+    queries: int = 0
+
+    def add(self, event: Event) -> None:
+        first, last = event["sequences"]
+        if first != self.sequences:
+            raise ValueError(f"similarity of sequence {first} behind {self.sequences} sequences")
+        self.sequences, self.queries = last, self.queries + event["queries"]
+        self.cosine = _added(self.cosine, event["cosine"])
+        self.overlap = _added(self.overlap, event["overlap"])
+
+    def means(self) -> dict[str, Any]:
+        """`cosine` and `overlap` as means, and the number of `queries` that they are taken over."""
+        triangles = {"cosine": self.cosine, "overlap": self.overlap}
+        means = {name: [[x / self.queries for x in row] for row in rows] for name, rows in triangles.items()}
+        return {**means, "queries": self.queries}
+
+
+def _added(sums: list[list[float]], more: list[list[float]]) -> list[list[float]]:
+    if not sums:
+        return [list(row) for row in more]
+    return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(sums, more, strict=True)]
+
+
+@dataclass
 class RunRecord:
     """The state of a run. It changes by `apply` alone, so live and resumed runs share one path.
 
@@ -53,6 +83,8 @@ class RunRecord:
     asked: dict[int, list[str]] = field(default_factory=dict)
     commits: list[Commit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    similarity_sums: SimilaritySums = field(default_factory=SimilaritySums)
+    chosen: Event | None = None
     layer_sequences: int = 0
     seconds: float = 0.0
     finished: bool = False
@@ -83,6 +115,12 @@ class RunRecord:
                     event["step"], event["layer"], event["pattern"], tuple(event["candidates"]), tuple(event["ties"])
                 )
             )
+        elif kind == "similarity":
+            self.similarity_sums.add(event)
+            self.layer_sequences += event["layer_sequences"]
+            self.seconds += event["seconds"]
+        elif kind == "chosen":
+            self.chosen = event
         elif kind == "note":
             self.notes.append(event["text"])
         elif kind == "finish":
@@ -113,8 +151,21 @@ class RunRecord:
 
     @property
     def pattern(self) -> Pattern:
-        """The committed pattern so far."""
+        """The pattern so far: the last commit's, or the one that the dynamic program chose."""
+        if self.chosen is not None:
+            return Pattern(self.chosen["pattern"])
         return Pattern(self.commits[-1].pattern) if self.commits else self.start_pattern
+
+    @property
+    def similarity(self) -> dict[str, Any] | None:
+        """Mean cosine similarity and overlap (lower triangles, row i has i entries) of a similarity baseline.
+
+        `objective` is the chosen pattern's sum of similarities over its S layers; None in other runs.
+        """
+        sums = self.similarity_sums
+        if self.chosen is None or not sums.queries:
+            return None
+        return {**sums.means(), "objective": self.chosen["objective"]}
 
     @property
     def references(self) -> dict[str, str]:

@@ -29,17 +29,11 @@ class CalibrationRequest:
 
 
 @dataclass(frozen=True)
-class GreedyRequest:
-    """Everything that a greedy search can be asked. None means: choose for me."""
+class RunRequest:
+    """What every command that runs a model can be asked. None means: choose for me."""
 
     calibration: CalibrationRequest
     out: Path
-    retention: Fraction | None = None
-    num_shared: int | None = None
-    stages: int = 1
-    keep_full: frozenset[int] = frozenset()
-    objective: str = "lm-loss"
-    strategy: str = "exact"
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | None = None
@@ -48,15 +42,26 @@ class GreedyRequest:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("--objective", self.objective, OBJECTIVES)
-        _check_choice("--strategy", self.strategy, STRATEGIES)
         _check_choice("--dtype", self.dtype, DTYPES)
-        if self.retention is not None and self.num_shared is not None:
-            raise IcsearchError("--retention and --num-shared both say how far to go: give one of them")
 
     @property
     def model(self) -> str:
         return self.calibration.model
+
+
+@dataclass(frozen=True)
+class PatternRequest(RunRequest):
+    """How many layers to share, and which never: what greedy and the DP baseline have in common."""
+
+    retention: Fraction | None = None
+    num_shared: int | None = None
+    stages: int = 1
+    keep_full: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retention is not None and self.num_shared is not None:
+            raise IcsearchError("--retention and --num-shared both say how far to go: give one of them")
 
     def resolve_num_shared(self, start: Pattern) -> int:
         """K, the number of flips from `start`; refused with the largest possible K where it cannot be reached."""
@@ -100,6 +105,40 @@ class GreedyRequest:
                 "nothing to flip; give a smaller retention"
             )
         return full - kept
+
+
+@dataclass(frozen=True)
+class GreedyRequest(PatternRequest):
+    """Everything that a greedy search can be asked."""
+
+    objective: str = "lm-loss"
+    strategy: str = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("--objective", self.objective, OBJECTIVES)
+        _check_choice("--strategy", self.strategy, STRATEGIES)
+
+
+@dataclass(frozen=True)
+class BaselineRequest(PatternRequest):
+    """Everything that the similarity baseline can be asked. `similarity`: a similarity.npz to use again."""
+
+    similarity: Path | None = None
+
+
+@dataclass(frozen=True)
+class EvalRequest(RunRequest):
+    """Everything that an evaluation can be asked."""
+
+    patterns: tuple[str, ...] = ()
+    retentions: tuple[Fraction, ...] = ()
+    force: bool = False
+    tasks: int = 0
+    task_length: int | None = None
+    contexts: tuple[int, ...] = ()
+    measure: tuple[int, ...] = ()
+    lm_eval: tuple[str, ...] = ()
 
 
 def parse_share(retention: str | None) -> Fraction | None:

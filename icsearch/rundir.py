@@ -11,9 +11,18 @@ from typing import Any, TextIO
 from icsearch.errors import JournalError
 from icsearch.files import sync_directory
 from icsearch.journal import Event, Journal
-from icsearch.record import JOURNAL_NAME, RunRecord
+from icsearch.record import JOURNAL_NAME
 
-RESULT_NAMES = ("pattern.json", "curve.csv", "curve.png", "report.html")
+RESULT_NAMES = (
+    "pattern.json",
+    "curve.csv",
+    "curve.png",
+    "report.html",
+    "similarity.npz",
+    "similarity.json",
+    "eval.json",
+    "eval.csv",
+)
 _LOCK_NAME = ".lock"
 _MUST_AGREE = ("options", "model", "calibration")
 
@@ -56,30 +65,34 @@ class RunDirectory:
             (self.path / _LOCK_NAME).unlink()
             self.path.rmdir()
 
-    def existing(self) -> RunRecord | None:
-        """The run so far, or None where none was started."""
-        return RunRecord.replay(self.journal.events()) if self.journal.exists() else None
+    def existing(self) -> list[Event]:
+        """The events of the run so far; empty where none was started."""
+        return self.journal.events() if self.journal.exists() else []
 
-    def clear(self) -> None:
+    def open(self, start: Event, existing: list[Event]) -> list[Event]:
+        """Begin a new run with `start`, or continue the existing one if its settings are the same."""
+        if existing:
+            self._check_same(existing[0], start)
+            return existing
+        self._clear()
+        self.journal.append(start)
+        sync_directory(self.path)
+        return [start]
+
+    def _clear(self) -> None:
         """Remove the journal and the results of the last run, and nothing else."""
         for name in (JOURNAL_NAME, *RESULT_NAMES):
             (self.path / name).unlink(missing_ok=True)
         sync_directory(self.path)
 
-    def check_same(self, record: RunRecord, wanted: Event) -> None:
+    def _check_same(self, found: Event, wanted: Event) -> None:
         """Refuse to continue a run whose options, model or calibration are others; says which differ."""
-        differences = [line for part in _MUST_AGREE for line in _differences(part, record.start[part], wanted[part])]
+        differences = [line for part in _MUST_AGREE for line in _differences(part, found.get(part, {}), wanted[part])]
         if differences:
             raise JournalError(
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}): "
                 "repeat its command, give another --out, or start over with --fresh"
             )
-
-    def begin(self, start: Event) -> RunRecord:
-        """Write the first event of a new run."""
-        self.journal.append(start)
-        sync_directory(self.path)
-        return RunRecord.replay([start])
 
 
 def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

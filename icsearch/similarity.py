@@ -35,6 +35,7 @@ class SimilaritySums:
 
     cosine: Triangle
     overlap: Triangle
+    queries: int
     layer_sequences: int
 
 
@@ -67,7 +68,8 @@ class SimilaritySweep:
                 states = self._dsa.run_layer(index, states, calls[index], store)
                 on_layer(len(batch.input_ids))
         self._check(cosine, batch)
-        return SimilaritySums(cosine, overlap, len(self._dsa.layers) * len(batch.input_ids))
+        sequences, length = batch.input_ids.shape
+        return SimilaritySums(cosine, overlap, sequences * (length - self._topk), len(self._dsa.layers) * sequences)
 
     def _cosine(self, own: torch.Tensor, other: torch.Tensor) -> float:
         """[B, T, H, D] outputs to the summed cosine over the choosing queries, per token over concatenated heads."""
@@ -108,6 +110,7 @@ def similarity_event(sweep: SimilaritySweep, batch: Batch, on_layer: Callable[[i
         "sequences": [batch.first, batch.last],
         "cosine": sums.cosine,
         "overlap": sums.overlap,
+        "queries": sums.queries,
         "layer_sequences": sums.layer_sequences,
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -124,7 +127,8 @@ def direct_similarity(dsa: DsaModel, batch: Batch, index_topk: int, layer: int, 
         borrowed = store.selection if position == source else borrowed
     index = dsa.layer_indices[layer]
     outputs: list[torch.Tensor] = []
-    hook = dsa.layers[index].self_attn.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+    attention: Any = dsa.layers[index].self_attn
+    hook = attention.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
     try:
         dsa.run_layer(index, states, calls[index], store)
         shared = dsa.start_pattern.flip(layer)

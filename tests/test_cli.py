@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from icsearch import cli
 
@@ -43,7 +44,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def greedy(model: Path, tokens: Path, out: Path, *more: object) -> list[object]:
-    return ["greedy", model, "--calibration", tokens, "--out", out, "--batch-size", 2, *more]
+    fixed = ["--batch-size", 2, "--threads", 2]
+    return ["greedy", model, "--calibration", tokens, "--out", out, *fixed, *more]
 
 
 def subprocess_command(arguments: list[object]) -> list[str]:
@@ -119,6 +121,19 @@ def test_other_options_are_refused(
     assert named in line
     assert "--fresh" in line
     assert (finished / "journal.jsonl").read_bytes() == before
+
+
+def test_threads_of_a_run_are_taken_over(
+    capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path
+) -> None:
+    """Without --threads, a run goes on with the number it began with: the bits follow it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        arguments = ["greedy", glm_checkpoint, "--calibration", tokens, "--out", finished, "--batch-size", 2]
+        assert run(capsys, *arguments, "--num-shared", 3)[0] == 0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_other_model_and_other_tokens_are_refused(

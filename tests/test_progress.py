@@ -12,7 +12,7 @@ from test_search import START, MadeUp, exact
 from icsearch.journal import Journal
 from icsearch.progress import Live, Plain, Quiet, RunClock, format_seconds, make_listener
 from icsearch.record import RunRecord
-from icsearch.search import Search
+from icsearch.search import Scoring, Search
 
 
 def shown(path: Path, kind: type[Plain], terminal: bool) -> str:
@@ -21,7 +21,7 @@ def shown(path: Path, kind: type[Plain], terminal: bool) -> str:
     journal = Journal(path)
     journal.append(START)
     record = RunRecord.replay(journal.events())
-    Search(journal, record, exact(), MadeUp(), listener, lambda patterns: 1).run()
+    Search(Scoring(journal, record, MadeUp(), listener, lambda patterns: 1), exact()).run()
     listener.close()
     output = console.file
     assert isinstance(output, io.StringIO)
@@ -48,7 +48,8 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert type(listener) is Quiet
     journal = Journal(tmp_path / "j")
     journal.append(START)
-    Search(journal, RunRecord.replay(journal.events()), exact(), MadeUp(), listener, lambda patterns: 1).run()
+    record = RunRecord.replay(journal.events())
+    Search(Scoring(journal, record, MadeUp(), listener, lambda patterns: 1), exact()).run()
     assert capsys.readouterr() == ("", "")
 
 
