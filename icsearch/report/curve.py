@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,11 +27,11 @@ class Mark:
 
     @property
     def top(self) -> float:
-        return self.difference.delta + _finite(self.difference.std_err)
+        return self.difference.delta + numbers.finite(self.difference.std_err)
 
     @property
     def bottom(self) -> float:
-        return self.difference.delta - _finite(self.difference.std_err)
+        return self.difference.delta - numbers.finite(self.difference.std_err)
 
 
 @dataclass(frozen=True)
@@ -232,10 +231,6 @@ def _place_reference(mark: Mark, x_axis: Axis, y_axis: Axis, off_scale: bool, ro
         label_y=y + 5 + row * LABEL_LINE if off_scale else y - 6,
         anchor="end" if off_scale or x > (x_axis.start + x_axis.end) / 2 else "start",
     )
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
 
 
 # --- what the two pictures of a page show ---------------------------------------------------------------------------

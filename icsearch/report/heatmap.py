@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from icsearch.report import numbers
+from icsearch.report.parts import LegendEntry
 from icsearch.report.scales import COOL_LEVELS, WARM_LEVELS, CostScale, cost_scale, label_every
 from icsearch.report.view import Cell, RunView
 
@@ -22,12 +23,6 @@ class HeatCell:
     committed: bool
     tied: bool
     tooltip: str
-
-
-@dataclass(frozen=True)
-class LegendEntry:
-    css: str
-    label: str
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from icsearch.errors import IcsearchError
 from icsearch.export import ENGINES, Export, export
 from icsearch.report import numbers
 from icsearch.report.curve import CurvePicture, comparison_picture, run_picture
 from icsearch.report.heatmap import HeatPicture, heat_picture, scale_of
+from icsearch.report.parts import Fact, Provenance, Tile, provenance, value_and_error
 from icsearch.report.view import Point, Reference, RunView, Tie, headline, kink_sentence
-from icsearch.statistics import Difference
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -39,13 +38,6 @@ class StripRow:
 
     label: str
     cells: tuple[StripCell, ...]
-
-
-@dataclass(frozen=True)
-class Tile:
-    label: str
-    value: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -83,15 +75,6 @@ class ReferenceRow:
 
 
 @dataclass(frozen=True)
-class Fact:
-    """A number with what kind of number it is: counted, measured, or calculated by a formula."""
-
-    label: str
-    value: str
-    kind: str
-
-
-@dataclass(frozen=True)
 class RunSection:
     """One run, ready for the template."""
 
@@ -110,7 +93,7 @@ class RunSection:
     exports: tuple[Export, ...]
     export_error: str
     cost: tuple[Fact, ...]
-    provenance: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    provenance: Provenance
     notes: tuple[str, ...]
 
 
@@ -183,7 +166,7 @@ def run_section(view: RunView, number: int) -> RunSection:
         exports=exports,
         export_error=export_error,
         cost=tuple(_cost_facts(view)),
-        provenance=tuple(_provenance(view)),
+        provenance=_provenance(view),
         notes=tuple(view.record.notes),
     )
 
@@ -222,16 +205,11 @@ def _tiles(view: RunView) -> list[Tile]:
     tiles = [
         Tile("indexers kept", f"{final.full} of {view.num_layers}", numbers.percent(final.pattern.retention)),
         Tile("loss", numbers.loss(final.loss), f"baseline {numbers.loss(baseline.loss)}"),
-        Tile("cost, nats per token", *_value_and_error(final.difference)),
+        Tile("cost, nats per token", *value_and_error(final.difference)),
     ]
     if reference := view.same_retention:
-        tiles.append(Tile("uniform, as many F", *_value_and_error(reference.difference)))
+        tiles.append(Tile("uniform, as many F", *value_and_error(reference.difference)))
     return tiles
-
-
-def _value_and_error(difference: Difference) -> tuple[str, str]:
-    value, _, error = numbers.difference(difference).partition(" ± ")
-    return value, f"± {error}" if error else "no error: one sequence"
 
 
 def _reference_row(reference: Reference) -> ReferenceRow:
@@ -300,7 +278,7 @@ def _cost_facts(view: RunView) -> list[Fact]:
     return facts
 
 
-def _provenance(view: RunView) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
+def _provenance(view: RunView) -> Provenance:
     start = view.start
     run = {
         "icsearch": start.get("icsearch_version"),
@@ -310,25 +288,10 @@ def _provenance(view: RunView) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
         "decoder layers": start.get("decoder_layers"),
         "counted tokens": numbers.count(sum(view.record.tokens)),
     }
-    groups = [("Run", run), *((name.capitalize(), start.get(name) or {}) for name in _PROVENANCE)]
-    return [
-        (title, tuple((key.replace("_", " "), _plain(value)) for key, value in group.items()))
-        for title, group in groups
-        if group
-    ]
+    return provenance([("Run", run), *((name.capitalize(), start.get(name) or {}) for name in _PROVENANCE)])
 
 
 _PROVENANCE = ("model", "calibration", "options", "environment")
-
-
-def _plain(value: Any) -> str:
-    if value is None or value == [] or value == {}:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
-    return json.dumps(value) if isinstance(value, Mapping) else str(value)
 
 
 # --- several runs ---------------------------------------------------------------------------------------------------

@@ -93,3 +93,67 @@ def label_every(count: int, pixels: float, needed: float) -> int:
         if every * pixels >= needed:
             return every
     return count
+
+
+@dataclass(frozen=True)
+class LogAxis:
+    """[low, high] to pixels [start, end], symmetric about zero: linear up to about `unit`, logarithmic beyond."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    unit: float
+
+    def at(self, value: float) -> float:
+        """Pixel of a value."""
+        low, high = self._stretched(self.low), self._stretched(self.high)
+        return self.start + (self._stretched(value) - low) / (high - low) * (self.end - self.start)
+
+    def _stretched(self, value: float) -> float:
+        return math.copysign(math.log1p(abs(value) / self.unit), value)
+
+    def ticks(self, pixels: float) -> list[float]:
+        """Zero and powers of ten, then twice and five times those, where neighbours stay `pixels` apart."""
+        found = [0.0]
+        for factor in (1, 5, 2):
+            for sign in (1, -1):
+                for power in range(math.floor(math.log10(self.unit)), math.ceil(math.log10(self._largest)) + 1):
+                    value = sign * float(f"{factor}e{power}")
+                    if self.low <= value <= self.high and all(self._apart(value, other) >= pixels for other in found):
+                        found.append(value)
+        return sorted(found)
+
+    @property
+    def _largest(self) -> float:
+        return max(abs(self.low), abs(self.high), self.unit)
+
+    def _apart(self, one: float, other: float) -> float:
+        return abs(self.at(one) - self.at(other))
+
+
+SHARE_LEVELS = 9
+
+
+@dataclass(frozen=True)
+class ShareScale:
+    """Nine colour classes of equal width for values up to 1: h0 the highest, h8 all that is left below."""
+
+    step: float
+
+    def css_class(self, value: float) -> str:
+        level = math.ceil((1 - value) / self.step - 1e-9) - 1
+        return f"h{min(max(level, 0), SHARE_LEVELS - 1)}"
+
+    def labels(self) -> list[tuple[str, str]]:
+        """(class, what it stands for), the highest first."""
+        decimals = max(0, -math.floor(math.log10(self.step) + 1e-9))
+        bounds = [f"{1 - (level + 1) * self.step:.{decimals}f}" for level in range(SHARE_LEVELS)]
+        last = (f"h{SHARE_LEVELS - 1}", f"< {bounds[-2]}")
+        return [*((f"h{level}", f"≥ {bound}") for level, bound in enumerate(bounds[:-1])), last]
+
+
+def share_scale(values: Iterable[float]) -> ShareScale:
+    """The finest scale that reaches down to the smallest value."""
+    lowest = min(values, default=0.0)
+    return ShareScale(max(nice_step(max(1 - lowest, 1e-9) / SHARE_LEVELS), 1e-3))
