@@ -36,11 +36,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Series:
-    """One run: its curve, its uniform patterns, and the fitted lines of its kink."""
+    """One run: its curve, its uniform patterns, and the fitted lines of its kink. `joined`: a line links its marks."""
 
     marks: tuple[Mark, ...]
     references: tuple[Mark, ...]
     fit: tuple[tuple[float, float], ...] = ()
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,14 @@ def series_of(view: RunView, as_share: bool = False) -> Series:
         marks=tuple(_point_mark(point, scale, prefix) for point in view.points),
         references=tuple(_reference_mark(reference, scale, prefix) for reference in view.references),
         fit=view.kink.fit if view.kink and not as_share else (),
+        joined=not view.by_similarity,
     )
 
 
 def _point_mark(point: Point, scale: float, prefix: str) -> Mark:
-    what = "baseline" if point.layer is None else f"step {point.step}: layer {point.layer} shared"
+    what = "baseline" if point.step == 0 else "chosen by similarity"
+    if point.layer is not None:
+        what = f"step {point.step}: layer {point.layer} shared"
     tooltip = (
         f"{prefix}{what}, {point.full} F left, loss {numbers.loss(point.loss)}, {numbers.difference(point.difference)}"
     )
@@ -181,7 +185,7 @@ def _place(one: Series, index: int, x_axis: Axis, y_axis: Axis, with_labels: boo
     points = tuple(_place_mark(mark, x_axis, y_axis) for mark in one.marks)
     return PlacedSeries(
         index=index,
-        path=_path([(p.x, p.y) for p in points]),
+        path=_path([(p.x, p.y) for p in points]) if one.joined else "",
         points=points,
         references=_place_references(one.references, x_axis, y_axis, with_labels),
         fit_path=_path([(x_axis.at(x), y_axis.at(y)) for x, y in one.fit]),

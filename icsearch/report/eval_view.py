@@ -118,9 +118,14 @@ class EvalView:
 
     @property
     def scale(self) -> CostScale:
-        """Colours of loss differences: neutral up to the median standard error."""
+        """Colours of loss differences: neutral up to the smallest standard error, within four decades of the largest.
+
+        Errors grow with the differences here, so that a typical one would hide what the best patterns cost.
+        """
         others = [row.difference for row in self.rows if not row.is_baseline]
-        return cost_scale([d.delta for d in others], [d.std_err for d in others])
+        floor = max([0.0, *(abs(d.delta) for d in others)]) / 1e4
+        errors = [max(d.std_err, floor) for d in others if d.std_err > 0]
+        return cost_scale([d.delta for d in others], sorted(errors)[:1])
 
     def gap_of(self, row: EvalRow) -> Gap | None:
         return next((gap for gap in self.gaps if gap.row is row), None)
@@ -225,9 +230,19 @@ def _where_measured(row: EvalRow) -> str:
 
 def gap_text(closed: Difference) -> str:
     """``47% ± 3%``, a negative share where the pattern is worse than uniform."""
-    decimals = 1 if 0 < closed.std_err < 0.01 else 0
+    decimals = 1 if closed.std_err < 0.0095 else 0
     text = f"{100 * closed.delta:.{decimals}f}%"
-    return f"{text} ± {100 * closed.std_err:.{decimals}f}%" if math.isfinite(closed.std_err) else text
+    if not math.isfinite(closed.std_err):
+        return text
+    return f"{text} ± {100 * closed.std_err:.{decimals}f}%" if closed.std_err >= 5e-4 else f"{text} ± <0.1%"
+
+
+def shortened(name: str, width: int) -> str:
+    """The name with its middle left out: its end tells a run's patterns apart."""
+    if len(name) <= width:
+        return name
+    tail = (width - 1) // 2
+    return f"{name[: width - 1 - tail]}…{name[len(name) - tail :]}"
 
 
 def perplexity(value: float) -> str:

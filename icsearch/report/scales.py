@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from icsearch.report.numbers import compact
+
 WARM_LEVELS = 8  # half decades of rising loss, from the noise up
 COOL_LEVELS = 4  # half decades of falling loss
 
@@ -68,6 +70,25 @@ class CostScale:
     def upper_bound(self, level: int) -> float:
         """The largest absolute cost of a level but the last."""
         return float(self.noise * 10 ** (abs(level) / 2))
+
+    def labels(self, costs: Iterable[float]) -> list[tuple[str, str]]:
+        """(class, what it stands for) for all classes from the lowest of the costs to the highest."""
+        levels = [0, *map(self.level, costs)]
+        return [
+            (f"h{level}" if level >= 0 else f"c{-level}", self._label(level))
+            for level in range(min(levels), max(levels) + 1)
+        ]
+
+    def _label(self, level: int) -> str:
+        if level == 0:
+            return f"within ±{compact(self.noise)}"
+        last = WARM_LEVELS if level > 0 else COOL_LEVELS
+        if abs(level) == last:
+            sign = "> " if level > 0 else "< -"
+            return f"{sign}{compact(self.upper_bound(abs(level) - 1))}"
+        if level > 0:
+            return f"≤ {compact(self.upper_bound(level))}"
+        return f"≥ -{compact(self.upper_bound(level))}"
 
 
 def cost_scale(costs: Sequence[float], errors: Iterable[float]) -> CostScale:
@@ -154,6 +175,6 @@ class ShareScale:
 
 
 def share_scale(values: Iterable[float]) -> ShareScale:
-    """The finest scale that reaches down to the smallest value."""
+    """A scale of round steps whose lowest class, open below, holds little more than the smallest value."""
     lowest = min(values, default=0.0)
-    return ShareScale(max(nice_step(max(1 - lowest, 1e-9) / SHARE_LEVELS), 1e-3))
+    return ShareScale(max(nice_step(max(1 - lowest, 1e-9) / (SHARE_LEVELS + 1)), 1e-3))

@@ -61,9 +61,7 @@ class ScatterPicture:
     bottom: float
     zero_x: float
     zero_y: float
-    noise_high: float
-    noise_low: float
-    noise: str
+    unit: str
     x_title: str
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
@@ -78,7 +76,6 @@ def scatter_picture(view: EvalView, size: str = "wide") -> ScatterPicture:
     others = [row for row in view.rows if not row.is_baseline]
     x_axis = Axis(0.0, max([row.shared for row in others], default=1) + 0.75, MARGIN_LEFT + 8, width - MARGIN_RIGHT)
     y_axis = loss_axis(others, view.scale.noise, height - MARGIN_BOTTOM, MARGIN_TOP)
-    noise = view.scale.noise
     return ScatterPicture(
         width=width,
         height=height,
@@ -88,23 +85,21 @@ def scatter_picture(view: EvalView, size: str = "wide") -> ScatterPicture:
         bottom=height - MARGIN_BOTTOM,
         zero_x=x_axis.at(0.0),
         zero_y=y_axis.at(0.0),
-        noise_high=y_axis.at(noise),
-        noise_low=y_axis.at(max(-noise, y_axis.low)),
-        noise=numbers.compact(noise),
+        unit=numbers.compact(y_axis.unit),
         x_title=f"shared layers (S) of {view.num_layers}",
         x_ticks=tuple((x_axis.at(t), f"{t:.0f}") for t in x_axis.ticks(9 if size == "wide" else 6, whole=True)),
-        y_ticks=tuple((y_axis.at(t), _tick(t)) for t in y_axis.ticks(26.0)),
+        y_ticks=tuple((y_axis.at(t), _tick(t)) for t in y_axis.ticks(22.0)),
         guides=tuple(Guide(x_axis.at(x), label) for x, label in retention_guides(view.num_layers, x_axis.high)),
         series=_place_all(view, others, x_axis, y_axis),
         size=size,
     )
 
 
-def loss_axis(rows: Sequence[EvalRow], noise: float, start: float, end: float) -> LogAxis:
-    """An axis that holds every mark with its error bar, and the noise about zero."""
-    high = max([noise, *(_top(row.difference) for row in rows)])
-    low = min([-noise, *(_bottom(row.difference) for row in rows)])
-    return LogAxis(1.05 * low, 1.15 * high, start, end, noise)
+def loss_axis(rows: Sequence[EvalRow], unit: float, start: float, end: float) -> LogAxis:
+    """An axis that holds every mark with its error bar, and some space about zero."""
+    high = max([unit, *(_top(row.difference) for row in rows)])
+    low = min([-unit / 2, *(_bottom(row.difference) for row in rows)])
+    return LogAxis(1.1 * low, 1.2 * high, start, end, unit)
 
 
 def styles(view: EvalView) -> tuple[SeriesStyle, ...]:

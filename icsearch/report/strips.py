@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from icsearch.report import numbers
-from icsearch.report.eval_view import EvalRow, EvalView
+from icsearch.report.eval_view import EvalRow, EvalView, shortened
 from icsearch.report.parts import LegendEntry
 from icsearch.report.scales import ShareScale, label_every
 
 LEFT, TOP, RIGHT = 2.0, 6.0, 10.0
 WIDEST, NARROWEST_CELL, WIDEST_CELL = 900.0, 9.0, 44.0
 STRIP, TEXT, SPACE, FOOT = 16.0, 17.0, 13.0, 34.0  # heights
+LONGEST_NAME = 47
 SCALE = ShareScale(0.1)
 
 
@@ -67,7 +68,7 @@ def _strip(row: EvalRow, index: int, cell: float) -> PatternStrip:
     notes = [note for note, given in (("in-sample", row.in_sample), ("other model", row.foreign)) if given]
     return PatternStrip(
         y=TOP + index * (TEXT + STRIP + SPACE) + TEXT,
-        name=row.name,
+        name=shortened(row.name, LONGEST_NAME),
         notes=", ".join(notes),
         summary=overlap_summary(row),
         cells=tuple(_cell(row, layer, source, cell) for layer, source in enumerate(row.pattern.sources())),
