@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
         "", "calibration", "checkpoint", "journal", "model", "pattern", "plan", "record", "requests", "rundir",
         "search", "strategies", "sweep",
     },
-    "report": {"errors", "export", "files", "journal", "pattern", "record", "statistics"},
+    "report": {"errors", "evaluation", "export", "files", "journal", "pattern", "record", "statistics"},
     "export": {"errors", "pattern", "statistics"},
     "progress": {"model", "plan", "record", "requests", "statistics"},
     "cli": {

@@ -96,20 +96,19 @@ class EvalView:
 
     @property
     def num_layers(self) -> int:
-        return len(self.document["start_pattern"])
+        return len(self.baseline.pattern)
 
     @property
     def model_name(self) -> str:
-        return str(self.document["model"].get("name_or_path") or "model")
+        return str((self.document.get("model") or {}).get("name_or_path") or "model")
 
     @property
     def baseline(self) -> EvalRow:
-        return next(row for row in self.rows if row.is_baseline)
+        return self.rows[0]
 
     @property
     def baseline_name(self) -> str:
-        native = "S" in self.document["start_pattern"]
-        return "the checkpoint as it is" if native else "the all-F model"
+        return "the checkpoint as it is" if self.baseline.shared else "the all-F model"
 
     @property
     def task_columns(self) -> tuple[tuple[str, str], ...]:
@@ -132,8 +131,13 @@ class EvalView:
 
 
 def view_eval(document: dict[str, Any], name: str = "") -> EvalView:
-    """Read eval.json's content. `name` tells evaluations apart where a page shows several."""
+    """Read eval.json's content. `name` tells evaluations apart where a page shows several.
+
+    Raises KeyError, TypeError, ValueError or AttributeError where it is not what an evaluation writes.
+    """
     rows = sorted(map(_row, document["rows"]), key=lambda row: (not row.is_baseline, -row.full, row.loss))
+    if not rows or not rows[0].is_baseline:
+        raise ValueError("it has no row of the unmodified model, 'full'")
     by_name = {row.name: row for row in rows}
     return EvalView(name, document, tuple(rows), tuple(_gap(gap, by_name) for gap in document.get("gaps") or ()))
 
