@@ -134,7 +134,7 @@ def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:
     """
     native = native_types(model.config.get_text_config())
     owners = []
-    for index, layer in enumerate(model.get_decoder().layers):
+    for index, layer in enumerate(getattr(model.get_decoder(), "layers", [])):
         for owner, indexer in find_indexers(layer):
             # None elsewhere: a layer of another kind in a family that mixes them
             if indexer is not None or native.get(index) == "shared":

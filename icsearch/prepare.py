@@ -48,7 +48,7 @@ class Inputs:
 
 def open_model(request: CalibrationRequest) -> tuple[Checkpoint, Layout]:
     """The checkpoint's files and layout."""
-    source = checkpoint.open_checkpoint(request.model)
+    source = checkpoint.open_checkpoint(request.model, trust_remote_code=request.trust_remote_code)
     return source, model.inspect(source, request.trust_remote_code)
 
 
@@ -65,21 +65,24 @@ def obtain_batches(
 def calibrate(request: CalibrationRequest, out: Path, fresh: bool) -> tuple[calibration.Calibration, bool]:
     """Batches of a source for a model, cached in `out`, and whether they were there already."""
     source, layout = open_model(request)
-    return _obtain(request, source, layout, out, fresh)
+    return _obtain(request, source, layout, out, fresh, copy_ready=True)
 
 
 def _obtain(
-    request: CalibrationRequest, source: Checkpoint, layout: Layout, cache: Path, fresh: bool
+    request: CalibrationRequest, source: Checkpoint, layout: Layout, cache: Path, fresh: bool, copy_ready: bool = False
 ) -> tuple[calibration.Calibration, bool]:
     return calibration.obtain(
         request.source,
         lambda: model.load_tokenizer(source, request.trust_remote_code),
         cache,
-        seq_len=request.seq_len or default_seq_len(layout),
-        num_sequences=request.num_sequences or DEFAULT_NUM_SEQUENCES,
+        seq_len=request.seq_len,
+        num_sequences=request.num_sequences,
+        default_seq_len=default_seq_len(layout),
+        default_num_sequences=DEFAULT_NUM_SEQUENCES,
         seed=request.seed,
         limits=calibration.Limits(layout.vocab_size, layout.index_topk, layout.max_positions),
         rebuild=fresh,
+        copy_ready=copy_ready,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import icsearch
 from icsearch.errors import ModelError, PatternError
@@ -285,17 +285,12 @@ def test_a_pattern_that_does_not_fit_is_refused(glm_checkpoint: Path, pattern: s
 
 
 def test_models_without_indexers_are_refused() -> None:
-    sizes = {
-        "vocab_size": 8,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    with pytest.raises(PatternError, match="LlamaForCausalLM has no indexers"):
-        icsearch.apply_pattern(LlamaForCausalLM(LlamaConfig(**sizes)), "FS")
-    with pytest.raises(PatternError, match="Linear has no indexers"):
-        icsearch.apply_pattern(torch.nn.Linear(2, 2), "FS")
+    sizes = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llama = LlamaForCausalLM(LlamaConfig(intermediate_size=8, **sizes))
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes))  # its layers have another name
+    for model in (llama, gpt2, torch.nn.Linear(2, 2)):
+        with pytest.raises(PatternError, match=f"{type(model).__name__} has no indexers"):
+            icsearch.apply_pattern(model, "FS")
 
 
 def test_load_without_a_pattern_is_the_plain_model(family_checkpoint: Path) -> None:

@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
         "", "errors", "export", "greedy", "model", "pattern", "plan", "progress", "record", "report", "requests",
     },
     "api": {"checkpoint", "errors", "model", "pattern", "slot"},
+    "tasks": {"calibration", "corpus", "errors", "statistics"},
     "__init__": {"api"},
     "__main__": {"cli"},
 }  # fmt: skip
