@@ -18,92 +18,93 @@ from icsearch.cosine_dp import solve
 from icsearch.errors import IcsearchError
 from icsearch.files import write_atomically
 from icsearch.journal import Event
+from icsearch.model import Layout
 from icsearch.pattern import Pattern
 from icsearch.prepare import (
     Inputs,
-    Listener,
-    SweepScorer,
+    Loaded,
+    Publish,
     count_in_sweeps,
-    device_batches,
-    load_model,
-    memory_of,
+    environment_notes,
+    load,
+    make_scoring,
     obtain_batches,
     open_model,
     pattern_options,
     pattern_start,
+    publish_nothing,
     run_options,
     tell_what_happens,
 )
 from icsearch.record import RunRecord
 from icsearch.requests import BaselineRequest
 from icsearch.rundir import RunDirectory
-from icsearch.search import Scoring
+from icsearch.search import Progress, Scoring
 from icsearch.similarity import SimilaritySweep, similarity_event
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
 
 
-def dp_baseline(request: BaselineRequest, listener: Listener) -> RunRecord:
+def dp_baseline(request: BaselineRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
     """Find the pattern of highest similarity, and its loss. Raises IcsearchError for bad input."""
     source, layout = open_model(request.calibration)
-    num_shared = request.resolve_num_shared(layout.start_pattern)
+    chosen = pattern_options(request, layout.start_pattern)
     run = RunDirectory(request.out)
     with run.locked():
         inputs = Inputs(source, layout, obtain_batches(request, source, layout, listener))
         existing = [] if request.fresh else run.existing()
-        options = {
-            "method": "dp-baseline",
-            "strategy": "dynamic-program",
-            "objective": "cosine-similarity",
-            **pattern_options(request, num_shared),
-            **run_options(request, inputs, existing),
-        }
-        start = pattern_start(request, inputs, options)
-        reused = _read_similarity(request.similarity, start) if request.similarity else None
-        record = RunRecord.replay(run.open(start, existing))
+        method = {"method": "dp-baseline", "strategy": "dynamic-program", "objective": "cosine-similarity"}
+        start = pattern_start(request, inputs, {**method, **chosen, **run_options(request, inputs, existing)})
+        run.check_same(existing, start)
+        reused = [_read_similarity(request.similarity, start)] if request.similarity else []
+        record = RunRecord.replay(existing)
         tell_what_happens(existing, record.finished, request.out, listener)
-        return record if record.finished else _run(request, inputs, run, record, reused, listener)
+        if not record.finished:
+            loaded = load(request, inputs, start["options"], listener)
+            record = RunRecord.replay(run.open(start, existing))
+            scoring = make_scoring(run, record, inputs, loaded, listener)
+            scoring.note(environment_notes(existing, start))
+            _compare(request, inputs, loaded, scoring, reused)
+        publish(request.out, record)
+        return record
 
 
-def _run(
-    request: BaselineRequest,
-    inputs: Inputs,
-    run: RunDirectory,
-    record: RunRecord,
-    reused: Event | None,
-    listener: Listener,
-) -> RunRecord:
-    options, layout = record.start["options"], inputs.layout
-    memory = memory_of(request, inputs, options)
-    per_sweep = memory.patterns_per_sweep
-    dsa = load_model(request, inputs, options, listener)
-    batches = device_batches(dsa, inputs.batches, options["batch_size"])
-    references = [record.start_pattern, *map(Pattern, record.references.values())]
-    total = (layout.num_layers + count_in_sweeps(layout, references, per_sweep)) * len(record.tokens)
-    listener.planned(plan.model_rows(record.start), total, record.layer_sequences)
-    scorer = SweepScorer(dsa, batches, per_sweep)
-    scoring = Scoring(run.journal, record, scorer, listener, layout.count_layer_runs)
-    if reused is not None and not record.similarity_sums.sequences:
-        scoring.append(reused)
-    sweep = SimilaritySweep(dsa, layout.index_topk, memory.shape.selections_bytes(len(dsa.slots)) > memory.spare)
-    listener.step_started(0, 1, layout.num_layers * len(record.tokens))
-    for batch in batches:
-        if batch.first >= record.similarity_sums.sequences:
-            scoring.append(similarity_event(sweep, batch, listener.layer_done))
+def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
+    """Similarity, then the pattern, then what it costs beside the references."""
+    record, layout = scoring.record, inputs.layout
+    patterns = [record.start_pattern, *map(Pattern, record.references.values())]
+    runs = layout.num_layers + count_in_sweeps(layout, patterns, loaded.memory.patterns_per_sweep)
+    scoring.progress.planned(plan.model_rows(record.start), runs * len(record.tokens), record.layer_sequences)
+    if not record.similarity_sums.sequences:
+        for event in reused:
+            scoring.append(event)
+    _measure_similarity(layout, loaded, scoring)
     _save_similarity(request.out, record)
-    _choose(request, record, scoring)
+    if record.chosen is None:
+        _choose(request, scoring)
     scoring.score_references(record.pattern)
     scoring.append({"event": "finish", "pattern": record.pattern.letters})
-    return record
 
 
-def _choose(request: BaselineRequest, record: RunRecord, scoring: Scoring) -> None:
+def _measure_similarity(layout: Layout, loaded: Loaded, scoring: Scoring) -> None:
+    """Batch by batch, what the journal does not hold yet."""
+    keep_on_cpu = loaded.memory.shape.selections_bytes(len(layout.layer_indices)) > loaded.memory.spare
+    sweep = SimilaritySweep(loaded.dsa, layout.index_topk, keep_on_cpu)
+    left = [batch for batch in loaded.batches if batch.first >= scoring.record.similarity_sums.sequences]
+    if left:
+        scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))
+    for batch in left:
+        scoring.append(similarity_event(sweep, batch, scoring.progress.layer_done))
+
+
+def _choose(request: BaselineRequest, scoring: Scoring) -> None:
     """Solve the dynamic program and journal its pattern."""
+    record = scoring.record
     start = record.start_pattern
     stages = frozenset(first for first, _ in record.start["blocks"])
     native = frozenset(record.start["model"]["native_shared"])
     solutions = solve(
-        record.similarity_sums.means()["cosine"],
+        _square(record.similarity_sums.means()["cosine"]).tolist(),
         must_be_full=(request.keep_full | stages) - native - {0},
         must_be_shared=native,
     )

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from icsearch import cost, plan
-from icsearch.errors import IcsearchError
+from icsearch import cost, model, plan, tasks
 from icsearch.evaluation import EvalRecord, save_eval
 from icsearch.journal import Event
+from icsearch.lm_eval_bridge import lm_eval_results
+from icsearch.measure import measure
 from icsearch.measures import Evaluation, bucket_edges, bucket_tokens
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.prepare import (
     Inputs,
-    Listener,
+    Loaded,
     count_in_sweeps,
-    device_batches,
-    load_model,
-    memory_of,
+    load,
     obtain_batches,
     open_model,
     run_options,
@@ -30,10 +30,19 @@ from icsearch.prepare import (
 )
 from icsearch.requests import EvalRequest
 from icsearch.rundir import RunDirectory
+from icsearch.search import Progress
 from icsearch.specs import NamedPattern, Target, resolve_specs
 
+# Writes an event to the journal and lets the record take it in.
+Append = Callable[[Event], None]
+# Writes the results of an evaluation into its directory, given the content of eval.json.
+Publish = Callable[[Path, dict[str, Any]], object]
 
-def evaluate(request: EvalRequest, listener: Listener) -> dict[str, Any]:
+DEFAULT_CONTEXTS = (10_000, 60_000, 120_000, 200_000)  # the lengths of the paper's table
+TASK_SEED = 0
+
+
+def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda out, document: None) -> dict[str, Any]:
     """Measure, or continue, or return the finished evaluation in `request.out`; the content of eval.json."""
     source, layout = open_model(request.calibration)
     run = RunDirectory(request.out)
@@ -41,11 +50,21 @@ def evaluate(request: EvalRequest, listener: Listener) -> dict[str, Any]:
         inputs = Inputs(source, layout, obtain_batches(request, source, layout, listener))
         existing = [] if request.fresh else run.existing()
         start = _start(request, inputs, existing)
-        record = EvalRecord.replay(run.open(start, existing))
+        run.check_same(existing, start)
+        record = EvalRecord.replay(existing)
         tell_what_happens(existing, record.finished, request.out, listener)
         if not record.finished:
-            _run(request, inputs, run, record, listener)
-        return save_eval(request.out / "eval.json", record)
+            loaded = load(request, inputs, start["options"], listener)
+            record = EvalRecord.replay(run.open(start, existing))
+
+            def append(event: Event) -> None:
+                run.journal.append(event)
+                record.apply(event)
+
+            _measure(request, inputs, loaded, record, append, listener)
+        document = save_eval(request.out / "eval.json", record)
+        publish(request.out, document)
+        return document
 
 
 def _start(request: EvalRequest, inputs: Inputs, existing: Sequence[Event]) -> Event:
@@ -68,6 +87,7 @@ def _start(request: EvalRequest, inputs: Inputs, existing: Sequence[Event]) -> E
         "patterns": [[one.name, one.pattern.letters] for one in named],
         "tasks": request.tasks,
         "task_length": task_length(request, inputs) if request.tasks else None,
+        "contexts": list(request.contexts),
         "measure": list(request.measure),
         "lm_eval": list(request.lm_eval),
     }
@@ -83,24 +103,77 @@ def task_length(request: EvalRequest, inputs: Inputs) -> int:
     return request.task_length or inputs.batches.seq_len
 
 
-def _run(request: EvalRequest, inputs: Inputs, run: RunDirectory, record: EvalRecord, listener: Listener) -> None:
-    options, layout = record.start["options"], inputs.layout
-    memory = memory_of(request, inputs, options)
-    per_sweep = memory.patterns_per_sweep
-    dsa = load_model(request, inputs, options, listener)
-    patterns = [Pattern(one["pattern"]) for one in record.start["patterns"]]
+def _measure(
+    request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRecord, append: Append, listener: Progress
+) -> None:
+    """Whatever the record does not hold yet: the batches, the tasks, the cost."""
+    layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
+    patterns = list(dict.fromkeys(Pattern(one["pattern"]) for one in record.start["patterns"]))
     total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
     listener.planned(plan.model_rows(record.start), total, record.layer_sequences)
-
-    def append(event: Event) -> None:
-        run.journal.append(event)
-        record.apply(event)
-
-    batches = device_batches(dsa, inputs.batches, options["batch_size"])
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
-    Evaluation(dsa, batches, record, append, listener.layer_done).run(patterns, per_sweep)
-    for name, compute in _extras(request, inputs, dsa, patterns).items():
+    Evaluation(loaded.dsa, loaded.batches, record, append, listener.layer_done).run(patterns, per_sweep)
+    _run_tasks(request, inputs, loaded.dsa, patterns, record, append, listener)
+    for name, compute in _extras(request, inputs, loaded, patterns).items():
         if name not in record.extras:
             listener.info(f"{name.replace('_', ' ')} ...")
             append({"event": "extra", "name": name, "value": compute()})
     append({"event": "finish"})
+
+
+def _run_tasks(
+    request: EvalRequest,
+    inputs: Inputs,
+    dsa: DsaModel,
+    patterns: Sequence[Pattern],
+    record: EvalRecord,
+    append: Append,
+    listener: Progress,
+) -> None:
+    """Tasks with an answer, for each pattern and kind that is missing."""
+    if not request.tasks:
+        return
+    tokenizer = model.load_tokenizer(inputs.source, request.calibration.trust_remote_code)
+    length = task_length(request, inputs)
+    for kind in tasks.KINDS:
+        asked = tasks.make_tasks(tokenizer, kind, length_tokens=length, count=request.tasks, seed=TASK_SEED)
+        for pattern in patterns:
+            if (pattern.letters, kind) in record.tasks:
+                continue
+            listener.info(f"task {kind}, {request.tasks} questions of {length} tokens: {pattern}")
+            with dsa.running(pattern):
+                forced = tasks.teacher_forced_hits(dsa.model, asked)
+                generated = tasks.generated_hits(dsa.model, asked)
+            append(
+                {"event": "task", "pattern": pattern.letters, "kind": kind, "forced": forced, "generated": generated}
+            )
+
+
+def _extras(
+    request: EvalRequest, inputs: Inputs, loaded: Loaded, patterns: Sequence[Pattern]
+) -> dict[str, Callable[[], Any]]:
+    """What is asked for beside the losses, by the name it has in eval.json."""
+    named = [(str(pattern), pattern) for pattern in patterns if pattern != inputs.layout.start_pattern]
+    extras: dict[str, Callable[[], Any]] = {
+        "cost_rows": lambda: _cost_rows(request, inputs, named),
+    }
+    if request.measure:
+        extras["measured"] = lambda: [asdict(timing) for timing in measure(loaded.dsa, patterns, request.measure)]
+    if request.lm_eval:
+        tokenizer = model.load_tokenizer(inputs.source, request.calibration.trust_remote_code)
+        extras["lm_eval"] = lambda: lm_eval_results(loaded.dsa, tokenizer, patterns, request.lm_eval)
+    return extras
+
+
+def _cost_rows(request: EvalRequest, inputs: Inputs, named: Sequence[tuple[str, Pattern]]) -> list[dict[str, Any]]:
+    """Counted work and estimated speed-ups at the context lengths asked for."""
+    layout = inputs.layout
+    shape = cost.ModelShape.from_config(inputs.source.config, dsa_layers=len(layout.layer_indices))
+    contexts = request.contexts or DEFAULT_CONTEXTS
+    return [
+        {
+            "pattern": name,
+            "rows": [asdict(row) for row in cost.cost_rows(shape, p, contexts, baseline=layout.start_pattern)],
+        }
+        for name, p in named
+    ]

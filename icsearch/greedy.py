@@ -7,60 +7,54 @@ from icsearch.model import Layout
 from icsearch.pattern import Pattern
 from icsearch.prepare import (
     Inputs,
-    Listener,
     Memory,
-    SweepScorer,
+    Publish,
     count_in_sweeps,
-    device_batches,
-    load_model,
-    memory_of,
+    environment_notes,
+    load,
+    make_scoring,
     obtain_batches,
     open_model,
     pattern_options,
     pattern_start,
+    publish_nothing,
     run_options,
     tell_what_happens,
 )
 from icsearch.record import RunRecord
 from icsearch.requests import GreedyRequest
 from icsearch.rundir import RunDirectory
-from icsearch.search import Scoring, Search
+from icsearch.search import Progress, Search
 from icsearch.strategies import Strategy, make_strategy
 
 
-def greedy(request: GreedyRequest, listener: Listener) -> RunRecord:
-    """Search, or continue, or return the finished run in `request.out`. Raises IcsearchError for bad input."""
+def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
+    """Search, or continue, or return the finished run in `request.out`. Raises IcsearchError for bad input.
+
+    `publish` writes the results, while the directory is still ours.
+    """
     source, layout = open_model(request.calibration)
-    num_shared = request.resolve_num_shared(layout.start_pattern)
+    chosen = pattern_options(request, layout.start_pattern)
     run = RunDirectory(request.out)
     with run.locked():
         inputs = Inputs(source, layout, obtain_batches(request, source, layout, listener))
         existing = [] if request.fresh else run.existing()
-        options = {
-            "method": "greedy",
-            "strategy": request.strategy,
-            "objective": request.objective,
-            **pattern_options(request, num_shared),
-            **run_options(request, inputs, existing),
-        }
-        record = RunRecord.replay(run.open(pattern_start(request, inputs, options), existing))
+        method = {"method": "greedy", "strategy": request.strategy, "objective": request.objective}
+        start = pattern_start(request, inputs, {**method, **chosen, **run_options(request, inputs, existing)})
+        run.check_same(existing, start)
+        record = RunRecord.replay(existing)
         tell_what_happens(existing, record.finished, request.out, listener)
-        return record if record.finished else _search(request, inputs, run, record, listener)
-
-
-def _search(
-    request: GreedyRequest, inputs: Inputs, run: RunDirectory, record: RunRecord, listener: Listener
-) -> RunRecord:
-    options, layout = record.start["options"], inputs.layout
-    memory = memory_of(request, inputs, options)
-    per_sweep = memory.patterns_per_sweep
-    dsa = load_model(request, inputs, options, listener)
-    search_plan = _plan(request, layout, memory, record)
-    total = search_plan.layer_evaluations * len(record.tokens)
-    listener.planned(plan.rows(search_plan, record.start), total, record.layer_sequences)
-    scorer = SweepScorer(dsa, device_batches(dsa, inputs.batches, options["batch_size"]), per_sweep)
-    scoring = Scoring(run.journal, record, scorer, listener, layout.count_layer_runs)
-    return Search(scoring, strategy_of(record)).run()
+        if not record.finished:
+            loaded = load(request, inputs, start["options"], listener)
+            record = RunRecord.replay(run.open(start, existing))
+            scoring = make_scoring(run, record, inputs, loaded, listener)
+            scoring.note(environment_notes(existing, start))
+            search_plan = _plan(request, layout, loaded.memory, record)
+            total = search_plan.layer_evaluations * len(record.tokens)
+            listener.planned(plan.rows(search_plan, start), total, record.layer_sequences)
+            Search(scoring, strategy_of(record)).run()
+        publish(request.out, record)
+        return record
 
 
 def strategy_of(record: RunRecord) -> Strategy:

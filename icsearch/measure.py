@@ -18,7 +18,7 @@ import torch
 from icsearch.errors import ModelError, OutOfMemoryError
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
-from icsearch.sweep import is_out_of_memory
+from icsearch.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 
 from icsearch.checkpoint import Checkpoint
 from icsearch.errors import ModelError
+from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, find_indexers, put_slot
 
@@ -39,7 +40,7 @@ class DsaModel:
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
-        self.layers: list[nn.Module] = list(self.decoder.layers)
+        self.layers: list[nn.Module] = list(getattr(self.decoder, "layers", []))  # other names: no DSA family
         self.lm_head: nn.Module = model.get_output_embeddings()
         owners = indexer_owners(model)
         self.layer_indices = [index for index, _ in owners]
@@ -167,6 +168,7 @@ class Layout:
     index_topk: int
     index_heads: int
     index_head_dim: int
+    num_parameters: int
 
     @property
     def start_pattern(self) -> Pattern:
@@ -214,6 +216,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         index_topk=int(indexer.index_topk),
         index_heads=int(indexer.n_heads),
         index_head_dim=int(indexer.head_dim),
+        num_parameters=sum(parameter.numel() for parameter in skeleton.model.parameters()),
     )
 
 
@@ -239,7 +242,12 @@ def load(
     _check_loading(checkpoint, config, info)
     _check_finite(checkpoint, model)
     model.eval().requires_grad_(False)
-    return DsaModel(model.to(resolve_device(device)))
+    try:
+        return DsaModel(model.to(resolve_device(device)))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
+        raise
 
 
 def quiet_transformers() -> None:
@@ -321,6 +329,8 @@ def _load_weights(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
         raise ModelError(
             f"transformers cannot load the weights of {checkpoint.name} ({_first_line(error)}): "
             "check that config.json and the shards belong together"
@@ -340,21 +350,22 @@ def _check_loading(checkpoint: Checkpoint, config: Any, info: dict[str, Any]) ->
             f"{len(missing)} tensors that config.json calls for are not in the weights of {checkpoint.name}, such as "
             f"{missing[0]}: use the config that belongs to these weights, or download the missing shard"
         )
-    if unexpected := sorted(name for name in info["unexpected_keys"] if not _has_no_use(name, config)):
+    if unexpected := sorted(name for name in info["unexpected_keys"] if not _has_no_use(name, config, checkpoint)):
         raise ModelError(
             f"{len(unexpected)} tensors of {checkpoint.name} have no place in the model that config.json describes, "
             f"such as {unexpected[0]}: use the config that belongs to these weights"
         )
 
 
-def _has_no_use(name: str, config: Any) -> bool:
+def _has_no_use(name: str, config: Any, checkpoint: Checkpoint) -> bool:
     """True for weights that a whole checkpoint may carry unused: MTP layers, indexers of native S layers."""
     found = re.search(r"\.layers\.(\d+)\.", name)
     if found is None:
         return False
     layer, text_config = int(found[1]), config.get_text_config()
-    is_mtp = layer >= text_config.num_hidden_layers
-    return is_mtp or (".indexer." in name and native_types(text_config).get(layer) == "shared")
+    raw = checkpoint.config.get("text_config", checkpoint.config)
+    mtp = range(text_config.num_hidden_layers, text_config.num_hidden_layers + raw.get("num_nextn_predict_layers", 0))
+    return layer in mtp or (".indexer." in name and native_types(text_config).get(layer) == "shared")
 
 
 def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -28,6 +28,8 @@ class BatchShape:
     index_heads: int
     index_head_dim: int
     attention_heads: int
+    vocab_size: int
+    head_chunk_tokens: int
 
     @property
     def branch_bytes(self) -> int:
@@ -43,14 +45,17 @@ class BatchShape:
 
     @property
     def layer_bytes(self) -> int:
-        """Estimate of what one call of a reference layer takes while it runs.
+        """Estimate of what one call takes while it runs: of a reference layer, or of the LM head if that is more.
 
         The reference indexer holds scores per head twice and a copy of the keys per query, attention its scores
-        per head: (2 H_index + D_index + 3 + H_attention) float32 values per pair of tokens.
+        per head: (2 H_index + D_index + 3 + H_attention) float32 values per pair of tokens. The LM head holds a
+        chunk's logits in the model's type, in float32, and their softmax.
         """
         pairs = self.batch_size * self.seq_len**2
         per_pair = 2 * self.index_heads + self.index_head_dim + 3 + self.attention_heads
-        return pairs * per_pair * FLOAT_BYTES
+        chunk = min(self.head_chunk_tokens, self.batch_size * self.seq_len)
+        head = chunk * self.vocab_size * (self.dtype_bytes + 2 * FLOAT_BYTES)
+        return max(pairs * per_pair * FLOAT_BYTES, head)
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,14 @@ class SearchPlan:
     memory_bytes: int
 
 
-def patterns_per_sweep(shape: BatchShape, memory_bytes: int) -> int:
+def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int) -> int:
     """How many candidates may live at once beside the trunk; raises IcsearchError where not even one fits."""
-    branches = (memory_bytes - shape.layer_bytes) // shape.branch_bytes
+    branches = (memory_bytes - weight_bytes - shape.layer_bytes) // shape.branch_bytes
     if branches < 3:  # the trunk, a candidate, and the layer output that is just being made
         needed = shape.layer_bytes + 3 * shape.branch_bytes
         raise IcsearchError(
-            f"memory budget {format_bytes(memory_bytes)} is too small: one candidate needs about "
-            f"{format_bytes(needed)}; raise --memory, or lower --batch-size or --seq-len"
+            f"memory budget {format_bytes(memory_bytes)} is too small: {format_bytes(weight_bytes)} of weights and "
+            f"about {format_bytes(needed)} for one candidate; raise --memory, or lower --batch-size or --seq-len"
         )
     return int(branches) - 2
 

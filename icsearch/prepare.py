@@ -1,14 +1,19 @@
-"""What every run has in common before it starts: inputs checked, options resolved, the model loaded."""
+"""What every run has in common before it starts: inputs checked, options resolved, the model loaded.
+
+Nothing of an earlier run is touched before all of that has gone well.
+"""
 
 from __future__ import annotations
 
 import datetime
+import os
 import platform
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -16,12 +21,16 @@ import transformers
 from icsearch import __version__, calibration, checkpoint, model, plan
 from icsearch.checkpoint import Checkpoint
 from icsearch.journal import JOURNAL_FORMAT, Event
+from icsearch.losses import HEAD_CHUNK_TOKENS
+from icsearch.memory import free_bytes
 from icsearch.model import DsaModel, Layout
 from icsearch.pattern import Pattern
+from icsearch.record import RunRecord
 from icsearch.requests import CalibrationRequest, PatternRequest, RunRequest
-from icsearch.search import Progress, Scores
+from icsearch.rundir import RunDirectory
+from icsearch.search import Progress, Scores, Scoring
 from icsearch.strategies import split_stages
-from icsearch.sweep import Batch, Sweeper, cut_batches, is_out_of_memory, out_of_memory
+from icsearch.sweep import Batch, Sweeper, cut_batches
 
 REFERENCE_RETENTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 BATCH_TOKENS = 1024  # default tokens per layer call: small calls keep the reference indexer's tensors in cache
@@ -29,12 +38,12 @@ DEFAULT_NUM_SEQUENCES = 48
 MEMORY_SHARE = 0.8  # of what is free when the run starts
 
 
-class Listener(Progress, Protocol):
-    """Hears what a run is about to do, beside its progress."""
+# Writes the results of a run into its directory.
+Publish = Callable[[Path, RunRecord], object]
 
-    def info(self, text: str) -> None: ...
 
-    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None: ...
+def publish_nothing(out: Path, record: RunRecord) -> None:
+    """For callers who only want the record."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def open_model(request: CalibrationRequest) -> tuple[Checkpoint, Layout]:
 
 
 def obtain_batches(
-    request: RunRequest, source: Checkpoint, layout: Layout, listener: Listener
+    request: RunRequest, source: Checkpoint, layout: Layout, listener: Progress
 ) -> calibration.Calibration:
     """The batches of a run, cached in its directory where they are made from text."""
     batches, hit = _obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
@@ -97,20 +106,25 @@ def run_options(request: RunRequest, inputs: Inputs, existing: Sequence[Event]) 
     recorded = existing[0]["options"]["threads"] if existing else torch.get_num_threads()
     return {
         "dtype": inputs.layout.dtype if request.dtype == "auto" else request.dtype,
-        "device": model.resolve_device(request.device).type,
+        "device": str(model.resolve_device(request.device)),
         "batch_size": request.batch_size or max(1, min(BATCH_TOKENS // length, sequences)),
         "attention": model.ATTENTION,
         "threads": request.threads or recorded,
-        "seed": request.calibration.seed,
     }
 
 
-def pattern_options(request: PatternRequest, num_shared: int) -> dict[str, Any]:
-    """How many layers are shared, and which never."""
-    return {"num_shared": num_shared, "stages": request.stages, "keep_full": sorted(request.keep_full)}
+def pattern_options(request: PatternRequest, start: Pattern) -> dict[str, Any]:
+    """How many layers are shared, and which never; layers that stay F anyway are left out of `keep_full`."""
+    num_shared = request.resolve_num_shared(start)  # first: it checks the stages too
+    anyway = {block.start for block in split_stages(len(start), request.stages)}
+    return {
+        "num_shared": num_shared,
+        "stages": request.stages,
+        "keep_full": sorted(request.keep_full - anyway),
+    }
 
 
-def tell_what_happens(existing: Sequence[Event], finished: bool, out: Path, listener: Listener) -> None:
+def tell_what_happens(existing: Sequence[Event], finished: bool, out: Path, listener: Progress) -> None:
     """Say whether a run is new, continued, or done already."""
     if finished:
         listener.info(f"{out} holds this run, finished: nothing to compute")
@@ -141,7 +155,7 @@ def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
             "seq_len": batches.seq_len,
             "source": batches.manifest.get("source", source.name),
         },
-        "environment": environment(),
+        "environment": environment(options["device"]),
         "num_layers": len(layout.layer_indices),
         "decoder_layers": layout.num_layers,
         "layer_indices": list(layout.layer_indices),
@@ -173,33 +187,33 @@ def references(start: Pattern, num_shared: int) -> dict[str, str]:
     return found
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
     """What the bits of a loss depend on, beside the options."""
+    on_cuda = device.startswith("cuda")
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device_name": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
     }
 
 
-def load_model(request: RunRequest, inputs: Inputs, options: dict[str, Any], listener: Listener) -> DsaModel:
-    """Load the weights under the recorded options; raises ModelError, OutOfMemoryError."""
-    torch.set_num_threads(options["threads"])
-    for note in make_deterministic(options["device"]):
-        listener.info(note)
-    try:
-        return model.load(
-            inputs.source,
-            dtype=options["dtype"],
-            device=request.device,
-            trust_remote_code=request.calibration.trust_remote_code,
-        )
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(error) from error
-        raise
+def _cpu_name() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def environment_notes(existing: Sequence[Event], start: Event) -> list[str]:
+    """What has changed since a run began that may change the bits of its losses."""
+    if not existing:
+        return []
+    before, now = existing[0]["environment"], start["environment"]
+    return [
+        f"{name} was {before.get(name)} when the run began and is {now[name]} now: losses from here on may differ "
+        "from the earlier ones in their last bits"
+        for name in ("torch", "transformers", "device_name")
+        if before.get(name) != now[name]
+    ]
 
 
 @dataclass(frozen=True)
@@ -218,13 +232,34 @@ class Memory:
     @property
     def patterns_per_sweep(self) -> int:
         """How many patterns may live at once beside the trunk; raises IcsearchError where none fits."""
-        return plan.patterns_per_sweep(self.shape, self.budget - self.weights)
+        return plan.patterns_per_sweep(self.shape, self.weights, self.budget)
 
 
-def memory_of(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Memory:
-    """The memory budget, by default most of what is free now (call it before the weights are loaded)."""
-    budget = request.memory or int(MEMORY_SHARE * free_bytes(options["device"]))
-    return Memory(budget, inputs.source.num_bytes, batch_shape(inputs.layout, options, inputs.batches.seq_len))
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, its batches beside it, and the memory that was planned for them."""
+
+    dsa: DsaModel
+    batches: list[Batch]
+    memory: Memory
+
+
+def load(request: RunRequest, inputs: Inputs, options: dict[str, Any], listener: Progress) -> Loaded:
+    """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError."""
+    device = torch.device(options["device"])
+    budget = request.memory or int(MEMORY_SHARE * free_bytes(device))
+    weights = inputs.layout.num_parameters * model.DTYPES[options["dtype"]].itemsize
+    memory = Memory(budget, weights, batch_shape(inputs.layout, options, inputs.batches.seq_len))
+    listener.info(f"{memory.patterns_per_sweep} patterns fit into one sweep")
+    torch.set_num_threads(options["threads"])
+    make_deterministic(device)
+    dsa = model.load(
+        inputs.source,
+        dtype=options["dtype"],
+        device=options["device"],
+        trust_remote_code=request.calibration.trust_remote_code,
+    )
+    return Loaded(dsa, device_batches(dsa, inputs.batches, options["batch_size"]), memory)
 
 
 def device_batches(dsa: DsaModel, batches: calibration.Calibration, batch_size: int) -> list[Batch]:
@@ -247,8 +282,17 @@ class SweepScorer:
         return list(self._batches)
 
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
-        result = self._sweeper.sweep(patterns, [self._batches[wave]], on_layer)
-        return Scores(result.nll, result.layer_sequences)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = self._sweeper.sweep(patterns, [self._batches[wave]], on_layer)
+        notes = {str(warning.message) for warning in caught if "deterministic" in str(warning.message)}
+        return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)))
+
+
+def make_scoring(run: RunDirectory, record: RunRecord, inputs: Inputs, loaded: Loaded, listener: Progress) -> Scoring:
+    """The scoring of a run by the layer sweep."""
+    scorer = SweepScorer(loaded.dsa, loaded.batches, loaded.memory.patterns_per_sweep)
+    return Scoring(run.journal, record, scorer, listener, inputs.layout.count_layer_runs)
 
 
 def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int) -> int:
@@ -267,22 +311,18 @@ def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.B
         index_heads=layout.index_heads,
         index_head_dim=layout.index_head_dim,
         attention_heads=layout.attention_heads,
+        vocab_size=layout.vocab_size,
+        head_chunk_tokens=HEAD_CHUNK_TOKENS,
     )
 
 
-def free_bytes(device: str) -> int:
-    """Memory that is free now on the device."""
-    if device == "cuda":
-        return int(torch.cuda.mem_get_info()[0])
-    import psutil
+def make_deterministic(device: torch.device) -> None:
+    """On CUDA, switch deterministic algorithms on: expert routing adds with atomics otherwise.
 
-    return int(psutil.virtual_memory().available)
-
-
-def make_deterministic(device: str) -> list[str]:
-    """On CUDA, switch deterministic algorithms on: expert routing adds with atomics otherwise."""
-    if device != "cuda":
-        return []
+    torch warns of a kernel that has none; the scorer turns such warnings into notes of the run.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = False
-    return ["deterministic algorithms are on; torch warns of a kernel that has none"]

@@ -38,8 +38,9 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process. The lock dies with its process, however that dies.
 
-        A directory in which nothing was begun is not left behind.
+        A directory that was made for a run which then never began is not left behind.
         """
+        made_now = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / _LOCK_NAME).open("w")
@@ -50,7 +51,8 @@ class RunDirectory:
             try:
                 yield
             finally:
-                self._remove_if_unused()
+                if made_now:
+                    self._remove_if_unused()
 
     def _lock(self, lock: TextIO) -> None:
         try:
@@ -61,18 +63,18 @@ class RunDirectory:
             ) from None
 
     def _remove_if_unused(self) -> None:
-        if [path.name for path in self.path.iterdir()] == [_LOCK_NAME]:
-            (self.path / _LOCK_NAME).unlink()
-            self.path.rmdir()
+        with contextlib.suppress(OSError):  # whatever stands in the way is no reason to hide the run's own outcome
+            if [path.name for path in self.path.iterdir()] == [_LOCK_NAME]:
+                (self.path / _LOCK_NAME).unlink()
+                self.path.rmdir()
 
     def existing(self) -> list[Event]:
         """The events of the run so far; empty where none was started."""
         return self.journal.events() if self.journal.exists() else []
 
     def open(self, start: Event, existing: list[Event]) -> list[Event]:
-        """Begin a new run with `start`, or continue the existing one if its settings are the same."""
+        """Continue the existing run, or begin a new one with `start`: only now the last one's files go."""
         if existing:
-            self._check_same(existing[0], start)
             return existing
         self._clear()
         self.journal.append(start)
@@ -85,8 +87,9 @@ class RunDirectory:
             (self.path / name).unlink(missing_ok=True)
         sync_directory(self.path)
 
-    def _check_same(self, found: Event, wanted: Event) -> None:
+    def check_same(self, existing: list[Event], wanted: Event) -> None:
         """Refuse to continue a run whose options, model or calibration are others; says which differ."""
+        found = existing[0] if existing else wanted
         differences = [line for part in _MUST_AGREE for line in _differences(part, found.get(part, {}), wanted[part])]
         if differences:
             raise JournalError(

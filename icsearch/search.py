@@ -20,10 +20,14 @@ from icsearch.strategies import Strategy
 
 @dataclass(frozen=True)
 class Scores:
-    """Losses of one sweep: `nll[letters]` per sequence of the wave, in nats, and the layer runs x sequences."""
+    """Losses of one sweep: `nll[letters]` per sequence of the wave, in nats, and the layer runs x sequences.
+
+    `notes` is what the reader of the report should know, such as a kernel without a deterministic form.
+    """
 
     nll: dict[str, list[float]]
     layer_sequences: int
+    notes: tuple[str, ...] = ()
 
 
 class Scorer(Protocol):
@@ -42,7 +46,11 @@ class Scorer(Protocol):
 
 
 class Progress(Protocol):
-    """Listens to a search. It changes nothing."""
+    """Hears what a run is about to do, and how far it is. It changes nothing."""
+
+    def info(self, text: str) -> None: ...
+
+    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None: ...
 
     def step_started(self, step: int, patterns: int, layer_sequences: int) -> None: ...
 
@@ -92,7 +100,14 @@ class Scoring:
             started = time.monotonic()
             scores = self._scorer.score(chunk, wave, self.progress.layer_done)
             self.append(_losses_event(step, chunk, wave, scores, time.monotonic() - started))
+            self.note(scores.notes)
             self.progress.losses_known(self.record, step)
+
+    def note(self, texts: Sequence[str]) -> None:
+        """Keep what the reader of the report should know, once."""
+        for text in dict.fromkeys(texts):
+            if text not in self.record.notes:
+                self.append({"event": "note", "text": text})
 
     def _missing(self, patterns: list[Pattern], wave: tuple[int, int]) -> list[Pattern]:
         first, last = wave

@@ -1,4 +1,4 @@
-"""Patterns as named on the command line: SPEC is `full`, `uniform:1/4`, `published:NAME`, a pattern.json, or letters."""
+"""Patterns as named on the command line by a SPEC: `full`, `uniform:1/4`, `published:NAME`, a file, or letters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icsearch.errors import PatternError
 from icsearch.pattern import Pattern, PatternFile, load_pattern_file, parse_retention
 from icsearch.resources import published_patterns
 
-EXPECTED = "full, uniform:1/4, published:NAME, a pattern.json, FILE@1/2 for a run's pattern at another retention, or letters"
+EXPECTED = "full, uniform:1/4, published:NAME, a pattern.json (FILE@1/2: a run's at another retention), or letters"
 
 
 @dataclass(frozen=True)

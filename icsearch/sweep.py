@@ -18,15 +18,12 @@ from typing import Any
 
 import torch
 
-from icsearch.errors import IcsearchError, OutOfMemoryError
+from icsearch.errors import NonFiniteLossError
 from icsearch.losses import sequence_nll
+from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.model import DsaModel, LayerCall
 from icsearch.pattern import Pattern
 from icsearch.slot import SelectionStore
-
-
-class NonFiniteLossError(IcsearchError):
-    """A loss came out NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +125,9 @@ class Sweeper:
         probe: Probe | None,
     ) -> int:
         sequences = sum(len(batch.input_ids) for batch in wave)
-        trunk = [self.model.embed(batch.input_ids) for batch in wave]
-        branches = [Branch(patterns, trunk, [None] * len(wave))]
+        embedded = [self.model.embed(batch.input_ids) for batch in wave]
+        branches = [Branch(patterns, embedded, [None] * len(wave))]
+        del embedded  # or the first states would live as long as the sweep
         layer_runs = 0
         for index in range(len(self.model.layers)):
             pending, branches = branches, []
@@ -213,19 +211,3 @@ def naive_nll(model: DsaModel, pattern: Pattern, batches: Sequence[Batch]) -> li
         states = model.final_hidden_states(batch.input_ids, pattern)
         sums += sequence_nll(states, model.lm_head, batch.input_ids, batch.counted).tolist()
     return sums
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for a failed allocation on CPU or CUDA."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-def out_of_memory(error: BaseException) -> OutOfMemoryError:
-    """The error for the user: what ran out, and which option to change."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return OutOfMemoryError(
-        f"out of memory ({reason}): lower --memory so that fewer branches live at once, "
-        "or --batch-size, or --seq-len; the run continues where it stopped"
-    )
