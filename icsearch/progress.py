@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from icsearch.record import RunRecord
+from icsearch.report import numbers
 from icsearch.statistics import mean_loss
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -129,7 +130,7 @@ class RunClock:
         if self._started is None or not self._measured:
             return "time left unknown"
         rate = (time.monotonic() - self._started) / self._measured
-        return f"at most {format_seconds(rate * max(self.total - self.done, 0))} left"
+        return f"at most {numbers.duration(rate * max(self.total - self.done, 0))} left"
 
 
 def make_listener(quiet: bool) -> Quiet:
@@ -156,7 +157,7 @@ def commit_line(record: RunRecord) -> str:
     tie = f", tied with {', '.join(map(str, commit.ties))}" if commit.ties else ""
     return (
         f"step {commit.step}/{record.start['options']['num_shared']}: layer {commit.layer} shares, "
-        f"loss {step.loss:.4f} ({step.delta:+.4f} ± {step.std_err:.4f}){tie}"
+        f"loss {numbers.loss(step.loss)} ({numbers.with_error(step.delta, step.std_err)}){tie}"
     )
 
 
@@ -173,13 +174,6 @@ def best_so_far(record: RunRecord, step: int) -> str:
     before = record.pattern.letters
     layer = next(i for i, (a, b) in enumerate(zip(before, best, strict=True)) if a != b)
     return f"best so far layer {layer}, loss {losses[best]:.4f} on {len(order)} of {len(record.tokens)} sequences"
-
-
-def format_seconds(seconds: float) -> str:
-    """m:ss or h:mm:ss."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 def _step_name(step: int) -> str:

@@ -10,8 +10,9 @@ from rich.console import Console
 from test_search import START, MadeUp, exact
 
 from icsearch.journal import Journal
-from icsearch.progress import Live, Plain, Quiet, RunClock, format_seconds, make_listener
+from icsearch.progress import Live, Plain, Quiet, RunClock, make_listener
 from icsearch.record import RunRecord
+from icsearch.report import numbers
 from icsearch.search import Scoring, Search
 
 
@@ -59,8 +60,4 @@ def test_remaining_time_is_unknown_until_something_was_measured() -> None:
     assert clock.remaining() == "time left unknown"
     clock.start_step(1, 10)
     clock.advance(10)
-    assert clock.remaining() == "at most 0:00 left"
-
-
-def test_seconds() -> None:
-    assert [format_seconds(s) for s in (0, 61, 3661.4)] == ["0:00", "1:01", "1:01:01"]
+    assert clock.remaining() == f"at most {numbers.duration(0)} left"
