@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from icsearch.errors import IcsearchError, PatternError
+from icsearch.jsonfile import shown
 from icsearch.pattern import Pattern, num_full, parse_retention
 from icsearch.strategies import split_stages
 
@@ -149,9 +150,9 @@ def parse_share(retention: str | None) -> Fraction | None:
 def parse_layers(text: str, option: str) -> frozenset[int]:
     """A list of layers as typed, such as `0,5,9`."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    bad = [part for part in parts if not part.isdecimal()]
+    bad = [part for part in parts if not part.isdecimal() or len(part) > 6]
     if bad:
-        raise IcsearchError(f"{option} has {bad[0]!r}: expected layer numbers with commas between, such as 0,5,9")
+        raise IcsearchError(f"{option} has {shown(bad[0])}: expected layer numbers with commas between, such as 0,5,9")
     return frozenset(int(part) for part in parts)
 
 
