@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
         "prepare", "requests", "rundir", "search", "specs", "tasks",
     },
     "report": {"errors", "evaluation", "export", "files", "pattern", "record", "statistics"},
-    "export": {"errors", "pattern"},
+    "export": {"errors", "jsonfile", "pattern"},
     "progress": {"record", "report", "statistics"},
     "cli": {
         "", "baseline", "errors", "evaluate", "export", "greedy", "model", "pattern", "plan", "prepare", "progress",
