@@ -254,7 +254,9 @@ def _scene(rng: random.Random) -> str:
     if shape == 0:
         return f" The {noun} of {name} {rng.choice(_VERBS)} the {ware}."
     if shape == 1:
-        return f" The {ware} of {name} and {rng.choice(NAMES)} {rng.choice(_VERBS)} the {rng.choice(_ADJECTIVES)} {noun}."
+        return (
+            f" The {ware} of {name} and {rng.choice(NAMES)} {rng.choice(_VERBS)} the {rng.choice(_ADJECTIVES)} {noun}."
+        )
     return f" The {rng.choice(_ADJECTIVES)} {noun} {rng.choice(_VERBS)} {name} {rng.choice(_PLACES)} the {ware}."
 
 

@@ -13,7 +13,7 @@ from icsearch import cost, model, plan, tasks
 from icsearch.evaluation import EvalRecord, save_eval
 from icsearch.journal import Event
 from icsearch.lm_eval_bridge import lm_eval_results
-from icsearch.measure import measure
+from icsearch.measure import Timing, measure
 from icsearch.measures import Evaluation, bucket_edges, bucket_tokens
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
@@ -54,7 +54,7 @@ def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda
         record = EvalRecord.replay(existing)
         tell_what_happens(existing, record.finished, request.out, listener)
         if not record.finished:
-            loaded = load(request, inputs, start["options"], listener)
+            loaded = load(request, inputs, start["options"])
             record = EvalRecord.replay(run.open(start, existing))
 
             def append(event: Event) -> None:
@@ -114,7 +114,7 @@ def _measure(
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
     Evaluation(loaded.dsa, loaded.batches, record, append, listener.layer_done).run(patterns, per_sweep)
     _run_tasks(request, inputs, loaded.dsa, patterns, record, append, listener)
-    for name, compute in _extras(request, inputs, loaded, patterns).items():
+    for name, compute in _extras(request, inputs, loaded, record).items():
         if name not in record.extras:
             listener.info(f"{name.replace('_', ' ')} ...")
             append({"event": "extra", "name": name, "value": compute()})
@@ -149,31 +149,47 @@ def _run_tasks(
             )
 
 
-def _extras(
-    request: EvalRequest, inputs: Inputs, loaded: Loaded, patterns: Sequence[Pattern]
-) -> dict[str, Callable[[], Any]]:
+def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRecord) -> dict[str, Callable[[], Any]]:
     """What is asked for beside the losses, by the name it has in eval.json."""
-    named = [(str(pattern), pattern) for pattern in patterns if pattern != inputs.layout.start_pattern]
+    start = inputs.layout.start_pattern
+    names = {Pattern(one["pattern"]): one["name"] for one in reversed(record.start["patterns"])}
     extras: dict[str, Callable[[], Any]] = {
-        "cost_rows": lambda: _cost_rows(request, inputs, named),
+        "cost_rows": lambda: [_cost(request, inputs, name, p) for p, name in names.items() if p != start]
     }
     if request.measure:
-        extras["measured"] = lambda: [asdict(timing) for timing in measure(loaded.dsa, patterns, request.measure)]
+        extras["measured"] = lambda: _timings(measure(loaded.dsa, list(names), request.measure), names)
     if request.lm_eval:
         tokenizer = model.load_tokenizer(inputs.source, request.calibration.trust_remote_code)
-        extras["lm_eval"] = lambda: lm_eval_results(loaded.dsa, tokenizer, patterns, request.lm_eval)
+        extras["lm_eval"] = lambda: lm_eval_results(loaded.dsa, tokenizer, list(names), request.lm_eval)
     return extras
 
 
-def _cost_rows(request: EvalRequest, inputs: Inputs, named: Sequence[tuple[str, Pattern]]) -> list[dict[str, Any]]:
+def _cost(request: EvalRequest, inputs: Inputs, name: str, pattern: Pattern) -> dict[str, Any]:
     """Counted work and estimated speed-ups at the context lengths asked for."""
     layout = inputs.layout
     shape = cost.ModelShape.from_config(inputs.source.config, dsa_layers=len(layout.layer_indices))
     contexts = request.contexts or DEFAULT_CONTEXTS
+    rows = cost.cost_rows(shape, pattern, contexts, baseline=layout.start_pattern)
+    return {"name": name, "rows": [asdict(row) for row in rows]}
+
+
+def _timings(timings: Sequence[Timing], names: dict[Pattern, str]) -> list[dict[str, Any]]:
+    """Measured ratios, time of the unmodified model / time of the pattern, in paired rounds on this machine."""
     return [
         {
-            "pattern": name,
-            "rows": [asdict(row) for row in cost.cost_rows(shape, p, contexts, baseline=layout.start_pattern)],
+            "name": names[Pattern(timing.pattern)],
+            "length": timing.length,
+            "phase": phase,
+            "min": speedup.minimum,
+            "median": speedup.median,
+            "max": speedup.maximum,
+            "median_seconds": seconds.median,
+            "repeats": timing.repeats,
+            "threads": timing.threads,
         }
-        for name, p in named
+        for timing in timings
+        for phase, speedup, seconds in (
+            ("prefill", timing.prefill_speedup, timing.prefill_seconds),
+            ("decode", timing.decode_speedup, timing.decode_seconds),
+        )
     ]

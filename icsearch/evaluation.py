@@ -261,5 +261,3 @@ def save_eval(path: Path, record: EvalRecord) -> dict[str, Any]:
     document = record.to_json()
     write_atomically(path, json.dumps(document, indent=2, allow_nan=True) + "\n")
     return document
-
-

@@ -45,7 +45,7 @@ def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publis
         record = RunRecord.replay(existing)
         tell_what_happens(existing, record.finished, request.out, listener)
         if not record.finished:
-            loaded = load(request, inputs, start["options"], listener)
+            loaded = load(request, inputs, start["options"])
             record = RunRecord.replay(run.open(start, existing))
             scoring = make_scoring(run, record, inputs, loaded, listener)
             scoring.note(environment_notes(existing, start))

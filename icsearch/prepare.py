@@ -223,16 +223,12 @@ class Memory:
     budget: int
     weights: int
     shape: plan.BatchShape
+    patterns_per_sweep: int  # how many patterns may live at once beside the trunk
 
     @property
     def spare(self) -> int:
         """What weights, one layer call and two branches leave."""
         return self.budget - self.weights - self.shape.layer_bytes - 2 * self.shape.branch_bytes
-
-    @property
-    def patterns_per_sweep(self) -> int:
-        """How many patterns may live at once beside the trunk; raises IcsearchError where none fits."""
-        return plan.patterns_per_sweep(self.shape, self.weights, self.budget)
 
 
 @dataclass(frozen=True)
@@ -244,15 +240,11 @@ class Loaded:
     memory: Memory
 
 
-def load(request: RunRequest, inputs: Inputs, options: dict[str, Any], listener: Progress) -> Loaded:
+def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded:
     """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError."""
-    device = torch.device(options["device"])
-    budget = request.memory or int(MEMORY_SHARE * free_bytes(device))
-    weights = inputs.layout.num_parameters * model.DTYPES[options["dtype"]].itemsize
-    memory = Memory(budget, weights, batch_shape(inputs.layout, options, inputs.batches.seq_len))
-    listener.info(f"{memory.patterns_per_sweep} patterns fit into one sweep")
+    memory = plan_memory(request, inputs, options)
     torch.set_num_threads(options["threads"])
-    make_deterministic(device)
+    make_deterministic(torch.device(options["device"]))
     dsa = model.load(
         inputs.source,
         dtype=options["dtype"],
@@ -260,6 +252,14 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any], listener:
         trust_remote_code=request.calibration.trust_remote_code,
     )
     return Loaded(dsa, device_batches(dsa, inputs.batches, options["batch_size"]), memory)
+
+
+def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Memory:
+    """The budget, by default most of what is free, and what fits; raises IcsearchError where no pattern does."""
+    budget = request.memory or int(MEMORY_SHARE * free_bytes(torch.device(options["device"])))
+    weights = inputs.layout.num_parameters * model.DTYPES[options["dtype"]].itemsize
+    shape = batch_shape(inputs.layout, options, inputs.batches.seq_len)
+    return Memory(budget, weights, shape, plan.patterns_per_sweep(shape, weights, budget))
 
 
 def device_batches(dsa: DsaModel, batches: calibration.Calibration, batch_size: int) -> list[Batch]:

@@ -127,8 +127,6 @@ def _with_unique_names(found: list[NamedPattern]) -> list[NamedPattern]:
     return [
         named
         if names.count(named.name) == 1
-        else NamedPattern(
-            f"{named.name} {named.pattern}", named.pattern, named.method, named.in_sample, named.foreign
-        )
+        else NamedPattern(f"{named.name} {named.pattern}", named.pattern, named.method, named.in_sample, named.foreign)
         for named in unique
     ]

@@ -141,9 +141,7 @@ class Sweeper:
 
     def _run_layer(self, index: int, branch: Branch, wave: Sequence[Batch], probe: Probe | None) -> list[Branch]:
         """One layer on one branch; two branches come back where the patterns part."""
-        return [
-            self._advance(index, branch, patterns, wave, probe) for patterns in self._split(index, branch.patterns)
-        ]
+        return [self._advance(index, branch, patterns, wave, probe) for patterns in self._split(index, branch.patterns)]
 
     def _split(self, index: int, patterns: list[Pattern]) -> list[list[Pattern]]:
         position = self._letter_of_layer.get(index)

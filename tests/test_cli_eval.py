@@ -86,9 +86,7 @@ def test_dp_baseline_keeps_what_must_be_full(
     assert json.loads((tmp_path / "run" / "pattern.json").read_text())["full_layers"] == [0, 3, 5]
 
 
-def test_dp_baseline_on_native_shared_layers(
-    capsys: pytest.CaptureFixture[str], tokens: Path, tmp_path: Path
-) -> None:
+def test_dp_baseline_on_native_shared_layers(capsys: pytest.CaptureFixture[str], tokens: Path, tmp_path: Path) -> None:
     types = ["full" if letter == "F" else "shared" for letter in "FFSFFS"]
     native = tiny.save_checkpoint(tmp_path / "native", indexer_types=types)
     assert run(capsys, *baseline(native, tokens, tmp_path / "run", "--num-shared", 1))[0] == 0
@@ -102,13 +100,20 @@ def test_eval_writes_the_contract(
 ) -> None:
     specs = ["uniform:1/2", searched / "greedy", searched / "dp-baseline", f"{searched / 'greedy'}@5/6", "FSSSSS"]
     arguments = evaluation(glm_checkpoint, tokens, tmp_path / "eval", *specs)
-    status, out, err = run(capsys, *arguments, "--tasks", 1, "--task-length", 200)
+    status, out, err = run(capsys, *arguments, "--tasks", 1, "--task-length", 420)
     assert status == 0, err
     assert {"eval.json", "eval.csv", "report.html"} <= {path.name for path in (tmp_path / "eval").iterdir()}
     document = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert document["format"] == "icsearch.eval/1"
     rows = {row["name"]: row for row in document["rows"]}
-    assert set(rows) == {"full", "uniform 1/2", "greedy greedy", "dp-baseline dp-baseline", "greedy greedy @5/6", "FSSSSS"}
+    assert set(rows) == {
+        "full",
+        "uniform 1/2",
+        "greedy greedy",
+        "dp-baseline dp-baseline",
+        "greedy greedy @5/6",
+        "FSSSSS",
+    }
     searched_loss = json.loads((searched / "greedy" / "pattern.json").read_text())["loss"]
     assert rows["greedy greedy"]["loss"] == searched_loss  # the same batches: the same bits
     assert rows["greedy greedy"]["in_sample"]
@@ -165,9 +170,7 @@ def test_pattern_of_another_model_type(
     assert [row["foreign"] for row in rows] == [False, True]
 
 
-def test_full_of_a_native_shared_layer(
-    capsys: pytest.CaptureFixture[str], tokens: Path, tmp_path: Path
-) -> None:
+def test_full_of_a_native_shared_layer(capsys: pytest.CaptureFixture[str], tokens: Path, tmp_path: Path) -> None:
     native = tiny.save_checkpoint(tmp_path / "native", indexer_types=["full", "full", "shared"] * 2)
     line = refused(capsys, *evaluation(native, tokens, tmp_path / "eval", "FSFSFS"))
     assert "asks F of layer 2" in line

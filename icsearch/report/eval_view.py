@@ -197,7 +197,7 @@ def eval_headline(view: EvalView) -> str:
     """What the evaluation says of the best pattern at the smallest retention, each number with its error."""
     best = next(iter(smallest(view)), None)
     if best is None:
-        return f"{numbers.plural(len(view.rows), 'pattern')} evaluated, none of them searched or given by its letters."
+        return f"{numbers.plural(len(view.rows), 'pattern')} evaluated."
     kept = f"{best.full} of {view.num_layers} layers keep their indexer ({numbers.percent(best.pattern.retention)})"
     lead = f"With {best.name}, {kept} and {_change(best, view)}"
     return " ".join(filter(None, [lead, _against_uniform(view.gap_of(best)), _where_measured(best)]))
