@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from icsearch.errors import ModelError, OutOfMemoryError
+from icsearch.memory import is_out_of_memory
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
-from icsearch.memory import is_out_of_memory
 
 
 @dataclass(frozen=True)

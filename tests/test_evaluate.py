@@ -15,10 +15,10 @@ from test_sweep import random_batches
 from icsearch import model
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import IcsearchError, JournalError
-from icsearch.measures import Evaluation, bucket_edges, bucket_tokens, naive_measures
 from icsearch.evaluation import EvalRecord, load_eval, save_eval, verdict
 from icsearch.journal import Event
 from icsearch.losses import selection_overlap
+from icsearch.measures import Evaluation, bucket_edges, bucket_tokens, naive_measures
 from icsearch.pattern import Pattern
 from icsearch.slot import SelectionStore
 from icsearch.statistics import Difference
