@@ -34,7 +34,7 @@ def load(
     matrix products by whether a weight needs a gradient). Raises ModelError for a checkpoint that cannot be used, and
     PatternError, before any weight is read, for a pattern that does not fit.
     """
-    checkpoint = open_checkpoint(name_or_path)
+    checkpoint = open_checkpoint(name_or_path, trust_remote_code=trust_remote_code)
     layout = models.inspect(checkpoint, trust_remote_code)
     fitting = None if pattern is None else _fit(pattern, layout.start_pattern)
     model = models.load(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code).model

@@ -7,7 +7,7 @@ tokens add up downstream; the report sets its prediction beside what the pattern
 from __future__ import annotations
 
 import io
-import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from icsearch.cosine_dp import solve
 from icsearch.errors import IcsearchError
 from icsearch.files import write_atomically
 from icsearch.journal import Event
+from icsearch.jsonfile import read_object, write_object
 from icsearch.model import Layout
 from icsearch.pattern import Pattern
 from icsearch.prepare import (
@@ -25,20 +26,14 @@ from icsearch.prepare import (
     Loaded,
     Publish,
     count_in_sweeps,
-    environment_notes,
     load,
     make_scoring,
-    obtain_batches,
-    open_model,
-    pattern_options,
+    opened,
     pattern_start,
     publish_nothing,
-    run_options,
-    tell_what_happens,
 )
 from icsearch.record import RunRecord
 from icsearch.requests import BaselineRequest
-from icsearch.rundir import RunDirectory
 from icsearch.search import Progress, Scoring
 from icsearch.similarity import SimilaritySweep, similarity_event
 
@@ -47,26 +42,20 @@ SIMILARITY_FORMAT = "icsearch.similarity/1"
 
 def dp_baseline(request: BaselineRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
     """Find the pattern of highest similarity, and its loss. Raises IcsearchError for bad input."""
-    source, layout = open_model(request.calibration)
-    chosen = pattern_options(request, layout.start_pattern)
-    run = RunDirectory(request.out)
-    with run.locked():
-        inputs = Inputs(source, layout, obtain_batches(request, source, layout, listener))
-        existing = [] if request.fresh else run.existing()
-        method = {"method": "dp-baseline", "strategy": "dynamic-program", "objective": "cosine-similarity"}
-        start = pattern_start(request, inputs, {**method, **chosen, **run_options(request, inputs, existing)})
-        run.check_same(existing, start)
-        reused = [_read_similarity(request.similarity, start)] if request.similarity else []
-        record = RunRecord.replay(existing)
-        tell_what_happens(existing, record.finished, request.out, listener)
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+        reused = [_read_similarity(request.similarity, here.start)] if request.similarity else []
+        record = RunRecord.replay(here.existing)
         if not record.finished:
-            loaded = load(request, inputs, start["options"])
-            record = RunRecord.replay(run.open(start, existing))
-            scoring = make_scoring(run, record, inputs, loaded, listener)
-            scoring.note(environment_notes(existing, start))
-            _compare(request, inputs, loaded, scoring, reused)
+            loaded = load(request, here.inputs, here.start["options"])
+            record = RunRecord.replay(here.run.open(here.start, here.existing))
+            _compare(request, here.inputs, loaded, make_scoring(here, record, loaded, listener), reused)
         publish(request.out, record)
         return record
+
+
+def _start(request: BaselineRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    method = {"method": "dp-baseline", "strategy": "dynamic-program", "objective": "cosine-similarity"}
+    return pattern_start(request, inputs, existing, method)
 
 
 def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
@@ -121,7 +110,7 @@ def _save_similarity(out: Path, record: RunRecord) -> None:
     np.savez_compressed(buffer, **arrays)
     write_atomically(out / "similarity.npz", buffer.getvalue())
     manifest = {"format": SIMILARITY_FORMAT, "queries": means["queries"], **_identity(record.start)}
-    write_atomically(out / "similarity.json", json.dumps(manifest, indent=2) + "\n")
+    write_object(out / "similarity.json", manifest)
 
 
 def _square(rows: list[list[float]]) -> Any:
@@ -142,15 +131,15 @@ def _identity(start: Event) -> dict[str, Any]:
 
 def _read_similarity(path: Path, start: Event) -> Event:
     """A similarity.npz as an event, refused unless it is of the same model and batches."""
-    manifest_path = path.with_suffix(".json")
+    expected, advice = "the similarity.json that dp-baseline wrote beside it", "leave --similarity out"
+    manifest = read_object(path.with_suffix(".json"), expected=expected, advice=advice, error=IcsearchError)
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
         with np.load(path, allow_pickle=False) as arrays:
             squares = {name: arrays[name] for name in ("cosine", "overlap")}
         queries, found = int(manifest["queries"]), {name: manifest[name] for name in ("model", "calibration")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise IcsearchError(
-            f"cannot use {path} ({type(error).__name__}: {error}): expected a similarity.npz with its similarity.json"
+            f"cannot use {path} ({type(error).__name__}: {error}): expected a similarity.npz of dp-baseline; {advice}"
         ) from None
     wanted = {name: _identity(start)[name] for name in found}
     if manifest.get("format") != SIMILARITY_FORMAT or found != wanted:

@@ -22,14 +22,11 @@ from icsearch.prepare import (
     Loaded,
     count_in_sweeps,
     load,
-    obtain_batches,
-    open_model,
+    opened,
     run_options,
     start_event,
-    tell_what_happens,
 )
 from icsearch.requests import EvalRequest
-from icsearch.rundir import RunDirectory
 from icsearch.search import Progress
 from icsearch.specs import NamedPattern, Target, resolve_specs
 
@@ -44,30 +41,23 @@ TASK_SEED = 0
 
 def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda out, document: None) -> dict[str, Any]:
     """Measure, or continue, or return the finished evaluation in `request.out`; the content of eval.json."""
-    source, layout = open_model(request.calibration)
-    run = RunDirectory(request.out)
-    with run.locked():
-        inputs = Inputs(source, layout, obtain_batches(request, source, layout, listener))
-        existing = [] if request.fresh else run.existing()
-        start = _start(request, inputs, existing)
-        run.check_same(existing, start)
-        record = EvalRecord.replay(existing)
-        tell_what_happens(existing, record.finished, request.out, listener)
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+        record = EvalRecord.replay(here.existing)
         if not record.finished:
-            loaded = load(request, inputs, start["options"])
-            record = EvalRecord.replay(run.open(start, existing))
+            loaded = load(request, here.inputs, here.start["options"])
+            record = EvalRecord.replay(here.run.open(here.start, here.existing))
 
             def append(event: Event) -> None:
-                run.journal.append(event)
+                here.run.journal.append(event)
                 record.apply(event)
 
-            _measure(request, inputs, loaded, record, append, listener)
+            _measure(request, here.inputs, loaded, record, append, listener)
         document = save_eval(request.out / "eval.json", record)
         publish(request.out, document)
         return document
 
 
-def _start(request: EvalRequest, inputs: Inputs, existing: Sequence[Event]) -> Event:
+def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event:
     layout, batches = inputs.layout, inputs.batches
     edges = bucket_edges(batches.seq_len, layout.index_topk)
     start = start_event(
@@ -152,7 +142,9 @@ def _run_tasks(
 def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRecord) -> dict[str, Callable[[], Any]]:
     """What is asked for beside the losses, by the name it has in eval.json."""
     start = inputs.layout.start_pattern
-    names = {Pattern(one["pattern"]): one["name"] for one in reversed(record.start["patterns"])}
+    names: dict[Pattern, str] = {}
+    for one in record.start["patterns"]:
+        names.setdefault(Pattern(one["pattern"]), one["name"])
     extras: dict[str, Callable[[], Any]] = {
         "cost_rows": lambda: [_cost(request, inputs, name, p) for p, name in names.items() if p != start]
     }

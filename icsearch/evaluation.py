@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from icsearch.errors import IcsearchError, JournalError
-from icsearch.files import write_atomically
 from icsearch.journal import Event
+from icsearch.jsonfile import read_object, write_object
 from icsearch.pattern import Pattern
 from icsearch.statistics import Difference, mean_loss, paired_difference, wilson_interval
 
@@ -246,18 +245,12 @@ def verdict(difference: Difference, is_full: bool) -> str:
 
 def load_eval(path: Path) -> dict[str, Any]:
     """Read an eval.json; a version that this code does not know is refused."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise IcsearchError(f"cannot read {path} ({error}): expected the eval.json of icsearch eval") from None
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != EVAL_FORMAT:
-        raise IcsearchError(f"{path} has format {found!r}: expected {EVAL_FORMAT!r}; evaluate again with this version")
-    return document
+    expected, advice = "the eval.json of icsearch eval", "evaluate again with this version"
+    return read_object(path, expected=expected, advice=advice, error=IcsearchError, version=EVAL_FORMAT)
 
 
 def save_eval(path: Path, record: EvalRecord) -> dict[str, Any]:
     """Write eval.json whole or not at all, and return its content."""
     document = record.to_json()
-    write_atomically(path, json.dumps(document, indent=2, allow_nan=True) + "\n")
+    write_object(path, document)
     return document

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from icsearch import plan
+from icsearch.journal import Event
 from icsearch.model import Layout
 from icsearch.pattern import Pattern
 from icsearch.prepare import (
@@ -10,20 +11,14 @@ from icsearch.prepare import (
     Memory,
     Publish,
     count_in_sweeps,
-    environment_notes,
     load,
     make_scoring,
-    obtain_batches,
-    open_model,
-    pattern_options,
+    opened,
     pattern_start,
     publish_nothing,
-    run_options,
-    tell_what_happens,
 )
 from icsearch.record import RunRecord
 from icsearch.requests import GreedyRequest
-from icsearch.rundir import RunDirectory
 from icsearch.search import Progress, Search
 from icsearch.strategies import Strategy, make_strategy
 
@@ -33,28 +28,23 @@ def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publis
 
     `publish` writes the results, while the directory is still ours.
     """
-    source, layout = open_model(request.calibration)
-    chosen = pattern_options(request, layout.start_pattern)
-    run = RunDirectory(request.out)
-    with run.locked():
-        inputs = Inputs(source, layout, obtain_batches(request, source, layout, listener))
-        existing = [] if request.fresh else run.existing()
-        method = {"method": "greedy", "strategy": request.strategy, "objective": request.objective}
-        start = pattern_start(request, inputs, {**method, **chosen, **run_options(request, inputs, existing)})
-        run.check_same(existing, start)
-        record = RunRecord.replay(existing)
-        tell_what_happens(existing, record.finished, request.out, listener)
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+        record = RunRecord.replay(here.existing)
         if not record.finished:
-            loaded = load(request, inputs, start["options"])
-            record = RunRecord.replay(run.open(start, existing))
-            scoring = make_scoring(run, record, inputs, loaded, listener)
-            scoring.note(environment_notes(existing, start))
-            search_plan = _plan(request, layout, loaded.memory, record)
+            loaded = load(request, here.inputs, here.start["options"])
+            record = RunRecord.replay(here.run.open(here.start, here.existing))
+            scoring = make_scoring(here, record, loaded, listener)
+            search_plan = _plan(request, here.inputs.layout, loaded.memory, record)
             total = search_plan.layer_evaluations * len(record.tokens)
-            listener.planned(plan.rows(search_plan, start), total, record.layer_sequences)
+            listener.planned(plan.rows(search_plan, here.start), total, record.layer_sequences)
             Search(scoring, strategy_of(record)).run()
         publish(request.out, record)
         return record
+
+
+def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    method = {"method": "greedy", "strategy": request.strategy, "objective": request.objective}
+    return pattern_start(request, inputs, existing, method)
 
 
 def strategy_of(record: RunRecord) -> Strategy:

@@ -5,11 +5,12 @@ Nothing of an earlier run is touched before all of that has gone well.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import platform
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,7 +28,7 @@ from icsearch.model import DsaModel, Layout
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
 from icsearch.requests import CalibrationRequest, PatternRequest, RunRequest
-from icsearch.rundir import RunDirectory
+from icsearch.rundir import RunDirectory, part_of
 from icsearch.search import Progress, Scores, Scoring
 from icsearch.strategies import split_stages
 from icsearch.sweep import Batch, Sweeper, cut_batches
@@ -55,20 +56,45 @@ class Inputs:
     batches: calibration.Calibration
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A directory that is ours: its inputs checked, its events so far, and the first event that it has or gets."""
+
+    inputs: Inputs
+    run: RunDirectory
+    existing: list[Event]
+    start: Event
+
+
+@contextlib.contextmanager
+def opened(
+    request: RunRequest, describe: Callable[[Inputs, list[Event]], Event], listener: Progress
+) -> Iterator[Opened]:
+    """Check the inputs, hold the directory, and refuse to continue a run with other settings.
+
+    `describe` makes the first event. Nothing of an earlier run is touched; no weights are read.
+    """
+    source, layout = open_model(request.calibration)
+    request.check(layout.start_pattern)
+    run = RunDirectory(request.out)
+    with run.locked():
+        batches, hit = _obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
+        how = "from the cache" if hit else "made now"
+        listener.info(f"calibration: {batches.num_sequences} x {batches.seq_len} tokens ({how})")
+        inputs = Inputs(source, layout, batches)
+        existing = [] if request.fresh else run.existing()
+        start = describe(inputs, existing)
+        run.check_same(existing, start)
+        if existing:
+            done = existing[-1]["event"] == "finish"
+            listener.info(f"{request.out} is finished" if done else f"continuing {request.out}")
+        yield Opened(inputs, run, existing, start)
+
+
 def open_model(request: CalibrationRequest) -> tuple[Checkpoint, Layout]:
     """The checkpoint's files and layout."""
     source = checkpoint.open_checkpoint(request.model, trust_remote_code=request.trust_remote_code)
     return source, model.inspect(source, request.trust_remote_code)
-
-
-def obtain_batches(
-    request: RunRequest, source: Checkpoint, layout: Layout, listener: Progress
-) -> calibration.Calibration:
-    """The batches of a run, cached in its directory where they are made from text."""
-    batches, hit = _obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
-    how = "from the cache" if hit else "made now"
-    listener.info(f"calibration: {batches.num_sequences} x {batches.seq_len} tokens ({how})")
-    return batches
 
 
 def calibrate(request: CalibrationRequest, out: Path, fresh: bool) -> tuple[calibration.Calibration, bool]:
@@ -103,7 +129,7 @@ def default_seq_len(layout: Layout) -> int:
 def run_options(request: RunRequest, inputs: Inputs, existing: Sequence[Event]) -> dict[str, Any]:
     """The options that the bits of a loss follow. Threads of an existing run are taken over unless asked for."""
     length, sequences = inputs.batches.seq_len, inputs.batches.num_sequences
-    recorded = existing[0]["options"]["threads"] if existing else torch.get_num_threads()
+    recorded = part_of(existing, "options").get("threads") or torch.get_num_threads()
     return {
         "dtype": inputs.layout.dtype if request.dtype == "auto" else request.dtype,
         "device": str(model.resolve_device(request.device)),
@@ -122,14 +148,6 @@ def pattern_options(request: PatternRequest, start: Pattern) -> dict[str, Any]:
         "stages": request.stages,
         "keep_full": sorted(request.keep_full - anyway),
     }
-
-
-def tell_what_happens(existing: Sequence[Event], finished: bool, out: Path, listener: Progress) -> None:
-    """Say whether a run is new, continued, or done already."""
-    if finished:
-        listener.info(f"{out} holds this run, finished: nothing to compute")
-    elif existing:
-        listener.info(f"continuing {out} behind {len(existing)} events")
 
 
 def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
@@ -165,9 +183,10 @@ def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
     }
 
 
-def pattern_start(request: PatternRequest, inputs: Inputs, options: dict[str, Any]) -> Event:
+def pattern_start(request: PatternRequest, inputs: Inputs, existing: Sequence[Event], method: dict[str, str]) -> Event:
     """The first event of a run that looks for a pattern."""
     start = inputs.layout.start_pattern
+    options = {**method, **pattern_options(request, start), **run_options(request, inputs, existing)}
     blocks = [[block.start, block.stop] for block in split_stages(len(start), request.stages)]
     return start_event(inputs, options, references=references(start, options["num_shared"]), blocks=blocks)
 
@@ -207,7 +226,7 @@ def environment_notes(existing: Sequence[Event], start: Event) -> list[str]:
     """What has changed since a run began that may change the bits of its losses."""
     if not existing:
         return []
-    before, now = existing[0]["environment"], start["environment"]
+    before, now = part_of(existing, "environment"), start["environment"]
     return [
         f"{name} was {before.get(name)} when the run began and is {now[name]} now: losses from here on may differ "
         "from the earlier ones in their last bits"
@@ -289,10 +308,12 @@ class SweepScorer:
         return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)))
 
 
-def make_scoring(run: RunDirectory, record: RunRecord, inputs: Inputs, loaded: Loaded, listener: Progress) -> Scoring:
-    """The scoring of a run by the layer sweep."""
+def make_scoring(here: Opened, record: RunRecord, loaded: Loaded, listener: Progress) -> Scoring:
+    """The scoring of a run by the layer sweep; notes what has changed around a run that goes on."""
     scorer = SweepScorer(loaded.dsa, loaded.batches, loaded.memory.patterns_per_sweep)
-    return Scoring(run.journal, record, scorer, listener, inputs.layout.count_layer_runs)
+    scoring = Scoring(here.run.journal, record, scorer, listener, here.inputs.layout.count_layer_runs)
+    scoring.note(environment_notes(here.existing, here.start))
+    return scoring
 
 
 def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int) -> int:

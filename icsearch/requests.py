@@ -49,6 +49,9 @@ class RunRequest:
     def model(self) -> str:
         return self.calibration.model
 
+    def check(self, start: Pattern) -> None:
+        """Refuse what cannot be done with a model of this start pattern; raises PatternError."""
+
 
 @dataclass(frozen=True)
 class PatternRequest(RunRequest):
@@ -63,6 +66,9 @@ class PatternRequest(RunRequest):
         super().__post_init__()
         if self.retention is not None and self.num_shared is not None:
             raise IcsearchError("--retention and --num-shared both say how far to go: give one of them")
+
+    def check(self, start: Pattern) -> None:
+        self.resolve_num_shared(start)
 
     def resolve_num_shared(self, start: Pattern) -> int:
         """K, the number of flips from `start`; refused with the largest possible K where it cannot be reached."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from icsearch.errors import JournalError
-from icsearch.files import sync_directory
+from icsearch.files import remove_stale_temporaries, sync_directory
 from icsearch.journal import Event, Journal
 from icsearch.record import JOURNAL_NAME
 
@@ -48,6 +48,7 @@ class RunDirectory:
             raise JournalError(f"cannot write to {self.path} ({error.strerror}): give another --out") from None
         with lock:
             self._lock(lock)
+            remove_stale_temporaries(self.path)
             try:
                 yield
             finally:
@@ -89,13 +90,22 @@ class RunDirectory:
 
     def check_same(self, existing: list[Event], wanted: Event) -> None:
         """Refuse to continue a run whose options, model or calibration are others; says which differ."""
-        found = existing[0] if existing else wanted
-        differences = [line for part in _MUST_AGREE for line in _differences(part, found.get(part, {}), wanted[part])]
+        if not existing:
+            return
+        differences = [
+            line for part in _MUST_AGREE for line in _differences(part, part_of(existing, part), wanted[part])
+        ]
         if differences:
             raise JournalError(
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}): "
                 "repeat its command, give another --out, or start over with --fresh"
             )
+
+
+def part_of(existing: Sequence[Event], part: str) -> dict[str, Any]:
+    """An object of a run's first event; empty where there is none or it is damaged."""
+    found = existing[0].get(part) if existing else None
+    return found if isinstance(found, dict) else {}
 
 
 def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

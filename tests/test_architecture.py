@@ -24,7 +24,7 @@ ALLOWED: dict[str, set[str]] = {
     "cosine_dp": {"errors", "pattern"},
     "journal": {"errors"},
     "record": {"errors", "journal", "jsonfile", "pattern", "statistics"},
-    "evaluation": {"errors", "files", "journal", "pattern", "statistics"},
+    "evaluation": {"errors", "journal", "jsonfile", "pattern", "statistics"},
     "corpus": set(),
     "sources": {"corpus", "errors", "files"},
     "calibration": {"", "errors", "files", "jsonfile", "sources"},
@@ -49,16 +49,14 @@ ALLOWED: dict[str, set[str]] = {
         "", "calibration", "checkpoint", "journal", "losses", "memory", "model", "pattern", "plan", "record",
         "requests", "rundir", "search", "strategies", "sweep",
     },
-    "greedy": {
-        "model", "pattern", "plan", "prepare", "record", "requests", "rundir", "search", "strategies",
-    },
+    "greedy": {"journal", "model", "pattern", "plan", "prepare", "record", "requests", "search", "strategies"},
     "baseline": {
         "cosine_dp", "errors", "files", "journal", "jsonfile", "model", "pattern", "plan", "prepare", "record",
-        "requests", "rundir", "search", "similarity",
+        "requests", "search", "similarity",
     },
     "evaluate": {
         "cost", "evaluation", "journal", "lm_eval_bridge", "measure", "measures", "model", "pattern", "plan",
-        "prepare", "requests", "rundir", "search", "specs", "tasks",
+        "prepare", "requests", "search", "specs", "tasks",
     },
     "report": {"errors", "evaluation", "export", "files", "pattern", "record", "statistics"},
     "export": {"errors", "jsonfile", "pattern"},

@@ -339,7 +339,13 @@ def _size(path: Path) -> int:
 def test_interrupt_is_130_and_continues(finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = subprocess_command(greedy(glm_checkpoint, tokens, out, "--num-shared", 3))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while process.poll() is None and not (out / "journal.jsonl").exists():
         time.sleep(0.0005)
     process.send_signal(signal.SIGINT)
