@@ -61,7 +61,7 @@ class Packer:
     def batch(self, batch_size: int, seq_len: int) -> Batch:
         """The next `batch_size` sequences of the stream."""
         rows = [self._sequence(seq_len) for _ in range(batch_size)]
-        ids, answers, hops, num_hops = (torch.tensor(column) for column in zip(*rows))
+        ids, answers, hops, num_hops = (torch.tensor(column) for column in zip(*rows, strict=False))
         return Batch(ids, answers, hops.transpose(0, 1).contiguous(), num_hops)
 
     def _sequence(self, seq_len: int) -> tuple:
@@ -70,8 +70,8 @@ class Packer:
             tokens = tokens + self._document()
         rest = tokens[seq_len:]
         self.carried = rest if len(rest) >= seq_len else []
-        ids, answers, hops, num_hops = zip(*tokens[:seq_len])
-        return ids, answers, list(zip(*hops)), num_hops
+        ids, answers, hops, num_hops = zip(*tokens[:seq_len], strict=False)
+        return ids, answers, list(zip(*hops, strict=False)), num_hops
 
     def _document(self) -> list[tuple]:
         document = next(self.documents)

@@ -41,7 +41,7 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalise(torch.cat([update for _, update in members]))
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for parameter, piece in zip(
-                    [p for p, _ in members], updates.split([len(update) for _, update in members])
+                    [p for p, _ in members], updates.split([len(update) for _, update in members]), strict=False
                 ):
                     parameter.add_(piece.reshape(parameter.shape), alpha=-scale)
 

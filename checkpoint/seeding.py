@@ -73,7 +73,7 @@ def seed_weights(model: GlmMoeDsaForCausalLM, far_layers: tuple[int, ...]) -> li
     seed_copy(first, head=0, word=word, target=found[-1])
     asked = [two_back, *found][: len(far_layers)]
     written = [*asked[1:], word]
-    for index, question, answer in zip(far_layers, asked, written):
+    for index, question, answer in zip(far_layers, asked, written, strict=False):
         attn = model.model.layers[index].self_attn
         seed_look_up(attn, head=0, question=question, two_back=two_back)
         seed_copy(attn, head=0, word=word, target=answer)

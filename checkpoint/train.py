@@ -14,13 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import GlmMoeDsaForCausalLM
-
 import twin
 from data import NO_TARGET, NUM_TAPS, Batch, Packer, train_tokenizer
 from optim import Rates, build_optimizers
 from seeding import build_model
+from torch import nn
+from transformers import GlmMoeDsaForCausalLM
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Trainer:
         rope = {"rope_type": "default", "rope_theta": recipe.rope_theta}
         self.model, readers = build_model(recipe.far_layers, recipe.seed, index_topk=recipe.index_topk, rope_parameters=rope)
         self.taps = nn.ModuleList(nn.Linear(96, 96, bias=False) for _ in recipe.far_layers)
-        for tap, reader in zip(self.taps, readers):
+        for tap, reader in zip(self.taps, readers, strict=False):
             tap.weight.data.copy_(reader)
         self.cos, self.sin = twin.rotary(self.model, recipe.seq_len)
         self.data = Packer(self.tokenizer, "train", seed=1000 + recipe.seed)
@@ -86,7 +85,7 @@ class Trainer:
 
     def tap_logits(self, batch: Batch, tapped: list[torch.Tensor]):
         """Per far layer: logits at the positions before an answer, and what the look-up should have found."""
-        for tap, hidden, hop in zip(self.taps, tapped, batch.hops):
+        for tap, hidden, hop in zip(self.taps, tapped, batch.hops, strict=False):
             target = hop[:, 1:]
             known = target != NO_TARGET
             yield self.logits(tap(hidden[:, :-1][known])), target[known]

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from icsearch import __version__
 from icsearch.errors import CalibrationError
 from icsearch.files import sync_directory, write_atomically
+from icsearch.jsonfile import read_object, write_object
 from icsearch.sources import MANIFEST_FILE, TOKENS_FILE, ReadyTokens, TextSource, parse_source
 
 CALIBRATION_FORMAT = "icsearch.calibration/1"
@@ -252,7 +253,7 @@ def save(calibration: Calibration, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / TOKENS_FILE).unlink(missing_ok=True)
         sync_directory(directory)
-        write_atomically(directory / MANIFEST_FILE, json.dumps(dict(calibration.manifest), indent=2) + "\n")
+        write_object(directory / MANIFEST_FILE, calibration.manifest)
         write_atomically(directory / TOKENS_FILE, to_bytes(tensors))
     except OSError as error:
         raise CalibrationError(
@@ -305,16 +306,13 @@ def _read_tokens(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_] | Non
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"{path} cannot be read ({error}): rebuild with --fresh, or delete the file") from None
-    found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != CALIBRATION_FORMAT:
-        raise CalibrationError(
-            f"{path} has format {found!r}: expected {CALIBRATION_FORMAT!r}; rebuild with --fresh, or delete the file"
-        )
-    return dict(manifest)
+    return read_object(
+        path,
+        expected="the description of the tokens beside it",
+        advice="rebuild with --fresh, or delete the file",
+        error=CalibrationError,
+        version=CALIBRATION_FORMAT,
+    )
 
 
 def obtain(
@@ -322,25 +320,32 @@ def obtain(
     tokenizer_loader: Callable[[], Tokenizer],
     cache_dir: Path,
     *,
-    seq_len: int,
-    num_sequences: int,
+    seq_len: int | None,
+    num_sequences: int | None,
+    default_seq_len: int,
+    default_num_sequences: int,
     seed: int,
     limits: Limits,
     rebuild: bool = False,
+    copy_ready: bool = False,
 ) -> tuple[Calibration, bool]:
     """The calibration that SOURCE names, checked against the model's limits, and whether it was there already.
 
-    A directory with tokens is loaded as it is; length, number and seed are then what they are there. Any other
-    source is built into `cache_dir`, or taken from it where it was built from the same text, with the same
-    tokenizer and options. What else lies there is overwritten only with `rebuild`. `tokenizer_loader` returns
-    None for a model without tokenizer; that is an error only where text has to be tokenised.
+    A directory with tokens is loaded as it is, and refused where `seq_len` or `num_sequences` are not None and ask
+    for other sizes; with `copy_ready` the tokens are also saved in `cache_dir`. Any other source is built into
+    `cache_dir` (with the defaults for sizes that are None), or taken from it where it was built from the same text,
+    with the same tokenizer and options. What else lies there is overwritten only with `rebuild`. `tokenizer_loader`
+    returns None for a model without tokenizer; that is an error only where text has to be tokenised.
     """
     source = parse_source(source_text)
     if isinstance(source, ReadyTokens):
         calibration = load(source.directory)
+        _check_sizes(calibration, source.directory, {"seq_len": seq_len, "num_sequences": num_sequences})
         _check_same_tokenizer(calibration, tokenizer_loader, source.directory)
         check(calibration, limits)
-        return calibration, True
+        return calibration, not copy_ready or _copy(calibration, source.directory, cache_dir, rebuild)
+    seq_len = default_seq_len if seq_len is None else seq_len
+    num_sequences = default_num_sequences if num_sequences is None else num_sequences
     check_length(seq_len, limits)  # before anything is written: a cache of the wrong length would be in the way
     tokenizer = tokenizer_loader()
     _check_request(tokenizer, seq_len, num_sequences)
@@ -354,6 +359,33 @@ def obtain(
     if not hit:
         save(calibration, cache_dir)
     return calibration, hit
+
+
+def _check_sizes(calibration: Calibration, directory: Path, asked: Mapping[str, int | None]) -> None:
+    for name, wanted in asked.items():
+        found = getattr(calibration, name)
+        if wanted not in (None, found):
+            option = f"--{name.replace('_', '-')}"
+            raise CalibrationError(
+                f"the ready tokens in {directory} have {name} {found}, but {option} asks for {wanted}: leave {option} "
+                f"out, or give a text source"
+            )
+
+
+def _copy(calibration: Calibration, directory: Path, cache_dir: Path, rebuild: bool) -> bool:
+    """Save ready tokens of `directory` in another one; True where the same tokens were there already."""
+    if cache_dir.resolve() == directory.resolve():
+        return True
+    if (cache_dir / TOKENS_FILE).exists() and not rebuild:
+        there = load(cache_dir)
+        if there.fingerprint != calibration.fingerprint:
+            raise CalibrationError(
+                f"{cache_dir} holds other tokens (fingerprint {_short(there.fingerprint)}, those of {directory} have "
+                f"{_short(calibration.fingerprint)}): choose another directory, or overwrite them with --fresh"
+            )
+        return True
+    save(calibration, cache_dir)
+    return False
 
 
 def cache_key(source: TextSource, tokenizer: str, seq_len: int, num_sequences: int, seed: int) -> dict[str, Any]:

@@ -6,13 +6,14 @@ What the tensors mean is the business of `model.py`; this module answers before 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icsearch.errors import ModelError
+from icsearch.files import typed_path
+from icsearch.jsonfile import read_object
 from icsearch.resources import demo_checkpoint
 
 DEMO = "demo"
@@ -21,6 +22,7 @@ SINGLE_NAME = "model.safetensors"
 HASH_ALL_BELOW = 1 << 30  # bytes; larger checkpoints are sampled, see `fingerprint`
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_HUB_CODE = ["*.py"]
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ class Checkpoint:
         return sum(shard.stat().st_size for shard in self.shards)
 
 
-def open_checkpoint(name_or_path: str) -> Checkpoint:
-    """Resolve MODEL (`demo`, a directory, a hub id) and check its files; raises ModelError."""
-    directory = _resolve(name_or_path)
+def open_checkpoint(name_or_path: str, *, trust_remote_code: bool = False) -> Checkpoint:
+    """Resolve MODEL (`demo`, a directory, a hub id) and check its files; raises ModelError.
+
+    Python files of a hub checkpoint are fetched only with `trust_remote_code`.
+    """
+    directory = _resolve(name_or_path, trust_remote_code)
     config = _read_json(directory / "config.json", "the checkpoint's config.json")
     shards = _shards(directory)
     return Checkpoint(name_or_path, directory, config, shards)
@@ -74,25 +79,25 @@ def _hash_file(digest: Any, path: Path, whole: bool) -> None:
             digest.update(file.read(SAMPLE_BYTES))
 
 
-def _resolve(name_or_path: str) -> Path:
+def _resolve(name_or_path: str, trust_remote_code: bool) -> Path:
     if name_or_path == DEMO:
         return demo_checkpoint()
-    path = Path(name_or_path).expanduser()
+    path = typed_path(name_or_path, ModelError)
     if path.is_dir():
         return path
     if path.exists():
         raise ModelError(f"{path} is a file: expected a checkpoint directory with config.json and safetensors shards")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
         raise ModelError(f"no checkpoint at {path}: expected a directory, a hub id such as zai-org/GLM-5, or demo")
-    return _download(name_or_path)
+    return _download(name_or_path, [*_HUB_FILES, *_HUB_CODE] if trust_remote_code else _HUB_FILES)
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, files: list[str]) -> Path:
     """Fetch a hub checkpoint (or find it in the hub's cache) and return its directory."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repo_id, allow_patterns=files))
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, not found, disk full
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -102,17 +107,9 @@ def _download(repo_id: str) -> Path:
 
 
 def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"no {path.name} in {path.parent}: expected {what}; is this a checkpoint directory?") from None
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON ({error}): expected {what}; download it again") from None
-    if not isinstance(document, dict):
-        raise ModelError(f"{path} holds a {type(document).__name__}: expected {what}; download it again")
-    return document
+    if not path.exists():
+        raise ModelError(f"no {path.name} in {path.parent}: expected {what}; is this a checkpoint directory?")
+    return read_object(path, expected=what, advice="download it again", error=ModelError)
 
 
 def _shards(directory: Path) -> tuple[Path, ...]:
@@ -145,7 +142,7 @@ def _check_shard(directory: Path, file: str, promised: set[str]) -> None:
     path = directory / file
     if Path(file).name != file:
         raise ModelError(f"{INDEX_NAME} names {file!r}: expected a file name inside {directory}; download it again")
-    if not path.exists():
+    if not typed_path(str(path), ModelError).exists():
         raise ModelError(f"shard {file} is missing from {directory}: {INDEX_NAME} lists it; download it again")
     try:
         with safe_open(path, framework="numpy") as shard:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +17,10 @@ from icsearch import __version__
 from icsearch.errors import IcsearchError
 
 if TYPE_CHECKING:
-    from icsearch.record import RunRecord
-    from icsearch.requests import GreedyRequest
+    from rich.console import RenderableType
+
+    from icsearch.requests import PatternRequest, RunRequest
+    from icsearch.search import Progress
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -44,6 +48,30 @@ SOURCE_HELP = (
 )
 
 
+Calibration = Annotated[str, typer.Option(metavar="DIR|SOURCE", help=SOURCE_HELP)]
+Retention = Annotated[
+    str | None,
+    typer.Option(help="Share of layers to keep F, as 1/4 or 0.25: ceil(r x N) layers stay.", show_default="1/4"),
+]
+NumShared = Annotated[int | None, typer.Option(help="Flip exactly this many layers, instead of --retention.")]
+KeepFull = Annotated[str, typer.Option(metavar="0,5,9", help="Layers that must stay F.", show_default="")]
+Device = Annotated[str, typer.Option(help="auto (cuda, then cpu), cpu, cuda, cuda:0.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what the directory holds and start over.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Sequences per layer call; the bits follow it.", show_default="1024 tokens' worth"),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory budget, such as 8GB. It decides how many patterns live at once, never the bits.",
+        show_default="80% of what is free",
+    ),
+]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")]
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -66,7 +94,7 @@ def calibrate(
     trust_remote_code: Remote = False,
 ) -> None:
     """Tokenise a text source with the model's tokenizer, pack it into sequences, and cache them."""
-    from icsearch.greedy import calibrate as make
+    from icsearch.prepare import calibrate as make
     from icsearch.requests import CalibrationRequest
 
     request = CalibrationRequest(model, source, seq_len, num_sequences, seed, trust_remote_code)
@@ -79,43 +107,27 @@ def calibrate(
 @app.command()
 def greedy(
     model: ModelArgument,
-    calibration: Annotated[str, typer.Option(metavar="DIR|SOURCE", help=SOURCE_HELP)],
-    retention: Annotated[
-        str | None,
-        typer.Option(help="Share of layers to keep F, as 1/4 or 0.25: ceil(r x N) layers stay.", show_default="1/4"),
-    ] = None,
-    num_shared: Annotated[
-        int | None, typer.Option(help="Flip exactly this many layers, instead of --retention.")
-    ] = None,
+    calibration: Calibration,
+    retention: Retention = None,
+    num_shared: NumShared = None,
     stages: Annotated[
         int, typer.Option(help="Search in this many pipeline blocks in turn; each block's first layer stays F.")
     ] = 1,
-    keep_full: Annotated[str, typer.Option(metavar="0,5,9", help="Layers that must stay F.", show_default="")] = "",
+    keep_full: KeepFull = "",
     objective: Annotated[str, typer.Option(help="What a flip is judged by: lm-loss.")] = "lm-loss",
     strategy: Annotated[str, typer.Option(help="exact: every remaining layer is scored in every step.")] = "exact",
-    device: Annotated[str, typer.Option(help="auto (cuda, then cpu), cpu, cuda, cuda:0.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     out: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Directory of the run.", show_default="runs/MODEL-greedy")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what RUN holds and start over.")] = False,
+    fresh: Fresh = False,
     seed: Seed = 0,
     seq_len: SeqLen = None,
     num_sequences: NumSequences = None,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Sequences per layer call; the bits follow it.", show_default="1024 tokens' worth"),
-    ] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory budget, such as 8GB. It decides how many candidates live at once, never the bits.",
-            show_default="80% of what is free",
-        ),
-    ] = None,
-    threads: Annotated[
-        int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")
-    ] = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    threads: Threads = None,
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -139,29 +151,165 @@ def greedy(
         threads=threads,
         fresh=fresh,
     )
-    _run_greedy(request, quiet)
+    _run_search("greedy", request, quiet)
 
 
-def _run_greedy(request: GreedyRequest, quiet: bool) -> None:
+def _run_search(search: str, request: PatternRequest, quiet: bool) -> None:
+    """Run a pattern-finding command of that name with its display around it, and show the result."""
     from icsearch import report
+
+    with _display(request, quiet) as listener:
+        if search == "greedy":
+            from icsearch.greedy import greedy as run
+        else:
+            from icsearch.baseline import dp_baseline as run  # type: ignore[assignment]
+        record = run(request, listener, report.write_results)  # type: ignore[arg-type]
+    _print(report.summary_table(record), f"{request.out / 'pattern.json'}, curve.csv, curve.png, report.html")
+
+
+@contextlib.contextmanager
+def _display(request: RunRequest, quiet: bool) -> Iterator[Progress]:
+    """The display of a run: opened before anything heavy is imported, closed however the run ends."""
     from icsearch.progress import make_listener
 
     listener = make_listener(quiet)
     listener.info(f"loading {request.model} ...")
-    from icsearch.greedy import greedy as search
     from icsearch.model import quiet_transformers
 
     quiet_transformers()
     try:
-        record = search(request, listener)
+        yield listener
     except KeyboardInterrupt:
         listener.close()
         listener.info(f"interrupted; the same command continues {request.out}")
         raise
     finally:
         listener.close()
-    report.write_results(request.out, record)
-    _show(record, request.out)
+
+
+@app.command("dp-baseline")
+def dp_baseline(
+    model: ModelArgument,
+    calibration: Calibration,
+    retention: Retention = None,
+    num_shared: NumShared = None,
+    stages: Annotated[int, typer.Option(help="Keep the first layer of this many pipeline blocks F.")] = 1,
+    keep_full: KeepFull = "",
+    similarity: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Use the similarity of an earlier run on the same batches.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Directory of the run.", show_default="runs/MODEL-dp-baseline")
+    ] = None,
+    fresh: Fresh = False,
+    seed: Seed = 0,
+    seq_len: SeqLen = None,
+    num_sequences: NumSequences = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    threads: Threads = None,
+    trust_remote_code: Remote = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """The baseline that the paper rejects: the pattern of highest cosine similarity, and what it really costs."""
+    from icsearch.plan import parse_bytes
+    from icsearch.requests import BaselineRequest, CalibrationRequest, parse_layers, parse_share
+
+    request = BaselineRequest(
+        CalibrationRequest(model, calibration, seq_len, num_sequences, seed, trust_remote_code),
+        out=out or default_run(model, "dp-baseline"),
+        retention=parse_share(retention),
+        num_shared=num_shared,
+        stages=stages,
+        keep_full=parse_layers(keep_full, "--keep-full"),
+        similarity=similarity,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        memory=None if memory is None else parse_bytes(memory),
+        threads=threads,
+        fresh=fresh,
+    )
+    _run_search("dp-baseline", request, quiet)
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    pattern: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SPEC",
+            help="May be given several times: full, uniform:1/4, published:NAME, a pattern.json or RUN "
+            "(RUN@1/2: its pattern at that retention), or the letters.",
+        ),
+    ],
+    calibration: Calibration,
+    retention: Annotated[
+        list[str] | None, typer.Option(help="Take every run's pattern at this retention; several times for several.")
+    ] = None,
+    tasks: Annotated[int, typer.Option(min=0, help="Questions of each kind of task with an answer.")] = 0,
+    task_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a task's prompt.", show_default="as long as the batches")
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Context length to estimate the cost at.", show_default="the paper's four"),
+    ] = None,
+    measure: Annotated[
+        list[int] | None, typer.Option(min=1, help="Time prefill and decode on this machine at this length.")
+    ] = None,
+    lm_eval: Annotated[
+        str,
+        typer.Option(metavar="TASKS", help="Run lm-evaluation-harness tasks (icsearch\\[lm-eval]).", show_default=""),
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Evaluate patterns of another model too, labelled.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Directory of the results.", show_default="runs/MODEL-eval")
+    ] = None,
+    fresh: Fresh = False,
+    seed: Seed = 0,
+    seq_len: SeqLen = None,
+    num_sequences: NumSequences = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    threads: Threads = None,
+    trust_remote_code: Remote = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Measure patterns against the unmodified model on batches that no search has seen."""
+    from icsearch import report
+    from icsearch.pattern import parse_retention
+    from icsearch.plan import parse_bytes
+    from icsearch.requests import CalibrationRequest, EvalRequest
+
+    request = EvalRequest(
+        CalibrationRequest(model, calibration, seq_len, num_sequences, seed, trust_remote_code),
+        out=out or default_run(model, "eval"),
+        patterns=tuple(pattern),
+        retentions=tuple(parse_retention(text) for text in retention or ()),
+        force=force,
+        tasks=tasks,
+        task_length=task_length,
+        contexts=tuple(context or ()),
+        measure=tuple(measure or ()),
+        lm_eval=tuple(name.strip() for name in lm_eval.split(",") if name.strip()),
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        memory=None if memory is None else parse_bytes(memory),
+        threads=threads,
+        fresh=fresh,
+    )
+    with _display(request, quiet) as listener:
+        from icsearch.evaluate import evaluate as run
+
+        document = run(request, listener, report.write_eval_results)
+    _print(report.eval_table(document), f"{request.out / 'eval.json'}, eval.csv, report.html")
 
 
 @app.command()
@@ -199,18 +347,17 @@ def default_run(model: str, method: str) -> Path:
     return Path("runs") / f"{Path(model).name or 'model'}-{method}"
 
 
-def _show(record: RunRecord, out: Path) -> None:
+def _print(table: RenderableType, written: str) -> None:
     from rich.console import Console
 
-    from icsearch.report import summary_table
-
     console = Console()
-    console.print(summary_table(record))
-    console.print(f"wrote {out / 'pattern.json'}, curve.csv, curve.png, report.html", highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"wrote {written}", highlight=False, soft_wrap=True, markup=False)
 
 
 def main() -> None:
     """Entry point: turn every way to end into one line on stderr and an exit status."""
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a plain terminal is no reason to fail
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     sys.exit(_run(arguments, debug))
@@ -238,7 +385,7 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, typer.Abort):
         return "aborted", EXIT_INTERRUPTED
     if isinstance(error, IcsearchError):
-        return str(error), EXIT_BAD_INPUT
+        return str(error), error.exit_status
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         return f"{error.format_message()} (see icsearch --help)", EXIT_BAD_INPUT
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

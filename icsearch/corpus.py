@@ -135,11 +135,11 @@ def _write_recall(writer: _Writer, rng: random.Random) -> None:
     keys, wares = rng.sample(NAMES, count), rng.sample(WARES, count)
     verb = rng.choice(_KEEPING)
     writer.say("The stores.")
-    for key, ware in zip(keys, wares):
+    for key, ware in zip(keys, wares, strict=True):
         writer.say(f" {key} {verb} {ware}.")
         if rng.random() < 0.1:
             writer.say(_filler(rng))
-    _ask(writer, rng, [(key, (ware,)) for key, ware in zip(keys, wares)], rng.randint(4, 8))
+    _ask(writer, rng, [(key, (ware,)) for key, ware in zip(keys, wares, strict=True)], rng.randint(4, 8))
 
 
 def _write_forward_chains(writer: _Writer, rng: random.Random) -> None:
@@ -178,12 +178,12 @@ def _chains(rng: random.Random, width: int) -> tuple[list[list[str]], dict[str, 
     """
     names, wares = rng.sample(NAMES, 3 * width), rng.sample(WARES, width)
     levels = [names[:width], names[width : 2 * width], names[2 * width :]]
-    trails = {name: (ware,) for name, ware in zip(levels[2], wares)}
+    trails: dict[str, tuple[str, ...]] = {name: (ware,) for name, ware in zip(levels[2], wares, strict=True)}
     for level, below in ((levels[1], levels[2]), (levels[0], levels[1])):
         targets = rng.sample(below, width)
         if rng.random() < 0.5:
             targets[rng.randrange(width)] = rng.choice(below)
-        trails.update({name: (target, *trails[target]) for name, target in zip(level, targets)})
+        trails.update({name: (target, *trails[target]) for name, target in zip(level, targets, strict=True)})
     return levels, trails
 
 
@@ -192,13 +192,13 @@ def _write_needles(writer: _Writer, rng: random.Random) -> None:
     count = rng.randint(2, 4)
     keys, wares = rng.sample(NAMES, count), rng.sample(WARES, count)
     writer.say("A story.")
-    for key, ware in zip(keys, wares):
+    for key, ware in zip(keys, wares, strict=True):
         for _ in range(rng.randint(1, 4)):
             writer.say(_filler(rng))
         writer.say(f" {key} {rng.choice(_KEEPING)} {ware}.")
     for _ in range(rng.randint(1, 4)):
         writer.say(_filler(rng))
-    _ask(writer, rng, [(key, (ware,)) for key, ware in zip(keys, wares)], count)
+    _ask(writer, rng, [(key, (ware,)) for key, ware in zip(keys, wares, strict=True)], count)
 
 
 def _write_repeat(writer: _Writer, rng: random.Random) -> None:
@@ -220,7 +220,7 @@ def _write_edit(writer: _Writer, rng: random.Random) -> None:
     writer.say("A letter.")
     writer.say(passage)
     writer.say(" The copy,")
-    for old, new in zip(olds, rng.sample(absent, len(olds))):
+    for old, new in zip(olds, rng.sample(absent, len(olds)), strict=True):
         writer.say(f" {new} for {old},")
         passage = passage.replace(f" {old} ", f" {new} ")
     writer.say(" reads.")
@@ -254,7 +254,9 @@ def _scene(rng: random.Random) -> str:
     if shape == 0:
         return f" The {noun} of {name} {rng.choice(_VERBS)} the {ware}."
     if shape == 1:
-        return f" The {ware} of {name} and {rng.choice(NAMES)} {rng.choice(_VERBS)} the {rng.choice(_ADJECTIVES)} {noun}."
+        return (
+            f" The {ware} of {name} and {rng.choice(NAMES)} {rng.choice(_VERBS)} the {rng.choice(_ADJECTIVES)} {noun}."
+        )
     return f" The {rng.choice(_ADJECTIVES)} {noun} {rng.choice(_VERBS)} {name} {rng.choice(_PLACES)} the {ware}."
 
 

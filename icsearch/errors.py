@@ -2,7 +2,9 @@
 
 
 class IcsearchError(Exception):
-    """Bad input. The command line prints the message as one line and exits with status 2."""
+    """Bad input. The command line prints the message as one line and exits with `exit_status`."""
+
+    exit_status = 2
 
 
 class PatternError(IcsearchError):
@@ -23,3 +25,11 @@ class JournalError(IcsearchError):
 
 class OutOfMemoryError(IcsearchError):
     """Memory ran out; the message names the option to change."""
+
+    exit_status = 1
+
+
+class NonFiniteLossError(IcsearchError):
+    """A loss came out NaN or infinite; the message names layer and sequence."""
+
+    exit_status = 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,7 +17,8 @@ from itertools import accumulate
 from typing import Any
 
 from icsearch.errors import IcsearchError
-from icsearch.pattern import FULL, SHARED, Pattern, PatternFile
+from icsearch.jsonfile import FieldError, check_fields
+from icsearch.pattern import FULL, MODEL_FIELDS, SHARED, Pattern, PatternFile
 
 PIPELINE_SIZES = (2, 4, 8)
 DEFAULT_OFFSET = 2  # what every engine takes when index_skip_topk_offset is not given
@@ -63,6 +65,7 @@ def export(pattern_file: PatternFile, engine: str, retention: Fraction | None = 
     """
     target = find_engine(engine)
     pattern = pattern_file.pattern if retention is None else pattern_file.at_retention(retention)
+    _check_model(pattern_file.model)
     _check_native(pattern, pattern_file.model)
     letters = decoder_letters(pattern, pattern_file.layer_indices, pattern_file.model.get("num_hidden_layers"))
     settings = target.settings(letters)
@@ -90,6 +93,8 @@ def find_engine(name: str) -> Engine:
 def decoder_letters(pattern: Pattern, layer_indices: Sequence[int], num_hidden_layers: int | None) -> str:
     """One letter for each decoder layer: the pattern's at `layer_indices`, F where a layer has no indexer."""
     indices = list(layer_indices)
+    if len(indices) != len(pattern):
+        raise ExportError(f"{len(indices)} layer_indices for {len(pattern)} letters: expected as many; mend the file")
     if indices != sorted(set(indices)) or indices[0] < 0:
         raise ExportError(f"layer_indices {indices} are not increasing layer numbers: write the file again")
     if num_hidden_layers is None:
@@ -115,12 +120,13 @@ def freq_and_offset(letters: str) -> tuple[int, int] | None:
 
     Engines and transformers take layer i as F iff max(i - offset + 1, 0) % freq == 0, with i from 0.
     """
-    offsets = [DEFAULT_OFFSET, *(o for o in range(1, len(letters) + 1) if o != DEFAULT_OFFSET)]
-    for freq in range(1, len(letters) + 1):
-        for offset in offsets:
-            if all((max(i - offset + 1, 0) % freq == 0) == (letter == FULL) for i, letter in enumerate(letters)):
-                return freq, offset
-    return None
+    if SHARED not in letters:
+        return 1, DEFAULT_OFFSET
+    offset = letters.index(SHARED)  # the first S can only be at i = offset, and the first F behind it freq - 1 further
+    following = letters.find(FULL, offset)
+    freq = (following if following >= 0 else len(letters)) - offset + 1
+    fits = all((max(i - offset + 1, 0) % freq == 0) == (letter == FULL) for i, letter in enumerate(letters))
+    return (freq, offset) if fits else None
 
 
 # --- pipeline stages ----------------------------------------------------------------------------------------------
@@ -139,6 +145,16 @@ def split_vllm(num_layers: int, stages: int) -> list[int]:
     for back in range(2, rest + 2):
         sizes[-back] += 1
     return sizes
+
+
+def stage_starts(layer_indices: Sequence[int], sizes: Sequence[int]) -> list[int]:
+    """The position in the pattern of each stage's first DSA layer, without position 0, which is F anyway."""
+    starts = []
+    for first in list(accumulate(sizes))[:-1]:
+        position = bisect_left(layer_indices, first)
+        if 0 < position < len(layer_indices) and position not in starts:
+            starts.append(position)
+    return starts
 
 
 def stages_on_shared(pattern: Pattern, layer_indices: Sequence[int], sizes: Sequence[int]) -> list[tuple[int, int]]:
@@ -168,6 +184,13 @@ def aligned_partition(pattern: Pattern, layer_indices: Sequence[int], sizes: Seq
 # --- warnings -----------------------------------------------------------------------------------------------------
 
 
+def _check_model(model: dict[str, Any]) -> None:
+    try:
+        check_fields(model, MODEL_FIELDS)
+    except FieldError as error:
+        raise ExportError(f"the file's model is damaged ({error}): write the file again") from None
+
+
 def _check_native(pattern: Pattern, model: dict[str, Any]) -> None:
     native = model.get("native_shared") or []
     wrong = [layer for layer in native if layer >= len(pattern) or pattern.is_full(layer)]
@@ -182,7 +205,7 @@ def _warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str)
     found = [
         *_type_warnings(engine, file.model.get("model_type")),
         *_layer_warnings(pattern, file, letters),
-        *_stage_warnings(engine, pattern, file.layer_indices, len(letters)),
+        *_stage_warnings(engine, pattern, file, len(letters)),
     ]
     if file.model.get("wrapper_config"):
         found.append(engine.wrapper_note)
@@ -221,7 +244,7 @@ def _layer_warnings(pattern: Pattern, file: PatternFile, letters: str) -> list[s
     return found
 
 
-def _stage_warnings(engine: Engine, pattern: Pattern, layer_indices: Sequence[int], num_layers: int) -> list[str]:
+def _stage_warnings(engine: Engine, pattern: Pattern, file: PatternFile, num_layers: int) -> list[str]:
     if engine.split is None:
         return []
     found = []
@@ -229,13 +252,13 @@ def _stage_warnings(engine: Engine, pattern: Pattern, layer_indices: Sequence[in
         if size > num_layers:
             continue
         sizes = engine.split(num_layers, size)
-        if wrong := stages_on_shared(pattern, layer_indices, sizes):
-            found.append(_stage_warning(engine, pattern, layer_indices, sizes, wrong))
+        if wrong := stages_on_shared(pattern, file.layer_indices, sizes):
+            found.append(_stage_warning(engine, pattern, file, sizes, wrong))
     return found
 
 
 def _stage_warning(
-    engine: Engine, pattern: Pattern, layer_indices: Sequence[int], sizes: Sequence[int], wrong: list[tuple[int, int]]
+    engine: Engine, pattern: Pattern, file: PatternFile, sizes: Sequence[int], wrong: list[tuple[int, int]]
 ) -> str:
     stages = ", ".join(str(stage) for stage, _ in wrong)
     layers = ", ".join(str(layer) for _, layer in wrong)
@@ -244,10 +267,14 @@ def _stage_warning(
         f"with {len(sizes)} pipeline stages ({'+'.join(map(str, sizes))} layers), stage{plural} {stages} would start "
         f"on S (layer{plural} {layers}), with no selection to reuse"
     )
-    aligned = aligned_partition(pattern, layer_indices, sizes)
+    aligned = aligned_partition(pattern, file.layer_indices, sizes)
     if aligned and engine.partition_variable:
         return f"{text}; {engine.partition_variable}={','.join(map(str, aligned))} makes every stage start on F"
-    return f"{text}; search with --stages {len(sizes)}"
+    starts = stage_starts(file.layer_indices, sizes)
+    native = set(file.model.get("native_shared") or []) & set(starts)
+    if native:
+        return f"{text}; the checkpoint shares such a layer itself: use another number of stages"
+    return f"{text}; search with --keep-full {','.join(map(str, starts))}"
 
 
 # --- the engines --------------------------------------------------------------------------------------------------

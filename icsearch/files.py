@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from pathlib import Path
+
+from icsearch.errors import IcsearchError
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside the target, fsync, rename: a reader sees the old file or the new one, never half of it.
 
-    Text is written as UTF-8. Raises OSError where the disk is full or the directory is missing or read-only.
+    Text is written as UTF-8, and what has no UTF-8 (a path with byte 0xff) as an escape. Raises OSError where the
+    disk is full or the directory is missing or read-only.
     """
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -33,3 +38,44 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_stale_temporaries(directory: Path) -> list[Path]:
+    """Remove what `write_atomically` left in `directory` when its process was killed; returns what is gone.
+
+    Files of processes that still live here stay. A directory that is missing or cannot be read has none.
+    """
+    if os.name != "posix":
+        return []
+    removed = []
+    with contextlib.suppress(OSError):
+        for path in sorted(directory.iterdir()):
+            process = re.fullmatch(r"\..+\.([1-9]\d{0,9})\.tmp", path.name)
+            if process and path.is_file() and not _lives(int(process[1])):
+                path.unlink(missing_ok=True)
+                removed.append(path)
+    return removed
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def typed_path(text: str, error: type[IcsearchError]) -> Path:
+    """A path as typed, `~` expanded; it need not exist. Raises `error` for one that can name no file."""
+    try:
+        path = Path(text).expanduser()
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return path
+    except (OSError, ValueError, RuntimeError) as problem:  # too long or locked, a NUL byte, ~ of an unknown user
+        reason = getattr(problem, "strerror", None) or problem
+        short = text if len(text) <= 60 else f"{text[:56]}..."
+        raise error(f"cannot use the path {short!r} ({reason}): give another one") from None
+    return path

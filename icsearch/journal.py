@@ -25,8 +25,14 @@ class Journal:
         self.path = path
 
     def exists(self) -> bool:
-        """True once a whole first event is on disk."""
-        return self.path.exists() and b"\n" in self.path.read_bytes()[:1_000_000]
+        """True once a whole first event is on disk; raises JournalError where the path cannot be read."""
+        try:
+            with open(self.path, "rb") as file:
+                return file.readline().endswith(b"\n")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except (OSError, ValueError) as error:  # a directory, a name too long, a NUL byte
+            raise _unreadable(self.path, error) from None
 
     def events(self) -> list[Event]:
         """All whole events. A torn tail is ignored; damage before it is an error that names the line."""
@@ -46,8 +52,8 @@ class Journal:
     def _whole_events(self) -> Iterator[Event]:
         try:
             data = self.path.read_bytes()
-        except OSError as error:
-            raise JournalError(f"cannot read {self.path}: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:
+            raise _unreadable(self.path, error) from None
         lines = data.split(b"\n")[:-1]  # what follows the last newline is torn
         for number, line in enumerate(lines, start=1):
             event = self._parse(line, number)
@@ -60,8 +66,8 @@ class Journal:
 
     def _parse(self, line: bytes, number: int) -> Event:
         try:
-            event = json.loads(line)
-        except ValueError:
+            event = json.loads(line, parse_constant=_refuse_constant)
+        except (ValueError, RecursionError):
             event = None
         if not isinstance(event, dict) or "event" not in event:
             raise JournalError(
@@ -79,6 +85,19 @@ class Journal:
             if end < size:
                 file.truncate(end)
                 os.fsync(file.fileno())
+
+
+def _unreadable(path: Path, error: OSError | ValueError) -> JournalError:
+    reason = getattr(error, "strerror", None) or error
+    shown = str(path) if len(str(path)) <= 200 else f"{str(path)[:196]}..."
+    if "\0" in shown:
+        shown = repr(shown)
+    return JournalError(f"cannot read {shown}: {reason}; give the RUN directory of a search")
+
+
+def _refuse_constant(name: str) -> None:
+    """NaN and Infinity, which Python's reader takes and the journal never holds."""
+    raise ValueError(name)
 
 
 def _end_of_last_line(file: Any, size: int, block: int = 65536) -> int:

@@ -23,12 +23,55 @@ def sequence_nll(
     prediction of that token counts (position 0 is never predicted). Logits are float32, sums float64.
     Returns float64 [B].
     """
-    batch, length, _ = hidden_states.shape
-    states = hidden_states[:, :-1].reshape(batch * (length - 1), -1)  # [B*(T-1), D]
-    targets = input_ids[:, 1:].reshape(-1)  # [B*(T-1)]
     chunks = [
-        functional.cross_entropy(lm_head(chunk).float(), target, reduction="none")
-        for chunk, target in zip(states.split(HEAD_CHUNK_TOKENS), targets.split(HEAD_CHUNK_TOKENS), strict=True)
+        functional.cross_entropy(lm_head(states).float(), targets, reduction="none")
+        for states, targets in zip(_chunks(hidden_states), _target_chunks(input_ids), strict=True)
     ]
-    nll = torch.cat(chunks).double().view(batch, length - 1)
-    return torch.where(counted[:, 1:], nll, 0.0).sum(dim=1)
+    return per_sequence(torch.cat(chunks), counted)
+
+
+def token_measures(
+    hidden_states: torch.Tensor,
+    reference_states: torch.Tensor,
+    lm_head: Callable[[torch.Tensor], torch.Tensor],
+    input_ids: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per predicted token: NLL, KL(reference || model), both in nats, and whether the most likely token is the same.
+
+    Shapes as in `sequence_nll`; `reference_states` are those of the all-F model. Each result is flat [B*(T-1)],
+    float32, float32, bool. The NLL has the bits of `sequence_nll`: the LM head sees the same chunks.
+    """
+    nll, kl, agree = [], [], []
+    chunks = zip(_chunks(hidden_states), _chunks(reference_states), _target_chunks(input_ids), strict=True)
+    for states, references, targets in chunks:
+        logits, reference = lm_head(states).float(), lm_head(references).float()  # [chunk, V]
+        nll.append(functional.cross_entropy(logits, targets, reduction="none"))
+        log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+        kl.append(functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))
+        agree.append(logits.argmax(-1) == reference.argmax(-1))
+    return torch.cat(nll), torch.cat(kl), torch.cat(agree)
+
+
+def per_sequence(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Sums over the counted tokens of each sequence: flat [B*(T-1)] values to float64 [B]."""
+    table = values.double().view(len(counted), -1)
+    return torch.where(counted[:, 1:], table, 0.0).sum(dim=1)
+
+
+def selection_overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """|first & second| / k for each query: two [B, T, k] index selections to float64 [B, T].
+
+    An index may stand in a selection once only, as a top-k gives it (IndexCache paper, Appendix A).
+    """
+    merged = torch.cat([first, second], dim=-1).sort(dim=-1).values  # [B, T, 2k]
+    common = (merged[..., 1:] == merged[..., :-1]).sum(dim=-1)
+    return common.double() / first.shape[-1]
+
+
+def _chunks(hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The states that predict, [B, T, D] without the last position, in the LM head's chunks."""
+    return hidden_states[:, :-1].reshape(-1, hidden_states.shape[-1]).split(HEAD_CHUNK_TOKENS)
+
+
+def _target_chunks(input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return input_ids[:, 1:].reshape(-1).split(HEAD_CHUNK_TOKENS)

@@ -14,8 +14,9 @@ from torch import nn
 
 from icsearch.checkpoint import Checkpoint
 from icsearch.errors import ModelError
+from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.pattern import FULL, SHARED, Pattern
-from icsearch.slot import IndexerSlot, SelectionStore, find_indexers
+from icsearch.slot import SelectionStore, find_indexers, put_slot
 
 ATTENTION = "sdpa"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,27 +40,13 @@ class DsaModel:
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
-        self.layers: list[nn.Module] = list(self.decoder.layers)
+        self.layers: list[nn.Module] = list(getattr(self.decoder, "layers", []))  # other names: no DSA family
         self.lm_head: nn.Module = model.get_output_embeddings()
-        self.slots: list[IndexerSlot] = []
-        self.layer_indices: list[int] = []
-        self.native_shared: list[int] = []
-        self._put_slots()
+        owners = indexer_owners(model)
+        self.layer_indices = [index for index, _ in owners]
+        self.slots = [put_slot(owner, position) for position, (_, owner) in enumerate(owners)]
+        self.native_shared = [slot.position for slot in self.slots if slot.inner is None]
         self._slot_of = dict(zip(self.layer_indices, self.slots, strict=True))
-
-    def _put_slots(self) -> None:
-        native = native_types(self.config)
-        for index, layer in enumerate(self.layers):
-            for owner, inner in find_indexers(layer):
-                if inner is None and native.get(index) != "shared":
-                    continue  # a layer of another kind in a family that mixes them
-                position = len(self.slots)
-                slot = IndexerSlot(inner, position)
-                owner.indexer = slot
-                self.slots.append(slot)
-                self.layer_indices.append(index)
-                if inner is None:
-                    self.native_shared.append(position)
 
     @property
     def device(self) -> torch.device:
@@ -72,15 +59,16 @@ class DsaModel:
 
     @contextlib.contextmanager
     def running(self, pattern: Pattern) -> Iterator[SelectionStore]:
-        """Within the block, the model's own forward follows the pattern; afterwards it is unmodified again."""
+        """Within the block, the model's own forward follows the pattern; afterwards it is as it was before."""
         store = SelectionStore(pattern)
+        before = [slot.store for slot in self.slots]
         for slot in self.slots:
             slot.store = store
         try:
             yield store
         finally:
-            for slot in self.slots:
-                slot.store = None
+            for slot, earlier in zip(self.slots, before, strict=True):
+                slot.store = earlier
 
     def final_hidden_states(self, input_ids: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """One whole forward by the model's own code: [B, T] ids to [B, T, D] states after the final norm."""
@@ -127,17 +115,32 @@ class DsaModel:
         """One decoder layer on [B, T, D] states, in the role that the store's pattern gives it; updates the store."""
         slot = self._slot_of.get(index)
         if slot is not None:
-            slot.store = store
+            before, slot.store = slot.store, store
         try:
             output = self.layers[index](hidden_states, *call.args, **call.kwargs)
         finally:
             if slot is not None:
-                slot.store = None
+                slot.store = before
         return output[0] if isinstance(output, tuple) else output
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The norm between the last decoder layer and the LM head."""
         return self.decoder.norm(hidden_states)
+
+
+def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:
+    """(decoder layer, module whose `indexer` makes its selection) of each DSA layer of a transformers model, in order.
+
+    `indexer` is None on layers that the checkpoint itself shares, and a slot where one has been put.
+    """
+    native = native_types(model.config.get_text_config())
+    owners = []
+    for index, layer in enumerate(getattr(model.get_decoder(), "layers", [])):
+        for owner, indexer in find_indexers(layer):
+            # None elsewhere: a layer of another kind in a family that mixes them
+            if indexer is not None or native.get(index) == "shared":
+                owners.append((index, owner))
+    return owners
 
 
 class _FirstLayerReached(Exception):
@@ -165,6 +168,7 @@ class Layout:
     index_topk: int
     index_heads: int
     index_head_dim: int
+    num_parameters: int
 
     @property
     def start_pattern(self) -> Pattern:
@@ -212,6 +216,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         index_topk=int(indexer.index_topk),
         index_heads=int(indexer.n_heads),
         index_head_dim=int(indexer.head_dim),
+        num_parameters=sum(parameter.numel() for parameter in skeleton.model.parameters()),
     )
 
 
@@ -237,7 +242,12 @@ def load(
     _check_loading(checkpoint, config, info)
     _check_finite(checkpoint, model)
     model.eval().requires_grad_(False)
-    return DsaModel(model.to(resolve_device(device)))
+    try:
+        return DsaModel(model.to(resolve_device(device)))
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
+        raise
 
 
 def quiet_transformers() -> None:
@@ -319,6 +329,8 @@ def _load_weights(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
         raise ModelError(
             f"transformers cannot load the weights of {checkpoint.name} ({_first_line(error)}): "
             "check that config.json and the shards belong together"
@@ -338,21 +350,22 @@ def _check_loading(checkpoint: Checkpoint, config: Any, info: dict[str, Any]) ->
             f"{len(missing)} tensors that config.json calls for are not in the weights of {checkpoint.name}, such as "
             f"{missing[0]}: use the config that belongs to these weights, or download the missing shard"
         )
-    if unexpected := sorted(name for name in info["unexpected_keys"] if not _has_no_use(name, config)):
+    if unexpected := sorted(name for name in info["unexpected_keys"] if not _has_no_use(name, config, checkpoint)):
         raise ModelError(
             f"{len(unexpected)} tensors of {checkpoint.name} have no place in the model that config.json describes, "
             f"such as {unexpected[0]}: use the config that belongs to these weights"
         )
 
 
-def _has_no_use(name: str, config: Any) -> bool:
+def _has_no_use(name: str, config: Any, checkpoint: Checkpoint) -> bool:
     """True for weights that a whole checkpoint may carry unused: MTP layers, indexers of native S layers."""
     found = re.search(r"\.layers\.(\d+)\.", name)
     if found is None:
         return False
     layer, text_config = int(found[1]), config.get_text_config()
-    is_mtp = layer >= text_config.num_hidden_layers
-    return is_mtp or (".indexer." in name and native_types(text_config).get(layer) == "shared")
+    raw = checkpoint.config.get("text_config", checkpoint.config)
+    mtp = range(text_config.num_hidden_layers, text_config.num_hidden_layers + raw.get("num_nextn_predict_layers", 0))
+    return layer in mtp or (".indexer." in name and native_types(text_config).get(layer) == "shared")
 
 
 def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:

@@ -6,18 +6,62 @@ always F: there is no earlier selection to reuse.
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from icsearch.errors import PatternError
-from icsearch.files import write_atomically
+from icsearch.jsonfile import (
+    FLAG,
+    MAX_LAYERS,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    FieldError,
+    check_fields,
+    layers,
+    letters,
+    list_of,
+    optional,
+    read_object,
+    shown,
+    whole,
+    write_object,
+)
 
 PATTERN_FORMAT = "icsearch.pattern/1"
 FULL, SHARED = "F", "S"
+
+# What the fields of a pattern.json must be, beside the pattern itself and its steps.
+FILE_FIELDS = {
+    "method": TEXT,
+    "strategy": optional(TEXT),
+    "objective": optional(TEXT),
+    "baseline_loss": optional(NUMBER),
+    "loss": optional(NUMBER),
+    "steps": list_of(OBJECT),
+    "model": OBJECT,
+    "calibration": OBJECT,
+    "cost": OBJECT,
+    "icsearch_version": optional(TEXT),
+}
+MODEL_FIELDS = {
+    "name_or_path": optional(TEXT),
+    "model_type": optional(TEXT),
+    "fingerprint": optional(TEXT),
+    "native_shared": optional(layers()),
+    "wrapper_config": optional(FLAG),
+    "num_hidden_layers": optional(whole(1, MAX_LAYERS)),
+}
+CALIBRATION_FIELDS = {
+    "fingerprint": optional(TEXT),
+    "source": optional(TEXT),
+    "num_sequences": optional(whole(0)),
+    "seq_len": optional(whole(0)),
+}
 
 
 @dataclass(frozen=True)
@@ -106,10 +150,12 @@ class Pattern:
 def parse_retention(text: str) -> Fraction:
     """A retention as typed, ``1/4`` or ``0.25``, as an exact fraction in (0, 1]."""
     try:
+        if len(text) > 32 or re.search(r"e[+-]?\w{3}", text, re.IGNORECASE):
+            raise ValueError("would be a number of many digits")
         value = Fraction(text.strip())
     except (ValueError, ZeroDivisionError):
         raise PatternError(
-            f"retention {text!r} is not a number: give a fraction, as 1/4, or a decimal, as 0.25"
+            f"retention {shown(text)} is not a number: give a fraction, as 1/4, or a decimal, as 0.25"
         ) from None
     if not 0 < value <= 1:
         raise PatternError(f"retention {text} is out of range: give a value above 0 and at most 1, such as 1/4")
@@ -172,7 +218,8 @@ class PatternFile:
         }
 
     def save(self, path: Path) -> None:
-        write_atomically(path, json.dumps(self.to_json(), indent=2) + "\n")
+        """Write it as strict JSON, whole or not at all; a number that is nan (an unknown std_err) becomes null."""
+        write_object(path, self.to_json())
 
     def at_retention(self, retention: Fraction) -> Pattern:
         """The pattern of this run with ceil(retention * N) F layers; greedy patterns are nested.
@@ -195,51 +242,48 @@ class PatternFile:
         )
 
 
-def read_json(path: Path, what: str) -> Any:
-    """A JSON document, or a PatternError that names the file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PatternError(f"no file {path}: expected {what}") from None
-    except OSError as error:
-        raise PatternError(f"cannot read {path}: {error.strerror or error}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise PatternError(f"{path} is not JSON ({error}): expected {what}") from None
-
-
 def load_pattern_file(path: Path) -> PatternFile:
-    """Read and check a pattern.json; an unknown format version is refused."""
-    document = read_json(path, "a pattern.json that icsearch wrote")
-    found = document.get("format") if isinstance(document, dict) else None
-    if found != PATTERN_FORMAT:
-        raise PatternError(f"{path} has format {found!r}: expected {PATTERN_FORMAT!r}; write it with this version")
+    """Read and check a pattern.json; an unknown format version is refused. Raises PatternError."""
+    document = read_object(
+        path,
+        expected="a pattern.json that icsearch wrote",
+        advice="write it with this version",
+        error=PatternError,
+        version=PATTERN_FORMAT,
+    )
     try:
         return _from_json(document)
-    except PatternError as error:
-        raise PatternError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PatternError(f"{path} is damaged ({type(error).__name__}: {error}): write it again") from None
+    except (PatternError, FieldError) as error:
+        raise PatternError(f"{path} is damaged ({error}): write it again") from None
 
 
 def _from_json(document: dict[str, Any]) -> PatternFile:
+    check_fields(document, {"pattern": TEXT, "num_layers": whole(1, MAX_LAYERS)})
     pattern = Pattern.parse(document["pattern"], document["num_layers"])
-    layer_indices = tuple(int(index) for index in document["layer_indices"])
+    check_fields(document, {"layer_indices": layers(), "full_layers": optional(layers(len(pattern))), **FILE_FIELDS})
+    check_fields(document["model"], MODEL_FIELDS)
+    check_fields(document["calibration"], CALIBRATION_FIELDS)
+    layer_indices = tuple(document["layer_indices"])
     if len(layer_indices) != len(pattern):
         raise PatternError(f"{len(layer_indices)} layer_indices for {len(pattern)} letters: expected as many")
-    steps = tuple(Step(**step) for step in document["steps"])
-    for step in steps:
-        Pattern.parse(step.pattern, len(pattern))
-    return PatternFile(
-        pattern=pattern,
-        layer_indices=layer_indices,
-        method=document["method"],
-        strategy=document["strategy"],
-        objective=document["objective"],
-        baseline_loss=document["baseline_loss"],
-        loss=document["loss"],
-        steps=steps,
-        model=document["model"],
-        calibration=document["calibration"],
-        cost=document["cost"],
-        icsearch_version=document["icsearch_version"],
-    )
+    if document.get("full_layers") not in (None, list(pattern.full_layers)):
+        raise PatternError("full_layers are not those of the pattern: expected its F layers")
+    steps = tuple(_step(step, len(pattern)) for step in document["steps"])
+    fields: dict[str, Any] = {**{name: document.get(name) for name in FILE_FIELDS}, "steps": steps}
+    return PatternFile(pattern=pattern, layer_indices=layer_indices, **fields)
+
+
+def _step(document: dict[str, Any], num_layers: int) -> Step:
+    fields = {
+        "step": whole(1),
+        "layer": whole(1, num_layers - 1),
+        "loss": NUMBER,
+        "delta": NUMBER,
+        "std_err": optional(NUMBER),  # null: one sequence has no error
+        "pattern": letters(num_layers),
+    }
+    check_fields(document, fields)
+    values = {name: document[name] for name in fields}
+    if values["pattern"][values["layer"]] != SHARED:
+        raise PatternError(f"step {shown(values['step'])} flips layer {values['layer']}, but its pattern has F there")
+    return Step(**{**values, "std_err": math.nan if values["std_err"] is None else values["std_err"]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from icsearch.errors import IcsearchError
 from icsearch.pattern import Pattern
@@ -27,6 +28,8 @@ class BatchShape:
     index_heads: int
     index_head_dim: int
     attention_heads: int
+    vocab_size: int
+    head_chunk_tokens: int
 
     @property
     def branch_bytes(self) -> int:
@@ -35,16 +38,24 @@ class BatchShape:
         selection = min(self.index_topk, self.seq_len) * INDEX_BYTES
         return tokens * (self.hidden_size * self.dtype_bytes + selection)
 
+    def selections_bytes(self, layers: int) -> int:
+        """All layers' selections of one batch, in the smallest integer type that holds a position."""
+        width = 1 if self.seq_len <= 2**8 else 2 if self.seq_len <= 2**15 else 4
+        return layers * self.batch_size * self.seq_len * min(self.index_topk, self.seq_len) * width
+
     @property
     def layer_bytes(self) -> int:
-        """Estimate of what one call of a reference layer takes while it runs.
+        """Estimate of what one call takes while it runs: of a reference layer, or of the LM head if that is more.
 
         The reference indexer holds scores per head twice and a copy of the keys per query, attention its scores
-        per head: (2 H_index + D_index + 3 + H_attention) float32 values per pair of tokens.
+        per head: (2 H_index + D_index + 3 + H_attention) float32 values per pair of tokens. The LM head holds a
+        chunk's logits in the model's type, in float32, and their softmax.
         """
         pairs = self.batch_size * self.seq_len**2
         per_pair = 2 * self.index_heads + self.index_head_dim + 3 + self.attention_heads
-        return pairs * per_pair * FLOAT_BYTES
+        chunk = min(self.head_chunk_tokens, self.batch_size * self.seq_len)
+        head = chunk * self.vocab_size * (self.dtype_bytes + 2 * FLOAT_BYTES)
+        return max(pairs * per_pair * FLOAT_BYTES, head)
 
 
 @dataclass(frozen=True)
@@ -64,14 +75,14 @@ class SearchPlan:
     memory_bytes: int
 
 
-def patterns_per_sweep(shape: BatchShape, memory_bytes: int) -> int:
+def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int) -> int:
     """How many candidates may live at once beside the trunk; raises IcsearchError where not even one fits."""
-    branches = (memory_bytes - shape.layer_bytes) // shape.branch_bytes
+    branches = (memory_bytes - weight_bytes - shape.layer_bytes) // shape.branch_bytes
     if branches < 3:  # the trunk, a candidate, and the layer output that is just being made
         needed = shape.layer_bytes + 3 * shape.branch_bytes
         raise IcsearchError(
-            f"memory budget {format_bytes(memory_bytes)} is too small: one candidate needs about "
-            f"{format_bytes(needed)}; raise --memory, or lower --batch-size or --seq-len"
+            f"memory budget {format_bytes(memory_bytes)} is too small: {format_bytes(weight_bytes)} of weights and "
+            f"about {format_bytes(needed)} for one candidate; raise --memory, or lower --batch-size or --seq-len"
         )
     return int(branches) - 2
 
@@ -88,6 +99,43 @@ def preview(strategy: Strategy, count: Callable[[list[Pattern]], int]) -> tuple[
         layer_runs += count([strategy.pattern.flip(layer) for layer in layers])
         strategy.tell({layer: -float(layer) for layer in layers})
     return evaluations, layer_runs
+
+
+def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
+    """The plan in words; `start` is the journal's first event."""
+    ratio = plan.naive_layer_evaluations / plan.layer_evaluations
+    branches = min(plan.branches_per_sweep, plan.candidates) + 1
+    return [
+        *model_rows(start),
+        ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
+        ("evaluations", f"{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
+        (
+            "layer evaluations",
+            f"at most {plan.layer_evaluations}; one whole forward each would take {plan.naive_layer_evaluations} "
+            f"({ratio:.1f} times as many)",
+        ),
+        (
+            "memory",
+            f"{format_bytes(plan.weight_bytes)} weights + {branches} branches x {format_bytes(plan.branch_bytes)} + "
+            f"{format_bytes(plan.layer_bytes)} in a layer, of {format_bytes(plan.memory_bytes)} (estimate)",
+        ),
+    ]
+
+
+def model_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
+    """Model and numerics in words."""
+    model, options = start["model"], start["options"]
+    found = [
+        ("model", f"{model['name_or_path']} ({model['model_type']}, {start['decoder_layers']} layers)"),
+        (
+            "numerics",
+            f"{options['dtype']} on {options['device']}, {options['threads']} threads, "
+            f"{options['batch_size']} sequences a call",
+        ),
+    ]
+    if shared := model["native_shared"]:
+        found.append(("native S layers", f"{', '.join(map(str, shared))}: shared by the checkpoint, and they stay so"))
+    return found
 
 
 def parse_bytes(text: str) -> int:

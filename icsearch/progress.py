@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from icsearch.plan import SearchPlan, format_bytes
 from icsearch.record import RunRecord
-from icsearch.requests import GreedyRequest
+from icsearch.report import numbers
 from icsearch.statistics import mean_loss
-
-if TYPE_CHECKING:
-    from icsearch.model import Layout
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -26,7 +23,7 @@ class Quiet:
 
     def info(self, text: str) -> None: ...
 
-    def planned(self, plan: SearchPlan, request: GreedyRequest, layout: Layout, record: RunRecord) -> None: ...
+    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None: ...
 
     def step_started(self, step: int, patterns: int, layer_sequences: int) -> None: ...
 
@@ -50,10 +47,9 @@ class Plain(Quiet):
     def info(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True)
 
-    def planned(self, plan: SearchPlan, request: GreedyRequest, layout: Layout, record: RunRecord) -> None:
-        self._clock.total = plan.layer_evaluations * len(record.tokens)
-        self._clock.done = record.layer_sequences
-        self.console.print(plan_table(plan, layout, record))
+    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None:
+        self._clock.total, self._clock.done = layer_sequences, done
+        self.console.print(plan_table(rows))
 
     def step_started(self, step: int, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
@@ -134,7 +130,7 @@ class RunClock:
         if self._started is None or not self._measured:
             return "time left unknown"
         rate = (time.monotonic() - self._started) / self._measured
-        return f"at most {format_seconds(rate * max(self.total - self.done, 0))} left"
+        return f"at most {numbers.duration(rate * max(self.total - self.done, 0))} left"
 
 
 def make_listener(quiet: bool) -> Quiet:
@@ -145,44 +141,14 @@ def make_listener(quiet: bool) -> Quiet:
     return Live(console) if console.is_terminal else Plain(console)
 
 
-def plan_table(plan: SearchPlan, layout: Layout, record: RunRecord) -> Table:
+def plan_table(rows: Sequence[tuple[str, str]]) -> Table:
     """The plan, printed before the run."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column()
-    for name, text in _plan_rows(plan, layout, record):
-        table.add_row(name, text)
+    for name, text in rows:
+        table.add_row(name, escape(text))
     return table
-
-
-def _plan_rows(plan: SearchPlan, layout: Layout, record: RunRecord) -> list[tuple[str, str]]:
-    options = record.start["options"]
-    ratio = plan.naive_layer_evaluations / plan.layer_evaluations
-    rows = [
-        ("model", f"{escape(record.start['model']['name_or_path'])} ({layout.model_type}, {layout.num_layers} layers)"),
-        ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
-        ("evaluations", f"{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
-        (
-            "layer evaluations",
-            f"at most {plan.layer_evaluations}; one forward each: {plan.naive_layer_evaluations}"
-            f" ({ratio:.1f} times as many)",
-        ),
-        (
-            "memory",
-            f"{format_bytes(plan.weight_bytes)} weights + {min(plan.branches_per_sweep, plan.candidates) + 1} "
-            f"branches x {format_bytes(plan.branch_bytes)} + {format_bytes(plan.layer_bytes)} in a layer, "
-            f"of {format_bytes(plan.memory_bytes)} (estimate)",
-        ),
-        (
-            "numerics",
-            f"{options['dtype']} on {options['device']}, {options['threads']} threads, "
-            f"{options['batch_size']} sequences a call",
-        ),
-    ]
-    if layout.native_shared:
-        shared = ", ".join(map(str, layout.native_shared))
-        rows.insert(2, ("native S layers", f"{shared}: shared by the checkpoint, and they stay so"))
-    return rows
 
 
 def commit_line(record: RunRecord) -> str:
@@ -191,7 +157,7 @@ def commit_line(record: RunRecord) -> str:
     tie = f", tied with {', '.join(map(str, commit.ties))}" if commit.ties else ""
     return (
         f"step {commit.step}/{record.start['options']['num_shared']}: layer {commit.layer} shares, "
-        f"loss {step.loss:.4f} ({step.delta:+.4f} ± {step.std_err:.4f}){tie}"
+        f"loss {numbers.loss(step.loss)} ({numbers.with_error(step.delta, step.std_err)}){tie}"
     )
 
 
@@ -208,13 +174,6 @@ def best_so_far(record: RunRecord, step: int) -> str:
     before = record.pattern.letters
     layer = next(i for i, (a, b) in enumerate(zip(before, best, strict=True)) if a != b)
     return f"best so far layer {layer}, loss {losses[best]:.4f} on {len(order)} of {len(record.tokens)} sequences"
-
-
-def format_seconds(seconds: float) -> str:
-    """m:ss or h:mm:ss."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
 def _step_name(step: int) -> str:

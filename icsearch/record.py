@@ -4,15 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from icsearch.errors import JournalError
+from icsearch.errors import JournalError, PatternError
 from icsearch.journal import Event, Journal
-from icsearch.pattern import Pattern, PatternFile, Step
+from icsearch.jsonfile import (
+    DURATION,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    FieldError,
+    Kind,
+    check_fields,
+    layers,
+    letters,
+    list_of,
+    optional,
+    shown,
+    whole,
+)
+from icsearch.pattern import CALIBRATION_FIELDS, MODEL_FIELDS, Pattern, PatternFile, Step
 from icsearch.statistics import Difference, mean_loss, paired_difference
 
 JOURNAL_NAME = "journal.jsonl"
+
+# What the fields of the first event must be; `_check_start` adds what has to agree among them.
+START_FIELDS = {
+    "icsearch_version": TEXT,
+    "options": OBJECT,
+    "model": OBJECT,
+    "calibration": OBJECT,
+    "environment": optional(OBJECT),
+    "start_pattern": letters(),
+    "layer_indices": layers(),
+    "decoder_layers": whole(1),
+    "references": OBJECT,
+    "tokens": list_of(whole(1)),
+}
+OPTION_FIELDS = {
+    "method": TEXT,
+    "strategy": TEXT,
+    "objective": TEXT,
+    "num_shared": optional(whole(0)),
+    "stages": optional(whole(1)),
+    "keep_full": optional(layers()),
+    "batch_size": optional(whole(1)),
+    "threads": optional(whole(1)),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +81,36 @@ class Candidate:
 
 
 @dataclass
+class SimilaritySums:
+    """Lower triangles summed over choosing queries, as they come in batch by batch."""
+
+    cosine: list[list[float]] = field(default_factory=list)
+    overlap: list[list[float]] = field(default_factory=list)
+    sequences: int = 0
+    queries: int = 0
+
+    def add(self, event: Event) -> None:
+        first, last = event["sequences"]
+        if first != self.sequences:
+            raise FieldError(f"similarity of sequence {first} behind {self.sequences} sequences")
+        self.sequences, self.queries = last, self.queries + event["queries"]
+        self.cosine = _added(self.cosine, event["cosine"])
+        self.overlap = _added(self.overlap, event["overlap"])
+
+    def means(self) -> dict[str, Any]:
+        """`cosine` and `overlap` as means, and the number of `queries` that they are taken over."""
+        triangles = {"cosine": self.cosine, "overlap": self.overlap}
+        means = {name: [[x / self.queries for x in row] for row in rows] for name, rows in triangles.items()}
+        return {**means, "queries": self.queries}
+
+
+def _added(sums: list[list[float]], more: list[list[float]]) -> list[list[float]]:
+    if not sums:
+        return [list(row) for row in more]
+    return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(sums, more, strict=True)]
+
+
+@dataclass
 class RunRecord:
     """The state of a run. It changes by `apply` alone, so live and resumed runs share one path.
 
@@ -53,9 +123,12 @@ class RunRecord:
     asked: dict[int, list[str]] = field(default_factory=dict)
     commits: list[Commit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    similarity_sums: SimilaritySums = field(default_factory=SimilaritySums)
+    chosen: Event | None = None
     layer_sequences: int = 0
     seconds: float = 0.0
     finished: bool = False
+    _fields: dict[str, dict[str, Kind]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def replay(cls, events: Iterable[Event]) -> RunRecord:
@@ -63,41 +136,62 @@ class RunRecord:
         for number, event in enumerate(events, start=1):
             try:
                 record.apply(event)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
+            except (ValueError, PatternError) as error:
                 raise JournalError(
-                    f"journal line {number} is damaged ({type(error).__name__}: {error}): "
-                    "restore the file, or start over with --fresh"
+                    f"journal line {number} is damaged ({error}): restore the file, or start over with --fresh"
                 ) from None
         return record
 
     def apply(self, event: Event) -> None:
-        """Take one event in."""
-        kind = event["event"]
-        if kind == "start":
-            self.start = event
-        elif kind == "losses":
+        """Take one event in; raises ValueError or PatternError, and changes nothing, where it does not fit."""
+        kind = event.get("event")
+        if not self.start:
+            _check_start(event)
+            self.start, self._fields = event, _event_fields(event)
+            return
+        if kind not in list(self._fields):
+            raise FieldError(f"event is {shown(kind)}: expected one of {', '.join(self._fields)}")
+        check_fields(event, self._fields[kind])
+        if kind == "losses":
             self._apply_losses(event)
         elif kind == "commit":
-            self.commits.append(
-                Commit(
-                    event["step"], event["layer"], event["pattern"], tuple(event["candidates"]), tuple(event["ties"])
-                )
-            )
+            self._apply_commit(event)
+        elif kind == "similarity":
+            self.similarity_sums.add(event)
+            self._add_cost(event)
+        elif kind == "chosen":
+            self.chosen = event
         elif kind == "note":
             self.notes.append(event["text"])
         elif kind == "finish":
             self.finished = True
-        else:
-            raise ValueError(f"unknown event {kind!r}")
 
     def _apply_losses(self, event: Event) -> None:
         first, last = event["sequences"]
+        if event["step"] > len(self.commits) + 1:
+            raise FieldError(f"losses of step {event['step']} behind {len(self.commits)} commits")
+        if [len(sums) for sums in event["nll"]] != [last - first] * len(event["patterns"]):
+            raise FieldError("nll does not hold one sum for each pattern and sequence")
         asked = self.asked.setdefault(event["step"], [])
-        for letters, sums in zip(event["patterns"], event["nll"], strict=True):
-            sequences = self.nll.setdefault(letters, {})
-            sequences.update(zip(range(first, last), sums, strict=True))
-            if letters not in asked:
-                asked.append(letters)
+        for pattern, sums in zip(event["patterns"], event["nll"], strict=True):
+            self.nll.setdefault(pattern, {}).update(zip(range(first, last), sums, strict=True))
+            if pattern not in asked:
+                asked.append(pattern)
+        self._add_cost(event)
+
+    def _apply_commit(self, event: Event) -> None:
+        before, expected = self.pattern, len(self.commits) + 1
+        commit = Commit(
+            event["step"], event["layer"], event["pattern"], tuple(event["candidates"]), tuple(event["ties"])
+        )
+        if commit.step != expected:
+            raise FieldError(f"step is {commit.step}: expected {expected}")
+        flips = {layer: before.flip(layer).letters for layer in commit.candidates}
+        if commit.pattern != flips.get(commit.layer) or not flips.keys() >= set(commit.ties):
+            raise FieldError(f"layer, pattern and ties of step {expected} do not follow from its candidates")
+        self.commits.append(commit)
+
+    def _add_cost(self, event: Event) -> None:
         self.layer_sequences += event["layer_sequences"]
         self.seconds += event["seconds"]
 
@@ -113,8 +207,21 @@ class RunRecord:
 
     @property
     def pattern(self) -> Pattern:
-        """The committed pattern so far."""
+        """The pattern so far: the last commit's, or the one that the dynamic program chose."""
+        if self.chosen is not None:
+            return Pattern(self.chosen["pattern"])
         return Pattern(self.commits[-1].pattern) if self.commits else self.start_pattern
+
+    @property
+    def similarity(self) -> dict[str, Any] | None:
+        """Mean cosine similarity and overlap (lower triangles, row i has i entries) of a similarity baseline.
+
+        `objective` is the chosen pattern's sum of similarities over its S layers; None in other runs.
+        """
+        sums = self.similarity_sums
+        if self.chosen is None or not sums.queries:
+            return None
+        return {**sums.means(), "objective": self.chosen["objective"]}
 
     @property
     def references(self) -> dict[str, str]:
@@ -195,6 +302,71 @@ class RunRecord:
             cost=self.cost(),
             icsearch_version=self.start["icsearch_version"],
         )
+
+
+def _check_start(event: Event) -> None:
+    """Raise FieldError where the first event is no start event, lacks a field, or its fields disagree."""
+    if event.get("event") != "start":
+        raise FieldError(f"event is {shown(event.get('event'))}: expected start, which every journal begins with")
+    check_fields(event, START_FIELDS)
+    num_layers = len(event["start_pattern"])
+    agreeing = {
+        "num_layers": optional(whole(num_layers, num_layers)),
+        "layer_indices": list_of(whole(0, event["decoder_layers"] - 1), num_layers),
+        "tokens": Kind("at least one sequence", bool),
+        "blocks": optional(Kind(f"stages that cover layers 0 to {num_layers - 1}", lambda b: _covers(b, num_layers))),
+    }
+    check_fields(event, agreeing)
+    check_fields(event["options"], OPTION_FIELDS)
+    check_fields(event["model"], {**MODEL_FIELDS, "native_shared": optional(layers(num_layers))})
+    check_fields(event["calibration"], CALIBRATION_FIELDS)
+    check_fields(event["references"], dict.fromkeys(event["references"], letters(num_layers)))
+
+
+def _covers(blocks: Any, num_layers: int) -> bool:
+    """True for [first, last) ranges that follow one another from 0 to the last layer."""
+    pairs = list_of(list_of(whole(0), 2)).fits(blocks)
+    edges = [0, *(last for _, last in blocks)] if pairs else []
+    return pairs and edges[-1] == num_layers and [[a, b] for a, b in pairwise(edges)] == blocks
+
+
+def _event_fields(start: Event) -> dict[str, dict[str, Kind]]:
+    """What the fields of every later event must be, in a run that began so."""
+    num_layers, sequences = len(start["start_pattern"]), len(start["tokens"])
+    pattern = letters(num_layers)
+    flipped = list_of(whole(1, num_layers - 1))
+    waves = Kind(f"a range within 0 to {sequences}", lambda value: _is_range(value, sequences))
+    triangle = Kind("a lower triangle of numbers", lambda value: _is_triangle(value, num_layers))
+    cost = {"layer_sequences": whole(0), "seconds": DURATION}
+    return {
+        "losses": {
+            "step": whole(0),
+            "sequences": waves,
+            "patterns": list_of(pattern),
+            "nll": list_of(list_of(NUMBER)),
+            **cost,
+        },
+        "commit": {
+            "step": whole(1),
+            "layer": whole(1, num_layers - 1),
+            "pattern": pattern,
+            "candidates": flipped,
+            "ties": flipped,
+        },
+        "similarity": {"sequences": waves, "queries": whole(1), "cosine": triangle, "overlap": triangle, **cost},
+        "chosen": {"pattern": pattern, "objective": NUMBER},
+        "note": {"text": TEXT},
+        "finish": {},
+    }
+
+
+def _is_range(value: Any, sequences: int) -> bool:
+    return list_of(whole(0, sequences), 2).fits(value) and value[0] < value[1]
+
+
+def _is_triangle(value: Any, num_layers: int) -> bool:
+    rows = list_of(list_of(NUMBER), num_layers).fits(value)
+    return rows and [len(row) for row in value] == list(range(num_layers))
 
 
 def load_run(directory: Path) -> RunRecord:

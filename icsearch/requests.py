@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from icsearch.errors import IcsearchError, PatternError
+from icsearch.jsonfile import shown
 from icsearch.pattern import Pattern, num_full, parse_retention
 from icsearch.strategies import split_stages
 
@@ -29,17 +30,11 @@ class CalibrationRequest:
 
 
 @dataclass(frozen=True)
-class GreedyRequest:
-    """Everything that a greedy search can be asked. None means: choose for me."""
+class RunRequest:
+    """What every command that runs a model can be asked. None means: choose for me."""
 
     calibration: CalibrationRequest
     out: Path
-    retention: Fraction | None = None
-    num_shared: int | None = None
-    stages: int = 1
-    keep_full: frozenset[int] = frozenset()
-    objective: str = "lm-loss"
-    strategy: str = "exact"
     device: str = "auto"
     dtype: str = "auto"
     batch_size: int | None = None
@@ -48,15 +43,32 @@ class GreedyRequest:
     fresh: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("--objective", self.objective, OBJECTIVES)
-        _check_choice("--strategy", self.strategy, STRATEGIES)
         _check_choice("--dtype", self.dtype, DTYPES)
-        if self.retention is not None and self.num_shared is not None:
-            raise IcsearchError("--retention and --num-shared both say how far to go: give one of them")
 
     @property
     def model(self) -> str:
         return self.calibration.model
+
+    def check(self, start: Pattern) -> None:
+        """Refuse what cannot be done with a model of this start pattern; raises PatternError."""
+
+
+@dataclass(frozen=True)
+class PatternRequest(RunRequest):
+    """How many layers to share, and which never: what greedy and the DP baseline have in common."""
+
+    retention: Fraction | None = None
+    num_shared: int | None = None
+    stages: int = 1
+    keep_full: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.retention is not None and self.num_shared is not None:
+            raise IcsearchError("--retention and --num-shared both say how far to go: give one of them")
+
+    def check(self, start: Pattern) -> None:
+        self.resolve_num_shared(start)
 
     def resolve_num_shared(self, start: Pattern) -> int:
         """K, the number of flips from `start`; refused with the largest possible K where it cannot be reached."""
@@ -102,6 +114,40 @@ class GreedyRequest:
         return full - kept
 
 
+@dataclass(frozen=True)
+class GreedyRequest(PatternRequest):
+    """Everything that a greedy search can be asked."""
+
+    objective: str = "lm-loss"
+    strategy: str = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("--objective", self.objective, OBJECTIVES)
+        _check_choice("--strategy", self.strategy, STRATEGIES)
+
+
+@dataclass(frozen=True)
+class BaselineRequest(PatternRequest):
+    """Everything that the similarity baseline can be asked. `similarity`: a similarity.npz to use again."""
+
+    similarity: Path | None = None
+
+
+@dataclass(frozen=True)
+class EvalRequest(RunRequest):
+    """Everything that an evaluation can be asked."""
+
+    patterns: tuple[str, ...] = ()
+    retentions: tuple[Fraction, ...] = ()
+    force: bool = False
+    tasks: int = 0
+    task_length: int | None = None
+    contexts: tuple[int, ...] = ()
+    measure: tuple[int, ...] = ()
+    lm_eval: tuple[str, ...] = ()
+
+
 def parse_share(retention: str | None) -> Fraction | None:
     """--retention as typed, or None where it was not given."""
     return None if retention is None else parse_retention(retention)
@@ -110,9 +156,9 @@ def parse_share(retention: str | None) -> Fraction | None:
 def parse_layers(text: str, option: str) -> frozenset[int]:
     """A list of layers as typed, such as `0,5,9`."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    bad = [part for part in parts if not part.isdecimal()]
+    bad = [part for part in parts if not part.isdecimal() or len(part) > 6]
     if bad:
-        raise IcsearchError(f"{option} has {bad[0]!r}: expected layer numbers with commas between, such as 0,5,9")
+        raise IcsearchError(f"{option} has {shown(bad[0])}: expected layer numbers with commas between, such as 0,5,9")
     return frozenset(int(part) for part in parts)
 
 

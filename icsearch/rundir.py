@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from icsearch.errors import JournalError
-from icsearch.files import sync_directory
+from icsearch.files import remove_stale_temporaries, sync_directory
 from icsearch.journal import Event, Journal
-from icsearch.record import JOURNAL_NAME, RunRecord
+from icsearch.record import JOURNAL_NAME
 
-RESULT_NAMES = ("pattern.json", "curve.csv", "curve.png", "report.html")
+RESULT_NAMES = (
+    "pattern.json",
+    "curve.csv",
+    "curve.png",
+    "report.html",
+    "similarity.npz",
+    "similarity.json",
+    "eval.json",
+    "eval.csv",
+)
 _LOCK_NAME = ".lock"
 _MUST_AGREE = ("options", "model", "calibration")
 
@@ -29,8 +38,9 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process. The lock dies with its process, however that dies.
 
-        A directory in which nothing was begun is not left behind.
+        A directory that was made for a run which then never began is not left behind.
         """
+        made_now = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / _LOCK_NAME).open("w")
@@ -38,10 +48,12 @@ class RunDirectory:
             raise JournalError(f"cannot write to {self.path} ({error.strerror}): give another --out") from None
         with lock:
             self._lock(lock)
+            remove_stale_temporaries(self.path)
             try:
                 yield
             finally:
-                self._remove_if_unused()
+                if made_now:
+                    self._remove_if_unused()
 
     def _lock(self, lock: TextIO) -> None:
         try:
@@ -52,34 +64,48 @@ class RunDirectory:
             ) from None
 
     def _remove_if_unused(self) -> None:
-        if [path.name for path in self.path.iterdir()] == [_LOCK_NAME]:
-            (self.path / _LOCK_NAME).unlink()
-            self.path.rmdir()
+        with contextlib.suppress(OSError):  # whatever stands in the way is no reason to hide the run's own outcome
+            if [path.name for path in self.path.iterdir()] == [_LOCK_NAME]:
+                (self.path / _LOCK_NAME).unlink()
+                self.path.rmdir()
 
-    def existing(self) -> RunRecord | None:
-        """The run so far, or None where none was started."""
-        return RunRecord.replay(self.journal.events()) if self.journal.exists() else None
+    def existing(self) -> list[Event]:
+        """The events of the run so far; empty where none was started."""
+        return self.journal.events() if self.journal.exists() else []
 
-    def clear(self) -> None:
+    def open(self, start: Event, existing: list[Event]) -> list[Event]:
+        """Continue the existing run, or begin a new one with `start`: only now the last one's files go."""
+        if existing:
+            return existing
+        self._clear()
+        self.journal.append(start)
+        sync_directory(self.path)
+        return [start]
+
+    def _clear(self) -> None:
         """Remove the journal and the results of the last run, and nothing else."""
         for name in (JOURNAL_NAME, *RESULT_NAMES):
             (self.path / name).unlink(missing_ok=True)
         sync_directory(self.path)
 
-    def check_same(self, record: RunRecord, wanted: Event) -> None:
+    def check_same(self, existing: list[Event], wanted: Event) -> None:
         """Refuse to continue a run whose options, model or calibration are others; says which differ."""
-        differences = [line for part in _MUST_AGREE for line in _differences(part, record.start[part], wanted[part])]
+        if not existing:
+            return
+        differences = [
+            line for part in _MUST_AGREE for line in _differences(part, part_of(existing, part), wanted[part])
+        ]
         if differences:
             raise JournalError(
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}): "
                 "repeat its command, give another --out, or start over with --fresh"
             )
 
-    def begin(self, start: Event) -> RunRecord:
-        """Write the first event of a new run."""
-        self.journal.append(start)
-        sync_directory(self.path)
-        return RunRecord.replay([start])
+
+def part_of(existing: Sequence[Event], part: str) -> dict[str, Any]:
+    """An object of a run's first event; empty where there is none or it is damaged."""
+    found = existing[0].get(part) if existing else None
+    return found if isinstance(found, dict) else {}
 
 
 def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

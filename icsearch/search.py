@@ -15,16 +15,19 @@ from icsearch.errors import JournalError
 from icsearch.journal import Event, Journal
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
-from icsearch.statistics import paired_difference
 from icsearch.strategies import Strategy
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Losses of one sweep: `nll[letters]` per sequence of the wave, in nats, and the layer runs x sequences."""
+    """Losses of one sweep: `nll[letters]` per sequence of the wave, in nats, and the layer runs x sequences.
+
+    `notes` is what the reader of the report should know, such as a kernel without a deterministic form.
+    """
 
     nll: dict[str, list[float]]
     layer_sequences: int
+    notes: tuple[str, ...] = ()
 
 
 class Scorer(Protocol):
@@ -43,7 +46,11 @@ class Scorer(Protocol):
 
 
 class Progress(Protocol):
-    """Listens to a search. It changes nothing."""
+    """Hears what a run is about to do, and how far it is. It changes nothing."""
+
+    def info(self, text: str) -> None: ...
+
+    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None: ...
 
     def step_started(self, step: int, patterns: int, layer_sequences: int) -> None: ...
 
@@ -54,46 +61,92 @@ class Progress(Protocol):
     def committed(self, record: RunRecord) -> None: ...
 
 
-class Search:
-    """One run of a strategy, from the journal's state to the end."""
+class Scoring:
+    """Scores what a journal does not hold yet; every event is on disk before it counts."""
 
     def __init__(
         self,
         journal: Journal,
         record: RunRecord,
-        strategy: Strategy,
         scorer: Scorer,
         progress: Progress,
-        expected_layer_sequences: Callable[[Sequence[Pattern]], int],
+        count_layer_runs: Callable[[Sequence[Pattern]], int],
     ) -> None:
-        self._journal = journal
-        self._record = record
-        self._strategy = strategy
+        self.journal = journal
+        self.record = record
+        self.progress = progress
         self._scorer = scorer
-        self._progress = progress
-        self._expected = expected_layer_sequences
+        self._count_layer_runs = count_layer_runs
+
+    def append(self, event: Event) -> None:
+        """Write an event, then let the record take it in."""
+        self.journal.append(event)
+        self.record.apply(event)
+
+    def score_references(self, *more: Pattern) -> None:
+        """Step 0: the start pattern, the references, and whatever else is to be compared."""
+        references = [Pattern(letters) for letters in self.record.references.values()]
+        self.score(0, list(dict.fromkeys([self.record.start_pattern, *references, *more])))
+
+    def score(self, step: int, patterns: list[Pattern]) -> None:
+        """Score what is missing of these patterns, wave by wave, and journal each sweep as it ends."""
+        missing = {wave: self._missing(patterns, wave) for wave in self._scorer.waves}
+        work = [(chunk, wave) for wave, left in missing.items() for chunk in self._chunks(left)]
+        if not work:
+            return
+        expected = sum(self._count_layer_runs(chunk) * (wave[1] - wave[0]) for chunk, wave in work)
+        self.progress.step_started(step, len(patterns), expected)
+        for chunk, wave in work:
+            started = time.monotonic()
+            scores = self._scorer.score(chunk, wave, self.progress.layer_done)
+            self.append(_losses_event(step, chunk, wave, scores, time.monotonic() - started))
+            self.note(scores.notes)
+            self.progress.losses_known(self.record, step)
+
+    def note(self, texts: Sequence[str]) -> None:
+        """Keep what the reader of the report should know, once."""
+        for text in dict.fromkeys(texts):
+            if text not in self.record.notes:
+                self.append({"event": "note", "text": text})
+
+    def _missing(self, patterns: list[Pattern], wave: tuple[int, int]) -> list[Pattern]:
+        first, last = wave
+        known = self.record.nll
+        return [p for p in patterns if any(s not in known.get(p.letters, {}) for s in range(first, last))]
+
+    def _chunks(self, patterns: list[Pattern]) -> list[list[Pattern]]:
+        size = self._scorer.patterns_per_sweep
+        return [patterns[start : start + size] for start in range(0, len(patterns), size)]
+
+
+class Search:
+    """One run of a strategy, from the journal's state to the end."""
+
+    def __init__(self, scoring: Scoring, strategy: Strategy) -> None:
+        self._scoring = scoring
+        self._record = scoring.record
+        self._strategy = strategy
 
     def run(self) -> RunRecord:
-        """Search to the end; every event is on disk before it counts."""
-        references = [Pattern(letters) for letters in self._record.references.values()]
-        self._score(0, list(dict.fromkeys([self._record.start_pattern, *references])))
+        """Search to the end."""
+        self._scoring.score_references()
         step = 0
         while layers := self._strategy.ask():
             step += 1
             self._step(step, layers)
         if not self._record.finished:
-            self._append({"event": "finish", "pattern": self._record.pattern.letters})
+            self._scoring.append({"event": "finish", "pattern": self._record.pattern.letters})
         return self._record
 
     def _step(self, step: int, layers: Sequence[int]) -> None:
         flips = {layer: self._strategy.pattern.flip(layer) for layer in layers}
-        self._score(step, list(flips.values()))
+        self._scoring.score(step, list(flips.values()))
         losses = {layer: self._record.loss(pattern.letters) for layer, pattern in flips.items()}
         winner = self._strategy.tell(losses)
         if step <= len(self._record.commits):
             self._check_replay(step, winner)
             return
-        self._append(
+        self._scoring.append(
             {
                 "event": "commit",
                 "step": step,
@@ -103,52 +156,21 @@ class Search:
                 "ties": self._ties(winner, flips),
             }
         )
-        self._progress.committed(self._record)
+        self._scoring.progress.committed(self._record)
 
     def _ties(self, winner: int, flips: dict[int, Pattern]) -> list[int]:
         """The layers whose loss differs from the winner's by no more than one paired standard error."""
-        tokens = self._record.tokens
-        best = self._record.sums(flips[winner].letters) or []
-        return [
-            layer
-            for layer, pattern in flips.items()
-            if layer != winner and paired_difference(self._record.sums(pattern.letters) or [], best, tokens).is_tie
-        ]
+        best = flips[winner].letters
+        others = {layer: pattern.letters for layer, pattern in flips.items() if layer != winner}
+        return [layer for layer, letters in others.items() if self._record.difference(letters, best).is_tie]
 
     def _check_replay(self, step: int, winner: int) -> None:
         recorded = self._record.commits[step - 1]
         if recorded.layer != winner:
             raise JournalError(
-                f"{self._journal.path} committed layer {recorded.layer} in step {step}, but its losses say {winner}: "
-                "the journal was changed or damaged; restore it, or start over with --fresh"
+                f"{self._scoring.journal.path} committed layer {recorded.layer} in step {step}, but its losses say "
+                f"{winner}: the journal was changed or damaged; restore it, or start over with --fresh"
             )
-
-    def _score(self, step: int, patterns: list[Pattern]) -> None:
-        """Score what is missing of these patterns, wave by wave, and journal each sweep as it ends."""
-        missing = {wave: self._missing(patterns, wave) for wave in self._scorer.waves}
-        if not any(missing.values()):
-            return
-        work = [(chunk, wave) for wave, left in missing.items() for chunk in self._chunks(left)]
-        expected = sum(self._expected(chunk) * (wave[1] - wave[0]) for chunk, wave in work)
-        self._progress.step_started(step, len(patterns), expected)
-        for chunk, wave in work:
-            started = time.monotonic()
-            scores = self._scorer.score(chunk, wave, self._progress.layer_done)
-            self._append(_losses_event(step, chunk, wave, scores, time.monotonic() - started))
-            self._progress.losses_known(self._record, step)
-
-    def _missing(self, patterns: list[Pattern], wave: tuple[int, int]) -> list[Pattern]:
-        first, last = wave
-        known = self._record.nll
-        return [p for p in patterns if any(s not in known.get(p.letters, {}) for s in range(first, last))]
-
-    def _chunks(self, patterns: list[Pattern]) -> list[list[Pattern]]:
-        size = self._scorer.patterns_per_sweep
-        return [patterns[start : start + size] for start in range(0, len(patterns), size)]
-
-    def _append(self, event: Event) -> None:
-        self._journal.append(event)
-        self._record.apply(event)
 
 
 def _losses_event(

@@ -7,6 +7,7 @@ indexer's place: as F it calls the indexer and remembers the selection, as S it 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from icsearch.errors import ModelError
-from icsearch.pattern import Pattern
+from icsearch.pattern import FULL, Pattern
 
 
 @dataclass
@@ -23,6 +24,9 @@ class SelectionStore:
 
     pattern: Pattern
     selection: Any = None
+    # Where set, S layers run their own indexer beside, and this hears (position, borrowed, own selection).
+    probe: Callable[[int, Any, Any], None] | None = None
+    source: int | None = None  # position of the layer that made the selection; None where that is not known
 
 
 class IndexerSlot(nn.Module):
@@ -47,10 +51,23 @@ class IndexerSlot(nn.Module):
         if self.store is None:
             return self._compute(args, kwargs)
         if self.store.pattern.is_full(self.position):
-            self.store.selection = self._compute(args, kwargs)
-        elif self.store.selection is None:
-            raise ModelError(f"DSA layer {self.position} is S, but no F layer ran before it in this pass")
+            self.store.selection, self.store.source = self._compute(args, kwargs), self.position
+            return self.store.selection
+        self._check_source(self.store)
+        if self.store.probe is not None and self.inner is not None:
+            self.store.probe(self.position, self.store.selection, self._compute(args, kwargs))
         return self.store.selection
+
+    def _check_source(self, store: SelectionStore) -> None:
+        """An S layer reads the nearest F layer before it: refuse what another one left."""
+        if store.selection is None:
+            raise ModelError(f"DSA layer {self.position} is S, but no F layer ran before it in this pass")
+        expected = store.pattern.letters.rfind(FULL, 0, self.position)
+        if store.source not in (None, expected):
+            raise ModelError(
+                f"DSA layer {self.position} is S and reads layer {expected}, but layer {store.source} ran last: "
+                "run the layers in order, one forward at a time (no activation checkpointing, no second thread)"
+            )
 
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inner is None:
@@ -74,6 +91,28 @@ def find_indexers(decoder_layer: nn.Module) -> list[tuple[nn.Module, nn.Module |
         if "indexer" in owner._modules or "indexer" in vars(owner):
             found.append((owner, owner.indexer))
     return [(owner, inner) for owner, inner in found if inner is None or isinstance(inner, nn.Module)]
+
+
+def put_slot(owner: nn.Module, position: int) -> IndexerSlot:
+    """The slot in place of the owner's indexer: the one that stands there, or a new one."""
+    found: Any = owner.indexer
+    if isinstance(found, IndexerSlot):
+        return found
+    slot = IndexerSlot(found, position)
+    owner.indexer = slot
+    return slot
+
+
+def take_slot(owner: nn.Module) -> None:
+    """Put the owner's indexer back where a slot stands now; nothing happens where none does."""
+    slot = owner.indexer
+    if not isinstance(slot, IndexerSlot):
+        return
+    if slot.inner is None:
+        del owner.indexer  # a None that was never a module is a plain attribute, as it was
+    else:
+        slot.inner.training = slot.training  # train() and eval() have reached the slot alone
+    owner.indexer = slot.inner
 
 
 def selection_bytes(selection: Any) -> int:

@@ -34,6 +34,7 @@ from typing import Any
 
 from icsearch import corpus
 from icsearch.errors import CalibrationError
+from icsearch.files import typed_path
 
 TOKENS_FILE = "calibration.safetensors"
 MANIFEST_FILE = "calibration.json"
@@ -94,7 +95,7 @@ def parse_source(text: str) -> Source:
         return _parse_demo(text)
     if text.startswith("hf:"):
         return _parse_hub(text)
-    path = Path(text).expanduser()
+    path = typed_path(text, CalibrationError)
     with _file_errors(path):
         return _parse_directory(text, path) if path.is_dir() else _parse_file(text, path)
 
@@ -115,14 +116,15 @@ def _parse_hub(text: str) -> TextSource:
     if len(rest) == 1 and rest[0] in SPLIT_NAMES:
         rest = ["", *rest]
     config, split = (*rest, "", "")[:2]
-    if not Path(name).expanduser().is_dir():
+    path = typed_path(name, CalibrationError)
+    if path.is_file():
+        raise CalibrationError(f"{name} is a file, hf: expects a dataset name or a folder: give the file without hf:")
+    if not path.is_dir():
         _check_hub_name(text, name)
     return HubDataset(text=text, name=name, config=config or None, split=split or None)
 
 
 def _check_hub_name(text: str, name: str) -> None:
-    if Path(name).expanduser().is_file():
-        raise CalibrationError(f"{name} is a file, hf: expects a dataset name or a folder: give the file without hf:")
     if re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name) is None:
         raise CalibrationError(
             f"{text!r}: {name!r} is neither a folder here nor a name on the hub: expected NAME or OWNER/NAME"
@@ -278,7 +280,7 @@ class HubDataset(TextSource):
 
     @property
     def folder(self) -> Path | None:
-        path = Path(self.name).expanduser()
+        path = typed_path(self.name, CalibrationError)
         return path if path.is_dir() else None
 
     @cached_property

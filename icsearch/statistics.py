@@ -45,3 +45,14 @@ def paired_difference(nll: Sequence[float], reference: Sequence[float], tokens: 
     residuals = [d - delta * t for d, t in zip(differences, tokens, strict=True)]
     variance = n / (n - 1) * math.fsum(r * r for r in residuals)
     return Difference(delta, math.sqrt(variance) / sum(tokens))
+
+
+def wilson_interval(hits: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95% confidence interval of a share hits / total (Wilson's score interval; z is the normal quantile)."""
+    if total == 0:
+        return 0.0, 1.0
+    share = hits / total
+    center = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)

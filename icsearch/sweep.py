@@ -13,18 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 
-from icsearch.errors import IcsearchError, OutOfMemoryError
+from icsearch.errors import NonFiniteLossError
 from icsearch.losses import sequence_nll
+from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.model import DsaModel, LayerCall
 from icsearch.pattern import Pattern
 from icsearch.slot import SelectionStore
-
-
-class NonFiniteLossError(IcsearchError):
-    """A loss came out NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,10 @@ class SweepResult:
     layer_sequences: int
 
 
+# What hears of an S layer: (batch, the patterns that run there, position, borrowed selection, its own indexer's).
+Probe = Callable[[Batch, Sequence[Pattern], int, Any, Any], None]
+
+
 def cut_batches(input_ids: torch.Tensor, counted: torch.Tensor, batch_size: int) -> list[Batch]:
     """Fixed batches of consecutive sequences of [S, T] ids. The last may be smaller."""
     return [
@@ -74,42 +77,71 @@ class Sweeper:
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
 
-    @torch.inference_mode()
     def sweep(
         self,
         patterns: Iterable[Pattern],
         wave: Sequence[Batch],
         on_layer: Callable[[int], None] = lambda layer_sequences: None,
     ) -> SweepResult:
-        """Score every pattern on every sequence of the wave, which must be consecutive.
+        """The loss of every pattern on every sequence of the wave, which must be consecutive.
 
         `on_layer` hears the layer runs x sequences done by each layer. Raises NonFiniteLossError, OutOfMemoryError.
         """
+        nll: dict[str, list[float]] = {}
+
+        def reduce(batch: Batch, states: dict[str, torch.Tensor]) -> None:
+            for letters, hidden_states in states.items():
+                nll.setdefault(letters, []).extend(self.batch_losses(hidden_states, batch, Pattern(letters)))
+
+        return SweepResult(nll, self.run(patterns, wave, reduce, on_layer))
+
+    @torch.inference_mode()
+    def run(
+        self,
+        patterns: Iterable[Pattern],
+        wave: Sequence[Batch],
+        reduce: Callable[[Batch, dict[str, torch.Tensor]], None],
+        on_layer: Callable[[int], None] = lambda layer_sequences: None,
+        probe: Probe | None = None,
+    ) -> int:
+        """One pass over the layers; `reduce` gets each batch with the last layer's [B, T, D] states by pattern.
+
+        With a `probe`, S layers run their own indexer too, and the probe hears both selections. Returns the layer
+        runs x sequences.
+        """
         try:
-            return self._sweep(list(dict.fromkeys(patterns)), wave, on_layer)
+            return self._run(list(dict.fromkeys(patterns)), wave, reduce, on_layer, probe)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise out_of_memory(error) from error
             raise
 
-    def _sweep(self, patterns: list[Pattern], wave: Sequence[Batch], on_layer: Callable[[int], None]) -> SweepResult:
+    def _run(
+        self,
+        patterns: list[Pattern],
+        wave: Sequence[Batch],
+        reduce: Callable[[Batch, dict[str, torch.Tensor]], None],
+        on_layer: Callable[[int], None],
+        probe: Probe | None,
+    ) -> int:
         sequences = sum(len(batch.input_ids) for batch in wave)
-        calls = [self._calls_for(batch) for batch in wave]
-        trunk = [self.model.embed(batch.input_ids) for batch in wave]
-        branches = [Branch(patterns, trunk, [None] * len(wave))]
+        embedded = [self.model.embed(batch.input_ids) for batch in wave]
+        branches = [Branch(patterns, embedded, [None] * len(wave))]
+        del embedded  # or the first states would live as long as the sweep
         layer_runs = 0
         for index in range(len(self.model.layers)):
             pending, branches = branches, []
             while pending:  # taken off one by one, so that a branch's old states go as its new ones come
-                branches += self._run_layer(index, pending.pop(0), calls)
+                branches += self._run_layer(index, pending.pop(0), wave, probe)
             layer_runs += len(branches)
             on_layer(len(branches) * sequences)
-        nll = {str(branch.patterns[0]): self._losses(branch, wave) for branch in branches}
-        return SweepResult(nll, layer_runs * sequences)
+        for number, batch in enumerate(wave):
+            reduce(batch, {str(branch.patterns[0]): branch.hidden_states[number] for branch in branches})
+        return layer_runs * sequences
 
-    def _run_layer(self, index: int, branch: Branch, calls: list[list[LayerCall]]) -> list[Branch]:
+    def _run_layer(self, index: int, branch: Branch, wave: Sequence[Batch], probe: Probe | None) -> list[Branch]:
         """One layer on one branch; two branches come back where the patterns part."""
-        return [self._advance(index, branch, patterns, calls) for patterns in self._split(index, branch.patterns)]
+        return [self._advance(index, branch, patterns, wave, probe) for patterns in self._split(index, branch.patterns)]
 
     def _split(self, index: int, patterns: list[Pattern]) -> list[list[Pattern]]:
         position = self._letter_of_layer.get(index)
@@ -119,24 +151,28 @@ class Sweeper:
         shared = [pattern for pattern in patterns if not pattern.is_full(position)]
         return [group for group in (full, shared) if group]
 
-    def _advance(self, index: int, branch: Branch, patterns: list[Pattern], calls: list[list[LayerCall]]) -> Branch:
+    def _advance(
+        self, index: int, branch: Branch, patterns: list[Pattern], wave: Sequence[Batch], probe: Probe | None
+    ) -> Branch:
         hidden_states, selections = [], []
-        for states, selection, batch_calls in zip(branch.hidden_states, branch.selections, calls, strict=True):
+        for states, selection, batch in zip(branch.hidden_states, branch.selections, wave, strict=True):
             store = SelectionStore(patterns[0], selection)
-            hidden_states.append(self.model.run_layer(index, states, batch_calls[index], store))
+            if probe is not None:
+                store.probe = partial(probe, batch, patterns)
+            call = self.calls_for(batch)[index]
+            hidden_states.append(self.model.run_layer(index, states, call, store))
             selections.append(store.selection)
         return Branch(patterns, hidden_states, selections)
 
-    def _losses(self, branch: Branch, wave: Sequence[Batch]) -> list[float]:
-        sums: list[float] = []
-        for states, batch in zip(branch.hidden_states, wave, strict=True):
-            sums += self.batch_losses(states, batch, branch.patterns[0])
-        return sums
-
     def batch_losses(self, hidden_states: torch.Tensor, batch: Batch, pattern: Pattern) -> list[float]:
-        """Final layer's [B, T, D] states to one NLL sum per sequence; raises NonFiniteLossError."""
+        """The last layer's [B, T, D] states to one NLL sum per sequence; raises NonFiniteLossError."""
         normed = self.model.final_norm(hidden_states)
         nll = sequence_nll(normed, self.model.lm_head, batch.input_ids, batch.counted)
+        self.check_finite(nll, batch, pattern)
+        return [float(value) for value in nll]
+
+    def check_finite(self, nll: torch.Tensor, batch: Batch, pattern: Pattern) -> None:
+        """Raise NonFiniteLossError with layer and sequence named, unless all of the [B] sums are finite."""
         bad = (~torch.isfinite(nll)).nonzero().flatten().tolist()
         if bad:
             layer = self._first_nonfinite_layer(batch, pattern, bad[0])
@@ -144,10 +180,9 @@ class Sweeper:
                 f"the loss of sequence {batch.first + bad[0]} under {pattern} is {nll[bad[0]].item()}, "
                 f"first seen behind {layer}: expected a finite number; try --dtype float32, or look at that sequence"
             )
-        return [float(value) for value in nll]
 
     def _first_nonfinite_layer(self, batch: Batch, pattern: Pattern, row: int) -> str:
-        calls = self._calls_for(batch)
+        calls = self.calls_for(batch)
         states = self.model.embed(batch.input_ids)
         if not torch.isfinite(states[row]).all():
             return "the embedding"
@@ -158,7 +193,8 @@ class Sweeper:
                 return f"decoder layer {index}"
         return "the LM head"
 
-    def _calls_for(self, batch: Batch) -> list[LayerCall]:
+    def calls_for(self, batch: Batch) -> list[LayerCall]:
+        """Each layer's call arguments for this batch's shape."""
         shape = batch.input_ids.shape
         if shape not in self._calls:
             self._calls[shape] = self.model.capture_calls(batch.input_ids)
@@ -173,19 +209,3 @@ def naive_nll(model: DsaModel, pattern: Pattern, batches: Sequence[Batch]) -> li
         states = model.final_hidden_states(batch.input_ids, pattern)
         sums += sequence_nll(states, model.lm_head, batch.input_ids, batch.counted).tolist()
     return sums
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for a failed allocation on CPU or CUDA."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-
-
-def out_of_memory(error: BaseException) -> OutOfMemoryError:
-    """The error for the user: what ran out, and which option to change."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return OutOfMemoryError(
-        f"out of memory ({reason}): lower --memory so that fewer branches live at once, "
-        "or --batch-size, or --seq-len; the run continues where it stopped"
-    )

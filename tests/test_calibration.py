@@ -83,7 +83,14 @@ def build(
 
 
 def obtain(source: str, tokenizer: Any, cache: Path, **changes: Any) -> tuple[cal.Calibration, bool]:
-    options: dict[str, Any] = {"seq_len": 32, "num_sequences": 4, "seed": 0, "limits": cal.Limits(VOCAB, 4, 64)}
+    options: dict[str, Any] = {
+        "seq_len": None,
+        "num_sequences": None,
+        "default_seq_len": 32,
+        "default_num_sequences": 4,
+        "seed": 0,
+        "limits": cal.Limits(VOCAB, 4, 64),
+    }
     return cal.obtain(source, lambda: tokenizer, cache, **{**options, **changes})
 
 
@@ -302,7 +309,10 @@ def test_sources_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "bare": ("(none)",),
         "folder": ("has no calibration.safetensors", "hf:folder"),
         "half": ("unfinished", "icsearch calibrate"),
-        "x" * 5000: ("cannot read",),
+        "x" * 300: ("File name too long", "give another one"),
+        "~nosuchuser/x.txt": ("~nosuchuser", "give another one"),
+        "nul\0byte.txt": ("null byte",),
+        "hf:~nosuchuser/x": ("~nosuchuser",),
         "demo:train": ("demo:heldout",),
         "demo:": ("demo:heldout",),
         "hf:": ("hf:NAME[:CONFIG][:SPLIT]",),
@@ -499,6 +509,34 @@ def test_own_tokens(tmp_path: Path) -> None:
     assert loaded.fingerprint != cal.Calibration(ids).fingerprint != cal.Calibration(ids.reshape(2, 12)).fingerprint
 
 
+def test_own_tokens_are_refused_where_other_sizes_are_asked_for(tmp_path: Path) -> None:
+    own = own_tokens(tmp_path / "own", input_ids=np.arange(24, dtype=np.int64).reshape(3, 8))
+    assert obtain(str(own), None, tmp_path, seq_len=8, num_sequences=3)[1]
+    with refused("seq_len 8", "--seq-len asks for 16", "leave --seq-len out"):
+        obtain(str(own), None, tmp_path, seq_len=16)
+    with refused("num_sequences 3", "--num-sequences asks for 2", "leave --num-sequences out"):
+        obtain(str(own), None, tmp_path, num_sequences=2)
+    with refused("--seq-len asks for 0"):
+        obtain(str(own), None, tmp_path, seq_len=0)
+
+
+def test_own_tokens_are_copied_where_that_is_asked_for(tmp_path: Path) -> None:
+    ids = np.arange(24, dtype=np.int64).reshape(3, 8)
+    own, copy = own_tokens(tmp_path / "own", input_ids=ids, loss_mask=ids % 2 == 0), tmp_path / "copy"
+    assert not obtain(str(own), None, copy, copy_ready=True)[1]
+    copied = cal.load(copy)
+    assert copied.fingerprint == cal.load(own).fingerprint
+    assert json.loads((copy / "calibration.json").read_text())["source"] == str(own)
+    assert obtain(str(own), None, copy, copy_ready=True)[1]
+    assert obtain(str(own), None, tmp_path / "x" / ".." / "own", copy_ready=True)[1]
+    assert [path.name for path in own.iterdir()] == ["calibration.safetensors"]
+    other = own_tokens(tmp_path / "other", input_ids=ids + 1)
+    with refused("holds other tokens", "--fresh"):
+        obtain(str(other), None, copy, copy_ready=True)
+    assert not obtain(str(other), None, copy, copy_ready=True, rebuild=True)[1]
+    assert (cal.load(copy).input_ids == ids + 1).all()
+
+
 def test_own_tokens_with_a_description(tmp_path: Path) -> None:
     ids = np.zeros((2, 4), dtype=np.int64)
     directory = own_tokens(tmp_path, input_ids=ids)
@@ -600,7 +638,14 @@ def test_changed_tokens_and_broken_manifest_are_refused(tokenizer: Any, tmp_path
     with refused("damaged", "fingerprint", "--fresh"):
         obtain("demo", tokenizer, tmp_path)
     manifest.write_text(manifest.read_text()[:50])
-    with refused("cannot be read", "--fresh"):
+    with refused("calibration.json is not JSON", "--fresh"):
+        obtain("demo", tokenizer, tmp_path)
+    manifest.write_text("[" * 100_000)
+    with refused("calibration.json is nested too deeply", "--fresh"):
+        obtain("demo", tokenizer, tmp_path)
+    manifest.unlink()
+    manifest.mkdir()
+    with refused("cannot read", "calibration.json", "--fresh"):
         obtain("demo", tokenizer, tmp_path)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 
 from icsearch import cli
 
@@ -43,7 +44,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def greedy(model: Path, tokens: Path, out: Path, *more: object) -> list[object]:
-    return ["greedy", model, "--calibration", tokens, "--out", out, "--batch-size", 2, *more]
+    fixed = ["--batch-size", 2, "--threads", 1]
+    return ["greedy", model, "--calibration", tokens, "--out", out, *fixed, *more]
 
 
 def subprocess_command(arguments: list[object]) -> list[str]:
@@ -103,7 +105,7 @@ def test_finished_run_prints_its_result(
         (["--num-shared", 3, "--stages", 2], "stages 1, now 2"),
         (["--num-shared", 3, "--dtype", "bfloat16"], "dtype float32, now bfloat16"),
         (["--num-shared", 3, "--keep-full", "2"], "keep_full"),
-        (["--num-shared", 3, "--threads", "1"], "threads 2, now 1"),
+        (["--num-shared", 3, "--threads", "2"], "threads 1, now 2"),
     ],
 )
 def test_other_options_are_refused(
@@ -119,6 +121,19 @@ def test_other_options_are_refused(
     assert named in line
     assert "--fresh" in line
     assert (finished / "journal.jsonl").read_bytes() == before
+
+
+def test_threads_of_a_run_are_taken_over(
+    capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path
+) -> None:
+    """Without --threads, a run goes on with the number it began with: the bits follow it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        arguments = ["greedy", glm_checkpoint, "--calibration", tokens, "--out", finished, "--batch-size", 2]
+        assert run(capsys, *arguments, "--num-shared", 3)[0] == 0
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_other_model_and_other_tokens_are_refused(
@@ -324,9 +339,15 @@ def _size(path: Path) -> int:
 def test_interrupt_is_130_and_continues(finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = subprocess_command(greedy(glm_checkpoint, tokens, out, "--num-shared", 3))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     while process.poll() is None and not (out / "journal.jsonl").exists():
-        time.sleep(0.005)
+        time.sleep(0.0005)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate()
     assert process.returncode == 130, err

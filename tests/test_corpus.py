@@ -118,6 +118,8 @@ def test_an_edit_is_the_passage_with_the_announced_replacements():
 
 
 def test_the_corpus_needs_nothing_but_the_standard_library():
-    code = "import sys, icsearch.corpus; print(*sorted(m for m in ('torch', 'transformers', 'numpy') if m in sys.modules))"
+    code = (
+        "import sys, icsearch.corpus; print(*sorted(m for m in ('torch', 'transformers', 'numpy') if m in sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -22,6 +22,7 @@ from icsearch.export import (
     freq_and_offset,
     split_front,
     split_vllm,
+    stage_starts,
     stages_on_shared,
 )
 from icsearch.pattern import Pattern, PatternFile
@@ -38,6 +39,10 @@ def pattern_file(letters: str = LETTERS, indices: tuple[int, ...] | None = None,
         method="greedy",
         model={**known, **model},
     )
+
+
+def scheduled(num_layers: int, freq: int, offset: int) -> str:
+    return "".join("F" if max(i - offset + 1, 0) % freq == 0 else "S" for i in range(num_layers))
 
 
 def pasted(text: str) -> tuple[str, Any]:
@@ -93,12 +98,14 @@ def test_freq_and_offset_are_left_out_where_they_do_not_exist() -> None:
     assert any("remove both keys" in warning for warning in result.warnings)
 
 
-@given(patterns)
-def test_freq_and_offset_reproduce_the_pattern_or_are_none(letters: str) -> None:
+@given(patterns | st.builds(scheduled, st.integers(1, 20), st.integers(1, 6), st.integers(1, 6)))
+def test_freq_and_offset_reproduce_the_pattern_or_do_not_exist(letters: str) -> None:
     pair = freq_and_offset(letters)
     if pair:
-        freq, offset = pair
-        assert "".join("F" if max(i - offset + 1, 0) % freq == 0 else "S" for i in range(len(letters))) == letters
+        assert scheduled(len(letters), *pair) == letters
+    else:
+        sizes = range(1, len(letters) + 1)
+        assert not any(scheduled(len(letters), freq, offset) == letters for freq in sizes for offset in sizes)
 
 
 def test_the_default_offset_is_preferred() -> None:
@@ -124,6 +131,28 @@ def test_unclear_layers_are_refused() -> None:
         decoder_letters(Pattern("FSS"), (1, 3, 4), 4)
     with pytest.raises(ExportError, match="not increasing"):
         decoder_letters(Pattern("FSS"), (1, 4, 3), 6)
+    with pytest.raises(ExportError, match="2 layer_indices for 3 letters"):
+        decoder_letters(Pattern("FSS"), (1, 4), 6)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"num_hidden_layers": 10**11},
+        {"num_hidden_layers": "16"},
+        {"num_hidden_layers": True},
+        {"num_hidden_layers": 0},
+        {"native_shared": 3},
+        {"native_shared": ["1"]},
+        {"native_shared": [-1]},
+        {"model_type": []},
+        {"wrapper_config": "yes"},
+    ],
+)
+def test_a_damaged_model_is_refused(engine: str, model: dict[str, Any]) -> None:
+    with pytest.raises(ExportError, match="model is damaged .*: write the file again"):
+        export(pattern_file(**model), engine)
 
 
 def test_a_file_without_the_number_of_layers_is_taken_with_a_warning() -> None:
@@ -189,13 +218,35 @@ def test_stage_warnings_say_which_and_how_to_avoid_it() -> None:
         "with 4 pipeline stages (2+2+2+2 layers), stage 3 would start on S (layer 4), with no selection to reuse; "
         "VLLM_PP_LAYER_PARTITION=2,1,3,2 makes every stage start on F",
         "with 8 pipeline stages (1+1+1+1+1+1+1+1 layers), stage 5 would start on S (layer 4), with no selection to "
-        "reuse; search with --stages 8",
+        "reuse; search with --keep-full 1,2,3,4,5,6,7",
     )
     assert export(pattern_file("FFFFSFFF"), "transformers").warnings == (
         "no index_topk_freq and index_skip_topk_offset give this pattern: remove both keys from config.json where "
         "they are present (do not set them to null)",
     )
     assert export(pattern_file("FFFFFFFF"), "vllm").warnings == ()
+
+
+def test_the_layers_to_keep_are_the_starts_of_the_engines_own_stages() -> None:
+    letters = "F" + "S" * 77
+    advice = {
+        engine: next(w for w in export(pattern_file(letters), engine).warnings if "with 4 pipeline stages" in w)
+        for engine in ("vllm", "sglang")
+    }
+    assert advice["vllm"].endswith("; search with --keep-full 19,39,59")  # 19+20+20+19
+    assert advice["sglang"].endswith("; search with --keep-full 20,40,59")  # 20+20+19+19
+    kept = Pattern.from_full_layers({0, 19, 39, 59}, 78).letters
+    assert not any("with 4 pipeline stages" in warning for warning in export(pattern_file(kept), "vllm").warnings)
+
+
+def test_the_layers_to_keep_are_positions_in_the_pattern() -> None:
+    assert stage_starts((1, 3, 4, 7), [2, 2, 2, 2]) == [1, 2, 3]
+    assert stage_starts((3, 7), [2, 2, 2, 2]) == [1]
+
+
+def test_a_stage_that_starts_on_a_native_shared_layer_cannot_be_mended_by_a_search() -> None:
+    warnings = export(pattern_file("FSSS", native_shared=[2]), "vllm").warnings
+    assert any("stage 2 " in warning and "use another number of stages" in warning for warning in warnings)
 
 
 @given(patterns, st.integers(1, 4))

@@ -85,3 +85,25 @@ def test_no_journal(tmp_path: Path) -> None:
     assert not Journal(tmp_path / "none").exists()
     with pytest.raises(JournalError, match="cannot read"):
         Journal(tmp_path / "none").events()
+
+
+def test_a_first_event_of_any_length_counts(tmp_path: Path) -> None:
+    journal = written(tmp_path / "j", [{**START, "tokens": [2047] * 300_000}])
+    assert (tmp_path / "j").stat().st_size > 1_000_000
+    assert journal.exists()
+
+
+def test_a_directory_is_no_journal(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").mkdir()
+    for use in (Journal.exists, Journal.events):
+        with pytest.raises(JournalError, match=r"journal\.jsonl: Is a directory"):
+            use(Journal(tmp_path / "journal.jsonl"))
+
+
+@pytest.mark.parametrize("line", [b"[" * 100_000, b'{"event":"losses","nll":[NaN]}', b'{"event":' + b"1" * 5000 + b"}"])
+def test_what_python_reads_or_fails_on_is_damage_too(tmp_path: Path, line: bytes) -> None:
+    journal = written(tmp_path / "j", [START])
+    with open(tmp_path / "j", "ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(JournalError, match="damaged at line 2"):
+        journal.events()

@@ -82,7 +82,13 @@ def test_retention_is_exact() -> None:
     assert num_full(parse_retention("0.1"), 10) == 1  # as a float, 0.1 * 10 could round up to 2
 
 
-@pytest.mark.parametrize("text", ["0", "-1/4", "1.01", "5/4", "a quarter", "1/0", "", "nan", "inf"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("0", "-1/4", "1.01", "5/4", "a quarter", "1/0", "", "nan", "inf"),
+        *("1e-99999999", "1E-9_9999999", "1e+99999999", "0." + "1" * 5000, "1/" + "9" * 5000),
+    ],
+)
 def test_bad_retention(text: str) -> None:
     with pytest.raises(PatternError, match="give a"):
         parse_retention(text)
@@ -120,6 +126,32 @@ BROKEN: dict[str, Any] = {
     "steps not a list": {"steps": 3},
     "a step without loss": {"steps": [{"step": 1}]},
     "a step of another length": {"steps": [{**vars(Step(1, 1, 0.0, 0.0, 0.0, "FS"))}]},
+    "a step's layer out of range": {"steps": [{**vars(Step(1, 4, 0.0, 0.0, 0.0, "FSFF"))}]},
+    "a step's layer a text": {"steps": [{**vars(Step(1, 1, 0.0, 0.0, 0.0, "FSFF")), "layer": "1"}]},
+    "a step's layer negative": {"steps": [{**vars(Step(1, -3, 0.0, 0.0, 0.0, "FSFF"))}]},
+    "a step that flips nothing": {"steps": [{**vars(Step(1, 2, 0.0, 0.0, 0.0, "FSFF"))}]},
+    "a step's loss null": {"steps": [{**vars(Step(1, 1, 0.0, 0.0, 0.0, "FSFF")), "loss": None}]},
+    "a step's error a text": {"steps": [{**vars(Step(1, 1, 0.0, 0.0, 0.0, "FSFF")), "std_err": "nan"}]},
+    "a step that is none": {"steps": [3]},
+    "a loss as text": {"loss": "2.5"},
+    "a loss without bounds": {"baseline_loss": math.inf},
+    "full layers of another pattern": {"full_layers": [0, 1]},
+    "full layers a number": {"full_layers": 2},
+    "layer indices as text": {"layer_indices": ["0", "2", "4", "6"]},
+    "layer indices backwards": {"layer_indices": [6, 4, 2, 0]},
+    "layer indices a text": {"layer_indices": "0246"},
+    "a huge number of layers": {"num_layers": 10**11},
+    "layers true": {"num_layers": True},
+    "model a text": {"model": "glm"},
+    "model null": {"model": None},
+    "calibration a list": {"calibration": []},
+    "cost a number": {"cost": 3},
+    "method a list": {"method": []},
+    "native layers a number": {"model": {"native_shared": 3}},
+    "native layers as text": {"model": {"native_shared": ["1"]}},
+    "a huge number of decoder layers": {"model": {"num_hidden_layers": 10**11}},
+    "decoder layers as text": {"model": {"num_hidden_layers": "4"}},
+    "model type a list": {"model": {"model_type": []}},
 }
 
 
@@ -131,7 +163,19 @@ def test_broken_pattern_files(tmp_path: Path, case: str) -> None:
         load_pattern_file(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe"])
+def test_an_unknown_error_is_null_and_read_as_nan(tmp_path: Path) -> None:
+    path = tmp_path / "pattern.json"
+    steps = (Step(1, 2, 2.5, 0.1, math.nan, "FFSF"),)
+    PatternFile(Pattern("FFSF"), (0, 1, 2, 3), "greedy", loss=2.5, baseline_loss=math.nan, steps=steps).save(path)
+    document = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert (document["steps"][0]["std_err"], document["baseline_loss"]) == (None, None)
+    found = load_pattern_file(path)
+    assert math.isnan(found.steps[0].std_err)
+    assert found.baseline_loss is None
+    assert found.loss == 2.5
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000])
 def test_not_a_pattern_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "pattern.json"
     path.write_bytes(content)

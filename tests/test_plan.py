@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -21,6 +22,8 @@ SHAPE = BatchShape(
     index_heads=4,
     index_head_dim=8,
     attention_heads=2,
+    vocab_size=50,
+    head_chunk_tokens=64,
 )
 
 
@@ -59,10 +62,15 @@ def test_branch_and_layer_bytes() -> None:
 
 def test_budget_decides_how_many_live() -> None:
     fixed = SHAPE.layer_bytes
-    assert patterns_per_sweep(SHAPE, fixed + 10 * SHAPE.branch_bytes) == 8
-    assert patterns_per_sweep(SHAPE, fixed + 3 * SHAPE.branch_bytes) == 1
-    with pytest.raises(IcsearchError, match="raise --memory"):
-        patterns_per_sweep(SHAPE, fixed + 2 * SHAPE.branch_bytes)
+    assert patterns_per_sweep(SHAPE, 500, 500 + fixed + 10 * SHAPE.branch_bytes) == 8
+    assert patterns_per_sweep(SHAPE, 500, 500 + fixed + 3 * SHAPE.branch_bytes) == 1
+    with pytest.raises(IcsearchError, match=r"memory budget .* 500 B of weights .* raise --memory"):
+        patterns_per_sweep(SHAPE, 500, 500 + fixed + 2 * SHAPE.branch_bytes)
+
+
+def test_a_large_vocabulary_can_be_what_counts() -> None:
+    wide = replace(SHAPE, vocab_size=10**6)
+    assert wide.layer_bytes == 64 * 10**6 * (2 + 8)
 
 
 @pytest.mark.parametrize(

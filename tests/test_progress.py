@@ -10,9 +10,10 @@ from rich.console import Console
 from test_search import START, MadeUp, exact
 
 from icsearch.journal import Journal
-from icsearch.progress import Live, Plain, Quiet, RunClock, format_seconds, make_listener
+from icsearch.progress import Live, Plain, Quiet, RunClock, make_listener
 from icsearch.record import RunRecord
-from icsearch.search import Search
+from icsearch.report import numbers
+from icsearch.search import Scoring, Search
 
 
 def shown(path: Path, kind: type[Plain], terminal: bool) -> str:
@@ -21,7 +22,7 @@ def shown(path: Path, kind: type[Plain], terminal: bool) -> str:
     journal = Journal(path)
     journal.append(START)
     record = RunRecord.replay(journal.events())
-    Search(journal, record, exact(), MadeUp(), listener, lambda patterns: 1).run()
+    Search(Scoring(journal, record, MadeUp(), listener, lambda patterns: 1), exact()).run()
     listener.close()
     output = console.file
     assert isinstance(output, io.StringIO)
@@ -48,7 +49,8 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert type(listener) is Quiet
     journal = Journal(tmp_path / "j")
     journal.append(START)
-    Search(journal, RunRecord.replay(journal.events()), exact(), MadeUp(), listener, lambda patterns: 1).run()
+    record = RunRecord.replay(journal.events())
+    Search(Scoring(journal, record, MadeUp(), listener, lambda patterns: 1), exact()).run()
     assert capsys.readouterr() == ("", "")
 
 
@@ -58,8 +60,4 @@ def test_remaining_time_is_unknown_until_something_was_measured() -> None:
     assert clock.remaining() == "time left unknown"
     clock.start_step(1, 10)
     clock.advance(10)
-    assert clock.remaining() == "at most 0:00 left"
-
-
-def test_seconds() -> None:
-    assert [format_seconds(s) for s in (0, 61, 3661.4)] == ["0:00", "1:01", "1:01:01"]
+    assert clock.remaining() == f"at most {numbers.duration(0)} left"

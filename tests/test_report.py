@@ -326,7 +326,7 @@ def test_unknown_journal_version(tmp_path: Path) -> None:
 
 def test_damaged_start_event(tmp_path: Path) -> None:
     Journal(tmp_path / JOURNAL_NAME).append({"event": "start", "format": "icsearch.journal/1"})
-    with pytest.raises(ReportError, match="damaged"):
+    with pytest.raises(JournalError, match="damaged"):
         write_report([tmp_path], tmp_path / "out.html")
 
 

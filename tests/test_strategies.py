@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 
@@ -70,7 +71,7 @@ def test_exact_is_algorithm_1(seed: int, num_layers: int, data: st.DataObject) -
 def test_stages_are_the_papers(seed: int, stages: int, data: st.DataObject) -> None:
     num_layers = data.draw(st.integers(stages * 2, 16))
     bounds = [block.start for block in split_stages(num_layers, stages)] + [num_layers]
-    flips = data.draw(st.integers(1, num_layers - stages))
+    flips = data.draw(st.integers(1, num_layers - len(bounds) + 1))
     strategy = StagedGreedy(Pattern.full(num_layers), frozenset(), flips, stages)
     path = play(strategy, made_up(seed))
     assert path == reference_stages(num_layers, bounds, set(), flips, made_up(seed))
@@ -87,10 +88,16 @@ def test_a_round_costs_one_evaluation_per_candidate() -> None:
 
 
 @given(st.integers(1, 100), st.data())
-def test_blocks_cover_all_layers_evenly(num_layers: int, data: st.DataObject) -> None:
-    blocks = split_stages(num_layers, data.draw(st.integers(1, num_layers)))
+def test_blocks_cover_all_layers(num_layers: int, data: st.DataObject) -> None:
+    stages = data.draw(st.integers(1, num_layers))
+    blocks = split_stages(num_layers, stages)
     assert [layer for block in blocks for layer in block] == list(range(num_layers))
-    assert max(map(len, blocks)) - min(map(len, blocks)) <= 1
+    assert {len(block) for block in blocks[:-1]} <= {math.ceil(num_layers / stages)}
+    assert 0 < len(blocks[-1]) <= math.ceil(num_layers / stages)
+
+
+def test_blocks_are_those_of_the_published_glm5_search() -> None:
+    assert [(block.start, block.stop) for block in split_stages(78, 4)] == [(0, 20), (20, 40), (40, 60), (60, 78)]
 
 
 def test_equal_losses_go_to_the_smaller_layer() -> None:

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
 
 from icsearch import model
 from icsearch.checkpoint import open_checkpoint
-from icsearch.errors import ModelError, OutOfMemoryError
+from icsearch.errors import ModelError, NonFiniteLossError, OutOfMemoryError
 from icsearch.losses import sequence_nll
 from icsearch.pattern import Pattern
-from icsearch.sweep import Batch, NonFiniteLossError, Sweeper, cut_batches, naive_nll
+from icsearch.sweep import Batch, Sweeper, cut_batches, naive_nll
 
 LENGTH = 40
 
@@ -50,6 +50,17 @@ def test_sweep_equals_naive_for_every_pattern(dsa: model.DsaModel) -> None:
     swept = sweep_all(dsa, patterns, [batches])
     for pattern in patterns:
         assert swept[str(pattern)] == naive_nll(dsa, pattern, batches), pattern
+
+
+def test_sweep_equals_naive_with_several_threads(dsa: model.DsaModel) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        batches, patterns = random_batches(), all_patterns(6)[::5]
+        swept = sweep_all(dsa, patterns, [batches])
+        assert swept == {str(p): naive_nll(dsa, p, batches) for p in patterns}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_patterns_differ(dsa: model.DsaModel) -> None:

@@ -1,6 +1,6 @@
-"""Curves, heatmaps and tables of a run, from its saved journal alone: files, an HTML page, a terminal summary.
+"""Curves, heatmaps and tables of runs and evaluations, from saved JSON alone: files, HTML pages, terminal summaries.
 
-Losses here are in-sample: they are measured on the calibration batches that the search chose by.
+A run's losses are in-sample: they are measured on the calibration batches that the search chose by.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from icsearch.errors import IcsearchError
+from icsearch.evaluation import load_eval
 from icsearch.files import write_atomically
 from icsearch.record import RunRecord, load_run
+from icsearch.report.eval_terminal import eval_table
+from icsearch.report.eval_view import EvalRow, EvalView, view_eval
 from icsearch.report.kink import Kink, find_kink
 from icsearch.report.page import render_page
 from icsearch.report.terminal import summary_table
@@ -20,13 +24,19 @@ from icsearch.report.view import RunView, view_run
 
 __all__ = [
     "CSV_COLUMNS",
+    "EVAL_CSV_COLUMNS",
+    "EvalView",
     "Kink",
     "ReportError",
     "RunView",
     "curve_csv",
+    "eval_csv",
+    "eval_table",
     "find_kink",
     "summary_table",
+    "view_eval",
     "view_run",
+    "write_eval_results",
     "write_report",
     "write_results",
 ]
@@ -42,6 +52,25 @@ CSV_COLUMNS = (
     "std_err",
     "pattern",
 )
+
+# Task accuracies, KIND_forced and KIND_generated, stand before the last column.
+EVAL_CSV_COLUMNS = (
+    "name",
+    "method",
+    "retention",
+    "full_layers",
+    "in_sample",
+    "other_model",
+    "loss",
+    "delta",
+    "std_err",
+    "perplexity",
+    "kl",
+    "kl_std_err",
+    "top1_agreement",
+    "pattern",
+)
+EVAL_NAME = "eval.json"
 
 
 class ReportError(IcsearchError):
@@ -68,19 +97,30 @@ def write_results(run_dir: Path, record: RunRecord) -> list[Path]:
     return [run_dir / "pattern.json", *(run_dir / name for name in contents)]
 
 
-def write_report(runs: Sequence[Path], out: Path) -> None:
-    """One HTML page for one RUN directory or several; unfinished runs are shown as such.
+def write_eval_results(directory: Path, document: dict[str, Any]) -> list[Path]:
+    """Write eval.csv and report.html for the content of eval.json, each whole or not at all."""
+    view = _eval_view(document, directory)
+    contents = {"eval.csv": eval_csv(view), "report.html": render_page([], [view])}
+    for name, content in contents.items():
+        write_atomically(directory / name, content)
+    return [directory / name for name in contents]
 
-    Raises JournalError where a directory is not a RUN or its journal cannot be read, ReportError where `out`
-    cannot be written.
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """One HTML page for RUN directories and for those that hold an eval.json, which come first.
+
+    Unfinished runs are shown as such. Raises JournalError where a directory is not a RUN or its journal cannot be
+    read, ReportError where `out` cannot be written.
     """
     if not runs:
-        raise ReportError("no run to report on: give at least one RUN directory of icsearch greedy")
+        raise ReportError("no run to report on: give at least one directory of icsearch greedy, dp-baseline or eval")
     if out.is_dir():
         raise ReportError(f"{out} is a directory: give the name of an HTML file, such as {out / 'report.html'}")
     if not out.parent.is_dir():
         raise ReportError(f"no directory {out.parent} to write {out.name} into: create it, or give another --out")
-    page = render_page([_view(load_run(run), run) for run in runs])
+    evaluated = [run for run in runs if (run / EVAL_NAME).is_file()]
+    evaluations = [_eval_view(load_eval(one / EVAL_NAME), one) for one in evaluated]
+    page = render_page([_view(load_run(run), run) for run in runs if run not in evaluated], evaluations)
     try:
         write_atomically(out, page)
     except OSError as error:
@@ -107,6 +147,47 @@ def curve_csv(view: RunView) -> str:
             ]
         )
     return text.getvalue()
+
+
+def eval_csv(view: EvalView) -> str:
+    """An evaluation as CSV, one row per pattern. Losses and KL in nats per token; a task not given is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    tasks = [f"{kind}_{way}" for kind, way in view.task_columns]
+    writer.writerow([*EVAL_CSV_COLUMNS[:-1], *tasks, EVAL_CSV_COLUMNS[-1]])
+    for row in view.rows:
+        writer.writerow(_eval_cells(row, view))
+    return text.getvalue()
+
+
+def _eval_cells(row: EvalRow, view: EvalView) -> list[object]:
+    tasks = [row.tasks.get(column) for column in view.task_columns]
+    return [
+        row.name,
+        row.method,
+        row.pattern.retention,
+        row.full,
+        str(row.in_sample).lower(),
+        str(row.foreign).lower(),
+        row.loss,
+        row.difference.delta,
+        row.difference.std_err,
+        row.perplexity,
+        row.kl.delta,
+        row.kl.std_err,
+        row.top1_agreement,
+        *("" if accuracy is None else accuracy.share for accuracy in tasks),
+        row.pattern.letters,
+    ]
+
+
+def _eval_view(document: dict[str, Any], directory: Path) -> EvalView:
+    try:
+        return view_eval(document, directory.resolve().name)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ReportError(
+            f"the {EVAL_NAME} of {directory} is damaged ({type(error).__name__}: {error}): evaluate again"
+        ) from None
 
 
 def _view(record: RunRecord, run_dir: Path) -> RunView:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,20 +27,21 @@ class Mark:
 
     @property
     def top(self) -> float:
-        return self.difference.delta + _finite(self.difference.std_err)
+        return self.difference.delta + numbers.finite(self.difference.std_err)
 
     @property
     def bottom(self) -> float:
-        return self.difference.delta - _finite(self.difference.std_err)
+        return self.difference.delta - numbers.finite(self.difference.std_err)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One run: its curve, its uniform patterns, and the fitted lines of its kink."""
+    """One run: its curve, its uniform patterns, and the fitted lines of its kink. `joined`: a line links its marks."""
 
     marks: tuple[Mark, ...]
     references: tuple[Mark, ...]
     fit: tuple[tuple[float, float], ...] = ()
+    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,14 @@ def series_of(view: RunView, as_share: bool = False) -> Series:
         marks=tuple(_point_mark(point, scale, prefix) for point in view.points),
         references=tuple(_reference_mark(reference, scale, prefix) for reference in view.references),
         fit=view.kink.fit if view.kink and not as_share else (),
+        joined=not view.by_similarity,
     )
 
 
 def _point_mark(point: Point, scale: float, prefix: str) -> Mark:
-    what = "baseline" if point.layer is None else f"step {point.step}: layer {point.layer} shared"
+    what = "baseline" if point.step == 0 else "chosen by similarity"
+    if point.layer is not None:
+        what = f"step {point.step}: layer {point.layer} shared"
     tooltip = (
         f"{prefix}{what}, {point.full} F left, loss {numbers.loss(point.loss)}, {numbers.difference(point.difference)}"
     )
@@ -182,7 +185,7 @@ def _place(one: Series, index: int, x_axis: Axis, y_axis: Axis, with_labels: boo
     points = tuple(_place_mark(mark, x_axis, y_axis) for mark in one.marks)
     return PlacedSeries(
         index=index,
-        path=_path([(p.x, p.y) for p in points]),
+        path=_path([(p.x, p.y) for p in points]) if one.joined else "",
         points=points,
         references=_place_references(one.references, x_axis, y_axis, with_labels),
         fit_path=_path([(x_axis.at(x), y_axis.at(y)) for x, y in one.fit]),
@@ -232,10 +235,6 @@ def _place_reference(mark: Mark, x_axis: Axis, y_axis: Axis, off_scale: bool, ro
         label_y=y + 5 + row * LABEL_LINE if off_scale else y - 6,
         anchor="end" if off_scale or x > (x_axis.start + x_axis.end) / 2 else "start",
     )
-
-
-def _finite(value: float) -> float:
-    return value if math.isfinite(value) else 0.0
 
 
 # --- what the two pictures of a page show ---------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from icsearch.report import numbers
-from icsearch.report.scales import COOL_LEVELS, WARM_LEVELS, CostScale, cost_scale, label_every
+from icsearch.report.parts import LegendEntry
+from icsearch.report.scales import CostScale, cost_scale, label_every
 from icsearch.report.view import Cell, RunView
 
 LEFT, TOP, RIGHT, BOTTOM = 56.0, 8.0, 10.0, 58.0
@@ -22,12 +23,6 @@ class HeatCell:
     committed: bool
     tied: bool
     tooltip: str
-
-
-@dataclass(frozen=True)
-class LegendEntry:
-    css: str
-    label: str
 
 
 @dataclass(frozen=True)
@@ -119,21 +114,7 @@ def scale_of(view: RunView) -> CostScale:
 
 def legend(scale: CostScale, view: RunView) -> list[LegendEntry]:
     """The classes that occur, the smallest cost first, each with the costs that it stands for."""
-    levels = [scale.level(cell.cost.delta) for cell in view.cells]
-    low, high = min(*levels, 0), max(*levels, 0)
-    return [LegendEntry(f"h{n}" if n >= 0 else f"c{-n}", _level_label(scale, n)) for n in range(low, high + 1)]
-
-
-def _level_label(scale: CostScale, level: int) -> str:
-    if level == 0:
-        return f"within ±{numbers.compact(scale.noise)}"
-    last = WARM_LEVELS if level > 0 else COOL_LEVELS
-    if abs(level) == last:
-        sign = "> " if level > 0 else "< -"
-        return f"{sign}{numbers.compact(scale.upper_bound(abs(level) - 1))}"
-    if level > 0:
-        return f"≤ {numbers.compact(scale.upper_bound(level))}"
-    return f"≥ -{numbers.compact(scale.upper_bound(level))}"
+    return [LegendEntry(css, label) for css, label in scale.labels([cell.cost.delta for cell in view.cells])]
 
 
 def _place(cell: Cell, row: int, scale: CostScale, width: float, height: float) -> HeatCell:

@@ -66,3 +66,8 @@ def duration(seconds: float) -> str:
 def plural(number: int, noun: str) -> str:
     """``1 layer``, ``2 layers``."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def finite(value: float) -> float:
+    """The value, or zero where it is not a number: the length of an error bar."""
+    return value if math.isfinite(value) else 0.0

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from icsearch.errors import IcsearchError
 from icsearch.export import ENGINES, Export, export
 from icsearch.report import numbers
 from icsearch.report.curve import CurvePicture, comparison_picture, run_picture
+from icsearch.report.eval_page import eval_section
+from icsearch.report.eval_view import EvalView
 from icsearch.report.heatmap import HeatPicture, heat_picture, scale_of
+from icsearch.report.parts import Fact, Provenance, Tile, provenance, value_and_error
+from icsearch.report.prediction import SimilaritySection, similarity_section
 from icsearch.report.view import Point, Reference, RunView, Tie, headline, kink_sentence
-from icsearch.statistics import Difference
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -39,13 +41,6 @@ class StripRow:
 
     label: str
     cells: tuple[StripCell, ...]
-
-
-@dataclass(frozen=True)
-class Tile:
-    label: str
-    value: str
-    note: str
 
 
 @dataclass(frozen=True)
@@ -83,15 +78,6 @@ class ReferenceRow:
 
 
 @dataclass(frozen=True)
-class Fact:
-    """A number with what kind of number it is: counted, measured, or calculated by a formula."""
-
-    label: str
-    value: str
-    kind: str
-
-
-@dataclass(frozen=True)
 class RunSection:
     """One run, ready for the template."""
 
@@ -103,6 +89,7 @@ class RunSection:
     tiles: tuple[Tile, ...]
     strip: tuple[StripRow, ...]
     curves: tuple[CurvePicture, ...]
+    similarity: SimilaritySection | None
     heat: HeatPicture | None
     references: tuple[ReferenceRow, ...]
     steps: tuple[StepRow, ...]
@@ -110,7 +97,7 @@ class RunSection:
     exports: tuple[Export, ...]
     export_error: str
     cost: tuple[Fact, ...]
-    provenance: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    provenance: Provenance
     notes: tuple[str, ...]
 
 
@@ -127,21 +114,35 @@ class ComparisonRow:
     status: str
 
 
-def render_page(views: Sequence[RunView]) -> str:
-    """The whole page for one run or several."""
+def render_page(views: Sequence[RunView], evaluations: Sequence[EvalView] = ()) -> str:
+    """The whole page: the evaluations, then the runs; several runs are compared before their own sections."""
     sections = [run_section(view, number) for number, view in enumerate(views, start=1)]
-    several = len(sections) > 1
+    evaluated = [eval_section(view, number) for number, view in enumerate(evaluations, start=1)]
+    several = len(views) > 1
     return (
         _environment()
         .get_template("report.html")
         .render(
             sections=sections,
-            title=f"{len(sections)} runs compared" if several else sections[0].title,
+            evaluations=evaluated,
+            title=_title([*(one.title for one in evaluated), *(one.title for one in sections)], len(evaluated)),
+            alone=len(sections) + len(evaluated) == 1,
             comparison=[comparison_row(view, index) for index, view in enumerate(views)] if several else [],
             comparison_curves=[comparison_picture(views, size) for size in ("wide", "narrow")] if several else [],
             comparison_notes=comparison_notes(views) if several else [],
         )
     )
+
+
+def _title(titles: Sequence[str], evaluations: int) -> str:
+    """The model where there is one section, else what there is."""
+    runs = len(titles) - evaluations
+    if len(titles) == 1:
+        return titles[0]
+    if not evaluations:
+        return f"{runs} runs compared"
+    names = [numbers.plural(evaluations, "evaluation"), *([numbers.plural(runs, "run")] if runs else [])]
+    return " and ".join(names)
 
 
 def _environment() -> Environment:
@@ -167,6 +168,7 @@ def minus(text: str) -> str:
 def run_section(view: RunView, number: int) -> RunSection:
     """Everything that the page says about one run."""
     exports, export_error = _exports(view)
+    draws_curve = not view.by_similarity
     return RunSection(
         number=number,
         view=view,
@@ -175,7 +177,8 @@ def run_section(view: RunView, number: int) -> RunSection:
         kink=kink_sentence(view),
         tiles=tuple(_tiles(view)),
         strip=strip_rows(view),
-        curves=tuple(run_picture(view, size) for size in ("wide", "narrow")) if view.points else (),
+        curves=tuple(run_picture(view, size) for size in ("wide", "narrow")) if view.points and draws_curve else (),
+        similarity=similarity_section(view),
         heat=heat_picture(view),
         references=tuple(_reference_row(reference) for reference in view.references),
         steps=tuple(_step_rows(view)),
@@ -183,7 +186,7 @@ def run_section(view: RunView, number: int) -> RunSection:
         exports=exports,
         export_error=export_error,
         cost=tuple(_cost_facts(view)),
-        provenance=tuple(_provenance(view)),
+        provenance=_provenance(view),
         notes=tuple(view.record.notes),
     )
 
@@ -222,16 +225,11 @@ def _tiles(view: RunView) -> list[Tile]:
     tiles = [
         Tile("indexers kept", f"{final.full} of {view.num_layers}", numbers.percent(final.pattern.retention)),
         Tile("loss", numbers.loss(final.loss), f"baseline {numbers.loss(baseline.loss)}"),
-        Tile("cost, nats per token", *_value_and_error(final.difference)),
+        Tile("cost, nats per token", *value_and_error(final.difference)),
     ]
     if reference := view.same_retention:
-        tiles.append(Tile("uniform, as many F", *_value_and_error(reference.difference)))
+        tiles.append(Tile("uniform, as many F", *value_and_error(reference.difference)))
     return tiles
-
-
-def _value_and_error(difference: Difference) -> tuple[str, str]:
-    value, _, error = numbers.difference(difference).partition(" ± ")
-    return value, f"± {error}" if error else "no error: one sequence"
 
 
 def _reference_row(reference: Reference) -> ReferenceRow:
@@ -249,7 +247,7 @@ def _reference_row(reference: Reference) -> ReferenceRow:
 def _step_rows(view: RunView) -> list[StepRow]:
     scale = scale_of(view)
     rows = []
-    for point in view.points[1:]:
+    for point in view.steps:
         cost = view.step_cost(point.step)
         rows.append(
             StepRow(
@@ -289,18 +287,17 @@ def _exports(view: RunView) -> tuple[tuple[Export, ...], str]:
 def _cost_facts(view: RunView) -> list[Fact]:
     cost = view.record.cost()
     run, naive = cost["layer_evaluations"], cost["naive_layer_evaluations"]
-    facts = [
-        Fact("patterns scored in the search", numbers.count(cost["candidate_evaluations"]), "counted"),
-        Fact("layer evaluations", numbers.count(run), "counted"),
-        Fact("layer evaluations of a naive search", numbers.count(naive), "calculated"),
-    ]
-    if run > 0:
+    facts = [Fact("layer evaluations", numbers.count(run), "counted")]
+    if not view.by_similarity:
+        scored = Fact("patterns scored in the search", numbers.count(cost["candidate_evaluations"]), "counted")
+        facts = [scored, *facts, Fact("layer evaluations of a naive search", numbers.count(naive), "calculated")]
+    if run > 0 and not view.by_similarity:
         facts.append(Fact("naive / done", f"{naive / run:.2f}×", "calculated"))
     facts.append(Fact("time spent scoring", numbers.duration(cost["seconds"]), "measured"))
     return facts
 
 
-def _provenance(view: RunView) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
+def _provenance(view: RunView) -> Provenance:
     start = view.start
     run = {
         "icsearch": start.get("icsearch_version"),
@@ -310,25 +307,10 @@ def _provenance(view: RunView) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
         "decoder layers": start.get("decoder_layers"),
         "counted tokens": numbers.count(sum(view.record.tokens)),
     }
-    groups = [("Run", run), *((name.capitalize(), start.get(name) or {}) for name in _PROVENANCE)]
-    return [
-        (title, tuple((key.replace("_", " "), _plain(value)) for key, value in group.items()))
-        for title, group in groups
-        if group
-    ]
+    return provenance([("Run", run), *((name.capitalize(), start.get(name) or {}) for name in _PROVENANCE)])
 
 
 _PROVENANCE = ("model", "calibration", "options", "environment")
-
-
-def _plain(value: Any) -> str:
-    if value is None or value == [] or value == {}:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
-    return json.dumps(value) if isinstance(value, Mapping) else str(value)
 
 
 # --- several runs ---------------------------------------------------------------------------------------------------

@@ -84,10 +84,10 @@ def _searched(axes: Axes, series: Series) -> None:
         color=SEARCHED,
         marker="o",
         markersize=3.8,
-        linewidth=1.8,
+        linewidth=1.8 if series.joined else 0,
         elinewidth=1,
         capsize=2,
-        label="searched, ± 1 paired std. error",
+        label=f"{'searched' if series.joined else 'chosen by similarity'}, ± 1 paired std. error",
     )
 
 

@@ -29,7 +29,7 @@ def summary_table(record: RunRecord) -> RenderableType:
     parts: list[RenderableType] = [Text(headline(view)), Text()]
     if view.points:
         parts += [pattern_strip(view.final.pattern), Text(), _losses(view), Text()]
-    if len(view.points) > 1:
+    if view.steps:
         parts.append(_steps(view))
     if view.kink is not None:
         parts.append(Text(kink_sentence(view)))
@@ -53,7 +53,7 @@ def _losses(view: RunView) -> Table:
     table = _table("pattern", "F layers", "loss", "delta to baseline")
     points = [("baseline", view.points[0])]
     if view.final.step:
-        points.append(("searched", view.final))
+        points.append(("chosen by similarity" if view.by_similarity else "searched", view.final))
     for name, point in points:
         table.add_row(name, str(point.full), numbers.loss(point.loss), _delta(point))
     for reference in view.references:
@@ -66,7 +66,7 @@ def _losses(view: RunView) -> Table:
 
 def _steps(view: RunView) -> Table:
     table = _table("step", "layer", "F", "loss", "delta ± std_err", "tie", "pattern")
-    steps = view.points[1:]
+    steps = view.steps
     left_out = len(steps) - FIRST_ROWS - LAST_ROWS if len(steps) > ROWS_SHOWN else 0
     for index, point in enumerate(steps):
         if left_out and index == FIRST_ROWS:

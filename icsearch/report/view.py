@@ -12,10 +12,15 @@ from icsearch.report import numbers
 from icsearch.report.kink import Kink, find_kink
 from icsearch.statistics import Difference
 
+SIMILARITY_METHOD = "dp-baseline"  # chooses a whole pattern: no steps, no candidates
+
 
 @dataclass(frozen=True)
 class Point:
-    """A pattern on the loss curve. Step 0 is the baseline, without a layer. Losses in nats per token."""
+    """A pattern on the loss curve. Step 0 is the baseline, without a layer. Losses in nats per token.
+
+    A similarity baseline has one step, its pattern, and it has no layer either.
+    """
 
     step: int
     layer: int | None
@@ -94,6 +99,16 @@ class RunView:
         return self.record.start
 
     @property
+    def by_similarity(self) -> bool:
+        """Whether the pattern was chosen as a whole, by similarity, and not flip by flip."""
+        return bool(self.start["options"]["method"] == SIMILARITY_METHOD)
+
+    @property
+    def steps(self) -> tuple[Point, ...]:
+        """The flips in order; none where the pattern was chosen as a whole."""
+        return () if self.by_similarity else self.points[1:]
+
+    @property
     def num_layers(self) -> int:
         return len(self.record.start_pattern)
 
@@ -137,8 +152,9 @@ class RunView:
 
 def view_run(record: RunRecord, name: str = "") -> RunView:
     """Compute the numbers of a report. `name` tells runs apart where a page shows several."""
-    points = _points(record)
-    cells = _cells(record) if points else ()
+    by_similarity = record.start["options"]["method"] == SIMILARITY_METHOD
+    points = _chosen_points(record) if by_similarity else _points(record)
+    cells = _cells(record) if points and not by_similarity else ()
     return RunView(
         name=name,
         record=record,
@@ -160,6 +176,15 @@ def _points(record: RunRecord) -> tuple[Point, ...]:
         difference = Difference(step.delta, step.std_err)
         points.append(Point(step.step, step.layer, decoder_layer, Pattern(step.pattern), step.loss, difference))
     return tuple(points)
+
+
+def _chosen_points(record: RunRecord) -> tuple[Point, ...]:
+    """The baseline and the pattern that was chosen as a whole, as far as they are scored."""
+    start = _points(record)
+    letters = record.pattern.letters
+    if not start or record.pattern == record.start_pattern or record.sums(letters) is None:
+        return start
+    return (*start, Point(1, None, None, record.pattern, record.loss(letters), record.difference(letters)))
 
 
 def _references(record: RunRecord, points: tuple[Point, ...]) -> tuple[Reference, ...]:
@@ -211,10 +236,16 @@ def headline(view: RunView) -> str:
     if not view.points:
         return "The baseline is not scored yet: there is no result to show."
     final = view.final
-    lead = "" if view.finished else f"Not finished; after {numbers.plural(final.step, 'flip')}: "
+    lead = "" if view.finished else f"Not finished; {_progress(view)}: "
     kept = f"{final.full} of {view.num_layers} layers keep their indexer ({numbers.percent(final.pattern.retention)})"
     cost = f"{lead}{kept}; {_change(final.difference, view.baseline_name, view.points[0].loss)}."
     return f"{cost} {_against_uniform(view)}".strip()
+
+
+def _progress(view: RunView) -> str:
+    if view.by_similarity:
+        return "pattern chosen" if len(view.points) > 1 else "no pattern scored yet"
+    return f"after {numbers.plural(view.final.step, 'flip')}"
 
 
 def _change(difference: Difference, baseline_name: str, baseline_loss: float) -> str:
@@ -240,7 +271,8 @@ def _against_uniform(view: RunView) -> str:
     text = f"The uniform pattern with as many F layers costs {cost}"
     if reference.avoided is None or reference.avoided <= 0:
         return f"{text}."
-    return f"{text}: the search avoids {numbers.percent(reference.avoided)} of that."
+    what = "the choice by similarity" if view.by_similarity else "the search"
+    return f"{text}: {what} avoids {numbers.percent(reference.avoided)} of that."
 
 
 def kink_sentence(view: RunView) -> str:

@@ -1,0 +1,162 @@
+"""`icsearch dp-baseline` as a function: similarity by one sweep, the dynamic program, the pattern's real loss.
+
+The baseline of the IndexCache paper (Appendix C). It maximises a local similarity and so cannot see how missed
+tokens add up downstream; the report sets its prediction beside what the pattern really costs.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icsearch import plan
+from icsearch.cosine_dp import solve
+from icsearch.errors import IcsearchError
+from icsearch.files import write_atomically
+from icsearch.journal import Event
+from icsearch.jsonfile import read_object, write_object
+from icsearch.model import Layout
+from icsearch.pattern import Pattern
+from icsearch.prepare import (
+    Inputs,
+    Loaded,
+    Publish,
+    count_in_sweeps,
+    load,
+    make_scoring,
+    opened,
+    pattern_start,
+    publish_nothing,
+)
+from icsearch.record import RunRecord
+from icsearch.requests import BaselineRequest
+from icsearch.search import Progress, Scoring
+from icsearch.similarity import SimilaritySweep, similarity_event
+
+SIMILARITY_FORMAT = "icsearch.similarity/1"
+
+
+def dp_baseline(request: BaselineRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
+    """Find the pattern of highest similarity, and its loss. Raises IcsearchError for bad input."""
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+        reused = [_read_similarity(request.similarity, here.start)] if request.similarity else []
+        record = RunRecord.replay(here.existing)
+        if not record.finished:
+            loaded = load(request, here.inputs, here.start["options"])
+            record = RunRecord.replay(here.run.open(here.start, here.existing))
+            _compare(request, here.inputs, loaded, make_scoring(here, record, loaded, listener), reused)
+        publish(request.out, record)
+        return record
+
+
+def _start(request: BaselineRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    method = {"method": "dp-baseline", "strategy": "dynamic-program", "objective": "cosine-similarity"}
+    return pattern_start(request, inputs, existing, method)
+
+
+def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
+    """Similarity, then the pattern, then what it costs beside the references."""
+    record, layout = scoring.record, inputs.layout
+    patterns = [record.start_pattern, *map(Pattern, record.references.values())]
+    runs = layout.num_layers + count_in_sweeps(layout, patterns, loaded.memory.patterns_per_sweep)
+    scoring.progress.planned(plan.model_rows(record.start), runs * len(record.tokens), record.layer_sequences)
+    if not record.similarity_sums.sequences:
+        for event in reused:
+            scoring.append(event)
+    _measure_similarity(layout, loaded, scoring)
+    _save_similarity(request.out, record)
+    if record.chosen is None:
+        _choose(request, scoring)
+    scoring.score_references(record.pattern)
+    scoring.append({"event": "finish", "pattern": record.pattern.letters})
+
+
+def _measure_similarity(layout: Layout, loaded: Loaded, scoring: Scoring) -> None:
+    """Batch by batch, what the journal does not hold yet."""
+    keep_on_cpu = loaded.memory.shape.selections_bytes(len(layout.layer_indices)) > loaded.memory.spare
+    sweep = SimilaritySweep(loaded.dsa, layout.index_topk, keep_on_cpu)
+    left = [batch for batch in loaded.batches if batch.first >= scoring.record.similarity_sums.sequences]
+    if left:
+        scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))
+    for batch in left:
+        scoring.append(similarity_event(sweep, batch, scoring.progress.layer_done))
+
+
+def _choose(request: BaselineRequest, scoring: Scoring) -> None:
+    """Solve the dynamic program and journal its pattern."""
+    record = scoring.record
+    start = record.start_pattern
+    stages = frozenset(first for first, _ in record.start["blocks"])
+    native = frozenset(record.start["model"]["native_shared"])
+    solutions = solve(
+        _square(record.similarity_sums.means()["cosine"]).tolist(),
+        must_be_full=(request.keep_full | stages) - native - {0},
+        must_be_shared=native,
+    )
+    kept = len(start.full_layers) - record.start["options"]["num_shared"]
+    pattern = solutions.pattern(kept)
+    scoring.append({"event": "chosen", "pattern": pattern.letters, "objective": solutions.objective(kept)})
+
+
+def _save_similarity(out: Path, record: RunRecord) -> None:
+    """similarity.npz (lower triangles, zeros above) and similarity.json, which says what they belong to."""
+    means = record.similarity_sums.means()
+    arrays = {name: _square(means[name]) for name in ("cosine", "overlap")}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(out / "similarity.npz", buffer.getvalue())
+    manifest = {"format": SIMILARITY_FORMAT, "queries": means["queries"], **_identity(record.start)}
+    write_object(out / "similarity.json", manifest)
+
+
+def _square(rows: list[list[float]]) -> Any:
+    square = np.zeros((len(rows), len(rows)))
+    for layer, row in enumerate(rows):
+        square[layer, : len(row)] = row
+    return square
+
+
+def _identity(start: Event) -> dict[str, Any]:
+    options = start["options"]
+    return {
+        "model": start["model"]["fingerprint"],
+        "calibration": start["calibration"]["fingerprint"],
+        "numerics": {name: options[name] for name in ("dtype", "device", "batch_size", "attention", "threads")},
+    }
+
+
+def _read_similarity(path: Path, start: Event) -> Event:
+    """A similarity.npz as an event, refused unless it is of the same model and batches."""
+    expected, advice = "the similarity.json that dp-baseline wrote beside it", "leave --similarity out"
+    manifest = read_object(path.with_suffix(".json"), expected=expected, advice=advice, error=IcsearchError)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            squares = {name: arrays[name] for name in ("cosine", "overlap")}
+        queries, found = int(manifest["queries"]), {name: manifest[name] for name in ("model", "calibration")}
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise IcsearchError(
+            f"cannot use {path} ({type(error).__name__}: {error}): expected a similarity.npz of dp-baseline; {advice}"
+        ) from None
+    wanted = {name: _identity(start)[name] for name in found}
+    if manifest.get("format") != SIMILARITY_FORMAT or found != wanted:
+        other = [name for name in found if found[name] != wanted[name]] or ["format"]
+        raise IcsearchError(f"{path} belongs to another {' and another '.join(other)}: leave --similarity out")
+    layers = start["num_layers"]
+    if any(square.shape != (layers, layers) for square in squares.values()):
+        raise IcsearchError(f"{path} is not {layers} x {layers}, the model's DSA layers: leave --similarity out")
+    return {
+        "event": "similarity",
+        "sequences": [0, len(start["tokens"])],
+        "queries": queries,
+        **{name: _triangle(square * queries) for name, square in squares.items()},
+        "layer_sequences": 0,
+        "seconds": 0.0,
+    }
+
+
+def _triangle(square: Any) -> list[list[float]]:
+    return [[float(value) for value in row[:layer]] for layer, row in enumerate(square)]

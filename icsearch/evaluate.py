@@ -1,0 +1,187 @@
+"""`icsearch eval` as a function: from a request to eval.json. The command line parses and calls this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icsearch import cost, model, plan, tasks
+from icsearch.evaluation import EvalRecord, save_eval
+from icsearch.journal import Event
+from icsearch.lm_eval_bridge import lm_eval_results
+from icsearch.measure import Timing, measure
+from icsearch.measures import Evaluation, bucket_edges, bucket_tokens
+from icsearch.model import DsaModel
+from icsearch.pattern import Pattern
+from icsearch.prepare import (
+    Inputs,
+    Loaded,
+    count_in_sweeps,
+    load,
+    opened,
+    run_options,
+    start_event,
+)
+from icsearch.requests import EvalRequest
+from icsearch.search import Progress
+from icsearch.specs import NamedPattern, Target, resolve_specs
+
+# Writes an event to the journal and lets the record take it in.
+Append = Callable[[Event], None]
+# Writes the results of an evaluation into its directory, given the content of eval.json.
+Publish = Callable[[Path, dict[str, Any]], object]
+
+DEFAULT_CONTEXTS = (10_000, 60_000, 120_000, 200_000)  # the lengths of the paper's table
+TASK_SEED = 0
+
+
+def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda out, document: None) -> dict[str, Any]:
+    """Measure, or continue, or return the finished evaluation in `request.out`; the content of eval.json."""
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+        record = EvalRecord.replay(here.existing)
+        if not record.finished:
+            loaded = load(request, here.inputs, here.start["options"])
+            record = EvalRecord.replay(here.run.open(here.start, here.existing))
+
+            def append(event: Event) -> None:
+                here.run.journal.append(event)
+                record.apply(event)
+
+            _measure(request, here.inputs, loaded, record, append, listener)
+        document = save_eval(request.out / "eval.json", record)
+        publish(request.out, document)
+        return document
+
+
+def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    layout, batches = inputs.layout, inputs.batches
+    edges = bucket_edges(batches.seq_len, layout.index_topk)
+    start = start_event(
+        inputs,
+        {"method": "eval", **run_options(request, inputs, existing)},
+        index_topk=layout.index_topk,
+        bucket_edges=edges,
+        bucket_tokens=bucket_tokens(torch.from_numpy(batches.counted()), edges),
+        choosing_queries=batches.seq_len - layout.index_topk,
+    )
+    target = Target(
+        layout.model_type, start["model"]["fingerprint"], layout.start_pattern, start["calibration"]["fingerprint"]
+    )
+    named = resolve_specs(request.patterns, target, request.retentions, request.force)
+    start["patterns"] = [_describe(one) for one in named]
+    start["options"] |= {
+        "patterns": [[one.name, one.pattern.letters] for one in named],
+        "tasks": request.tasks,
+        "task_length": task_length(request, inputs) if request.tasks else None,
+        "contexts": list(request.contexts),
+        "measure": list(request.measure),
+        "lm_eval": list(request.lm_eval),
+    }
+    return start
+
+
+def _describe(named: NamedPattern) -> dict[str, Any]:
+    return {**asdict(named), "pattern": named.pattern.letters}
+
+
+def task_length(request: EvalRequest, inputs: Inputs) -> int:
+    """Tokens of a task's prompt: as asked, or as long as the batches."""
+    return request.task_length or inputs.batches.seq_len
+
+
+def _measure(
+    request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRecord, append: Append, listener: Progress
+) -> None:
+    """Whatever the record does not hold yet: the batches, the tasks, the cost."""
+    layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
+    patterns = list(dict.fromkeys(Pattern(one["pattern"]) for one in record.start["patterns"]))
+    total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
+    listener.planned(plan.model_rows(record.start), total, record.layer_sequences)
+    listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
+    Evaluation(loaded.dsa, loaded.batches, record, append, listener.layer_done).run(patterns, per_sweep)
+    _run_tasks(request, inputs, loaded.dsa, patterns, record, append, listener)
+    for name, compute in _extras(request, inputs, loaded, record).items():
+        if name not in record.extras:
+            listener.info(f"{name.replace('_', ' ')} ...")
+            append({"event": "extra", "name": name, "value": compute()})
+    append({"event": "finish"})
+
+
+def _run_tasks(
+    request: EvalRequest,
+    inputs: Inputs,
+    dsa: DsaModel,
+    patterns: Sequence[Pattern],
+    record: EvalRecord,
+    append: Append,
+    listener: Progress,
+) -> None:
+    """Tasks with an answer, for each pattern and kind that is missing."""
+    if not request.tasks:
+        return
+    tokenizer = model.load_tokenizer(inputs.source, request.calibration.trust_remote_code)
+    length = task_length(request, inputs)
+    for kind in tasks.KINDS:
+        asked = tasks.make_tasks(tokenizer, kind, length_tokens=length, count=request.tasks, seed=TASK_SEED)
+        for pattern in patterns:
+            if (pattern.letters, kind) in record.tasks:
+                continue
+            listener.info(f"task {kind}, {request.tasks} questions of {length} tokens: {pattern}")
+            with dsa.running(pattern):
+                forced = tasks.teacher_forced_hits(dsa.model, asked)
+                generated = tasks.generated_hits(dsa.model, asked)
+            append(
+                {"event": "task", "pattern": pattern.letters, "kind": kind, "forced": forced, "generated": generated}
+            )
+
+
+def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRecord) -> dict[str, Callable[[], Any]]:
+    """What is asked for beside the losses, by the name it has in eval.json."""
+    start = inputs.layout.start_pattern
+    names: dict[Pattern, str] = {}
+    for one in record.start["patterns"]:
+        names.setdefault(Pattern(one["pattern"]), one["name"])
+    extras: dict[str, Callable[[], Any]] = {
+        "cost_rows": lambda: [_cost(request, inputs, name, p) for p, name in names.items() if p != start]
+    }
+    if request.measure:
+        extras["measured"] = lambda: _timings(measure(loaded.dsa, list(names), request.measure), names)
+    if request.lm_eval:
+        tokenizer = model.load_tokenizer(inputs.source, request.calibration.trust_remote_code)
+        extras["lm_eval"] = lambda: lm_eval_results(loaded.dsa, tokenizer, list(names), request.lm_eval)
+    return extras
+
+
+def _cost(request: EvalRequest, inputs: Inputs, name: str, pattern: Pattern) -> dict[str, Any]:
+    """Counted work and estimated speed-ups at the context lengths asked for."""
+    layout = inputs.layout
+    shape = cost.ModelShape.from_config(inputs.source.config, dsa_layers=len(layout.layer_indices))
+    contexts = request.contexts or DEFAULT_CONTEXTS
+    rows = cost.cost_rows(shape, pattern, contexts, baseline=layout.start_pattern)
+    return {"name": name, "rows": [asdict(row) for row in rows]}
+
+
+def _timings(timings: Sequence[Timing], names: dict[Pattern, str]) -> list[dict[str, Any]]:
+    """Measured ratios, time of the unmodified model / time of the pattern, in paired rounds on this machine."""
+    return [
+        {
+            "name": names[Pattern(timing.pattern)],
+            "length": timing.length,
+            "phase": phase,
+            "min": speedup.minimum,
+            "median": speedup.median,
+            "max": speedup.maximum,
+            "median_seconds": seconds.median,
+            "repeats": timing.repeats,
+            "threads": timing.threads,
+        }
+        for timing in timings
+        for phase, speedup, seconds in (
+            ("prefill", timing.prefill_speedup, timing.prefill_seconds),
+            ("decode", timing.decode_speedup, timing.decode_seconds),
+        )
+    ]

@@ -1,0 +1,256 @@
+"""What an evaluation's journal says, replayed, and the rows of eval.json that follow from it. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icsearch.errors import IcsearchError, JournalError
+from icsearch.journal import Event
+from icsearch.jsonfile import read_object, write_object
+from icsearch.pattern import Pattern
+from icsearch.statistics import Difference, mean_loss, paired_difference, wilson_interval
+
+EVAL_FORMAT = "icsearch.eval/1"
+
+
+@dataclass(frozen=True)
+class SequenceMeasures:
+    """Sums over the counted tokens of one sequence under one pattern; nll and kl in nats.
+
+    `bucket_nll` splits `nll` by position; `overlap` holds, by S layer, the summed share of its borrowed selection
+    that its own indexer would have chosen, over the queries that have more than index_topk tokens to choose from.
+    """
+
+    nll: float
+    kl: float
+    agree: float
+    bucket_nll: tuple[float, ...]
+    overlap: dict[int, float]
+
+
+@dataclass
+class EvalRecord:
+    """The state of an evaluation. It changes by `apply` alone, so that live and resumed ones share one path."""
+
+    start: Event = field(default_factory=dict)
+    measures: dict[str, dict[int, SequenceMeasures]] = field(default_factory=dict)
+    tasks: dict[tuple[str, str], Event] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+    layer_sequences: int = 0
+    seconds: float = 0.0
+    finished: bool = False
+
+    @classmethod
+    def replay(cls, events: Iterable[Event]) -> EvalRecord:
+        record = cls()
+        for number, event in enumerate(events, start=1):
+            try:
+                record.apply(event)
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                raise JournalError(
+                    f"journal line {number} is not an evaluation's ({type(error).__name__}: {error}): "
+                    "give another --out, or start over with --fresh"
+                ) from None
+        return record
+
+    def apply(self, event: Event) -> None:
+        """Take one event in."""
+        kind = event["event"]
+        if kind == "start":
+            self.start = event
+        elif kind == "measures":
+            self._apply_measures(event)
+        elif kind == "task":
+            self.tasks[event["pattern"], event["kind"]] = event
+        elif kind == "extra":
+            self.extras[event["name"]] = event["value"]
+        elif kind == "finish":
+            self.finished = True
+        else:
+            raise ValueError(f"unknown event {kind!r}")
+
+    def _apply_measures(self, event: Event) -> None:
+        first, last = event["sequences"]
+        for letters, table in event["patterns"].items():
+            known = self.measures.setdefault(letters, {})
+            for offset, sequence in enumerate(range(first, last)):
+                overlap = {int(layer): sums[offset] for layer, sums in table["overlap"].items()}
+                known[sequence] = SequenceMeasures(
+                    table["nll"][offset],
+                    table["kl"][offset],
+                    table["agree"][offset],
+                    tuple(table["bucket_nll"][offset]),
+                    overlap,
+                )
+        self.layer_sequences += event["layer_sequences"]
+        self.seconds += event["seconds"]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Counted tokens of each sequence."""
+        return list(self.start["tokens"])
+
+    def of(self, letters: str) -> list[SequenceMeasures]:
+        """All sequences' measures in order; raises JournalError where some are missing."""
+        known = self.measures.get(letters, {})
+        if len(known) != len(self.start["tokens"]):
+            raise JournalError(f"the journal has no complete measures of {letters}: continue the evaluation first")
+        return [known[sequence] for sequence in range(len(known))]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each pattern, most F layers first, all-F at the top."""
+        rows = [self._row(named) for named in self.start["patterns"]]
+        return sorted(rows, key=lambda row: (row["name"] != "full", -row["retention"], row["loss"]))
+
+    def _row(self, named: dict[str, Any]) -> dict[str, Any]:
+        letters, full = named["pattern"], self.start["start_pattern"]
+        own, base, tokens = self.of(letters), self.of(full), self.tokens
+        nll = [measures.nll for measures in own]
+        difference = paired_difference(nll, [measures.nll for measures in base], tokens)
+        kl = paired_difference([measures.kl for measures in own], [0.0] * len(own), tokens)
+        loss = mean_loss(nll, tokens)
+        row = {
+            **named,
+            "retention": Pattern(letters).retention,
+            "full_layers": list(Pattern(letters).full_layers),
+            "loss": loss,
+            "delta": difference.delta,
+            "std_err": difference.std_err,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "kl": kl.delta,
+            "kl_std_err": kl.std_err,
+            "top1_agreement": sum(measures.agree for measures in own) / sum(tokens),
+            "positions": self._positions(own, base),
+            "borrowed_overlap": self._overlap(own),
+            "tasks": self._tasks(letters),
+        }
+        return {**row, "verdict": verdict(difference, letters == full)}
+
+    def _positions(self, own: Sequence[SequenceMeasures], base: Sequence[SequenceMeasures]) -> list[dict[str, Any]]:
+        """Loss by position bucket: the far positions are where sharing hurts."""
+        edges, rows = self.start["bucket_edges"], []
+        for bucket in range(len(edges) - 1):
+            tokens = [counts[bucket] for counts in self.start["bucket_tokens"]]
+            if not sum(tokens):
+                continue
+            nll = [measures.bucket_nll[bucket] for measures in own]
+            difference = paired_difference(nll, [measures.bucket_nll[bucket] for measures in base], tokens)
+            rows.append(
+                {
+                    "first": edges[bucket],
+                    "last": edges[bucket + 1],
+                    "loss": mean_loss(nll, tokens),
+                    "delta": difference.delta,
+                    "std_err": difference.std_err,
+                }
+            )
+        return rows
+
+    def _overlap(self, own: Sequence[SequenceMeasures]) -> dict[str, float]:
+        queries = self.start["choosing_queries"] * len(own)
+        layers = sorted(own[0].overlap)
+        return {str(layer): sum(measures.overlap[layer] for measures in own) / queries for layer in layers}
+
+    def _tasks(self, letters: str) -> list[dict[str, Any]]:
+        return [self._task(event) for (pattern, _), event in self.tasks.items() if pattern == letters]
+
+    def _task(self, event: Event) -> dict[str, Any]:
+        row: dict[str, Any] = {"kind": event["kind"], "count": len(event["forced"])}
+        for way in ("forced", "generated"):
+            hits = sum(event[way])
+            low, high = wilson_interval(hits, len(event[way]))
+            row[way] = {"accuracy": hits / len(event[way]), "low": low, "high": high}
+        return row
+
+    def gap_closed(self, letters: str, uniform: str) -> Difference | None:
+        """(uniform - searched) / (uniform - full), with its error by the delta method over sequences.
+
+        None where uniform does not cost more than its own error, so that there is no gap to close.
+        """
+        tokens = self.tokens
+        searched, spaced, full = (
+            [m.nll for m in self.of(one)] for one in (letters, uniform, self.start["start_pattern"])
+        )
+        gap = paired_difference(spaced, full, tokens)
+        if not gap.delta > 2 * gap.std_err:
+            return None
+        ratio = paired_difference(spaced, searched, tokens).delta / gap.delta
+        # A ratio of sums: its error is that of the residuals (uniform - searched) - ratio * (uniform - full).
+        left = [u - s for u, s in zip(spaced, searched, strict=True)]
+        right = [ratio * (u - f) for u, f in zip(spaced, full, strict=True)]
+        return Difference(ratio, paired_difference(left, right, tokens).std_err / gap.delta)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of the contract, format icsearch.eval/1."""
+        return {
+            "format": EVAL_FORMAT,
+            "icsearch_version": self.start["icsearch_version"],
+            "start_pattern": self.start["start_pattern"],
+            "layer_indices": self.start["layer_indices"],
+            "model": self.start["model"],
+            "calibration": self.start["calibration"],
+            "options": self.start["options"],
+            "environment": self.start["environment"],
+            "rows": self.rows(),
+            "gaps": self._gaps(),
+            "cost": {
+                "layer_evaluations": self.layer_sequences / len(self.start["tokens"]),
+                "seconds": round(self.seconds, 3),
+            },
+            **self.extras,
+        }
+
+    def _gaps(self) -> list[dict[str, Any]]:
+        """How much of uniform's loss each pattern with as many F layers avoids."""
+        named = self.start["patterns"]
+        found = []
+        for uniform in (one for one in named if one["method"] == "uniform"):
+            for other in named:
+                same = other["pattern"].count("F") == uniform["pattern"].count("F")
+                if not same or other["method"] in ("uniform", "full"):
+                    continue
+                gap = self.gap_closed(other["pattern"], uniform["pattern"])
+                found.append(
+                    {
+                        "name": other["name"],
+                        "uniform": uniform["name"],
+                        "retention": Pattern(other["pattern"]).retention,
+                        "gap_closed": None if gap is None else gap.delta,
+                        "std_err": None if gap is None else gap.std_err,
+                    }
+                )
+        return found
+
+
+def verdict(difference: Difference, is_full: bool) -> str:
+    """What the numbers say of a pattern, in words, and no more than they carry."""
+    if is_full:
+        return "the unmodified model"
+    if math.isnan(difference.std_err):
+        return "one sequence says nothing about the error: evaluate more"
+    if abs(difference.delta) <= 2 * difference.std_err:
+        return "no loss seen: within two standard errors of the unmodified model"
+    if difference.delta < 0:
+        return "lower loss than the unmodified model, beyond two standard errors"
+    if difference.delta < 0.01:
+        return "a measurable loss, under 0.01 nats per token"
+    if difference.delta < 0.1:
+        return "a clear loss, under 0.1 nats per token"
+    return "a heavy loss, 0.1 nats per token or more"
+
+
+def load_eval(path: Path) -> dict[str, Any]:
+    """Read an eval.json; a version that this code does not know is refused."""
+    expected, advice = "the eval.json of icsearch eval", "evaluate again with this version"
+    return read_object(path, expected=expected, advice=advice, error=IcsearchError, version=EVAL_FORMAT)
+
+
+def save_eval(path: Path, record: EvalRecord) -> dict[str, Any]:
+    """Write eval.json whole or not at all, and return its content."""
+    document = record.to_json()
+    write_object(path, document)
+    return document

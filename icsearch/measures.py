@@ -1,0 +1,141 @@
+"""Several patterns measured on the same batches, in one sweep for all of them together.
+
+Beside the loss: KL to the all-F model, agreement of the most likely token, loss by position, and how much of an S
+layer's borrowed selection its own indexer would have chosen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from icsearch.evaluation import EvalRecord
+from icsearch.journal import Event
+from icsearch.losses import per_sequence, selection_overlap, token_measures
+from icsearch.model import DsaModel
+from icsearch.pattern import Pattern
+from icsearch.sweep import Batch, Sweeper
+
+
+def bucket_edges(seq_len: int, index_topk: int) -> list[int]:
+    """Position buckets that double from index_topk on: 0, k, 2k, 4k, ... T."""
+    edges, edge = [0], index_topk
+    while edge < seq_len:
+        edges.append(edge)
+        edge *= 2
+    return [*edges, seq_len]
+
+
+def bucket_tokens(counted: torch.Tensor, edges: Sequence[int]) -> list[list[int]]:
+    """Counted tokens of each sequence in each bucket; counted: bool [S, T]."""
+    return [[int(row[a:b].sum()) for a, b in pairwise(edges)] for row in counted]
+
+
+class Evaluation:
+    """Measures what is missing of a record, batch by batch; each event is on disk before it counts."""
+
+    def __init__(
+        self,
+        dsa: DsaModel,
+        batches: Sequence[Batch],
+        record: EvalRecord,
+        append: Callable[[Event], None],
+        on_layer: Callable[[int], None],
+    ) -> None:
+        self._dsa = dsa
+        self._sweeper = Sweeper(dsa)
+        self._batches = batches
+        self._record = record
+        self._append = append
+        self._on_layer = on_layer
+        self._edges: list[int] = record.start["bucket_edges"]
+        self._topk: int = record.start["index_topk"]
+
+    def run(self, patterns: Sequence[Pattern], patterns_per_sweep: int) -> None:
+        """Measure every pattern on every batch. The all-F model runs in each sweep: KL needs its states."""
+        full = self._dsa.start_pattern
+        others = [pattern for pattern in patterns if pattern != full]
+        chunks = [others[i : i + patterns_per_sweep] for i in range(0, len(others), patterns_per_sweep)] or [[]]
+        for batch in self._batches:
+            for chunk in chunks:
+                missing = [pattern for pattern in [full, *chunk] if not self._known(pattern, batch)]
+                if missing:
+                    self._append(self._measure([full, *(p for p in missing if p != full)], batch))
+
+    def _known(self, pattern: Pattern, batch: Batch) -> bool:
+        known = self._record.measures.get(pattern.letters, {})
+        return all(sequence in known for sequence in range(batch.first, batch.last))
+
+    def _measure(self, patterns: list[Pattern], batch: Batch) -> Event:
+        started = time.monotonic()
+        overlap: dict[str, dict[str, list[float]]] = {pattern.letters: {} for pattern in patterns}
+        tables: dict[str, dict[str, Any]] = {}
+
+        def probe(_: Batch, running: Sequence[Pattern], position: int, borrowed: Any, own: Any) -> None:
+            sums = self._overlap_sums(borrowed, own)
+            for pattern in running:
+                overlap[pattern.letters][str(position)] = sums
+
+        def reduce(_: Batch, states: dict[str, torch.Tensor]) -> None:
+            tables.update(self._tables(batch, states))
+
+        layer_sequences = self._sweeper.run(patterns, [batch], reduce, self._on_layer, probe)
+        return {
+            "event": "measures",
+            "sequences": [batch.first, batch.last],
+            "patterns": {letters: {**table, "overlap": overlap[letters]} for letters, table in tables.items()},
+            "layer_sequences": layer_sequences,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+
+    def _overlap_sums(self, borrowed: torch.Tensor, own: torch.Tensor) -> list[float]:
+        """Summed over the queries that had to choose, per sequence."""
+        return selection_overlap(borrowed, own)[:, self._topk :].sum(dim=1).tolist()
+
+    def _tables(self, batch: Batch, states: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+        full = self._dsa.start_pattern.letters
+        reference = self._dsa.final_norm(states[full])
+        return {
+            letters: self._table(batch, Pattern(letters), hidden_states, reference)
+            for letters, hidden_states in states.items()
+        }
+
+    def _table(
+        self, batch: Batch, pattern: Pattern, hidden_states: torch.Tensor, reference: torch.Tensor
+    ) -> dict[str, Any]:
+        normed = self._dsa.final_norm(hidden_states)
+        nll, kl, agree = token_measures(normed, reference, self._dsa.lm_head, batch.input_ids)
+        sums = per_sequence(nll, batch.counted)
+        self._sweeper.check_finite(sums, batch, pattern)
+        return {
+            "nll": sums.tolist(),
+            "kl": per_sequence(kl, batch.counted).tolist(),
+            "agree": per_sequence(agree, batch.counted).tolist(),
+            "bucket_nll": self._bucket_sums(nll, batch.counted),
+        }
+
+    def _bucket_sums(self, nll: torch.Tensor, counted: torch.Tensor) -> list[list[float]]:
+        sums = []
+        for first, last in pairwise(self._edges):
+            within = torch.zeros_like(counted)
+            within[:, first:last] = counted[:, first:last]
+            sums.append(per_sequence(nll, within))
+        return torch.stack(sums, dim=1).tolist()
+
+
+def naive_measures(dsa: DsaModel, pattern: Pattern, batch: Batch) -> list[tuple[float, float, float]]:
+    """The slow, obvious twin: whole forwards and whole logits. (nll, kl, agree) sums of each sequence."""
+    with torch.inference_mode():
+        logits = dsa.lm_head(dsa.final_hidden_states(batch.input_ids, pattern)).float()[:, :-1]
+        reference = dsa.lm_head(dsa.final_hidden_states(batch.input_ids, dsa.start_pattern)).float()[:, :-1]
+        log_q, log_p = logits.log_softmax(-1), reference.log_softmax(-1)
+        nll = -log_q.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)  # [B, T-1]
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        agree = (logits.argmax(-1) == reference.argmax(-1)).float()
+        counted = batch.counted[:, 1:]
+        sums = [torch.where(counted, values.double(), 0.0).sum(1).tolist() for values in (nll, kl, agree)]
+    return list(zip(*sums, strict=True))

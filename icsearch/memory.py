@@ -1,0 +1,47 @@
+"""Memory of the machine: what is free, and what running out of it looks like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from icsearch.errors import OutOfMemoryError
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes free now on the device; on CPU not more than the process's control group still allows."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    available = int(psutil.virtual_memory().available)
+    allowed = _cgroup_allowance()
+    return available if allowed is None else min(available, allowed)
+
+
+def _cgroup_allowance() -> int | None:
+    """What a container's limit leaves (control groups, version 2), or None where there is no limit."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+        return None if limit == "max" else max(int(limit) - used, 0)
+    except (OSError, ValueError):  # no control groups here
+        return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for a failed allocation on CPU or CUDA."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def out_of_memory(error: BaseException) -> OutOfMemoryError:
+    """The error for the user: what ran out, and which option to change."""
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return OutOfMemoryError(
+        f"out of memory ({reason}): lower --memory so that fewer branches live at once, "
+        "or --batch-size, or --seq-len; the run continues where it stopped"
+    )

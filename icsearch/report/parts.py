@@ -1,0 +1,64 @@
+"""Small pieces that every section of a page is made of: tiles, labelled numbers, where something comes from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from icsearch.report import numbers
+from icsearch.statistics import Difference
+
+# (title, its (key, value) pairs as text) for each group
+Provenance = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+
+
+@dataclass(frozen=True)
+class Tile:
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number with what kind of number it is: counted, measured, or calculated by a formula."""
+
+    label: str
+    value: str
+    kind: str
+
+
+@dataclass(frozen=True)
+class LegendEntry:
+    """A colour class and what it stands for."""
+
+    css: str
+    label: str
+
+
+def value_and_error(difference: Difference) -> tuple[str, str]:
+    """A tile's value and note."""
+    value, _, error = numbers.difference(difference).partition(" ± ")
+    return value, f"± {error}" if error else "no error: one sequence"
+
+
+def provenance(groups: Sequence[tuple[str, Mapping[str, Any]]]) -> Provenance:
+    """Every group that says something, as text."""
+    return tuple(
+        (title, tuple((key.replace("_", " "), plain(value)) for key, value in group.items()))
+        for title, group in groups
+        if group
+    )
+
+
+def plain(value: Any) -> str:
+    """A value of a JSON document as a reader expects it."""
+    if value is None or value == [] or value == {}:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return json.dumps(value) if isinstance(value, Mapping) else str(value)

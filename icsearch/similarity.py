@@ -1,0 +1,139 @@
+"""Similarity and overlap of selections, by one sweep of the unmodified model (IndexCache paper, Appendices A and C).
+
+S[i][j], j < i: mean cosine similarity between layer i's core-attention output under its own selection and under
+layer j's, everything before layer i being the unmodified model. The tensor is the attention-weighted sum of the
+values, per token over the concatenated heads, before the output projection.
+O[i][j] = |T_i & T_j| / k, the share of a selection that two layers have in common.
+Both are means over the queries that see more than index_topk tokens: below that every selection is the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from icsearch.core_attention import Core, observed
+from icsearch.errors import IcsearchError
+from icsearch.journal import Event
+from icsearch.losses import selection_overlap
+from icsearch.model import DsaModel
+from icsearch.slot import SelectionStore
+from icsearch.sweep import Batch, Sweeper
+
+# Rows of a lower triangle: row i has i sums, one for each earlier layer.
+Triangle = list[list[float]]
+
+
+@dataclass(frozen=True)
+class SimilaritySums:
+    """Sums over all choosing queries of one batch."""
+
+    cosine: Triangle
+    overlap: Triangle
+    queries: int
+    layer_sequences: int
+
+
+class SimilaritySweep:
+    """Runs the unmodified model layer by layer, and each DSA layer's core attention under all earlier selections."""
+
+    def __init__(self, dsa: DsaModel, index_topk: int, keep_on_cpu: bool = False) -> None:
+        self._dsa = dsa
+        self._sweeper = Sweeper(dsa)
+        self._topk = index_topk
+        self._keep_on_cpu = keep_on_cpu
+
+    @torch.inference_mode()
+    def run(self, batch: Batch, on_layer: Callable[[int], None] = lambda layer_sequences: None) -> SimilaritySums:
+        """Both triangles' sums for one batch; raises IcsearchError where a similarity is not finite."""
+        cosine: Triangle = []
+        overlap: Triangle = []
+        earlier: list[torch.Tensor] = []
+
+        def observe(output: torch.Tensor, selection: torch.Tensor, core: Core) -> None:
+            cosine.append([self._cosine(output, core(self._restore(one))) for one in earlier])
+            overlap.append([self._overlap(selection, self._restore(one)) for one in earlier])
+            earlier.append(self._keep(selection, batch.input_ids.shape[1]))
+
+        # Captured before observing: under another name, transformers would make no mask.
+        calls, states = self._sweeper.calls_for(batch), self._dsa.embed(batch.input_ids)
+        store = SelectionStore(self._dsa.start_pattern)
+        with observed(self._dsa, observe):
+            for index in range(len(self._dsa.layers)):
+                states = self._dsa.run_layer(index, states, calls[index], store)
+                on_layer(len(batch.input_ids))
+        self._check(cosine, batch)
+        sequences, length = batch.input_ids.shape
+        return SimilaritySums(cosine, overlap, sequences * (length - self._topk), len(self._dsa.layers) * sequences)
+
+    def _cosine(self, own: torch.Tensor, other: torch.Tensor) -> float:
+        """[B, T, H, D] outputs to the summed cosine over the choosing queries, per token over concatenated heads."""
+        similarity = functional.cosine_similarity(own.flatten(2).float(), other.flatten(2).float(), dim=-1)  # [B, T]
+        return float(similarity[:, self._topk :].double().sum())
+
+    def _overlap(self, own: torch.Tensor, other: torch.Tensor) -> float:
+        return float(selection_overlap(own, other)[:, self._topk :].sum())
+
+    def _keep(self, selection: torch.Tensor, length: int) -> torch.Tensor:
+        """A selection in the smallest integer type that holds a position."""
+        small = selection.to(smallest_index_type(length))
+        return small.cpu() if self._keep_on_cpu else small
+
+    def _restore(self, kept: torch.Tensor) -> torch.Tensor:
+        return kept.to(self._dsa.device, torch.int32)
+
+    def _check(self, cosine: Triangle, batch: Batch) -> None:
+        for layer, row in enumerate(cosine):
+            if not all(abs(value) < float("inf") for value in row):
+                raise IcsearchError(
+                    f"the similarity of DSA layer {layer} is not finite in sequences {batch.first} to "
+                    f"{batch.last - 1}: expected numbers; try --dtype float32, or look at those sequences"
+                )
+
+
+def smallest_index_type(length: int) -> torch.dtype:
+    """The smallest integer type that holds every position of a sequence."""
+    return next(t for t in (torch.uint8, torch.int16, torch.int32) if torch.iinfo(t).max >= length - 1)
+
+
+def similarity_event(sweep: SimilaritySweep, batch: Batch, on_layer: Callable[[int], None]) -> Event:
+    """One batch measured, as the journal keeps it."""
+    started = time.monotonic()
+    sums = sweep.run(batch, on_layer)
+    return {
+        "event": "similarity",
+        "sequences": [batch.first, batch.last],
+        "cosine": sums.cosine,
+        "overlap": sums.overlap,
+        "queries": sums.queries,
+        "layer_sequences": sums.layer_sequences,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+@torch.inference_mode()
+def direct_similarity(dsa: DsaModel, batch: Batch, index_topk: int, layer: int, source: int) -> float:
+    """The slow, obvious twin of one entry: whole layers, core-attention outputs read off in front of `o_proj`."""
+    calls = dsa.capture_calls(batch.input_ids)
+    states, store = dsa.embed(batch.input_ids), SelectionStore(dsa.start_pattern)
+    borrowed: Any = None
+    for position, index in enumerate(dsa.layer_indices[:layer]):
+        states = dsa.run_layer(index, states, calls[index], store)
+        borrowed = store.selection if position == source else borrowed
+    index = dsa.layer_indices[layer]
+    outputs: list[torch.Tensor] = []
+    attention: Any = dsa.layers[index].self_attn
+    hook = attention.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+    try:
+        dsa.run_layer(index, states, calls[index], store)
+        shared = dsa.start_pattern.flip(layer)
+        dsa.run_layer(index, states, calls[index], SelectionStore(shared, borrowed))
+    finally:
+        hook.remove()
+    similarity = functional.cosine_similarity(outputs[0].float(), outputs[1].float(), dim=-1)
+    return float(similarity[:, index_topk:].double().sum())

@@ -1,0 +1,132 @@
+"""Patterns as named on the command line by a SPEC: `full`, `uniform:1/4`, `published:NAME`, a file, or letters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from icsearch.errors import PatternError
+from icsearch.pattern import Pattern, PatternFile, load_pattern_file, parse_retention
+from icsearch.resources import published_patterns
+
+EXPECTED = "full, uniform:1/4, published:NAME, a pattern.json (FILE@1/2: a run's at another retention), or letters"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that patterns are for."""
+
+    model_type: str
+    fingerprint: str
+    start: Pattern  # all F but for native S layers
+    calibration_fingerprint: str
+
+
+@dataclass(frozen=True)
+class NamedPattern:
+    """A pattern with what is known of its origin.
+
+    `method` groups patterns in a picture. `in_sample`: it was searched on the very batches it is evaluated on.
+    `foreign`: it belongs to another model, and was let through by --force.
+    """
+
+    name: str
+    pattern: Pattern
+    method: str
+    in_sample: bool = False
+    foreign: bool = False
+
+
+def resolve_specs(
+    specs: Sequence[str], target: Target, retentions: Sequence[Fraction] = (), force: bool = False
+) -> list[NamedPattern]:
+    """All patterns that the SPECs name, checked against the target, `full` first; raises PatternError.
+
+    `retentions` asks every run's file for its nested patterns at these retentions instead of its last one.
+    """
+    found = [NamedPattern("full", target.start, "full")]
+    for spec in specs:
+        found += [_checked(named, target) for named in _resolve(spec.strip(), target, retentions, force)]
+    return _with_unique_names(found)
+
+
+def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
+    num_layers = len(target.start)
+    if spec == "full":
+        return [NamedPattern("full", target.start, "full")]
+    if spec.startswith("uniform:"):
+        retention = parse_retention(spec.removeprefix("uniform:"))
+        return [NamedPattern(f"uniform {retention}", Pattern.uniform(num_layers, retention), "uniform")]
+    if spec.startswith("published:"):
+        file = load_pattern_file(_published_path(spec.removeprefix("published:")))
+        return [_from_file(spec, file, file.pattern, target, force)]
+    if re.fullmatch(r"[A-Z]+|[fs]+", spec) and not Path(spec).exists():  # other letters: their position gets named
+        return [NamedPattern(spec.upper(), Pattern.parse(spec, num_layers), "letters")]
+    return _from_path(spec, target, retentions, force)
+
+
+def _published_path(name: str) -> Path:
+    path = published_patterns() / f"{name}.json"
+    if Path(name).name != name or not path.exists():
+        known = ", ".join(sorted(file.stem for file in published_patterns().glob("*.json")))
+        raise PatternError(f"no published pattern {name!r}: known are {known}")
+    return path
+
+
+def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
+    text, _, at = spec.partition("@") if not Path(spec).exists() else (spec, "", "")
+    path = Path(text) / "pattern.json" if Path(text).is_dir() else Path(text)
+    if not path.exists():
+        raise PatternError(f"unknown pattern {spec!r}: expected {EXPECTED}")
+    file = load_pattern_file(path)
+    label = f"{file.method} {path.parent.name}" if path.name == "pattern.json" else path.stem
+    wanted = [parse_retention(at)] if at else list(retentions)
+    if not wanted or not file.steps:
+        return [_from_file(label, file, file.pattern, target, force)]
+    return [_from_file(f"{label} @{r}", file, file.at_retention(r), target, force) for r in wanted]
+
+
+def _from_file(name: str, file: PatternFile, pattern: Pattern, target: Target, force: bool) -> NamedPattern:
+    """A pattern of a file, refused where it was made for another kind of model (unless forced)."""
+    model_type = file.model.get("model_type")
+    foreign = [
+        f"{what} {found}, this model has {here}"
+        for what, found, here in (
+            ("model type", model_type, target.model_type),
+            ("layers", len(pattern), len(target.start)),
+        )
+        if found is not None and found != here
+    ]
+    fits = len(pattern) == len(target.start)
+    if foreign and not (force and fits):
+        remedy = "use --force to evaluate it all the same" if fits else "it cannot be run here"
+        raise PatternError(f"pattern {name!r} belongs to another model ({'; '.join(foreign)}): {remedy}")
+    fingerprint = file.model.get("fingerprint")
+    other_weights = fingerprint is not None and fingerprint != target.fingerprint
+    in_sample = file.calibration.get("fingerprint") == target.calibration_fingerprint
+    return NamedPattern(name, pattern, file.method, in_sample, bool(foreign) or other_weights)
+
+
+def _checked(named: NamedPattern, target: Target) -> NamedPattern:
+    for layer in named.pattern.full_layers:
+        if not target.start.is_full(layer):
+            raise PatternError(
+                f"pattern {named.name!r} asks F of layer {layer}, which this checkpoint shares natively and which has "
+                "no indexer: write S there"
+            )
+    return named
+
+
+def _with_unique_names(found: list[NamedPattern]) -> list[NamedPattern]:
+    """Each pair of name and letters once; a name that stands for several patterns gets its letters added."""
+    unique = list(dict.fromkeys(found))
+    names = [named.name for named in unique]
+    return [
+        named
+        if names.count(named.name) == 1
+        else NamedPattern(f"{named.name} {named.pattern}", named.pattern, named.method, named.in_sample, named.foreign)
+        for named in unique
+    ]

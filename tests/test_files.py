@@ -1,0 +1,54 @@
+"""Whole files or none, what killed processes leave, and paths that no file can have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from icsearch.errors import ModelError
+from icsearch.files import remove_stale_temporaries, typed_path, write_atomically
+
+
+def test_text_of_a_path_that_is_no_utf8(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "report.html", f"run {os.fsdecode(b'caf' + bytes([0xFF]))} é")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == "run caf\\udcff é"
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_temporaries_of_dead_processes_are_swept(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    stale = [tmp_path / f".eval.json.{dead.pid}.tmp", tmp_path / ".report.html.9999999999.tmp"]
+    kept = [
+        tmp_path / f".eval.json.{os.getpid()}.tmp",
+        tmp_path / ".report.html.1.tmp",
+        tmp_path / ".eval.json.tmp",
+        tmp_path / f"eval.json.{dead.pid}.tmp",
+        tmp_path / ".x.0.tmp",
+    ]
+    for path in [*stale, *kept]:
+        path.write_text("")
+    (tmp_path / f".folder.{dead.pid}.tmp").mkdir()
+    assert remove_stale_temporaries(tmp_path) == sorted(stale)
+    assert all(path.exists() for path in kept)
+    assert remove_stale_temporaries(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("text", ["~nosuchuser/x", "x" * 300, "/tmp/" + "y" * 300, "nul\0byte"])
+def test_paths_that_can_name_no_file(text: str) -> None:
+    with pytest.raises(ModelError, match="cannot use the path .*: give another one") as caught:
+        typed_path(text, ModelError)
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 200
+
+
+def test_paths_that_may_exist_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert typed_path("~/x", ModelError) == tmp_path / "x"
+    assert typed_path(str(tmp_path), ModelError) == tmp_path
+    (tmp_path / "file").write_text("")
+    assert typed_path(str(tmp_path / "file" / "inside"), ModelError) == tmp_path / "file" / "inside"

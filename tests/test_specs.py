@@ -1,0 +1,108 @@
+"""SPECs: every form, and every refusal."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+
+from icsearch.errors import PatternError
+from icsearch.pattern import Pattern, PatternFile, Step
+from icsearch.specs import Target, resolve_specs
+
+TARGET = Target("glm_moe_dsa", "this", Pattern("FFFF"), "here")
+FILE = PatternFile(
+    Pattern("FSSF"),
+    (0, 1, 2, 3),
+    "greedy",
+    steps=(Step(1, 2, 2.5, 0.1, 0.01, "FFSF"), Step(2, 1, 2.75, 0.35, 0.02, "FSSF")),
+    model={"model_type": "glm_moe_dsa", "fingerprint": "this"},
+    calibration={"fingerprint": "there"},
+)
+
+
+def saved(path: Path, file: PatternFile = FILE) -> str:
+    path.mkdir(parents=True, exist_ok=True)
+    file.save(path / "pattern.json")
+    return str(path / "pattern.json")
+
+
+def letters(*specs: str, target: Target = TARGET, force: bool = False) -> list[str]:
+    return [named.pattern.letters for named in resolve_specs(specs, target, force=force)][1:]
+
+
+def test_every_form(tmp_path: Path) -> None:
+    path = saved(tmp_path / "run")
+    assert letters("uniform:1/2", "fssf", path, str(tmp_path / "run"), f"{path}@3/4") == [
+        "FSFS",
+        "FSSF",
+        "FSSF",
+        "FFSF",
+    ]
+    assert resolve_specs([], TARGET)[0].name == "full"
+    assert letters("full") == []  # it is always there
+
+
+def test_retentions_expand_every_run(tmp_path: Path) -> None:
+    found = resolve_specs([saved(tmp_path / "run")], TARGET, [Fraction(3, 4), Fraction(1, 2)])
+    assert [named.pattern.letters for named in found] == ["FFFF", "FFSF", "FSSF"]
+    assert found[1].name == "greedy run @3/4"
+
+
+def test_in_sample_is_noticed(tmp_path: Path) -> None:
+    path = saved(tmp_path / "run")
+    assert [named.in_sample for named in resolve_specs([path], TARGET)] == [False, False]
+    same = replace(TARGET, calibration_fingerprint="there")
+    assert [named.in_sample for named in resolve_specs([path], same)] == [False, True]
+
+
+def test_other_models_are_refused_unless_forced(tmp_path: Path) -> None:
+    path = saved(tmp_path / "run", replace(FILE, model={"model_type": "deepseek_v32"}))
+    with pytest.raises(PatternError, match="model type deepseek_v32, this model has glm_moe_dsa"):
+        letters(path)
+    (named,) = resolve_specs([path], TARGET, force=True)[1:]
+    assert named.foreign
+    with pytest.raises(PatternError, match="layers 78, this model has 4.*cannot be run here"):
+        letters("published:glm-5-1-4", force=True)
+
+
+def test_other_weights_are_labelled(tmp_path: Path) -> None:
+    path = saved(tmp_path / "run")
+    (named,) = resolve_specs([path], replace(TARGET, fingerprint="other"))[1:]
+    assert named.foreign
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("FSXF", "'X' at position 2"),
+        ("FSS", "3 letters, the model has 4"),
+        ("SFFF", "starts with S"),
+        ("uniform:2", "out of range"),
+        ("uniform:", "not a number"),
+        ("published:gpt", "known are glm-4.7-flash"),
+        ("published:../glm-5-1-4", "no published pattern"),
+        ("nowhere.json", "unknown pattern"),
+        ("", "unknown pattern"),
+    ],
+)
+def test_bad_specs(spec: str, words: str) -> None:
+    with pytest.raises(PatternError, match=words) as caught:
+        letters(spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_full_where_the_checkpoint_shares(tmp_path: Path) -> None:
+    native = replace(TARGET, start=Pattern("FFSF"))
+    with pytest.raises(PatternError, match="asks F of layer 2"):
+        letters("uniform:1/2", target=native)
+    assert letters("FSSF", target=native) == ["FSSF"]
+
+
+def test_same_name_twice_gets_its_letters(tmp_path: Path) -> None:
+    first = saved(tmp_path / "a" / "run")
+    second = saved(tmp_path / "b" / "run", replace(FILE, pattern=Pattern("FFSF"), steps=()))
+    names = [named.name for named in resolve_specs([first, second], TARGET)]
+    assert names == ["full", "greedy run FSSF", "greedy run FFSF"]
