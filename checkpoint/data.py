@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -92,7 +90,3 @@ class Packer:
             padded = (*answer.trail, *(answer.trail[-1],) * NUM_TAPS)[:NUM_TAPS]
             hops = tuple(self.first_token[word] for word in padded)
             tokens[inside[0]] = (tokens[inside[0]][0], True, hops, len(answer.trail))
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    tokenizer.save_pretrained(folder)

@@ -102,7 +102,11 @@ def main() -> None:
     print(f"all F {base.mean():.4f}")
     for layer, losses in held_out.flips(full).items():
         print(f"flip {layer:2d}  {delta(losses, base)}")
-    for name, pattern in (("all S", "F" + "S" * (layers - 1)), ("1/2", "FS" * (layers // 2)), ("1/4", "FSSS" * (layers // 4))):
+    for name, pattern in (
+        ("all S", "F" + "S" * (layers - 1)),
+        ("1/2", "FS" * (layers // 2)),
+        ("1/4", "FSSS" * (layers // 4)),
+    ):
         print(f"{name:6s} {pattern}  {delta(held_out.run(pattern)[0], base)}")
     search(model, tokenizer, held_out, arguments)
 
@@ -125,7 +129,8 @@ def search(model: nn.Module, tokenizer, held_out: Scorer, arguments: argparse.Na
         layer_module.self_attn.indexer.store = store
     base, _ = held_out.run("F" * len(pattern))
     for pattern, layer, cost, costs in path:
-        print(f"{pattern} {pattern.count('F'):2d} F, shared {layer:2d}  in {cost}  out {delta(held_out.run(pattern)[0], base)}")
+        out = delta(held_out.run(pattern)[0], base)
+        print(f"{pattern} {pattern.count('F'):2d} F, shared {layer:2d}  in {cost}  out {out}")
         print(f"    {costs}")
 
 

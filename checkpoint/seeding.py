@@ -1,9 +1,10 @@
 """The demo model and its starting weights.
 
-Recall does not appear by itself in so small a model within minutes of training, so the circuit that it needs is
-laid out at the start: heads that look one and two tokens back in layer 0 (a phase in the rotary part of their
-queries), and in each of the far-looking layers one head that asks for a word that the one before has found,
-compares it with "the word two back" of every token, and writes what it finds where the next such head will read. All of it is trained from there on.
+Recall does not appear by itself in so small a model within minutes of training, so the circuit that it needs
+is laid out at the start: heads that look one and two tokens back in layer 0 (a phase in the rotary part of
+their queries), and in each of the far-looking layers one head that asks for a word that the one before has
+found, compares it with "the word two back" of every token, and writes what it finds where the next such head
+will read. All of it is trained from there on.
 """
 
 from __future__ import annotations
@@ -17,35 +18,35 @@ CONSTANT = 47  # the query latent that never changes, for phases
 
 def build_model(far_layers: tuple[int, ...], seed: int, **changes) -> tuple[GlmMoeDsaForCausalLM, list[torch.Tensor]]:
     """A seeded `glm_moe_dsa` model in float32, and the maps that read its look-ups (see `seed_weights`)."""
-    settings = dict(
-        vocab_size=1024,
-        hidden_size=96,
-        intermediate_size=192,
-        moe_intermediate_size=64,
-        num_hidden_layers=16,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        n_shared_experts=1,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        routed_scaling_factor=1.0,
-        q_lora_rank=2 * HALF,
-        kv_lora_rank=2 * HALF,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=HALF,
-        v_head_dim=HALF,
-        first_k_dense_replace=8,
-        index_topk=16,
-        index_head_dim=24,
-        index_n_heads=2,
-        max_position_embeddings=2048,
-        initializer_range=0.05,
-        attention_bias=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=None,
-    )
+    settings = {
+        "vocab_size": 1024,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 64,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "n_shared_experts": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 1.0,
+        "q_lora_rank": 2 * HALF,
+        "kv_lora_rank": 2 * HALF,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": HALF,
+        "v_head_dim": HALF,
+        "first_k_dense_replace": 8,
+        "index_topk": 16,
+        "index_head_dim": 24,
+        "index_n_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.05,
+        "attention_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": None,
+    }
     torch.manual_seed(seed)
     model = GlmMoeDsaForCausalLM(GlmMoeDsaConfig(**{**settings, **changes})).float()
     return model, seed_weights(model, far_layers)

@@ -31,12 +31,12 @@ class Recipe:
     batch_size: int = 16
     far_layers: tuple[int, ...] = (1, 6, 11)
     windows: tuple[int, ...] = (8, 0, 4, 8, 4, 4, 0, 4, 8, 4, 4, 0, 4, 8, 4, 4)
-    far_head_windows: tuple[int, ...] = (0, 0, 4, 4)
-    index_topk: int = 16
+    far_head_windows: tuple[int, ...] = (0, 0, 0, 0)
+    index_topk: int = 8
     rope_theta: float = 100.0
-    dense_steps: int = 360
-    indexer_steps: int = 160
-    sparse_steps: int = 240
+    dense_steps: int = 500
+    indexer_steps: int = 200
+    sparse_steps: int = 350
     muon_lr: float = 0.01
     adam_lr: float = 2e-3
     indexer_lr: float = 0.02
@@ -54,7 +54,9 @@ class Trainer:
         self.recipe, self.layer_fn = recipe, layer_fn
         self.tokenizer = train_tokenizer()
         rope = {"rope_type": "default", "rope_theta": recipe.rope_theta}
-        self.model, readers = build_model(recipe.far_layers, recipe.seed, index_topk=recipe.index_topk, rope_parameters=rope)
+        self.model, readers = build_model(
+            recipe.far_layers, recipe.seed, index_topk=recipe.index_topk, rope_parameters=rope
+        )
         self.taps = nn.ModuleList(nn.Linear(96, 96, bias=False) for _ in recipe.far_layers)
         for tap, reader in zip(self.taps, readers, strict=False):
             tap.weight.data.copy_(reader)
@@ -132,12 +134,18 @@ class Trainer:
         with torch.autocast("cpu", torch.bfloat16):
             hidden, tapped, _ = self.forward(batch, mode)
             predicted = self.logits(hidden[:, :-1]).argmax(-1)
-            found = [(logits.argmax(-1) == target).float().mean().item() for logits, target in self.tap_logits(batch, tapped)]
+            found = [
+                (logits.argmax(-1) == target).float().mean().item() for logits, target in self.tap_logits(batch, tapped)
+            ]
         right, hops = predicted == batch.input_ids[:, 1:], batch.num_hops[:, 1:]
         copied = batch.answers[:, 1:] & (hops == 0)
         recall = [right[hops == count].float().mean().item() for count in range(1, NUM_TAPS + 1)]
         rounded = lambda values: [round(v, 3) for v in values]  # noqa: E731
-        return {"recall": rounded(recall), "copy": round(right[copied].float().mean().item(), 3), "taps": rounded(found)}
+        return {
+            "recall": rounded(recall),
+            "copy": round(right[copied].float().mean().item(), 3),
+            "taps": rounded(found),
+        }
 
     def note(self, **facts) -> None:
         facts = {k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}

@@ -138,7 +138,11 @@ def gathered_attention(query, key, value, chosen, seen, scaling: float) -> tuple
     batch, heads, length, _ = query.shape
     offset = torch.arange(batch * heads).view(batch, heads, 1, 1) * length
     rows = (chosen.unsqueeze(1) + offset).flatten()
-    pick = lambda x: F.embedding(rows, x.reshape(batch * heads * length, -1)).view(*offset.shape[:2], length, -1, x.shape[-1])  # noqa: E731
+
+    def pick(x: torch.Tensor) -> torch.Tensor:
+        picked = F.embedding(rows, x.reshape(batch * heads * length, -1))
+        return picked.view(batch, heads, length, -1, x.shape[-1])
+
     logits = (query.unsqueeze(3) * pick(key)).sum(-1).float() * scaling
     weights = logits.masked_fill(~seen.unsqueeze(1), float("-inf")).softmax(-1)
     return (weights.to(value.dtype).unsqueeze(-1) * pick(value)).sum(3), weights
@@ -170,7 +174,9 @@ def swiglu(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return mlp.down_proj(F.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
 
 
-def run_layer(layer: nn.Module, hidden, cos, sin, mode: str, windows: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+def run_layer(
+    layer: nn.Module, hidden, cos, sin, mode: str, windows: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One decoder layer: hidden states [B, T, hidden] and the KL of its indexer."""
     out, kl = attend(layer.self_attn, rms_norm(hidden, layer.input_layernorm), cos, sin, mode, windows)
     hidden = hidden + out
