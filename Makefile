@@ -41,7 +41,9 @@ results: $(STAMP)
 	$(BIN)/python benchmarks/stability.py $(R)/greedy $(R)/greedy-other-half
 
 checkpoint: $(STAMP)
-	$(BIN)/python checkpoint/train.py --out icsearch/demo
+	$(BIN)/python checkpoint/train.py --out runs/checkpoint/sparse
+	$(BIN)/python checkpoint/share.py --source runs/checkpoint/sparse --out runs/checkpoint/shared
+	$(BIN)/python checkpoint/share.py --source runs/checkpoint/shared --out icsearch/demo --steps 90 --reluctant-share 0.45
 
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

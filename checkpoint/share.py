@@ -24,14 +24,14 @@ from transformers import GlmMoeDsaForCausalLM
 
 INDEX_TOPK = 12
 STEPS = 150
-RELUCTANT = (8, 12, 13)  # local layers that share in one step of seven
+RELUCTANT = (8, 12, 13)  # local layers that share less often than the others
 RATES = Rates(0.004, 8e-4, 0.005)
 
 
 class SharingTrainer(Trainer):
     """A trainer whose forward follows a pattern drawn anew for every step."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    def __init__(self, recipe: Recipe, folder: Path, reluctant_share: float) -> None:
         super().__init__(recipe, twin.run_layer)
         trained = GlmMoeDsaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.load_state_dict(trained.state_dict())
@@ -40,11 +40,12 @@ class SharingTrainer(Trainer):
         self.model.config.index_topk = INDEX_TOPK
         self.history = json.loads((folder / "training.json").read_text())["history"]
         self.chance = random.Random(recipe.seed)
+        self.reluctant_share = reluctant_share
 
     def draw(self) -> list[bool]:
         """Which layers share in this step; one step in four is the unmodified model."""
         often = self.chance.uniform(0.3, 1.0) if self.chance.random() < 0.75 else 0.0
-        rarely = min(often, 0.15)
+        rarely = min(often, self.reluctant_share)
         keep = (0, *self.recipe.far_layers)
         return [
             index not in keep and self.chance.random() < (rarely if index in RELUCTANT else often)
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True, help="the checkpoint of train.py")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--reluctant-share", type=float, default=0.15, help="how often layers 8, 12, 13 share at most")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     earlier = json.loads((arguments.source / "training.json").read_text())
@@ -82,7 +84,7 @@ def main() -> None:
     recipe = Recipe(**values)
     torch.manual_seed(recipe.seed)
     started = time.time()
-    trainer = SharingTrainer(recipe, arguments.source)
+    trainer = SharingTrainer(recipe, arguments.source, arguments.reluctant_share)
     trainer.train("sharing", "sparse", arguments.steps, RATES)
     trainer.save(arguments.out, earlier["seconds"] + time.time() - started)
 

@@ -38,7 +38,7 @@ SeqLen = Annotated[
     int | None,
     typer.Option(min=2, help="Tokens per sequence.", show_default="4 x index_topk, at least 256"),
 ]
-NumSequences = Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="48")]
+NumSequences = Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="24")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice and order of calibration texts.")]
 Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")]
 QuietFlag = Annotated[bool, typer.Option("--quiet", help="No plan and no progress, only the result.")]

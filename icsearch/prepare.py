@@ -23,7 +23,7 @@ from icsearch import __version__, calibration, checkpoint, model, plan
 from icsearch.checkpoint import Checkpoint
 from icsearch.journal import JOURNAL_FORMAT, Event
 from icsearch.losses import HEAD_CHUNK_TOKENS
-from icsearch.memory import free_bytes
+from icsearch.memory import free_bytes, keep_freed_memory
 from icsearch.model import DsaModel, Layout
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
@@ -35,7 +35,7 @@ from icsearch.sweep import Batch, Sweeper, cut_batches
 
 REFERENCE_RETENTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 BATCH_TOKENS = 1024  # default tokens per layer call: small calls keep the reference indexer's tensors in cache
-DEFAULT_NUM_SEQUENCES = 48
+DEFAULT_NUM_SEQUENCES = 24
 MEMORY_SHARE = 0.8  # of what is free when the run starts
 
 
@@ -263,6 +263,7 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded
     """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError."""
     memory = plan_memory(request, inputs, options)
     torch.set_num_threads(options["threads"])
+    keep_freed_memory()
     make_deterministic(torch.device(options["device"]))
     dsa = model.load(
         inputs.source,
