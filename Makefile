@@ -33,12 +33,13 @@ results: $(STAMP)
 	$(BIN)/icsearch dp-baseline demo --calibration demo --retention 1/2 --out $(R)/dp-1-2
 	$(BIN)/icsearch dp-baseline demo --calibration demo --retention 1/4 --out $(R)/dp-1-4 --similarity $(R)/dp-1-2/similarity.npz
 	$(BIN)/icsearch dp-baseline demo --calibration demo --retention 1/8 --out $(R)/dp-1-8 --similarity $(R)/dp-1-2/similarity.npz
-	$(BIN)/icsearch eval demo --calibration demo:heldout --num-sequences 64 --tasks 40 --out $(R)/eval \
+	$(BIN)/icsearch eval demo --calibration demo:heldout --num-sequences 64 --tasks 20 --out $(R)/eval \
 	  --pattern uniform:1/2 --pattern uniform:1/4 --pattern uniform:1/8 \
 	  --pattern $(R)/greedy@1/2 --pattern $(R)/greedy@1/4 --pattern $(R)/greedy@1/8 \
 	  --pattern $(R)/staged@1/2 --pattern $(R)/staged@1/4 --pattern $(R)/staged@1/8 \
 	  --pattern $(R)/dp-1-2 --pattern $(R)/dp-1-4 --pattern $(R)/dp-1-8
 	$(BIN)/python benchmarks/stability.py $(R)/greedy $(R)/greedy-other-half
+	$(BIN)/python benchmarks/results_table.py $(R)/eval/eval.json
 
 checkpoint: $(STAMP)
 	$(BIN)/python checkpoint/train.py --out runs/checkpoint/sparse
