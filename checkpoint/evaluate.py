@@ -14,9 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
-from data import Packer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data import Packer
 
 
 class Slot(nn.Module):

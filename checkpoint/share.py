@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import GlmMoeDsaForCausalLM
+
 import twin
 from optim import Rates
-from torch.nn import functional
 from train import Recipe, Trainer
-from transformers import GlmMoeDsaForCausalLM
 
 INDEX_TOPK = 12
 STEPS = 150

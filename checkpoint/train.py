@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import GlmMoeDsaForCausalLM
+
 import twin
 from data import NO_TARGET, NUM_TAPS, Batch, Packer, train_tokenizer
 from optim import Rates, build_optimizers
 from seeding import build_model
-from torch import nn
-from transformers import GlmMoeDsaForCausalLM
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

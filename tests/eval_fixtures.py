@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from run_fixtures import MadeUpRun, events, nll_sums
-
 from icsearch.cosine_dp import Solutions, solve
 from icsearch.evaluation import EvalRecord
 from icsearch.journal import Event
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
+from run_fixtures import MadeUpRun, events, nll_sums
 
 TASKS = ("key_value", "variable_tracking", "needle")
 TOKENS = 2047

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import icsearch
+import tiny
 from icsearch.errors import ModelError, PatternError
 from icsearch.model import DsaModel, quiet_transformers
 from icsearch.pattern import Pattern

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from icsearch import cli
 
 CSV = Path("curve.csv")

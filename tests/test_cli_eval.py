@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-from test_cli import refused, run
 
+import tiny
 from icsearch.cosine_dp import solve
 from icsearch.pattern import Pattern, PatternFile
+from test_cli import refused, run
 
 
 def baseline(model: Path, tokens: Path, out: Path, *more: object) -> list[object]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, SIZES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +17,7 @@ from icsearch.cost import GLM_FLASH_DSA, Breakdown, ModelShape, Rates, Widths, W
 from icsearch.errors import ModelError, PatternError
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
+from tiny import FAMILIES, SIZES
 
 # Sizes that no two formulas confuse: all different primes, but for small counts.
 SMALL = ModelShape(

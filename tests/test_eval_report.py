@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eval_fixtures import MadeUpEval, dp_events, dp_record, made_up_document, triangles
-from run_fixtures import MadeUpRun, write_run
-from test_report import HOSTILE, Page, console_messages, needs_browser
 
+from eval_fixtures import MadeUpEval, dp_events, dp_record, made_up_document, triangles
 from icsearch.errors import IcsearchError
 from icsearch.journal import Journal
 from icsearch.pattern import Pattern
@@ -44,6 +42,8 @@ from icsearch.report.scatter import is_nested_run, scatter_picture, styles
 from icsearch.report.strips import strips_picture
 from icsearch.report.triangle import triangle_picture
 from icsearch.statistics import Difference
+from run_fixtures import MadeUpRun, write_run
+from test_report import HOSTILE, Page, console_messages, needs_browser
 
 BARE = MadeUpEval(tasks=False, overlap=False, savings=False, in_sample=(), foreign=())
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_sweep import random_batches
 
 from icsearch import model
 from icsearch.checkpoint import open_checkpoint
@@ -23,6 +22,7 @@ from icsearch.pattern import Pattern
 from icsearch.slot import SelectionStore
 from icsearch.statistics import Difference
 from icsearch.sweep import Sweeper, naive_nll
+from test_sweep import random_batches
 
 PATTERNS = ["FFFFFF", "FSFSFS", "FSSFSS", "FFSSFS", "FSSSSS"]
 TOPK = 8

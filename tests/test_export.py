@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from run_fixtures import MadeUpRun, write_run
 
 from icsearch.errors import PatternError
 from icsearch.export import (
@@ -26,6 +25,7 @@ from icsearch.export import (
     stages_on_shared,
 )
 from icsearch.pattern import Pattern, PatternFile
+from run_fixtures import MadeUpRun, write_run
 
 LETTERS = "FSFFSSFSSSSFFSSS"
 patterns = st.text("FS", max_size=20).map(lambda tail: "F" + tail)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, save_checkpoint
 
 from icsearch import measure as module
 from icsearch.checkpoint import open_checkpoint
@@ -16,6 +15,7 @@ from icsearch.errors import ModelError, OutOfMemoryError
 from icsearch.measure import Spread, Timing, measure
 from icsearch.model import DsaModel, load
 from icsearch.pattern import Pattern
+from tiny import FAMILIES, save_checkpoint
 
 FULL, SHARED, MIXED = Pattern("FFFFFF"), Pattern("FSSSSS"), Pattern("FSFSFS")
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import tiny
 from icsearch import model
 from icsearch.checkpoint import fingerprint, open_checkpoint
 from icsearch.errors import ModelError

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_search import START, MadeUp, exact
 
 from icsearch.journal import Journal
 from icsearch.progress import Live, Plain, Quiet, RunClock, make_listener
 from icsearch.record import RunRecord
 from icsearch.report import numbers
 from icsearch.search import Scoring, Search
+from test_search import START, MadeUp, exact
 
 
 def shown(path: Path, kind: type[Plain], terminal: bool) -> str:

@@ -15,7 +15,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from run_fixtures import MadeUpRun, events, write_run
 
 from icsearch.errors import JournalError
 from icsearch.journal import Journal
@@ -37,6 +36,7 @@ from icsearch.report.heatmap import heat_picture, step_rows
 from icsearch.report.page import minus, render_page, strip_rows
 from icsearch.report.scales import Axis, CostScale, cost_scale, nice_step, tick_label
 from icsearch.report.view import RunView, headline, kink_sentence
+from run_fixtures import MadeUpRun, events, write_run
 
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=\"alert('&')\">"
 

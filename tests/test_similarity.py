@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sweep import random_batches
 
 from icsearch import model
 from icsearch.checkpoint import open_checkpoint
@@ -15,6 +14,7 @@ from icsearch.pattern import Pattern
 from icsearch.similarity import SimilaritySweep, direct_similarity, smallest_index_type
 from icsearch.slot import SelectionStore
 from icsearch.sweep import Sweeper
+from test_sweep import random_batches
 
 TOPK = 8
 

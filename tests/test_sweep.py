@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
 
+import tiny
 from icsearch import model
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError, NonFiniteLossError, OutOfMemoryError

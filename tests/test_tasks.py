@@ -7,12 +7,12 @@ from collections import Counter
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import icsearch
+import tiny
 from icsearch import corpus, tasks
 from icsearch.model import quiet_transformers
 from icsearch.resources import demo_checkpoint
