@@ -26,6 +26,10 @@ lint: $(STAMP)
 
 # Every figure of the README's results, on the demo checkpoint: searched on one set of texts, measured on another.
 R := runs/results
+FLIPS := FSFFFFFFFFFFFFFF FFSFFFFFFFFFFFFF FFFSFFFFFFFFFFFF FFFFSFFFFFFFFFFF FFFFFSFFFFFFFFFF \
+  FFFFFFSFFFFFFFFF FFFFFFFSFFFFFFFF FFFFFFFFSFFFFFFF FFFFFFFFFSFFFFFF FFFFFFFFFFSFFFFF \
+  FFFFFFFFFFFSFFFF FFFFFFFFFFFFSFFF FFFFFFFFFFFFFSFF FFFFFFFFFFFFFFSF FFFFFFFFFFFFFFFS \
+  FSSSSSSSSSSSSSSS
 results: $(STAMP)
 	$(BIN)/icsearch greedy demo --calibration demo --retention 1/8 --out $(R)/greedy
 	$(BIN)/icsearch greedy demo --calibration demo --retention 1/8 --stages 2 --out $(R)/staged
@@ -38,6 +42,8 @@ results: $(STAMP)
 	  --pattern $(R)/greedy@1/2 --pattern $(R)/greedy@1/4 --pattern $(R)/greedy@1/8 \
 	  --pattern $(R)/staged@1/2 --pattern $(R)/staged@1/4 --pattern $(R)/staged@1/8 \
 	  --pattern $(R)/dp-1-2 --pattern $(R)/dp-1-4 --pattern $(R)/dp-1-8
+	$(BIN)/icsearch eval demo --calibration demo:heldout --num-sequences 64 --out $(R)/flips \
+	  $(foreach i,$(FLIPS),--pattern $(i)) --pattern $(R)/greedy@5/16 --pattern $(R)/greedy@6/16
 	$(BIN)/python benchmarks/stability.py $(R)/greedy $(R)/greedy-other-half
 	$(BIN)/python benchmarks/results_table.py $(R)/eval/eval.json
 

@@ -82,11 +82,19 @@ def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force:
     if not path.exists():
         raise PatternError(f"unknown pattern {spec!r}: expected {EXPECTED}")
     file = load_pattern_file(path)
-    label = f"{file.method} {path.parent.name}" if path.name == "pattern.json" else path.stem
+    label = _label(path, file.method)
     wanted = [parse_retention(at)] if at else list(retentions)
     if not wanted or not file.steps:
         return [_from_file(label, file, file.pattern, target, force)]
     return [_from_file(f"{label} @{r}", file, file.at_retention(r), target, force) for r in wanted]
+
+
+def _label(path: Path, method: str) -> str:
+    """A run is called by its method and its folder, other files by their name."""
+    if path.name != "pattern.json":
+        return path.stem
+    folder = path.resolve().parent.name
+    return folder if folder.startswith(method) else f"{method} {folder}"
 
 
 def _from_file(name: str, file: PatternFile, pattern: Pattern, target: Target, force: bool) -> NamedPattern:

@@ -109,14 +109,14 @@ def test_eval_writes_the_contract(
     assert set(rows) == {
         "full",
         "uniform 1/2",
-        "greedy greedy",
-        "dp-baseline dp-baseline",
-        "greedy greedy @5/6",
+        "greedy",
+        "dp-baseline",
+        "greedy @5/6",
         "FSSSSS",
     }
     searched_loss = json.loads((searched / "greedy" / "pattern.json").read_text())["loss"]
-    assert rows["greedy greedy"]["loss"] == searched_loss  # the same batches: the same bits
-    assert rows["greedy greedy"]["in_sample"]
+    assert rows["greedy"]["loss"] == searched_loss  # the same batches: the same bits
+    assert rows["greedy"]["in_sample"]
     assert not rows["uniform 1/2"]["in_sample"]
     assert {task["kind"] for task in rows["full"]["tasks"]} == {"recall", "chains", "needles"}
     assert "in-sample" in out
