@@ -98,6 +98,12 @@ class PatternRequest(RunRequest):
                 raise PatternError(f"--keep-full names layer {layer}, which the checkpoint itself shares: leave it out")
         if not 1 <= self.stages <= total:
             raise PatternError(f"--stages {self.stages} is out of range: give 1 to {total} for {total} DSA layers")
+        blocks = split_stages(total, self.stages)
+        if len(blocks) != self.stages:
+            raise PatternError(
+                f"--stages {self.stages} cuts {total} DSA layers into {len(blocks)} blocks of {len(blocks[0])}: "
+                f"give --stages {len(blocks)}, or a number that divides them better"
+            )
 
     def _wanted_flips(self, start: Pattern) -> int:
         if self.num_shared is not None:

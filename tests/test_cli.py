@@ -192,6 +192,7 @@ BAD_REQUESTS: dict[str, tuple[list[object], str]] = {
     "keep-full negative": (["--keep-full=-1"], "'-1'"),
     "no stages": (["--stages", 0], "give 1 to 6"),
     "too many stages": (["--stages", 7], "give 1 to 6"),
+    "stages that do not come out": (["--stages", 4], "give --stages 3"),
     "unknown objective": (["--objective", "vibes"], "give lm-loss"),
     "unknown strategy": (["--strategy", "guess"], "give exact"),
     "unknown device": (["--device", "abacus"], "give auto, cpu, cuda"),

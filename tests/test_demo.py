@@ -11,7 +11,11 @@ import torch
 
 from icsearch import calibration, model
 from icsearch.checkpoint import open_checkpoint
-from icsearch.pattern import Pattern
+from icsearch.greedy import greedy
+from icsearch.pattern import Pattern, load_pattern_file
+from icsearch.progress import Quiet
+from icsearch.requests import CalibrationRequest, GreedyRequest
+from icsearch.resources import published_patterns
 from icsearch.sources import parse_source
 from icsearch.statistics import mean_loss, paired_difference
 from icsearch.sweep import Sweeper, cut_batches
@@ -92,3 +96,13 @@ def test_what_the_readme_says_holds_on_held_out_texts() -> None:
         dropped = held_out_losses([found, found.flip(layer)], "demo:heldout", 16)
         price = paired_difference(dropped[str(found.flip(layer))], dropped[str(found)], tokens)
         assert price.delta > 4 * price.std_err, layer
+
+
+@pytest.mark.slow
+def test_the_whole_search_finds_the_stored_pattern(tmp_path: Path) -> None:
+    """`icsearch greedy demo --calibration demo --retention 1/4`, against patterns/demo-greedy.json."""
+    stored = load_pattern_file(published_patterns() / "demo-greedy.json")
+    request = GreedyRequest(CalibrationRequest("demo", "demo"), out=tmp_path / "run", threads=1)
+    record = greedy(request, Quiet())
+    assert record.pattern == stored.at_retention(Fraction(1, 4))
+    assert record.loss(record.pattern.letters) == pytest.approx(stored.steps[11].loss, rel=1e-4)
