@@ -11,6 +11,10 @@ __all__ = ["__version__", "apply_pattern", "load", "restore"]
 __version__ = "0.1.0"
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     """The public functions, imported when first asked for: `import icsearch` alone loads no torch."""
     if name in __all__:

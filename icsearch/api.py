@@ -15,6 +15,7 @@ from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import PatternError
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, put_slot, take_slot
+from icsearch.specs import pattern_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,9 +45,11 @@ def load(
 def apply_pattern(model: Model, pattern: str | Pattern) -> Model:
     """Make a loaded transformers model follow the pattern, in place; returns the model.
 
-    One letter per DSA layer, layer 0 first. A pattern that was applied before is replaced. Run one forward at a time
-    on a patched model. A KV cache holds no indexer keys of S layers, so continue it only under the pattern that
-    filled it. Saving writes the checkpoint as it was: a pattern travels as a pattern.json.
+    `pattern` is a Pattern, its letters (one per DSA layer, layer 0 first), or any SPEC of the command line: a
+    pattern.json, a RUN, ``RUN@1/2``, ``uniform:1/4``, ``published:NAME``. A pattern that was applied before is
+    replaced. Run one forward at a time on a patched model. A KV cache holds no indexer keys of S layers, so continue
+    it only under the pattern that filled it. Saving writes the checkpoint as it was: a pattern travels as a
+    pattern.json.
 
     Raises PatternError, and leaves the model alone, where the pattern has another length, asks F of a layer that the
     checkpoint itself shares, or the model has no indexers.
@@ -88,7 +91,8 @@ def _start_pattern(owners: list[nn.Module]) -> Pattern:
 
 def _fit(pattern: str | Pattern, start: Pattern) -> Pattern:
     """The pattern, checked against the unmodified model's; raises PatternError."""
-    fitting = Pattern.parse(str(pattern), len(start))
+    letters = isinstance(pattern, Pattern) or not set(pattern) - set("FfSs")
+    fitting = Pattern.parse(str(pattern), len(start)) if letters else pattern_of(str(pattern), start)
     refused = [layer for layer in start.shared_layers if fitting.is_full(layer)]
     if refused:
         raise PatternError(

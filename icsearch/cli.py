@@ -314,7 +314,7 @@ def evaluate(
 
 @app.command()
 def export(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A pattern.json.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A pattern.json, or a RUN directory.")],
     engine: Annotated[str, typer.Option(help="transformers, vllm or sglang.")],
     retention: Annotated[
         str | None, typer.Option(help="Take the run's pattern at this retention instead of its last.")
@@ -324,7 +324,8 @@ def export(
     from icsearch.export import export as export_pattern
     from icsearch.pattern import load_pattern_file, parse_retention
 
-    result = export_pattern(load_pattern_file(file), engine, parse_retention(retention) if retention else None)
+    path = file / "pattern.json" if file.is_dir() else file
+    result = export_pattern(load_pattern_file(path), engine, parse_retention(retention) if retention else None)
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(result.text)

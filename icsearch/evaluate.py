@@ -32,6 +32,8 @@ from icsearch.specs import NamedPattern, Target, resolve_specs
 
 # Writes an event to the journal and lets the record take it in.
 Append = Callable[[Event], None]
+# The tasks with an answer, by kind.
+Questions = dict[str, list[tasks.Task]]
 # Writes the results of an evaluation into its directory, given the content of eval.json.
 Publish = Callable[[Path, dict[str, Any]], object]
 
@@ -44,6 +46,7 @@ def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda
     with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
         record = EvalRecord.replay(here.existing)
         if not record.finished:
+            questions = _questions(request, here.inputs)  # before anything heavy: they may not fit the length
             loaded = load(request, here.inputs, here.start["options"])
             record = EvalRecord.replay(here.run.open(here.start, here.existing))
 
@@ -51,7 +54,7 @@ def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda
                 here.run.journal.append(event)
                 record.apply(event)
 
-            _measure(request, here.inputs, loaded, record, append, listener)
+            _measure(request, here.inputs, loaded, questions, record, append, listener)
         document = save_eval(request.out / "eval.json", record)
         publish(request.out, document)
         return document
@@ -94,7 +97,13 @@ def task_length(request: EvalRequest, inputs: Inputs) -> int:
 
 
 def _measure(
-    request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRecord, append: Append, listener: Progress
+    request: EvalRequest,
+    inputs: Inputs,
+    loaded: Loaded,
+    questions: Questions,
+    record: EvalRecord,
+    append: Append,
+    listener: Progress,
 ) -> None:
     """Whatever the record does not hold yet: the batches, the tasks, the cost."""
     layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
@@ -103,7 +112,7 @@ def _measure(
     listener.planned(plan.model_rows(record.start), total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
     Evaluation(loaded.dsa, loaded.batches, record, append, listener.layer_done).run(patterns, per_sweep)
-    _run_tasks(request, inputs, loaded.dsa, patterns, record, append, listener)
+    _run_tasks(questions, loaded.dsa, patterns, record, append, listener)
     for name, compute in _extras(request, inputs, loaded, record).items():
         if name not in record.extras:
             listener.info(f"{name.replace('_', ' ')} ...")
@@ -111,9 +120,20 @@ def _measure(
     append({"event": "finish"})
 
 
+def _questions(request: EvalRequest, inputs: Inputs) -> Questions:
+    """The tasks of each kind; none where none were asked for. Raises TaskError."""
+    if not request.tasks:
+        return {}
+    tokenizer = model.load_tokenizer(inputs.source, request.calibration.trust_remote_code)
+    length = task_length(request, inputs)
+    return {
+        kind: tasks.make_tasks(tokenizer, kind, length_tokens=length, count=request.tasks, seed=TASK_SEED)
+        for kind in tasks.KINDS
+    }
+
+
 def _run_tasks(
-    request: EvalRequest,
-    inputs: Inputs,
+    questions: Questions,
     dsa: DsaModel,
     patterns: Sequence[Pattern],
     record: EvalRecord,
@@ -121,16 +141,11 @@ def _run_tasks(
     listener: Progress,
 ) -> None:
     """Tasks with an answer, for each pattern and kind that is missing."""
-    if not request.tasks:
-        return
-    tokenizer = model.load_tokenizer(inputs.source, request.calibration.trust_remote_code)
-    length = task_length(request, inputs)
-    for kind in tasks.KINDS:
-        asked = tasks.make_tasks(tokenizer, kind, length_tokens=length, count=request.tasks, seed=TASK_SEED)
+    for kind, asked in questions.items():
         for pattern in patterns:
             if (pattern.letters, kind) in record.tasks:
                 continue
-            listener.info(f"task {kind}, {request.tasks} questions of {length} tokens: {pattern}")
+            listener.info(f"task {kind}, {len(asked)} questions of {len(asked[0].prompt)} tokens: {pattern}")
             with dsa.running(pattern):
                 forced = tasks.teacher_forced_hits(dsa.model, asked)
                 generated = tasks.generated_hits(dsa.model, asked)

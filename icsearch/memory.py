@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from pathlib import Path
 
 import psutil
@@ -12,8 +10,6 @@ import torch
 from icsearch.errors import OutOfMemoryError
 
 _CGROUP = Path("/sys/fs/cgroup")
-# mallopt: M_MMAP_THRESHOLD (32 MiB is the most it takes), M_TRIM_THRESHOLD, M_TOP_PAD.
-_MALLOC_OPTIONS = ((-3, 32 << 20), (-1, (1 << 31) - 1), (-2, 256 << 20))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -23,18 +19,6 @@ def free_bytes(device: torch.device) -> int:
     available = int(psutil.virtual_memory().available)
     allowed = _cgroup_allowance()
     return available if allowed is None else min(available, allowed)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what layer calls free, instead of handing it back and faulting it in again at every call.
-
-    Halves the time of small models on CPU (`benchmarks/allocator.py`); changes no bit. A no-op elsewhere.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    for option, size in _MALLOC_OPTIONS:
-        libc.mallopt(option, size)
 
 
 def _cgroup_allowance() -> int | None:

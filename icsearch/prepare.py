@@ -23,7 +23,7 @@ from icsearch import __version__, calibration, checkpoint, model, plan
 from icsearch.checkpoint import Checkpoint
 from icsearch.journal import JOURNAL_FORMAT, Event
 from icsearch.losses import HEAD_CHUNK_TOKENS
-from icsearch.memory import free_bytes, keep_freed_memory
+from icsearch.memory import free_bytes
 from icsearch.model import DsaModel, Layout
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
@@ -263,7 +263,6 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded
     """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError."""
     memory = plan_memory(request, inputs, options)
     torch.set_num_threads(options["threads"])
-    keep_freed_memory()
     make_deterministic(torch.device(options["device"]))
     dsa = model.load(
         inputs.source,

@@ -126,11 +126,11 @@ class RunClock:
         self._measured += layer_sequences
 
     def remaining(self) -> str:
-        """Such as `at most 1:23 left`."""
+        """Such as `about 1 min 23 s left`."""
         if self._started is None or not self._measured:
             return "time left unknown"
         rate = (time.monotonic() - self._started) / self._measured
-        return f"at most {numbers.duration(rate * max(self.total - self.done, 0))} left"
+        return f"about {numbers.duration(rate * max(self.total - self.done, 0))} left"
 
 
 def make_listener(quiet: bool) -> Quiet:

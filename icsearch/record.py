@@ -374,4 +374,11 @@ def load_run(directory: Path) -> RunRecord:
     journal = Journal(directory / JOURNAL_NAME)
     if not journal.exists():
         raise JournalError(f"{directory} holds no {JOURNAL_NAME}: expected the RUN directory of icsearch greedy")
-    return RunRecord.replay(journal.events())
+    events = journal.events()
+    options = events[0].get("options")
+    if isinstance(options, dict) and options.get("method") == "eval":
+        raise JournalError(f"{directory} holds an evaluation that is not finished: repeat its command to finish it")
+    try:
+        return RunRecord.replay(events)
+    except JournalError as error:
+        raise JournalError(f"{directory}: {error}") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from icsearch.errors import IcsearchError, PatternError
 from icsearch.jsonfile import shown
 from icsearch.pattern import Pattern, num_full, parse_retention
+from icsearch.specs import Target, resolve_specs
 from icsearch.strategies import split_stages
 
 OBJECTIVES = ("lm-loss",)
@@ -152,6 +153,9 @@ class EvalRequest(RunRequest):
     contexts: tuple[int, ...] = ()
     measure: tuple[int, ...] = ()
     lm_eval: tuple[str, ...] = ()
+
+    def check(self, start: Pattern) -> None:
+        resolve_specs(self.patterns, Target("", "", start, ""), self.retentions, force=True)
 
 
 def parse_share(retention: str | None) -> Fraction | None:

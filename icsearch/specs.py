@@ -12,7 +12,7 @@ from icsearch.errors import PatternError
 from icsearch.pattern import Pattern, PatternFile, load_pattern_file, parse_retention
 from icsearch.resources import published_patterns
 
-EXPECTED = "full, uniform:1/4, published:NAME, a pattern.json (FILE@1/2: a run's at another retention), or letters"
+EXPECTED = "full, uniform:1/4, published:NAME, a pattern.json or RUN (RUN@1/2: at that retention), or letters"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ def resolve_specs(
     return _with_unique_names(found)
 
 
+def pattern_of(spec: str, start: Pattern) -> Pattern:
+    """The pattern that a SPEC names, for a model of this start pattern; whose pattern it is does not matter here."""
+    return resolve_specs([spec], Target("", "", start, ""), force=True)[-1].pattern
+
+
 def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
     num_layers = len(target.start)
     if spec == "full":
@@ -86,7 +91,11 @@ def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force:
     wanted = [parse_retention(at)] if at else list(retentions)
     if not wanted or not file.steps:
         return [_from_file(label, file, file.pattern, target, force)]
-    return [_from_file(f"{label} @{r}", file, file.at_retention(r), target, force) for r in wanted]
+    try:
+        nested = [(r, file.at_retention(r)) for r in wanted]
+    except PatternError as error:
+        raise PatternError(f"{spec}: {error}") from None
+    return [_from_file(f"{label} @{r}", file, pattern, target, force) for r, pattern in nested]
 
 
 def _label(path: Path, method: str) -> str:

@@ -173,7 +173,7 @@ class _Maker:
                 return task
         raise TaskError(
             f"no {self.kind} task of {self.length} tokens came out of {MAX_REFUSED} documents (the shortest takes "
-            f"{shortest} tokens): give a greater length, or a tokenizer that keeps words apart"
+            f"{shortest} tokens): give a greater length (--task-length), or a tokenizer that keeps words apart"
         )
 
     def _questions(self, document_kind: str, hops: int) -> Iterator[_Question]:

@@ -17,7 +17,7 @@ import icsearch
 import tiny
 from icsearch.errors import ModelError, PatternError
 from icsearch.model import DsaModel, quiet_transformers
-from icsearch.pattern import Pattern
+from icsearch.pattern import Pattern, PatternFile
 from icsearch.slot import IndexerSlot
 
 quiet_transformers()
@@ -305,3 +305,17 @@ def test_importing_the_package_loads_no_torch() -> None:
     assert done.stdout.strip() == "False ['__version__', 'apply_pattern', 'load', 'restore']"
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         icsearch.nonsense  # noqa: B018
+
+
+def test_specs_of_the_command_line_are_patterns_too(glm_checkpoint: Path, tmp_path: Path) -> None:
+    PatternFile(Pattern("FSSFSF"), tuple(range(6)), "greedy").save(tmp_path / "pattern.json")
+    for spec, letters in ((str(tmp_path), "FSSFSF"), ("uniform:1/2", "FSFSFS"), ("full", "FFFFFF")):
+        model = icsearch.load(str(glm_checkpoint), spec)
+        (store,) = {id(slot.store): slot.store for slot in model.modules() if hasattr(slot, "store")}.values()
+        assert store.pattern.letters == letters
+    with pytest.raises(PatternError, match="unknown pattern 'runs/nowhere'"):
+        icsearch.load(str(glm_checkpoint), "runs/nowhere")
+
+
+def test_public_names_are_listed() -> None:
+    assert {"load", "apply_pattern", "restore"} <= set(dir(icsearch))

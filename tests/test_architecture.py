@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"calibration", "corpus", "errors", "statistics"},
     "lm_eval_bridge": {"errors", "model", "pattern"},
     "strategies": {"pattern"},
-    "requests": {"errors", "jsonfile", "pattern", "strategies"},
+    "requests": {"errors", "jsonfile", "pattern", "specs", "strategies"},
     "plan": {"errors", "pattern", "strategies"},
     "rundir": {"errors", "files", "journal", "record"},
     "search": {"errors", "journal", "pattern", "record", "strategies"},
@@ -65,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
         "", "baseline", "errors", "evaluate", "export", "greedy", "model", "pattern", "plan", "prepare", "progress",
         "report", "requests", "search",
     },
-    "api": {"checkpoint", "errors", "model", "pattern", "slot"},
+    "api": {"checkpoint", "errors", "model", "pattern", "slot", "specs"},
     "__init__": {"api"},
     "__main__": {"cli"},
 }  # fmt: skip

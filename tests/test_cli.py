@@ -394,6 +394,7 @@ def test_export_and_report(capsys: pytest.CaptureFixture[str], finished: Path, t
     status, out, _ = run(capsys, "export", finished / "pattern.json", "--engine", "vllm")
     assert status == 0
     assert document["pattern"] in out
+    assert run(capsys, "export", finished, "--engine", "vllm")[1] == out  # a RUN will do
     status, out, _ = run(capsys, "export", finished / "pattern.json", "--engine", "vllm", "--retention", "5/6")
     assert document["steps"][0]["pattern"] in out
     page = tmp_path / "page.html"

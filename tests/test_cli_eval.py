@@ -196,3 +196,22 @@ def test_measure_and_contexts(
     assert [row["context"] for row in costs["rows"]] == [4000]
     assert costs["rows"][0]["removed_share"] == pytest.approx(5 / 6)
     assert {timing["length"] for timing in document["measured"]} == {16}
+
+
+def test_tasks_that_do_not_fit_are_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    arguments = evaluation(glm_checkpoint, tokens, tmp_path / "eval", "FSSSSS")
+    assert "--task-length" in refused(capsys, *arguments, "--tasks", 1)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_report_on_an_unfinished_evaluation(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "eval"
+    assert run(capsys, *evaluation(glm_checkpoint, tokens, out, "FSSSSS"))[0] == 0
+    (out / "eval.json").unlink()
+    line = refused(capsys, "report", out, "--out", tmp_path / "page.html")
+    assert "an evaluation that is not finished" in line
+    assert str(out) in line

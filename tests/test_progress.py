@@ -60,4 +60,4 @@ def test_remaining_time_is_unknown_until_something_was_measured() -> None:
     assert clock.remaining() == "time left unknown"
     clock.start_step(1, 10)
     clock.advance(10)
-    assert clock.remaining() == f"at most {numbers.duration(0)} left"
+    assert clock.remaining() == f"about {numbers.duration(0)} left"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,8 +163,15 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
         references=_references(record, points),
         cells=cells,
         ties=_ties(record),
-        kink=find_kink([float(p.shared) for p in points], [p.difference.delta for p in points]),
+        kink=_kink(points),
     )
+
+
+def _kink(points: Sequence[Point]) -> Kink | None:
+    """The curve's kink; none where its end is not above the baseline by more than two standard errors."""
+    if not points or not points[-1].difference.delta > 2 * points[-1].difference.std_err:
+        return None
+    return find_kink([float(p.shared) for p in points], [p.difference.delta for p in points])
 
 
 def _points(record: RunRecord) -> tuple[Point, ...]:
