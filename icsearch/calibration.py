@@ -83,6 +83,11 @@ class Calibration:
             digest.update(b"mask" + np.ascontiguousarray(self.loss_mask).tobytes())
         return digest.hexdigest()
 
+    def sequence_digests(self) -> list[str]:
+        """A short digest of each sequence's tokens: by these, batches that share sequences know each other."""
+        rows = np.ascontiguousarray(self.input_ids, dtype="<i8")
+        return [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in rows]
+
     def counted(self) -> NDArray[np.bool_]:
         """Which predictions count, bool [sequences, length]; never that of position 0."""
         counted = np.ones(self.input_ids.shape, dtype=np.bool_) if self.loss_mask is None else self.loss_mask.copy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from icsearch import cost, model, plan, tasks
+from icsearch.errors import IcsearchError
 from icsearch.evaluation import EvalRecord, save_eval
 from icsearch.journal import Event
 from icsearch.lm_eval_bridge import lm_eval_results
@@ -39,6 +41,7 @@ Publish = Callable[[Path, dict[str, Any]], object]
 
 DEFAULT_CONTEXTS = (10_000, 60_000, 120_000, 200_000)  # the lengths of the paper's table
 TASK_SEED = 0
+ROOM_TO_WRITE = 16  # tokens decoded behind a prompt
 
 
 def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda out, document: None) -> dict[str, Any]:
@@ -46,7 +49,8 @@ def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda
     with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
         record = EvalRecord.replay(here.existing)
         if not record.finished:
-            questions = _questions(request, here.inputs)  # before anything heavy: they may not fit the length
+            _check_extras(request, here.inputs)  # all that can be refused is, before anything heavy
+            questions = _questions(request, here.inputs)
             loaded = load(request, here.inputs, here.start["options"])
             record = EvalRecord.replay(here.run.open(here.start, here.existing))
 
@@ -72,12 +76,16 @@ def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event
         choosing_queries=batches.seq_len - layout.index_topk,
     )
     target = Target(
-        layout.model_type, start["model"]["fingerprint"], layout.start_pattern, start["calibration"]["fingerprint"]
+        layout.model_type,
+        start["model"]["fingerprint"],
+        layout.start_pattern,
+        start["calibration"]["fingerprint"],
+        frozenset(start["calibration"]["sequences"]),
     )
     named = resolve_specs(request.patterns, target, request.retentions, request.force)
     start["patterns"] = [_describe(one) for one in named]
     start["options"] |= {
-        "patterns": [[one.name, one.pattern.letters] for one in named],
+        "patterns": [list(_describe(one).values()) for one in named],
         "tasks": request.tasks,
         "task_length": task_length(request, inputs) if request.tasks else None,
         "contexts": list(request.contexts),
@@ -118,6 +126,20 @@ def _measure(
             listener.info(f"{name.replace('_', ' ')} ...")
             append({"event": "extra", "name": name, "value": compute()})
     append({"event": "finish"})
+
+
+def _check_extras(request: EvalRequest, inputs: Inputs) -> None:
+    """Refuse what would fail only behind hours of measuring; raises IcsearchError."""
+    cost.ModelShape.from_config(inputs.source.config, dsa_layers=len(inputs.layout.layer_indices))
+    limit = inputs.layout.max_positions
+    longest = max([0, *request.measure, task_length(request, inputs) if request.tasks else 0]) + ROOM_TO_WRITE
+    if (request.measure or request.tasks) and longest > limit:
+        raise IcsearchError(
+            f"--measure and tasks need up to {longest} positions with what is written behind a prompt, the model has "
+            f"{limit}: give a smaller --measure or --task-length"
+        )
+    if request.lm_eval and importlib.util.find_spec("lm_eval") is None:
+        raise IcsearchError("--lm-eval needs lm-evaluation-harness: pip install 'icsearch[lm-eval]'")
 
 
 def _questions(request: EvalRequest, inputs: Inputs) -> Questions:

@@ -172,6 +172,7 @@ def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
             "num_sequences": batches.num_sequences,
             "seq_len": batches.seq_len,
             "source": batches.manifest.get("source", source.name),
+            "sequences": batches.sequence_digests(),
         },
         "environment": environment(options["device"]),
         "num_layers": len(layout.layer_indices),

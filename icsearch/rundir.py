@@ -109,10 +109,13 @@ def part_of(existing: Sequence[Event], part: str) -> dict[str, Any]:
 
 
 def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Readable `key: found -> wanted` for each value that differs. Names and paths may; fingerprints may not."""
+    """Readable `key: found -> wanted` for each value that differs. Names and paths may; fingerprints may not.
+
+    The sequences' digests follow from the fingerprint, and runs of earlier versions have none.
+    """
     lines = []
     for key in sorted(found.keys() | wanted.keys()):
-        if key in ("name_or_path", "source") or found.get(key) == wanted.get(key):
+        if key in ("name_or_path", "source", "sequences") or found.get(key) == wanted.get(key):
             continue
         label = key if part == "options" else f"{part} {key}"
         lines.append(f"{label} {_short(found.get(key))}, now {_short(wanted.get(key))}")

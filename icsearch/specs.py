@@ -23,13 +23,14 @@ class Target:
     fingerprint: str
     start: Pattern  # all F but for native S layers
     calibration_fingerprint: str
+    sequences: frozenset[str] = frozenset()  # digests of the calibration sequences
 
 
 @dataclass(frozen=True)
 class NamedPattern:
     """A pattern with what is known of its origin.
 
-    `method` groups patterns in a picture. `in_sample`: it was searched on the very batches it is evaluated on.
+    `method` groups patterns in a picture. `in_sample`: it was searched on some of the sequences it is evaluated on.
     `foreign`: it belongs to another model, and was let through by --force.
     """
 
@@ -89,7 +90,7 @@ def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force:
     file = load_pattern_file(path)
     label = _label(path, file.method)
     wanted = [parse_retention(at)] if at else list(retentions)
-    if not wanted or not file.steps:
+    if not wanted or not (at or file.steps):
         return [_from_file(label, file, file.pattern, target, force)]
     try:
         nested = [(r, file.at_retention(r)) for r in wanted]
@@ -112,7 +113,7 @@ def _from_file(name: str, file: PatternFile, pattern: Pattern, target: Target, f
     foreign = [
         f"{what} {found}, this model has {here}"
         for what, found, here in (
-            ("model type", model_type, target.model_type),
+            ("model type", model_type, target.model_type or model_type),
             ("layers", len(pattern), len(target.start)),
         )
         if found is not None and found != here
@@ -123,7 +124,8 @@ def _from_file(name: str, file: PatternFile, pattern: Pattern, target: Target, f
         raise PatternError(f"pattern {name!r} belongs to another model ({'; '.join(foreign)}): {remedy}")
     fingerprint = file.model.get("fingerprint")
     other_weights = fingerprint is not None and fingerprint != target.fingerprint
-    in_sample = file.calibration.get("fingerprint") == target.calibration_fingerprint
+    same_batches = file.calibration.get("fingerprint") == target.calibration_fingerprint
+    in_sample = same_batches or not target.sequences.isdisjoint(file.calibration.get("sequences") or ())
     return NamedPattern(name, pattern, file.method, in_sample, bool(foreign) or other_weights)
 
 

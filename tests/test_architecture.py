@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
         "requests", "search", "similarity",
     },
     "evaluate": {
-        "cost", "evaluation", "journal", "lm_eval_bridge", "measure", "measures", "model", "pattern", "plan",
+        "cost", "errors", "evaluation", "journal", "lm_eval_bridge", "measure", "measures", "model", "pattern", "plan",
         "prepare", "requests", "search", "specs", "tasks",
     },
     "report": {"errors", "evaluation", "export", "files", "pattern", "record", "statistics"},

@@ -215,3 +215,20 @@ def test_report_on_an_unfinished_evaluation(
     line = refused(capsys, "report", out, "--out", tmp_path / "page.html")
     assert "an evaluation that is not finished" in line
     assert str(out) in line
+
+
+def test_one_sequence_can_be_reported(capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path) -> None:
+    tokens = tiny.save_tokens(tmp_path / "one", sequences=1)
+    out = tmp_path / "eval"
+    assert run(capsys, *evaluation(glm_checkpoint, tokens, out, "FSSSSS"))[0] == 0
+    assert json.loads((out / "eval.json").read_text())["rows"][1]["std_err"] is None
+    assert run(capsys, "report", out, "--out", tmp_path / "page.html")[0] == 0
+
+
+def test_what_would_fail_late_is_refused_early(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    arguments = evaluation(glm_checkpoint, tokens, tmp_path / "eval", "FSSSSS")
+    assert "smaller --measure" in refused(capsys, *arguments, "--measure", 100_000)
+    assert "smaller --measure or --task-length" in refused(capsys, *arguments, "--tasks", 1, "--task-length", 510)
+    assert not (tmp_path / "eval").exists()

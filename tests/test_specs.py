@@ -106,3 +106,19 @@ def test_same_name_twice_gets_its_letters(tmp_path: Path) -> None:
     second = saved(tmp_path / "b" / "run", replace(FILE, pattern=Pattern("FFSF"), steps=()))
     names = [named.name for named in resolve_specs([first, second], TARGET)]
     assert names == ["full", "greedy run FSSF", "greedy run FFSF"]
+
+
+def test_shared_sequences_are_in_sample_too(tmp_path: Path) -> None:
+    """Other batches that hold some of the searched sequences do not make a pattern held-out."""
+    file = replace(FILE, calibration={"fingerprint": "there", "sequences": ["aa", "bb"]})
+    path = saved(tmp_path / "run", file)
+    for sequences, expected in ((frozenset({"bb", "cc"}), True), (frozenset({"cc"}), False)):
+        (named,) = resolve_specs([path], replace(TARGET, sequences=sequences))[1:]
+        assert named.in_sample == expected
+
+
+def test_a_run_without_steps_holds_one_pattern_only(tmp_path: Path) -> None:
+    path = saved(tmp_path / "run", replace(FILE, steps=(), method="dp-baseline"))
+    assert letters(f"{path}@1/2") == ["FSSF"]
+    with pytest.raises(PatternError, match="no pattern with 1 F layers"):
+        letters(f"{path}@1/4")

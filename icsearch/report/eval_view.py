@@ -142,6 +142,11 @@ def view_eval(document: dict[str, Any], name: str = "") -> EvalView:
     return EvalView(name, document, tuple(rows), tuple(_gap(gap, by_name) for gap in document.get("gaps") or ()))
 
 
+def _number(value: float | None) -> float:
+    """What strict JSON has no word for comes back as nan: the error of a single sequence."""
+    return math.nan if value is None else value
+
+
 def _row(row: dict[str, Any]) -> EvalRow:
     return EvalRow(
         name=row["name"],
@@ -150,9 +155,9 @@ def _row(row: dict[str, Any]) -> EvalRow:
         in_sample=row["in_sample"],
         foreign=row["foreign"],
         loss=row["loss"],
-        difference=Difference(row["delta"], row["std_err"]),
-        perplexity=row["perplexity"],
-        kl=Difference(row["kl"], row["kl_std_err"]),
+        difference=Difference(row["delta"], _number(row["std_err"])),
+        perplexity=_number(row["perplexity"]),
+        kl=Difference(row["kl"], _number(row["kl_std_err"])),
         top1_agreement=row["top1_agreement"],
         positions=tuple(_bucket(bucket) for bucket in row.get("positions") or ()),
         overlap={int(layer): share for layer, share in (row.get("borrowed_overlap") or {}).items()},
@@ -162,7 +167,7 @@ def _row(row: dict[str, Any]) -> EvalRow:
 
 
 def _bucket(bucket: dict[str, Any]) -> Bucket:
-    return Bucket(bucket["first"], bucket["last"], Difference(bucket["delta"], bucket["std_err"]))
+    return Bucket(bucket["first"], bucket["last"], Difference(bucket["delta"], _number(bucket["std_err"])))
 
 
 def _tasks(tasks: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Accuracy]:
@@ -176,7 +181,9 @@ def _tasks(tasks: Sequence[dict[str, Any]]) -> dict[tuple[str, str], Accuracy]:
 
 def _gap(gap: dict[str, Any], rows: dict[str, EvalRow]) -> Gap:
     closed = gap["gap_closed"]
-    return Gap(rows[gap["name"]], rows[gap["uniform"]], None if closed is None else Difference(closed, gap["std_err"]))
+    return Gap(
+        rows[gap["name"]], rows[gap["uniform"]], None if closed is None else Difference(closed, _number(gap["std_err"]))
+    )
 
 
 # --- sentences ----------------------------------------------------------------------------------------------------
