@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icsearch.errors import ModelError
+from icsearch.errors import ModelError, first_line
 from icsearch.files import typed_path
 from icsearch.jsonfile import read_object
 from icsearch.resources import demo_checkpoint
@@ -99,9 +99,8 @@ def _download(repo_id: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=files))
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, not found, disk full
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"no directory {repo_id}, and the hub did not deliver {repo_id} ({reason}): "
+            f"no directory {repo_id}, and the hub did not deliver {repo_id} ({first_line(error)}): "
             "check the name, the network and `hf auth login`, or give a local directory"
         ) from error
 

@@ -33,3 +33,9 @@ class NonFiniteLossError(IcsearchError):
     """A loss came out NaN or infinite; the message names layer and sequence."""
 
     exit_status = 1
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line: its first, or its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from icsearch.errors import OutOfMemoryError
+from icsearch.errors import OutOfMemoryError, first_line
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -40,8 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def out_of_memory(error: BaseException) -> OutOfMemoryError:
     """The error for the user: what ran out, and which option to change."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return OutOfMemoryError(
-        f"out of memory ({reason}): lower --memory so that fewer branches live at once, "
+        f"out of memory ({first_line(error)}): lower --memory so that fewer branches live at once, "
         "or --batch-size, or --seq-len; the run continues where it stopped"
     )

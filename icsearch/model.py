@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from icsearch.checkpoint import Checkpoint
-from icsearch.errors import ModelError
+from icsearch.errors import ModelError, first_line
 from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, find_indexers, put_slot
@@ -228,7 +228,7 @@ def _skeleton(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> A
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config whose numbers do not fit together fails in any way torch knows
         raise ModelError(
-            f"transformers cannot build {checkpoint.name} from its config.json ({_first_line(error)}): "
+            f"transformers cannot build {checkpoint.name} from its config.json ({first_line(error)}): "
             "check the config against the model that it belongs to"
         ) from error
 
@@ -270,7 +270,7 @@ def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> A
         )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by the kind of damage
         raise ModelError(
-            f"the tokenizer in {checkpoint.directory} cannot be used ({_first_line(error)}): "
+            f"the tokenizer in {checkpoint.directory} cannot be used ({first_line(error)}): "
             "download it again, or give ready tokens (a directory with calibration.safetensors)"
         ) from error
 
@@ -304,7 +304,7 @@ def _load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
         )
     except Exception as error:  # unknown model_type, remote code refused, a value of the wrong type
         raise ModelError(
-            f"transformers cannot use {checkpoint.directory / 'config.json'} ({_first_line(error)}): "
+            f"transformers cannot use {checkpoint.directory / 'config.json'} ({first_line(error)}): "
             "check model_type and its values, or pass --trust-remote-code if the checkpoint brings its own code"
         ) from error
 
@@ -332,7 +332,7 @@ def _load_weights(
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
         raise ModelError(
-            f"transformers cannot load the weights of {checkpoint.name} ({_first_line(error)}): "
+            f"transformers cannot load the weights of {checkpoint.name} ({first_line(error)}): "
             "check that config.json and the shards belong together"
         ) from error
 
@@ -376,8 +376,3 @@ def _check_finite(checkpoint: Checkpoint, model: nn.Module) -> None:
                 f"{bad} of {tensor.numel()} values of {name} in {checkpoint.name} are NaN or infinite: "
                 "expected finite weights; download or convert the checkpoint again"
             )
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from icsearch.errors import ModelError
@@ -113,8 +112,3 @@ def take_slot(owner: nn.Module) -> None:
     else:
         slot.inner.training = slot.training  # train() and eval() have reached the slot alone
     owner.indexer = slot.inner
-
-
-def selection_bytes(selection: Any) -> int:
-    """Memory of a selection in bytes; 0 for one that is not a tensor."""
-    return selection.numel() * selection.element_size() if isinstance(selection, torch.Tensor) else 0

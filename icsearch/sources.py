@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from icsearch import corpus
-from icsearch.errors import CalibrationError
+from icsearch.errors import CalibrationError, first_line
 from icsearch.files import typed_path
 
 TOKENS_FILE = "calibration.safetensors"
@@ -254,7 +254,7 @@ class Parquet(FileSource):
                     yield from (text or "" for text in batch.column(0).to_pylist())
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             raise CalibrationError(
-                f"{self.path} cannot be read as Parquet ({_first_line(error)}): expected a whole .parquet file"
+                f"{self.path} cannot be read as Parquet ({_short_line(error)}): expected a whole .parquet file"
             ) from None
 
     def _check_column(self, schema: Any) -> None:
@@ -336,7 +336,7 @@ class HubDataset(TextSource):
                 "check the name and the network, or download it elsewhere and give hf:/path/to/folder "
                 "or a .jsonl or .parquet file"
             )
-        return f"cannot read {self.text} (tried {tried}): {_first_line(error).rstrip('.')}; {advice}"
+        return f"cannot read {self.text} (tried {tried}): {_short_line(error).rstrip('.')}; {advice}"
 
 
 def shuffled(documents: Iterable[str], seed: int, max_documents: int, max_chars: int) -> Iterator[str]:
@@ -428,6 +428,6 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(map(str, names)) or "none"
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) <= 200 else lines[0][:200] + "..."
+def _short_line(error: BaseException) -> str:
+    line = first_line(error)
+    return line if len(line) <= 200 else line[:200] + "..."
