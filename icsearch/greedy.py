@@ -20,7 +20,7 @@ from icsearch.prepare import (
 from icsearch.record import RunRecord
 from icsearch.requests import GreedyRequest
 from icsearch.search import Progress, Search
-from icsearch.strategies import Strategy, make_strategy
+from icsearch.strategies import Strategy, Task, looks_of, make_strategy
 
 
 def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
@@ -49,10 +49,16 @@ def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Eve
 
 def strategy_of(record: RunRecord) -> Strategy:
     """The strategy of a run, at its beginning."""
-    options = record.start["options"]
-    return make_strategy(
-        record.start_pattern, frozenset(options["keep_full"]), options["num_shared"], options["stages"]
+    options, tokens = record.start["options"], record.tokens
+    task = Task(
+        start=record.start_pattern,
+        keep_full=frozenset(options["keep_full"]),
+        num_shared=options["num_shared"],
+        stages=options["stages"],
+        tokens=tuple(tokens),
+        looks=looks_of(len(tokens), options["batch_size"]),
     )
+    return make_strategy(task)
 
 
 def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRecord) -> plan.SearchPlan:
@@ -62,7 +68,7 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
         return count_in_sweeps(layout, patterns, size)
 
     references = [Pattern(letters) for letters in record.references.values()]
-    evaluations, layer_runs = plan.preview(strategy_of(record), count)
+    evaluations, layer_runs = plan.preview(strategy_of(record), record.tokens, count)
     return plan.SearchPlan(
         num_layers=len(layout.layer_indices),
         candidates=len(request.flippable(layout.start_pattern)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,17 +87,18 @@ def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int) 
     return int(branches) - 2
 
 
-def preview(strategy: Strategy, count: Callable[[list[Pattern]], int]) -> tuple[int, int]:
+def preview(strategy: Strategy, tokens: Sequence[int], count: Callable[[list[Pattern]], int]) -> tuple[int, int]:
     """(candidate evaluations, layer evaluations) of a whole search, by playing it through with made-up losses.
 
     The number of evaluations is exact. The layer evaluations are those of a search that always commits the last
     candidate, which is the most that a search can take: the candidates left then fork off earliest.
     """
     evaluations = layer_runs = 0
-    while layers := strategy.ask():
-        evaluations += len(layers)
-        layer_runs += count([strategy.pattern.flip(layer) for layer in layers])
-        strategy.tell({layer: -float(layer) for layer in layers})
+    strategy.begin([0.0] * len(tokens))
+    while ask := strategy.ask():
+        evaluations += len(ask.layers)
+        layer_runs += count([strategy.pattern.flip(layer) for layer in ask.layers])
+        strategy.tell({layer: [-float(layer) * t for t in tokens[ask.first : ask.last]] for layer in ask.layers})
     return evaluations, layer_runs
 
 

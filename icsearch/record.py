@@ -234,6 +234,16 @@ class RunRecord:
         count = len(self.start["tokens"])
         return [known[i] for i in range(count)] if len(known) == count else None
 
+    def objective_sums(self, letters: str, first: int, last: int) -> list[float]:
+        """What the search goes by, on the sequences [first, last): sums over tokens, in nats.
+
+        Raises JournalError where the pattern was not scored on one of them.
+        """
+        known = self.nll.get(letters, {})
+        if not all(sequence in known for sequence in range(first, last)):
+            raise JournalError(f"the journal lacks losses of {letters}: continue the run first")
+        return [known[sequence] for sequence in range(first, last)]
+
     def loss(self, letters: str) -> float:
         """Nats per token; raises JournalError if the pattern was not scored on every sequence."""
         return mean_loss(self._all_sums(letters), self.tokens)

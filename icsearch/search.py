@@ -15,7 +15,7 @@ from icsearch.errors import JournalError
 from icsearch.journal import Event, Journal
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
-from icsearch.strategies import Strategy
+from icsearch.strategies import Ask, Choice, Strategy
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,14 @@ class Scoring:
         references = [Pattern(letters) for letters in self.record.references.values()]
         self.score(0, list(dict.fromkeys([self.record.start_pattern, *references, *more])))
 
-    def score(self, step: int, patterns: list[Pattern]) -> None:
-        """Score what is missing of these patterns, wave by wave, and journal each sweep as it ends."""
-        missing = {wave: self._missing(patterns, wave) for wave in self._scorer.waves}
+    def score(self, step: int, patterns: list[Pattern], first: int = 0, last: int | None = None) -> None:
+        """Score what is missing of these patterns, wave by wave, and journal each sweep as it ends.
+
+        Of the sequences [first, last), by default all; a wave that reaches beyond them is scored as a whole.
+        """
+        last = len(self.record.tokens) if last is None else last
+        waves = [wave for wave in self._scorer.waves if wave[0] < last and wave[1] > first]
+        missing = {wave: self._missing(patterns, wave) for wave in waves}
         work = [(chunk, wave) for wave, left in missing.items() for chunk in self._chunks(left)]
         if not work:
             return
@@ -130,39 +135,54 @@ class Search:
     def run(self) -> RunRecord:
         """Search to the end."""
         self._scoring.score_references()
-        step = 0
-        while layers := self._strategy.ask():
-            step += 1
-            self._step(step, layers)
+        start = self._record.start_pattern.letters
+        self._strategy.begin(self._record.objective_sums(start, 0, len(self._record.tokens)))
+        step = 1
+        while ask := self._strategy.ask():
+            choice = self._tell(step, ask)
+            step += choice is not None
         if not self._record.finished:
             self._scoring.append({"event": "finish", "pattern": self._record.pattern.letters})
         return self._record
 
-    def _step(self, step: int, layers: Sequence[int]) -> None:
-        flips = {layer: self._strategy.pattern.flip(layer) for layer in layers}
-        self._scoring.score(step, list(flips.values()))
-        losses = {layer: self._record.loss(pattern.letters) for layer, pattern in flips.items()}
-        winner = self._strategy.tell(losses)
+    def _tell(self, step: int, ask: Ask) -> Choice | None:
+        """Score what the strategy asks for, and tell it; journal the flip where it commits one."""
+        before = self._strategy.pattern
+        flips = {layer: before.flip(layer) for layer in ask.layers}
+        self._scoring.score(step, list(flips.values()), ask.first, ask.last)
+        sums = {
+            layer: self._record.objective_sums(pattern.letters, ask.first, ask.last) for layer, pattern in flips.items()
+        }
+        choice = self._strategy.tell(sums)
+        if choice is not None:
+            self._commit(step, before, choice)
+        return choice
+
+    def _commit(self, step: int, before: Pattern, choice: Choice) -> None:
         if step <= len(self._record.commits):
-            self._check_replay(step, winner)
+            self._check_replay(step, choice.layer)
             return
         self._scoring.append(
             {
                 "event": "commit",
                 "step": step,
-                "layer": winner,
-                "pattern": flips[winner].letters,
-                "candidates": sorted(flips),
-                "ties": self._ties(winner, flips),
+                "layer": choice.layer,
+                "pattern": before.flip(choice.layer).letters,
+                "candidates": list(choice.scored),
+                "ties": self._ties(before, choice),
             }
         )
         self._scoring.progress.committed(self._record)
 
-    def _ties(self, winner: int, flips: dict[int, Pattern]) -> list[int]:
-        """The layers whose loss differs from the winner's by no more than one paired standard error."""
-        best = flips[winner].letters
-        others = {layer: pattern.letters for layer, pattern in flips.items() if layer != winner}
-        return [layer for layer, letters in others.items() if self._record.difference(letters, best).is_tie]
+    def _ties(self, before: Pattern, choice: Choice) -> list[int]:
+        """The layers whose loss differs from the winner's by no more than one paired standard error.
+
+        Of those that were scored on all sequences: the others were told apart from the winner.
+        """
+        best = before.flip(choice.layer).letters
+        others = {layer: before.flip(layer).letters for layer in choice.scored if layer != choice.layer}
+        complete = {layer: letters for layer, letters in others.items() if layer not in choice.dropped}
+        return [layer for layer, letters in complete.items() if self._record.difference(letters, best).is_tie]
 
     def _check_replay(self, step: int, winner: int) -> None:
         recorded = self._record.commits[step - 1]

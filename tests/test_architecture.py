@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "measure": {"errors", "memory", "model", "pattern"},
     "tasks": {"calibration", "corpus", "errors", "statistics"},
     "lm_eval_bridge": {"errors", "model", "pattern"},
-    "strategies": {"pattern"},
+    "strategies": {"pattern", "statistics"},
     "requests": {"errors", "jsonfile", "pattern", "specs", "strategies"},
     "plan": {"errors", "pattern", "strategies"},
     "rundir": {"errors", "files", "journal", "record"},

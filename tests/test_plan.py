@@ -11,8 +11,9 @@ import pytest
 from icsearch.errors import IcsearchError
 from icsearch.pattern import Pattern
 from icsearch.plan import BatchShape, format_bytes, parse_bytes, patterns_per_sweep, preview
-from icsearch.strategies import ExactGreedy, make_strategy
+from icsearch.strategies import Task, looks_of, make_strategy
 
+TOKENS = (30, 31, 29)
 SHAPE = BatchShape(
     batch_size=2,
     seq_len=100,
@@ -27,6 +28,10 @@ SHAPE = BatchShape(
 )
 
 
+def task(num_layers: int, flips: int, stages: int = 1) -> Task:
+    return Task(Pattern.full(num_layers), frozenset(), flips, stages, TOKENS, looks_of(len(TOKENS), 2))
+
+
 def tree_nodes(patterns: list[Pattern]) -> int:
     return len({pattern.letters[: i + 1] for pattern in patterns for i in range(len(pattern))})
 
@@ -34,23 +39,24 @@ def tree_nodes(patterns: list[Pattern]) -> int:
 @pytest.mark.parametrize("num_layers", [2, 5, 9])
 def test_exact_evaluations_are_the_papers(num_layers: int) -> None:
     """A full search costs N(N-1)/2 evaluations (paper, Algorithm 1)."""
-    strategy = ExactGreedy(Pattern.full(num_layers), frozenset(), num_layers - 1)
-    assert preview(strategy, tree_nodes)[0] == num_layers * (num_layers - 1) // 2
+    strategy = make_strategy(task(num_layers, num_layers - 1))
+    assert preview(strategy, TOKENS, tree_nodes)[0] == num_layers * (num_layers - 1) // 2
 
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_preview_bounds_every_search_from_above(stages: int) -> None:
     """Played through with every possible choice of commits, no search takes more layer runs than the preview says."""
     num_layers, flips = 6, 3
-    most = preview(make_strategy(Pattern.full(num_layers), frozenset(), flips, stages), tree_nodes)
+    most = preview(make_strategy(task(num_layers, flips, stages)), TOKENS, tree_nodes)
     chance = random.Random(0)
     for _ in itertools.repeat(None, 200):
-        strategy = make_strategy(Pattern.full(num_layers), frozenset(), flips, stages)
+        strategy = make_strategy(task(num_layers, flips, stages))
+        strategy.begin([0.0] * len(TOKENS))
         evaluations = runs = 0
-        while layers := strategy.ask():
-            evaluations += len(layers)
-            runs += tree_nodes([strategy.pattern.flip(layer) for layer in layers])
-            strategy.tell({layer: chance.random() for layer in layers})
+        while ask := strategy.ask():
+            evaluations += len(ask.layers)
+            runs += tree_nodes([strategy.pattern.flip(layer) for layer in ask.layers])
+            strategy.tell({layer: [chance.random() for _ in TOKENS[ask.first : ask.last]] for layer in ask.layers})
         assert evaluations == most[0]
         assert runs <= most[1]
 

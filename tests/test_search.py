@@ -14,7 +14,7 @@ from icsearch.pattern import Pattern
 from icsearch.progress import Quiet
 from icsearch.record import RunRecord
 from icsearch.search import Scores, Scoring, Search
-from icsearch.strategies import ExactGreedy, StagedGreedy, Strategy
+from icsearch.strategies import Strategy, Task, looks_of, make_strategy
 
 LAYERS, SEQUENCES, FLIPS = 6, 5, 3
 START: Event = {
@@ -59,12 +59,17 @@ def made_up_nll(pattern: Pattern, sequence: int) -> float:
     return 20 + random.Random(f"{pattern}:{sequence}").random() + len(pattern.shared_layers)
 
 
+def task(stages: int = 1) -> Task:
+    tokens = tuple(START["tokens"])
+    return Task(Pattern.full(LAYERS), frozenset(), FLIPS, stages, tokens, looks_of(SEQUENCES, 2))
+
+
 def exact() -> Strategy:
-    return ExactGreedy(Pattern.full(LAYERS), frozenset(), FLIPS)
+    return make_strategy(task())
 
 
 def staged() -> Strategy:
-    return StagedGreedy(Pattern.full(LAYERS), frozenset(), FLIPS, 2)
+    return make_strategy(task(stages=2))
 
 
 def run(path: Path, scorer: MadeUp, strategy: Callable[[], Strategy] = exact) -> RunRecord:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from icsearch.pattern import Pattern
-from icsearch.strategies import ExactGreedy, StagedGreedy, Strategy, make_strategy, split_stages
+from icsearch.strategies import Ask, Strategy, Task, looks_of, make_strategy, split_stages
 
 Loss = Callable[[Pattern], float]
 
@@ -22,11 +22,20 @@ def made_up(seed: int) -> Loss:
     return lambda pattern: random.Random(f"{seed}:{pattern}").random() + 0.1 * len(pattern.shared_layers)
 
 
+def task(
+    start: Pattern, flips: int, *, stages: int = 1, keep: frozenset[int] = frozenset(), sequences: int = 3
+) -> Task:
+    return Task(start, keep, flips, stages, (10,) * sequences, looks_of(sequences, 2))
+
+
 def play(strategy: Strategy, loss: Loss) -> list[Pattern]:
+    """The committed patterns, with the same loss on every sequence."""
     path = []
-    while layers := strategy.ask():
-        strategy.tell({layer: loss(strategy.pattern.flip(layer)) for layer in layers})
-        path.append(strategy.pattern)
+    strategy.begin([loss(strategy.pattern)] * 3)
+    while ask := strategy.ask():
+        sums = {layer: [loss(strategy.pattern.flip(layer))] * (ask.last - ask.first) for layer in ask.layers}
+        if strategy.tell(sums) is not None:
+            path.append(strategy.pattern)
     return path
 
 
@@ -63,7 +72,7 @@ def reference_stages(num_layers: int, bounds: list[int], keep: set[int], flips: 
 def test_exact_is_algorithm_1(seed: int, num_layers: int, data: st.DataObject) -> None:
     keep = data.draw(st.sets(st.integers(1, num_layers - 1), max_size=num_layers - 2))
     flips = data.draw(st.integers(1, num_layers - 1 - len(keep)))
-    strategy = ExactGreedy(Pattern.full(num_layers), frozenset(keep), flips)
+    strategy = make_strategy(task(Pattern.full(num_layers), flips, keep=frozenset(keep)))
     assert play(strategy, made_up(seed)) == reference_greedy(num_layers, keep, flips, made_up(seed))
 
 
@@ -72,18 +81,19 @@ def test_stages_are_the_papers(seed: int, stages: int, data: st.DataObject) -> N
     num_layers = data.draw(st.integers(stages * 2, 16))
     bounds = [block.start for block in split_stages(num_layers, stages)] + [num_layers]
     flips = data.draw(st.integers(1, num_layers - len(bounds) + 1))
-    strategy = StagedGreedy(Pattern.full(num_layers), frozenset(), flips, stages)
+    strategy = make_strategy(task(Pattern.full(num_layers), flips, stages=stages))
     path = play(strategy, made_up(seed))
     assert path == reference_stages(num_layers, bounds, set(), flips, made_up(seed))
     assert all(path[-1].is_full(first) for first in bounds[:-1])
 
 
 def test_a_round_costs_one_evaluation_per_candidate() -> None:
-    strategy = StagedGreedy(Pattern.full(12), frozenset(), 3, 3)
+    strategy = make_strategy(task(Pattern.full(12), 3, stages=3))
+    strategy.begin([1.0] * 3)
     asked = []
-    while layers := strategy.ask():
-        asked.append(layers)
-        strategy.tell(dict.fromkeys(layers, 1.0))
+    while ask := strategy.ask():
+        asked.append(ask.layers)
+        strategy.tell(dict.fromkeys(ask.layers, [1.0] * 3))
     assert asked == [(1, 2, 3), (5, 6, 7), (9, 10, 11)]
 
 
@@ -101,25 +111,26 @@ def test_blocks_are_those_of_the_published_glm5_search() -> None:
 
 
 def test_equal_losses_go_to_the_smaller_layer() -> None:
-    strategy = ExactGreedy(Pattern.full(5), frozenset(), 4)
+    strategy = make_strategy(task(Pattern.full(5), 4))
     assert [p.letters for p in play(strategy, lambda _: 1.0)] == ["FSFFF", "FSSFF", "FSSSF", "FSSSS"]
 
 
 def test_native_shared_layers_stay() -> None:
-    strategy = ExactGreedy(Pattern("FFSFS"), frozenset({1}), 1)
-    assert strategy.ask() == (3,)
+    strategy = make_strategy(task(Pattern("FFSFS"), 1, keep=frozenset({1})))
+    assert strategy.ask() == Ask((3,), 0, 3)
 
 
 def test_a_stage_without_candidates_is_passed_over() -> None:
-    strategy = StagedGreedy(Pattern("FSSFFF"), frozenset(), 2, 2)
-    assert strategy.ask() == (4, 5)
-    strategy.tell({4: 1.0, 5: 2.0})
-    assert strategy.ask() == (5,)
-    strategy.tell({5: 2.0})
-    assert strategy.ask() == ()
+    strategy = make_strategy(task(Pattern("FSSFFF"), 2, stages=2))
+    strategy.begin([1.0] * 3)
+    assert strategy.ask() == Ask((4, 5), 0, 3)
+    strategy.tell({4: [1.0] * 3, 5: [2.0] * 3})
+    assert strategy.ask() == Ask((5,), 0, 3)
+    strategy.tell({5: [2.0] * 3})
+    assert strategy.ask() is None
 
 
 @pytest.mark.parametrize("stages", [1, 4])
 def test_make_strategy(stages: int) -> None:
-    strategy = make_strategy(Pattern.full(8), frozenset(), 3, stages)
+    strategy = make_strategy(task(Pattern.full(8), 3, stages=stages))
     assert len(play(strategy, made_up(0))) == 3

@@ -1,10 +1,12 @@
-"""Exact greedy: the training-free search of the IndexCache paper (Algorithm 1)."""
+"""The two plain parts: every candidate is scored, and on every sequence. Together they are Algorithm 1."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from icsearch.pattern import Pattern
+from icsearch.statistics import mean_loss
+from icsearch.strategies.protocol import Ask
 
 
 def cheapest(losses: Mapping[int, float]) -> int:
@@ -12,21 +14,45 @@ def cheapest(losses: Mapping[int, float]) -> int:
     return min(losses, key=lambda layer: (losses[layer], layer))
 
 
-class ExactGreedy:
-    """At each step, score every remaining F layer flipped on its own, and commit the flip with the lowest loss."""
+class Everyone:
+    """Pools: one, of all candidates."""
 
-    def __init__(self, start: Pattern, keep_full: frozenset[int], num_shared: int) -> None:
-        self.pattern = start
-        self._keep_full = keep_full | {0}
-        self._remaining = num_shared
+    violations: tuple[int, ...] = ()
+    missed = False
 
-    def ask(self) -> tuple[int, ...]:
-        if self._remaining == 0:
-            return ()
-        return tuple(layer for layer in self.pattern.full_layers if layer not in self._keep_full)
+    def open(self, candidates: tuple[int, ...], turn: int) -> tuple[int, ...]:
+        return candidates
 
-    def tell(self, losses: Mapping[int, float]) -> int:
-        layer = cheapest(losses)
-        self.pattern = self.pattern.flip(layer)
-        self._remaining -= 1
-        return layer
+    def more(self, differences: Mapping[int, Sequence[float]], winner: int) -> tuple[int, ...]:
+        return ()
+
+    def close(self, before: Pattern, layer: int) -> None: ...
+
+
+class Complete:
+    """Contest: all of a pool on all sequences; the lowest loss wins."""
+
+    dropped: tuple[int, ...] = ()
+    settled: int | None = None
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = tokens
+        self._pool: tuple[int, ...] = ()
+        self.sums: dict[int, list[float]] = {}
+
+    def open(self, candidates: int) -> None:
+        self.sums = {}
+
+    def enter(self, pool: tuple[int, ...]) -> None:
+        self._pool = pool
+
+    def ask(self) -> Ask | None:
+        return Ask(self._pool, 0, len(self._tokens)) if self._pool else None
+
+    def tell(self, sums: Mapping[int, Sequence[float]]) -> None:
+        self.sums |= {layer: list(sums[layer]) for layer in self._pool}
+        self._pool = ()
+
+    @property
+    def winner(self) -> int:
+        return cheapest({layer: mean_loss(sums, self._tokens) for layer, sums in self.sums.items()})

@@ -1,11 +1,10 @@
-"""The pipeline split of the search (IndexCache paper, section 3.1 on pipeline-parallel search)."""
+"""Which layers are candidates of a step: all, or one pipeline stage's (IndexCache paper, section 3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from icsearch.pattern import Pattern
-from icsearch.strategies.exact import cheapest
 
 
 def split_stages(num_layers: int, stages: int) -> tuple[range, ...]:
@@ -18,38 +17,28 @@ def split_stages(num_layers: int, stages: int) -> tuple[range, ...]:
     return tuple(range(first, min(first + size, num_layers)) for first in range(0, num_layers, size))
 
 
-class StagedGreedy:
+class StageTurns:
     """Rounds over the blocks in order: each block's best flip is committed before the next block is scored.
 
-    The first layer of each block stays F, so that every pipeline stage can start on its own selection. A round
-    costs one evaluation per remaining candidate and commits up to one flip per block.
+    The first layer of each block stays F, so that every pipeline stage can start on its own selection. A block
+    without candidates is passed over. One block is the search without stages.
     """
 
-    def __init__(self, start: Pattern, keep_full: frozenset[int], num_shared: int, stages: int) -> None:
-        self.pattern = start
-        self.blocks = split_stages(len(start), stages)
-        self._keep_full = keep_full | {block.start for block in self.blocks}
-        self._remaining = num_shared
-        self._turn = 0
+    def __init__(self, blocks: Sequence[range], keep_full: frozenset[int]) -> None:
+        self._blocks = blocks
+        self._keep_full = keep_full | {block.start for block in blocks}
+        self.turn = 0
 
-    def ask(self) -> tuple[int, ...]:
-        if self._remaining == 0:
-            return ()
-        for _ in self.blocks:
-            if candidates := self._candidates(self.blocks[self._turn]):
-                return candidates
-            self._next_turn()
+    def candidates(self, pattern: Pattern) -> tuple[int, ...]:
+        """The layers that may be flipped in this step; empty where no block has any left."""
+        for _ in self._blocks:
+            if found := self._candidates_of(self._blocks[self.turn], pattern):
+                return found
+            self.next_turn()
         return ()
 
-    def tell(self, losses: Mapping[int, float]) -> int:
-        layer = cheapest(losses)
-        self.pattern = self.pattern.flip(layer)
-        self._remaining -= 1
-        self._next_turn()
-        return layer
+    def next_turn(self) -> None:
+        self.turn = (self.turn + 1) % len(self._blocks)
 
-    def _candidates(self, block: range) -> tuple[int, ...]:
-        return tuple(layer for layer in block if self.pattern.is_full(layer) and layer not in self._keep_full)
-
-    def _next_turn(self) -> None:
-        self._turn = (self._turn + 1) % len(self.blocks)
+    def _candidates_of(self, block: range, pattern: Pattern) -> tuple[int, ...]:
+        return tuple(layer for layer in block if pattern.is_full(layer) and layer not in self._keep_full)

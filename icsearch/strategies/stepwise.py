@@ -1,0 +1,134 @@
+"""Greedy search, one flip at a time, made of three parts that know nothing of each other.
+
+`StageTurns` says which layers are candidates of a step, the pools which of them are scored, and in what portions, and
+the contest how far a pool is scored until it has a winner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from icsearch.pattern import Pattern
+from icsearch.strategies.protocol import Ask, Choice, Task
+from icsearch.strategies.stages import StageTurns, split_stages
+
+
+class Pools(Protocol):
+    """Which candidates of a step are scored, pool by pool."""
+
+    @property
+    def violations(self) -> tuple[int, ...]:
+        """Layers of this step that were cheaper than was held possible."""
+
+    @property
+    def missed(self) -> bool:
+        """Whether the winner would not have been scored, had this step not scored everyone."""
+
+    def open(self, candidates: tuple[int, ...], turn: int) -> tuple[int, ...]:
+        """Begin a step and return its first pool. `turn` is the stage whose turn it is."""
+
+    def more(self, differences: Mapping[int, Sequence[float]], winner: int) -> tuple[int, ...]:
+        """The next pool; empty where the winner so far stands.
+
+        `differences` are the objective's sums minus those of the committed pattern, of all that was scored in this
+        step, each in sequence order from the first sequence on.
+        """
+
+    def close(self, before: Pattern, layer: int) -> None:
+        """End the step: this layer of that pattern was flipped."""
+
+
+class Contest(Protocol):
+    """How the candidates of a pool are scored until one has won. Those of earlier pools of the step compete on."""
+
+    @property
+    def sums(self) -> Mapping[int, Sequence[float]]:
+        """What has been told in this step, by layer, from the first sequence on."""
+
+    @property
+    def winner(self) -> int:
+        """The layer with the lowest loss of those scored on all sequences."""
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """The layers that were given up before their last sequence."""
+
+    @property
+    def settled(self) -> int | None:
+        """The number of sequences behind which the winner was settled on, if it was."""
+
+    def open(self, candidates: int) -> None:
+        """Begin a step with so many candidates."""
+
+    def enter(self, pool: tuple[int, ...]) -> None:
+        """Let these layers in."""
+
+    def ask(self) -> Ask | None:
+        """What to score next; None once there is a winner."""
+
+    def tell(self, sums: Mapping[int, Sequence[float]]) -> None:
+        """Take the sums of what was asked for."""
+
+
+class StepwiseGreedy:
+    """At each step, commit the flip that wins its contest."""
+
+    def __init__(self, task: Task, pools: Pools, contest: Contest) -> None:
+        self.pattern = task.start
+        self._stages = StageTurns(split_stages(len(task.start), task.stages), task.keep_full)
+        self._pools = pools
+        self._contest = contest
+        self._remaining = task.num_shared
+        self._sums: Sequence[float] = ()  # the committed pattern's
+        self._candidates: tuple[int, ...] = ()  # of the open step; empty between two steps
+
+    def begin(self, start_sums: Sequence[float]) -> None:
+        self._sums = start_sums
+
+    def ask(self) -> Ask | None:
+        if self._remaining == 0:
+            return None
+        if not self._candidates:
+            self._open()
+        return self._contest.ask() if self._candidates else None
+
+    def tell(self, sums: Mapping[int, Sequence[float]]) -> Choice | None:
+        self._contest.tell(sums)
+        if self._contest.ask() is not None:
+            return None
+        if pool := self._pools.more(self._differences(), self._contest.winner):
+            self._contest.enter(pool)
+            return None
+        return self._commit()
+
+    def _open(self) -> None:
+        self._candidates = self._stages.candidates(self.pattern)
+        if self._candidates:
+            self._contest.open(len(self._candidates))
+            self._contest.enter(self._pools.open(self._candidates, self._stages.turn))
+
+    def _differences(self) -> dict[int, list[float]]:
+        # a candidate may have been scored on a part of the sequences only
+        return {
+            layer: [a - b for a, b in zip(sums, self._sums, strict=False)] for layer, sums in self._contest.sums.items()
+        }
+
+    def _commit(self) -> Choice:
+        contest, layer = self._contest, self._contest.winner
+        self._pools.close(self.pattern, layer)
+        choice = Choice(
+            layer=layer,
+            scored=tuple(sorted(contest.sums)),
+            dropped=tuple(sorted(contest.dropped)),
+            stale=tuple(candidate for candidate in self._candidates if candidate not in contest.sums),
+            settled=contest.settled,
+            violations=tuple(sorted(self._pools.violations)),
+            missed=self._pools.missed,
+        )
+        self.pattern = self.pattern.flip(layer)
+        self._sums = contest.sums[layer]
+        self._remaining -= 1
+        self._candidates = ()
+        self._stages.next_turn()
+        return choice
