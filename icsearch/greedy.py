@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from icsearch import plan
 from icsearch.journal import Event
 from icsearch.model import Layout
@@ -20,6 +22,7 @@ from icsearch.prepare import (
 from icsearch.record import RunRecord
 from icsearch.requests import GreedyRequest
 from icsearch.search import Progress, Search
+from icsearch.states import Keeping, Rehearsal
 from icsearch.strategies import Strategy, Task, looks_of, make_strategy
 
 
@@ -33,9 +36,9 @@ def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publis
         if not record.finished:
             loaded = load(request, here.inputs, here.start["options"])
             record = RunRecord.replay(here.run.open(here.start, here.existing))
-            scoring = make_scoring(here, record, loaded, listener)
             search_plan = _plan(request, here.inputs.layout, loaded.memory, record)
-            total = search_plan.layer_evaluations * len(record.tokens)
+            scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
+            total = search_plan.expected_layer_evaluations * len(record.tokens)
             listener.planned(plan.rows(search_plan, here.start), total, record.layer_sequences)
             Search(scoring, strategy_of(record)).run()
         publish(request.out, record)
@@ -68,17 +71,30 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
         return count_in_sweeps(layout, patterns, size)
 
     references = [Pattern(letters) for letters in record.references.values()]
+    flippable = request.flippable(layout.start_pattern)
+    kept = _kept(layout, flippable, memory, record)
+    rehearsal = Rehearsal(kept.keeping, layout.start_pattern)
     evaluations, layer_runs = plan.preview(strategy_of(record), record.tokens, count)
     return plan.SearchPlan(
         num_layers=len(layout.layer_indices),
-        candidates=len(request.flippable(layout.start_pattern)),
+        candidates=len(flippable),
         num_shared=record.start["options"]["num_shared"],
         candidate_evaluations=evaluations,
         layer_evaluations=layer_runs + count([layout.start_pattern, *references]),
+        expected_layer_evaluations=plan.rehearse(strategy_of(record), record.tokens, references, rehearsal, size),
         naive_layer_evaluations=(evaluations + 1 + len(references)) * layout.num_layers,
         branches_per_sweep=size,
         branch_bytes=memory.shape.branch_bytes,
         layer_bytes=memory.shape.layer_bytes,
         weight_bytes=memory.weights,
         memory_bytes=memory.budget,
+        kept=kept,
     )
+
+
+def _kept(layout: Layout, flippable: Sequence[int], memory: Memory, record: RunRecord) -> plan.Kept:
+    """Live branches come first, as many as one step has; the states kept between steps get what is left."""
+    most = max(len(flippable), 1 + len(record.references))
+    room = memory.spare - min(memory.patterns_per_sweep, most) * memory.shape.branch_bytes
+    keeping = Keeping(layout.num_layers, layout.layer_indices, frozenset(flippable))
+    return plan.plan_kept(keeping, memory.shape, len(record.tokens), room)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from icsearch.errors import IcsearchError
 from icsearch.pattern import Pattern
+from icsearch.states import Keeping, Rehearsal
 from icsearch.strategies import Strategy
 
 FLOAT_BYTES = 4
@@ -59,20 +60,44 @@ class BatchShape:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Which states are kept between steps, the memory that they may take, and what they take at most, in bytes."""
+
+    keeping: Keeping
+    budget: int
+    bytes: int
+
+    @property
+    def words(self) -> str:
+        """Such as `240.0 MB, every 2nd layer`."""
+        stride = self.keeping.stride
+        if not stride:
+            return "nothing: there is no room"
+        which = {1: "every layer", 2: "every 2nd layer", 3: "every 3rd layer"}.get(stride, f"every {stride}th layer")
+        return f"{format_bytes(self.bytes)}, {which}"
+
+
+@dataclass(frozen=True)
 class SearchPlan:
-    """The plan that is printed before a run. `layer_evaluations` is one layer over all sequences; see `preview`."""
+    """The plan that is printed before a run. A layer evaluation is one layer over all sequences.
+
+    `layer_evaluations` is the most that the search can take (see `preview`), `expected_layer_evaluations` what it is
+    likely to take with the states that are kept between steps (see `rehearse`).
+    """
 
     num_layers: int
     candidates: int
     num_shared: int
     candidate_evaluations: int
     layer_evaluations: int
+    expected_layer_evaluations: int
     naive_layer_evaluations: int
     branches_per_sweep: int
     branch_bytes: int
     layer_bytes: int
     weight_bytes: int
     memory_bytes: int
+    kept: Kept
 
 
 def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int) -> int:
@@ -85,6 +110,19 @@ def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int) 
             f"about {format_bytes(needed)} for one candidate; raise --memory, or lower --batch-size or --seq-len"
         )
     return int(branches) - 2
+
+
+def plan_kept(keeping: Keeping, shape: BatchShape, sequences: int, room: int) -> Kept:
+    """The states of every k-th layer entry, with the smallest k for which all that are of use fit into `room` bytes.
+
+    Decided before the run, from numbers alone: it changes what a run costs, never its bits.
+    """
+    entry_bytes = shape.branch_bytes // shape.batch_size * sequences
+    for stride in range(1, keeping.num_layers):
+        spaced = replace(keeping, stride=stride)
+        if spaced.states * entry_bytes <= room:
+            return Kept(spaced, room, spaced.states * entry_bytes)
+    return Kept(replace(keeping, stride=0), 0, 0)
 
 
 def preview(strategy: Strategy, tokens: Sequence[int], count: Callable[[list[Pattern]], int]) -> tuple[int, int]:
@@ -102,9 +140,33 @@ def preview(strategy: Strategy, tokens: Sequence[int], count: Callable[[list[Pat
     return evaluations, layer_runs
 
 
+def rehearse(
+    strategy: Strategy, tokens: Sequence[int], references: Sequence[Pattern], rehearsal: Rehearsal, per_sweep: int
+) -> int:
+    """Layer evaluations of a search that keeps states between steps, by playing it through with made-up losses.
+
+    It commits the first candidate each time. Where everything is kept and each step scores all that is left, every
+    pair of candidates costs the layers above the later one once, whichever of them is committed first: a search to
+    the end then takes the same in any order, and a shorter one the most where the first layers are committed.
+    """
+
+    def sweeps(patterns: Sequence[Pattern], first: int) -> int:
+        chunks = [patterns[start : start + per_sweep] for start in range(0, len(patterns), per_sweep)]
+        return sum(rehearsal.sweep(chunk, [first]) for chunk in chunks)
+
+    taken = sweeps([strategy.pattern, *references], 0) * len(tokens)
+    strategy.begin([0.0] * len(tokens))
+    while ask := strategy.ask():
+        rehearsal.retain(strategy.pattern)
+        flips = [strategy.pattern.flip(layer) for layer in ask.layers]
+        taken += sweeps(flips, ask.first) * (ask.last - ask.first)
+        strategy.tell({layer: [float(layer) * t for t in tokens[ask.first : ask.last]] for layer in ask.layers})
+    return round(taken / len(tokens))
+
+
 def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
     """The plan in words; `start` is the journal's first event."""
-    ratio = plan.naive_layer_evaluations / plan.layer_evaluations
+    ratio = plan.naive_layer_evaluations / plan.expected_layer_evaluations
     branches = min(plan.branches_per_sweep, plan.candidates) + 1
     return [
         *model_rows(start),
@@ -112,14 +174,15 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
         ("evaluations", f"{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
         (
             "layer evaluations",
-            f"at most {plan.layer_evaluations}; one whole forward each would take {plan.naive_layer_evaluations} "
-            f"({ratio:.1f} times as many)",
+            f"about {plan.expected_layer_evaluations}, at most {plan.layer_evaluations}; one whole forward each would "
+            f"take {plan.naive_layer_evaluations} ({ratio:.1f} times as many)",
         ),
         (
             "memory",
             f"{format_bytes(plan.weight_bytes)} weights + {branches} branches x {format_bytes(plan.branch_bytes)} + "
             f"{format_bytes(plan.layer_bytes)} in a layer, of {format_bytes(plan.memory_bytes)} (estimate)",
         ),
+        ("kept between steps", plan.kept.words),
     ]
 
 

@@ -30,8 +30,9 @@ from icsearch.record import RunRecord
 from icsearch.requests import CalibrationRequest, PatternRequest, RunRequest
 from icsearch.rundir import RunDirectory, part_of
 from icsearch.search import Progress, Scores, Scoring
+from icsearch.states import Keeping, StateStore
 from icsearch.strategies import split_stages
-from icsearch.sweep import Batch, Sweeper, cut_batches
+from icsearch.sweep import Batch, BranchState, Sweeper, cut_batches
 
 REFERENCE_RETENTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 BATCH_TOKENS = 1024  # default tokens per layer call: small calls keep the reference indexer's tensors in cache
@@ -292,14 +293,22 @@ def device_batches(dsa: DsaModel, batches: calibration.Calibration, batch_size: 
 class SweepScorer:
     """The layer sweep as the search sees it. Resident weights: one batch is one wave."""
 
-    def __init__(self, dsa: DsaModel, batches: Sequence[Batch], patterns: int) -> None:
+    def __init__(self, dsa: DsaModel, batches: Sequence[Batch], patterns: int, kept: StateStore[BranchState]) -> None:
         self.patterns_per_sweep = patterns
-        self._sweeper = Sweeper(dsa)
+        self._kept = kept
+        self._sweeper = Sweeper(dsa, kept)
         self._batches = {(batch.first, batch.last): batch for batch in batches}
 
     @property
     def waves(self) -> Sequence[tuple[int, int]]:
         return list(self._batches)
+
+    def retain(self, base: Pattern) -> None:
+        self._kept.retain(base)
+
+    def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
+        rehearsal = self._kept.rehearsal()
+        return sum(rehearsal.sweep(patterns, [first]) * (last - first) for patterns, (first, last) in work)
 
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
         with warnings.catch_warnings(record=True) as caught:
@@ -309,10 +318,18 @@ class SweepScorer:
         return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)))
 
 
-def make_scoring(here: Opened, record: RunRecord, loaded: Loaded, listener: Progress) -> Scoring:
-    """The scoring of a run by the layer sweep; notes what has changed around a run that goes on."""
-    scorer = SweepScorer(loaded.dsa, loaded.batches, loaded.memory.patterns_per_sweep)
-    scoring = Scoring(here.run.journal, record, scorer, listener, here.inputs.layout.count_layer_runs)
+def make_scoring(
+    here: Opened, record: RunRecord, loaded: Loaded, listener: Progress, kept: plan.Kept | None = None
+) -> Scoring:
+    """The scoring of a run by the layer sweep; notes what has changed around a run that goes on.
+
+    `kept` says which states are kept between sweeps; by default none.
+    """
+    layout = here.inputs.layout
+    kept = kept or plan.Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
+    store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
+    scorer = SweepScorer(loaded.dsa, loaded.batches, loaded.memory.patterns_per_sweep, store)
+    scoring = Scoring(here.run.journal, record, scorer, listener)
     scoring.note(environment_notes(here.existing, here.start))
     return scoring
 

@@ -41,6 +41,12 @@ class Scorer(Protocol):
     def patterns_per_sweep(self) -> int:
         """How many patterns may be scored together."""
 
+    def retain(self, base: Pattern) -> None:
+        """Hear the committed pattern: what was kept for flips of another one may go."""
+
+    def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
+        """Layer runs x sequences that scoring these patterns on these waves, in this order, will take."""
+
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
         """Score every pattern on the sequences of one wave."""
 
@@ -70,13 +76,11 @@ class Scoring:
         record: RunRecord,
         scorer: Scorer,
         progress: Progress,
-        count_layer_runs: Callable[[Sequence[Pattern]], int],
     ) -> None:
         self.journal = journal
         self.record = record
         self.progress = progress
         self._scorer = scorer
-        self._count_layer_runs = count_layer_runs
 
     def append(self, event: Event) -> None:
         """Write an event, then let the record take it in."""
@@ -99,8 +103,8 @@ class Scoring:
         work = [(chunk, wave) for wave, left in missing.items() for chunk in self._chunks(left)]
         if not work:
             return
-        expected = sum(self._count_layer_runs(chunk) * (wave[1] - wave[0]) for chunk, wave in work)
-        self.progress.step_started(step, len(patterns), expected)
+        self._scorer.retain(self.record.pattern)
+        self.progress.step_started(step, len(patterns), self._scorer.expected(work))
         for chunk, wave in work:
             started = time.monotonic()
             scores = self._scorer.score(chunk, wave, self.progress.layer_done)

@@ -7,6 +7,9 @@ forks off at its own layer. Layers are the outer loop: each layer's weights are 
 A branch is (hidden states, current selection) per batch. Batches are cut from the sequences once, by
 `batch_size`, and every layer call has one batch's shape, whatever else is alive: so the losses have the same bits
 as those of whole forwards (`naive_nll`), for any split of patterns into sweeps and of batches into waves.
+
+With a `StateStore` a branch starts at the deepest layer entry where its state was kept by an earlier sweep. Without
+one it starts at the embedding: that is the slow twin, which must give the same bits.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.model import DsaModel, LayerCall
 from icsearch.pattern import Pattern
 from icsearch.slot import SelectionStore
+from icsearch.states import Keeping, StateStore
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,20 @@ class Branch:
 
 
 @dataclass(frozen=True)
+class BranchState:
+    """A branch on one batch at a layer's entry: hidden states [B, T, D], and what the last F indexer returned."""
+
+    hidden_states: torch.Tensor
+    selection: Any
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it holds. States of S layers share their selection; it counts for each of them."""
+        tensors = [value for value in (self.hidden_states, self.selection) if isinstance(value, torch.Tensor)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+@dataclass(frozen=True)
 class SweepResult:
     """`nll[letters]`: summed NLL in nats of each sequence of the wave; `layer_sequences`: layer runs x sequences."""
 
@@ -70,10 +88,17 @@ def cut_batches(input_ids: torch.Tensor, counted: torch.Tensor, batch_size: int)
 
 
 class Sweeper:
-    """Runs sweeps of one model; call arguments are captured once per batch shape and kept."""
+    """Runs sweeps of one model; call arguments are captured once per batch shape and kept.
 
-    def __init__(self, model: DsaModel) -> None:
+    With `kept`, which belongs to one set of batches, `sweep` goes on from earlier sweeps' states and keeps new ones.
+    """
+
+    def __init__(self, model: DsaModel, kept: StateStore[BranchState] | None = None) -> None:
         self.model = model
+        self._nothing: StateStore[BranchState] = StateStore(
+            Keeping(len(model.layers), tuple(model.layer_indices)), model.start_pattern
+        )
+        self._kept = self._nothing if kept is None else kept
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
 
@@ -93,7 +118,7 @@ class Sweeper:
             for letters, hidden_states in states.items():
                 nll.setdefault(letters, []).extend(self.batch_losses(hidden_states, batch, Pattern(letters)))
 
-        return SweepResult(nll, self.run(patterns, wave, reduce, on_layer))
+        return SweepResult(nll, self.run(patterns, wave, reduce, on_layer, kept=self._kept))
 
     @torch.inference_mode()
     def run(
@@ -103,14 +128,16 @@ class Sweeper:
         reduce: Callable[[Batch, dict[str, torch.Tensor]], None],
         on_layer: Callable[[int], None] = lambda layer_sequences: None,
         probe: Probe | None = None,
+        kept: StateStore[BranchState] | None = None,
     ) -> int:
         """One pass over the layers; `reduce` gets each batch with the last layer's [B, T, D] states by pattern.
 
-        With a `probe`, S layers run their own indexer too, and the probe hears both selections. Returns the layer
-        runs x sequences.
+        With a `probe`, S layers run their own indexer too, and the probe hears both selections; a probe wants to see
+        every layer, so it goes without `kept`. Returns the layer runs x sequences.
         """
+        store = self._nothing if kept is None else kept
         try:
-            return self._run(list(dict.fromkeys(patterns)), wave, reduce, on_layer, probe)
+            return self._run(list(dict.fromkeys(patterns)), wave, reduce, on_layer, probe, store)
         except (MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise out_of_memory(error) from error
@@ -123,21 +150,64 @@ class Sweeper:
         reduce: Callable[[Batch, dict[str, torch.Tensor]], None],
         on_layer: Callable[[int], None],
         probe: Probe | None,
+        kept: StateStore[BranchState],
     ) -> int:
         sequences = sum(len(batch.input_ids) for batch in wave)
-        embedded = [self.model.embed(batch.input_ids) for batch in wave]
-        branches = [Branch(patterns, embedded, [None] * len(wave))]
-        del embedded  # or the first states would live as long as the sweep
+        entering = self._entering(patterns, wave, kept)
+        branches: list[Branch] = []
         layer_runs = 0
         for index in range(len(self.model.layers)):
-            pending, branches = branches, []
+            pending, branches = branches + self._open(index, entering.get(index, []), wave, kept), []
             while pending:  # taken off one by one, so that a branch's old states go as its new ones come
                 branches += self._run_layer(index, pending.pop(0), wave, probe)
+            self._keep(index + 1, branches, wave, kept)
             layer_runs += len(branches)
             on_layer(len(branches) * sequences)
         for number, batch in enumerate(wave):
             reduce(batch, {str(branch.patterns[0]): branch.hidden_states[number] for branch in branches})
         return layer_runs * sequences
+
+    def _entering(
+        self, patterns: list[Pattern], wave: Sequence[Batch], kept: StateStore[BranchState]
+    ) -> dict[int, list[list[Pattern]]]:
+        """By the decoder layer where they start: groups of patterns that share their state there."""
+        groups: dict[tuple[int, str], list[Pattern]] = {}
+        for pattern in patterns:
+            entry = kept.start(pattern, [batch.first for batch in wave])
+            groups.setdefault((entry, kept.keeping.letters_before(pattern, entry)), []).append(pattern)
+        entering: dict[int, list[list[Pattern]]] = {}
+        for (entry, _), group in groups.items():
+            entering.setdefault(entry, []).append(group)
+        return entering
+
+    def _open(
+        self,
+        index: int,
+        groups: Iterable[list[Pattern]],
+        wave: Sequence[Batch],
+        kept: StateStore[BranchState],
+    ) -> list[Branch]:
+        """The branches that start at a decoder layer: at the first one from the embedding, elsewhere from `kept`."""
+        branches = []
+        for group in groups:
+            if index == 0:
+                embedded = [self.model.embed(batch.input_ids) for batch in wave]
+                branches.append(Branch(group, embedded, [None] * len(wave)))
+                continue
+            letters = kept.keeping.letters_before(group[0], index)
+            states = [kept.get(batch.first, index, letters) for batch in wave]
+            branches.append(Branch(group, [s.hidden_states for s in states], [s.selection for s in states]))
+        return branches
+
+    def _keep(
+        self, entry: int, branches: Iterable[Branch], wave: Sequence[Batch], kept: StateStore[BranchState]
+    ) -> None:
+        """Hand the branches' states at the entry of a decoder layer to the store, which takes what it wants."""
+        for branch in branches:
+            letters = kept.keeping.letters_before(branch.patterns[0], entry)
+            for number, batch in enumerate(wave):
+                state = BranchState(branch.hidden_states[number], branch.selections[number])
+                kept.put(batch.first, entry, letters, state, state.bytes)
 
     def _run_layer(self, index: int, branch: Branch, wave: Sequence[Batch], probe: Probe | None) -> list[Branch]:
         """One layer on one branch; two branches come back where the patterns part."""

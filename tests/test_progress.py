@@ -22,7 +22,7 @@ def shown(path: Path, kind: type[Plain], terminal: bool) -> str:
     journal = Journal(path)
     journal.append(START)
     record = RunRecord.replay(journal.events())
-    Search(Scoring(journal, record, MadeUp(), listener, lambda patterns: 1), exact()).run()
+    Search(Scoring(journal, record, MadeUp(), listener), exact()).run()
     listener.close()
     output = console.file
     assert isinstance(output, io.StringIO)
@@ -50,7 +50,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     journal = Journal(tmp_path / "j")
     journal.append(START)
     record = RunRecord.replay(journal.events())
-    Search(Scoring(journal, record, MadeUp(), listener, lambda patterns: 1), exact()).run()
+    Search(Scoring(journal, record, MadeUp(), listener), exact()).run()
     assert capsys.readouterr() == ("", "")
 
 

@@ -47,6 +47,12 @@ class MadeUp:
         self.scored: list[tuple[str, int]] = []
         self._left = sweeps_to_live
 
+    def retain(self, base: Pattern) -> None:
+        """Nothing is kept."""
+
+    def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
+        return len(work)
+
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
         if self._left == 0:
             raise Killed
@@ -77,7 +83,7 @@ def run(path: Path, scorer: MadeUp, strategy: Callable[[], Strategy] = exact) ->
     if not journal.exists():
         journal.append(START)
     record = RunRecord.replay(journal.events())
-    return Search(Scoring(journal, record, scorer, Quiet(), lambda patterns: 1), strategy()).run()
+    return Search(Scoring(journal, record, scorer, Quiet()), strategy()).run()
 
 
 def outcome(record: RunRecord) -> tuple[object, ...]:
