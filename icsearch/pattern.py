@@ -47,6 +47,7 @@ FILE_FIELDS = {
     "calibration": OBJECT,
     "cost": OBJECT,
     "icsearch_version": optional(TEXT),
+    "refinement": optional(OBJECT),
 }
 MODEL_FIELDS = {
     "name_or_path": optional(TEXT),
@@ -195,9 +196,10 @@ class PatternFile:
     calibration: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
     icsearch_version: str | None = None
+    refinement: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The document of the contract, format icsearch.pattern/1."""
+        """The document of the contract, format icsearch.pattern/1. `refinement` is there where there was one."""
         return {
             "format": PATTERN_FORMAT,
             "pattern": self.pattern.letters,
@@ -215,6 +217,7 @@ class PatternFile:
             "calibration": self.calibration,
             "cost": self.cost,
             "icsearch_version": self.icsearch_version,
+            **({} if self.refinement is None else {"refinement": self.refinement}),
         }
 
     def save(self, path: Path) -> None:
@@ -224,6 +227,7 @@ class PatternFile:
     def at_retention(self, retention: Fraction) -> Pattern:
         """The pattern of this run with ceil(retention * N) F layers; greedy patterns are nested.
 
+        Where a refinement changed the last one, that retention gives the refined pattern.
         Raises PatternError where the run did not go that far.
         """
         kept = num_full(retention, len(self.pattern))
@@ -269,6 +273,8 @@ def _from_json(document: dict[str, Any]) -> PatternFile:
     if document.get("full_layers") not in (None, list(pattern.full_layers)):
         raise PatternError("full_layers are not those of the pattern: expected its F layers")
     steps = tuple(_step(step, len(pattern)) for step in document["steps"])
+    if document.get("refinement") is not None:
+        _check_refinement(document["refinement"], pattern)
     fields: dict[str, Any] = {**{name: document.get(name) for name in FILE_FIELDS}, "steps": steps}
     return PatternFile(pattern=pattern, layer_indices=layer_indices, **fields)
 
@@ -287,3 +293,25 @@ def _step(document: dict[str, Any], num_layers: int) -> Step:
     if values["pattern"][values["layer"]] != SHARED:
         raise PatternError(f"step {shown(values['step'])} flips layer {values['layer']}, but its pattern has F there")
     return Step(**{**values, "std_err": math.nan if values["std_err"] is None else values["std_err"]})
+
+
+def _check_refinement(document: dict[str, Any], pattern: Pattern) -> None:
+    """Raise FieldError where a refinement lacks a field, or its swaps do not lead from its start to the pattern."""
+    n, number = len(pattern), optional(NUMBER)  # null: not scored, or one sequence, which has no error
+    fields = {"start_pattern": letters(n), "start_loss": number, "pattern": letters(n), "loss": number}
+    check_fields(document, {**fields, "heldout": OBJECT, "swaps": list_of(OBJECT)})
+    check_fields(
+        document["heldout"],
+        {**CALIBRATION_FIELDS, **dict.fromkeys(("start_loss", "loss", "delta", "std_err"), number)},
+    )
+    at = document["start_pattern"]
+    for swap in document["swaps"]:
+        layer = whole(0, n - 1)
+        check_fields(swap, {"from_layer": layer, "to_layer": layer, "pattern": letters(n), "loss": NUMBER})
+        check_fields(swap, dict.fromkeys(("delta", "std_err", "heldout_delta", "heldout_std_err"), number))
+        full = set(Pattern(at).full_layers) - {swap["from_layer"]} | {swap["to_layer"]}
+        if swap["pattern"] != Pattern.from_full_layers(full, n).letters or at[swap["from_layer"]] != FULL:
+            raise FieldError(f"a swap from layer {swap['from_layer']} to {swap['to_layer']} does not give its pattern")
+        at = swap["pattern"]
+    if not at == document["pattern"] == pattern.letters:
+        raise FieldError("the swaps of the refinement do not lead to the pattern")

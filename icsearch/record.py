@@ -26,6 +26,7 @@ from icsearch.jsonfile import (
     whole,
 )
 from icsearch.pattern import CALIBRATION_FIELDS, MODEL_FIELDS, Pattern, PatternFile, Step
+from icsearch.refinement import CALIBRATION_SET, HELDOUT_SET, OUTCOMES, Refinement, Trial, event_fields
 from icsearch.statistics import Difference, mean_loss, paired_difference
 
 JOURNAL_NAME = "journal.jsonl"
@@ -42,6 +43,7 @@ START_FIELDS = {
     "decoder_layers": whole(1),
     "references": OBJECT,
     "tokens": list_of(whole(1)),
+    "refine_on": optional(OBJECT),
 }
 OPTION_FIELDS = {
     "method": TEXT,
@@ -53,6 +55,9 @@ OPTION_FIELDS = {
     "batch_size": optional(whole(1)),
     "threads": optional(whole(1)),
 }
+
+
+REFINING = -1  # stands for a step in `asked`: what a refinement scored on the calibration sequences
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,8 @@ class RunRecord:
     """The state of a run. It changes by `apply` alone, so live and resumed runs share one path.
 
     `nll[pattern][sequence]` is the summed NLL in nats; `asked[step]` lists the patterns scored in a step
-    (step 0: the start pattern and the uniform references).
+    (step 0: the start pattern and the uniform references). `heldout` is the same of the held-out sequences that a
+    refinement confirms on: its losses, and nothing else.
     """
 
     start: Event = field(default_factory=dict)
@@ -125,6 +131,8 @@ class RunRecord:
     notes: list[str] = field(default_factory=list)
     similarity_sums: SimilaritySums = field(default_factory=SimilaritySums)
     chosen: Event | None = None
+    refinement: Refinement | None = None
+    heldout: RunRecord | None = None
     layer_sequences: int = 0
     seconds: float = 0.0
     finished: bool = False
@@ -148,6 +156,10 @@ class RunRecord:
         if not self.start:
             _check_start(event)
             self.start, self._fields = event, _event_fields(event)
+            self.heldout = _heldout_record(event)
+            return
+        if kind == "losses" and event.get("set") == HELDOUT_SET:
+            self._apply_heldout(event)
             return
         if kind not in list(self._fields):
             raise FieldError(f"event is {shown(kind)}: expected one of {', '.join(self._fields)}")
@@ -161,6 +173,10 @@ class RunRecord:
             self._add_cost(event)
         elif kind == "chosen":
             self.chosen = event
+        elif kind == "refine":
+            self._apply_refine(event)
+        elif kind in OUTCOMES:
+            self._apply_outcome(event)
         elif kind == "note":
             self.notes.append(event["text"])
         elif kind == "finish":
@@ -172,14 +188,41 @@ class RunRecord:
             raise FieldError(f"losses of step {event['step']} behind {len(self.commits)} commits")
         if [len(sums) for sums in event["nll"]] != [last - first] * len(event["patterns"]):
             raise FieldError("nll does not hold one sum for each pattern and sequence")
-        asked = self.asked.setdefault(event["step"], [])
+        asked = self.asked.setdefault(REFINING if event.get("set") == CALIBRATION_SET else event["step"], [])
         for pattern, sums in zip(event["patterns"], event["nll"], strict=True):
             self.nll.setdefault(pattern, {}).update(zip(range(first, last), sums, strict=True))
             if pattern not in asked:
                 asked.append(pattern)
         self._add_cost(event)
 
+    def _apply_heldout(self, event: Event) -> None:
+        if self.heldout is None:
+            raise FieldError(f"losses of set {HELDOUT_SET}, but the run has no held-out sequences")
+        self.heldout.apply({**event, "set": None, "step": 0})
+        self._add_cost(event)
+
+    def _apply_refine(self, event: Event) -> None:
+        if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
+            raise FieldError(f"a refinement of {event['pattern']}, which does not follow from what is before it")
+        self.refinement = Refinement(Pattern(event["pattern"]), event["costs"])
+
+    def _apply_outcome(self, event: Event) -> None:
+        if self.refinement is None or self.heldout is None:
+            raise FieldError(f"{event['event']} without a refinement")
+        if event["event"] == "swap":
+            self._check_swap(event["before"], event["pattern"])
+        self.refinement.apply(event)
+
+    def _check_swap(self, before: str, after: str) -> None:
+        """Raise FieldError unless the losses of both sets say that the pattern is better for the swap."""
+        for record in filter(None, (self, self.heldout)):
+            known = record.sums(after) is not None and record.sums(before) is not None
+            if not known or not record.difference(after, before).delta < 0:
+                raise FieldError(f"a swap to {after}, which does not lower the loss on both sets")
+
     def _apply_commit(self, event: Event) -> None:
+        if self.refinement is not None:
+            raise FieldError("a commit behind the beginning of the refinement")
         before, expected = self.pattern, len(self.commits) + 1
         commit = Commit(
             event["step"], event["layer"], event["pattern"], tuple(event["candidates"]), tuple(event["ties"])
@@ -207,7 +250,12 @@ class RunRecord:
 
     @property
     def pattern(self) -> Pattern:
-        """The pattern so far: the last commit's, or the one that the dynamic program chose."""
+        """The pattern so far: the refined one where there is one, else that of the search."""
+        return self.searched if self.refinement is None else self.refinement.pattern
+
+    @property
+    def searched(self) -> Pattern:
+        """The pattern of the search so far: the last commit's, or the one that the dynamic program chose."""
         if self.chosen is not None:
             return Pattern(self.chosen["pattern"])
         return Pattern(self.commits[-1].pattern) if self.commits else self.start_pattern
@@ -286,14 +334,27 @@ class RunRecord:
 
     def cost(self) -> dict[str, Any]:
         """What the search took. A layer evaluation is one decoder layer run once over all calibration sequences."""
-        candidates = sum(len(commit.candidates) for commit in self.commits)
+        refined = self._refinement_evaluations()
+        candidates = sum(len(commit.candidates) for commit in self.commits) + refined
         scored = candidates + len(self.asked.get(0, []))
         return {
             "candidate_evaluations": candidates,
-            "layer_evaluations": self.layer_sequences / len(self.start["tokens"]),
+            "layer_evaluations": self._layer_evaluations(),
             "naive_layer_evaluations": scored * self.start["decoder_layers"],
             "seconds": round(self.seconds, 3),
+            **({"refinement_evaluations": refined} if self.refinement else {}),
         }
+
+    def _refinement_evaluations(self) -> int:
+        """Patterns that the refinement had scored, on either set; what the search had scored already is not in it."""
+        heldout = self.heldout.asked.get(0, []) if self.heldout else []
+        return len(self.asked.get(REFINING, [])) + len(heldout)
+
+    def _layer_evaluations(self) -> float:
+        """Layer runs over all sequences of a set; those of the held-out set count as one over all of that set."""
+        heldout = self.heldout.layer_sequences if self.heldout else 0
+        tokens = self.heldout.start["tokens"] if self.heldout else [1]
+        return (self.layer_sequences - heldout) / len(self.start["tokens"]) + heldout / len(tokens)
 
     def pattern_file(self) -> PatternFile:
         """The pattern.json of this run, as far as it has come."""
@@ -311,7 +372,50 @@ class RunRecord:
             calibration=self.start["calibration"],
             cost=self.cost(),
             icsearch_version=self.start["icsearch_version"],
+            refinement=self._refinement_document(),
         )
+
+    def _refinement_document(self) -> dict[str, Any] | None:
+        """What pattern.json says of the refinement; None where there was none, or its held-out start is not scored."""
+        refinement, heldout = self.refinement, self.heldout
+        if refinement is None or heldout is None:
+            return None
+        start, end = refinement.start.letters, refinement.pattern.letters
+        return {
+            "start_pattern": start,
+            "start_loss": self.loss(start),
+            "pattern": end,
+            "loss": self.loss(end),
+            "heldout": _heldout_document(heldout, start, end),
+            "swaps": [_swap_document(self, heldout, trial) for trial in refinement.swaps],
+        }
+
+
+def _heldout_document(heldout: RunRecord, start: str, end: str) -> dict[str, Any]:
+    """The losses before and after on the held-out sequences, None where no move came so far, and whose they are."""
+    scored = heldout.sums(start) is not None
+    change = heldout.difference(end, start) if scored else None
+    return {
+        "start_loss": heldout.loss(start) if scored else None,
+        "loss": heldout.loss(end) if scored else None,
+        "delta": change.delta if change else None,
+        "std_err": change.std_err if change else None,
+        **{name: heldout.start["calibration"].get(name) for name in (*CALIBRATION_FIELDS, "sequences")},
+    }
+
+
+def _swap_document(record: RunRecord, heldout: RunRecord, trial: Trial) -> dict[str, Any]:
+    change, confirmed = (one.difference(trial.pattern, trial.before) for one in (record, heldout))
+    return {
+        "from_layer": trial.from_layer,
+        "to_layer": trial.to_layer,
+        "pattern": trial.pattern,
+        "loss": record.loss(trial.pattern),
+        "delta": change.delta,
+        "std_err": change.std_err,
+        "heldout_delta": confirmed.delta,
+        "heldout_std_err": confirmed.std_err,
+    }
 
 
 def _check_start(event: Event) -> None:
@@ -330,7 +434,21 @@ def _check_start(event: Event) -> None:
     check_fields(event["options"], OPTION_FIELDS)
     check_fields(event["model"], {**MODEL_FIELDS, "native_shared": optional(layers(num_layers))})
     check_fields(event["calibration"], CALIBRATION_FIELDS)
+    if event.get("refine_on") is not None:
+        tokens = event["refine_on"].get("tokens")
+        check_fields(event["refine_on"], {**CALIBRATION_FIELDS, "tokens": list_of(whole(1))})
+        check_fields({"refine_on": tokens}, {"refine_on": Kind("at least one sequence", bool)})
     check_fields(event["references"], dict.fromkeys(event["references"], letters(num_layers)))
+
+
+def _heldout_record(start: Event) -> RunRecord | None:
+    """An empty record of the held-out sequences of a run that is to be refined."""
+    if start.get("refine_on") is None:
+        return None
+    record = RunRecord()
+    others = {"tokens": start["refine_on"]["tokens"], "calibration": start["refine_on"], "refine_on": None}
+    record.apply({**start, **others})
+    return record
 
 
 def _covers(blocks: Any, num_layers: int) -> bool:
@@ -354,6 +472,7 @@ def _event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "sequences": waves,
             "patterns": list_of(pattern),
             "nll": list_of(list_of(NUMBER)),
+            "set": optional(Kind(repr(CALIBRATION_SET), lambda value: value == CALIBRATION_SET)),
             **cost,
         },
         "commit": {
@@ -365,6 +484,7 @@ def _event_fields(start: Event) -> dict[str, dict[str, Kind]]:
         },
         "similarity": {"sequences": waves, "queries": whole(1), "cosine": triangle, "overlap": triangle, **cost},
         "chosen": {"pattern": pattern, "objective": NUMBER},
+        **event_fields(num_layers),
         "note": {"text": TEXT},
         "finish": {},
     }

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from icsearch.pattern import Pattern
 from icsearch.statistics import Difference, mean_loss, paired_difference
-from icsearch.strategies import ExactGreedy
 from icsearch.strategies.swaps import (
     MAX_SWAPS,
     Decided,
@@ -67,10 +66,12 @@ def play(refiner: Swaps, table: Table) -> list[tuple[Question, Outcome]]:
 
 
 def greedy(num_layers: int, flips: int, table: Table) -> Pattern:
-    strategy = ExactGreedy(Pattern.full(num_layers), frozenset(), flips)
-    while layers := strategy.ask():
-        strategy.tell({layer: loss_of(table, strategy.pattern.flip(layer).letters, False) for layer in layers})
-    return strategy.pattern
+    """Algorithm 1 of the paper."""
+    pattern = Pattern.full(num_layers)
+    for _ in range(flips):
+        candidates = [pattern.flip(layer) for layer in pattern.full_layers[1:]]
+        pattern = min(candidates, key=lambda candidate: loss_of(table, candidate.letters, False))
+    return pattern
 
 
 # The cheapest single flip, of layer 1, is in no good pair: greedy cannot take it back, one exchange can.
