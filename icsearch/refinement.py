@@ -1,0 +1,106 @@
+"""What a journal says of a refinement, replayed: the moves that were scored, made and refused.
+
+The events are `refine` (the flips are done, and this is the pattern to start from), `judged` (what calibration
+sequences said of some moves) and `swap` or `refused` (what held-out sequences said of one). The losses are those of
+the run itself, and of a record of their own for the held-out sequences.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from icsearch.journal import Event
+from icsearch.jsonfile import NUMBER, FieldError, Kind, letters, list_of, optional, whole
+from icsearch.pattern import Pattern
+
+CALIBRATION_SET, HELDOUT_SET = "refine", "refine-on"  # `set` of the losses that a refinement asked for
+OUTCOMES = ("judged", "swap", "refused")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One move that held-out sequences were asked about, the patterns before and behind it, and whether it was made."""
+
+    from_layer: int
+    to_layer: int
+    before: str
+    pattern: str
+    made: bool
+
+
+@dataclass
+class Refinement:
+    """The state of a refinement. `costs`: what sharing each layer cost in the search, None where that is not known."""
+
+    start: Pattern
+    costs: list[float | None]
+    outcomes: list[Event] = field(default_factory=list)
+    trials: list[Trial] = field(default_factory=list)
+    moves_scored: int = 0
+    moves_qualified: int = 0
+
+    @property
+    def swaps(self) -> list[Trial]:
+        """The moves that were made, in order."""
+        return [trial for trial in self.trials if trial.made]
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern so far."""
+        return Pattern(self.swaps[-1].pattern) if self.swaps else self.start
+
+    def apply(self, event: Event) -> None:
+        """Take in one of OUTCOMES; raises FieldError where it does not follow from the pattern so far."""
+        if event["event"] == "judged":
+            self._apply_judged(event)
+        else:
+            self._apply_trial(event)
+        self.outcomes.append(event)
+
+    def _apply_judged(self, event: Event) -> None:
+        moves = [tuple(move) for move in event["moves"]]
+        self._check_before(event["pattern"])
+        for from_layer, to_layer in moves:
+            self._moved(from_layer, to_layer)
+        if not {tuple(move) for move in event["qualified"]} <= set(moves):
+            raise FieldError("a move qualified that was not among those scored")
+        self.moves_scored += len(moves)
+        self.moves_qualified += len(event["qualified"])
+
+    def _apply_trial(self, event: Event) -> None:
+        self._check_before(event["before"])
+        if event["pattern"] != self._moved(event["from_layer"], event["to_layer"]):
+            raise FieldError("pattern is not that behind the move")
+        made = event["event"] == "swap"
+        self.trials.append(Trial(event["from_layer"], event["to_layer"], event["before"], event["pattern"], made))
+
+    def _check_before(self, before: str) -> None:
+        if before != self.pattern.letters:
+            raise FieldError(f"a move starts from {before}: expected {self.pattern}")
+
+    def _moved(self, from_layer: int, to_layer: int) -> str:
+        pattern = self.pattern
+        if from_layer == 0 or not pattern.is_full(from_layer) or pattern.is_full(to_layer):
+            raise FieldError(f"no indexer can go from layer {from_layer} to {to_layer} of {pattern}")
+        full = set(pattern.full_layers) - {from_layer} | {to_layer}
+        return Pattern.from_full_layers(full, len(pattern)).letters
+
+
+def event_fields(num_layers: int) -> dict[str, dict[str, Kind]]:
+    """What the fields of a refinement's events must be."""
+    pattern, layer = letters(num_layers), whole(0, num_layers - 1)
+    moves = list_of(list_of(layer, 2))
+    trial: dict[str, Any] = {
+        "before": pattern,
+        "from_layer": layer,
+        "to_layer": layer,
+        "pattern": pattern,
+        **dict.fromkeys(("delta", "std_err", "heldout_delta", "heldout_std_err"), NUMBER),
+    }
+    return {
+        "refine": {"pattern": pattern, "costs": list_of(optional(NUMBER), num_layers)},
+        "judged": {"pattern": pattern, "moves": moves, "qualified": moves},
+        "swap": trial,
+        "refused": trial,
+    }
