@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from icsearch.record import RunRecord
+from icsearch.refinement import HELDOUT_SET
 from icsearch.report import numbers
 from icsearch.statistics import mean_loss
 
@@ -25,13 +26,15 @@ class Quiet:
 
     def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None: ...
 
-    def step_started(self, step: int, patterns: int, layer_sequences: int) -> None: ...
+    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None: ...
 
     def layer_done(self, layer_sequences: int) -> None: ...
 
-    def losses_known(self, record: RunRecord, step: int) -> None: ...
+    def losses_known(self, record: RunRecord, step: int | str) -> None: ...
 
     def committed(self, record: RunRecord) -> None: ...
+
+    def tried(self, record: RunRecord) -> None: ...
 
     def close(self) -> None: ...
 
@@ -51,14 +54,14 @@ class Plain(Quiet):
         self._clock.total, self._clock.done = layer_sequences, done
         self.console.print(plan_table(rows))
 
-    def step_started(self, step: int, patterns: int, layer_sequences: int) -> None:
+    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
         self.info(f"{_step_name(step)}: scoring {patterns} patterns")
 
     def layer_done(self, layer_sequences: int) -> None:
         self._clock.advance(layer_sequences)
 
-    def losses_known(self, record: RunRecord, step: int) -> None:
+    def losses_known(self, record: RunRecord, step: int | str) -> None:
         if time.monotonic() - self._last_line < SECONDS_BETWEEN_LINES:
             return
         self._last_line = time.monotonic()
@@ -67,6 +70,9 @@ class Plain(Quiet):
 
     def committed(self, record: RunRecord) -> None:
         self.info(commit_line(record) + f", {self._clock.remaining()}")
+
+    def tried(self, record: RunRecord) -> None:
+        self.info(trial_line(record))
 
 
 class Live(Plain):
@@ -85,7 +91,7 @@ class Live(Plain):
         )
         self._task: Any = None
 
-    def step_started(self, step: int, patterns: int, layer_sequences: int) -> None:
+    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
         if self._task is None:
             self._progress.start()
@@ -98,7 +104,7 @@ class Live(Plain):
         super().layer_done(layer_sequences)
         self._progress.advance(self._task, layer_sequences)
 
-    def losses_known(self, record: RunRecord, step: int) -> None:
+    def losses_known(self, record: RunRecord, step: int | str) -> None:
         self._progress.update(self._task, note=f"{best_so_far(record, step)} · {self._clock.remaining()}")
 
     def committed(self, record: RunRecord) -> None:
@@ -116,8 +122,10 @@ class RunClock:
         self._measured = 0
         self._started: float | None = None
 
-    def start_step(self, step: int, layer_sequences: int) -> None:
+    def start_step(self, step: int | str, layer_sequences: int) -> None:
         self._started = self._started or time.monotonic()
+        if isinstance(step, str):  # how long a refinement goes on nobody knows: time left is that of what is at work
+            self.total = self.done + layer_sequences
         self.step_total, self.step_done = layer_sequences, 0
 
     def advance(self, layer_sequences: int) -> None:
@@ -161,8 +169,23 @@ def commit_line(record: RunRecord) -> str:
     )
 
 
-def best_so_far(record: RunRecord, step: int) -> str:
+def trial_line(record: RunRecord) -> str:
+    """What became of the last move that held-out sequences were asked about."""
+    if record.refinement is None or record.heldout is None:
+        return ""
+    trial = record.refinement.trials[-1]
+    here, there = (one.difference(trial.pattern, trial.before) for one in (record, record.heldout))
+    return (
+        f"swap {'made' if trial.made else 'refused'}: layer {trial.from_layer} to {trial.to_layer}, "
+        f"{numbers.difference(here)}, held out {numbers.difference(there)}"
+    )
+
+
+def best_so_far(record: RunRecord, step: int | str) -> str:
     """The leader on the sequences that all patterns of this step have been scored on."""
+    if isinstance(step, str):
+        made = len(record.refinement.swaps) if record.refinement else 0
+        return f"{numbers.plural(made, 'swap')} made"
     patterns = record.asked[step]
     common = set.intersection(*(set(record.nll[letters]) for letters in patterns))
     if step == 0 or not common:
@@ -176,5 +199,7 @@ def best_so_far(record: RunRecord, step: int) -> str:
     return f"best so far layer {layer}, loss {losses[best]:.4f} on {len(order)} of {len(record.tokens)} sequences"
 
 
-def _step_name(step: int) -> str:
+def _step_name(step: int | str) -> str:
+    if isinstance(step, str):
+        return "held-out sequences" if step == HELDOUT_SET else "swaps"
     return f"step {step}" if step else "baseline"

@@ -214,11 +214,11 @@ class RunRecord:
         self.refinement.apply(event)
 
     def _check_swap(self, before: str, after: str) -> None:
-        """Raise FieldError unless the losses of both sets say that the pattern is better for the swap."""
+        """Raise FieldError unless both sets say that the pattern is better for the swap."""
         for record in filter(None, (self, self.heldout)):
             known = record.sums(after) is not None and record.sums(before) is not None
-            if not known or not record.difference(after, before).delta < 0:
-                raise FieldError(f"a swap to {after}, which does not lower the loss on both sets")
+            if not known or not record.objective_difference(after, before).delta < 0:
+                raise FieldError(f"a swap to {after}, which does not gain on both sets")
 
     def _apply_commit(self, event: Event) -> None:
         if self.refinement is not None:
@@ -291,6 +291,13 @@ class RunRecord:
         if not all(sequence in known for sequence in range(first, last)):
             raise JournalError(f"the journal lacks losses of {letters}: continue the run first")
         return [known[sequence] for sequence in range(first, last)]
+
+    def objective_difference(self, letters: str, reference: str) -> Difference:
+        """What the search goes by, minus that of `reference`, in nats per token, paired over sequences."""
+        count = len(self.tokens)
+        return paired_difference(
+            self.objective_sums(letters, 0, count), self.objective_sums(reference, 0, count), self.tokens
+        )
 
     def loss(self, letters: str) -> float:
         """Nats per token; raises JournalError if the pattern was not scored on every sequence."""

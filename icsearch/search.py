@@ -15,6 +15,7 @@ from icsearch.errors import JournalError
 from icsearch.journal import Event, Journal
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
+from icsearch.refinement import HELDOUT_SET
 from icsearch.strategies import Ask, Choice, Strategy
 
 
@@ -58,17 +59,22 @@ class Progress(Protocol):
 
     def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None: ...
 
-    def step_started(self, step: int, patterns: int, layer_sequences: int) -> None: ...
+    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None: ...
 
     def layer_done(self, layer_sequences: int) -> None: ...
 
-    def losses_known(self, record: RunRecord, step: int) -> None: ...
+    def losses_known(self, record: RunRecord, step: int | str) -> None: ...
 
     def committed(self, record: RunRecord) -> None: ...
 
+    def tried(self, record: RunRecord) -> None: ...
+
 
 class Scoring:
-    """Scores what a journal does not hold yet; every event is on disk before it counts."""
+    """Scores what a journal does not hold yet; every event is on disk before it counts.
+
+    `part` marks the losses that a refinement asks for: on the calibration sequences, or on its held-out ones.
+    """
 
     def __init__(
         self,
@@ -76,11 +82,23 @@ class Scoring:
         record: RunRecord,
         scorer: Scorer,
         progress: Progress,
+        part: str | None = None,
     ) -> None:
         self.journal = journal
         self.record = record
         self.progress = progress
         self._scorer = scorer
+        self._part = part
+
+    def of(self, part: str, scorer: Scorer | None = None) -> Scoring:
+        """The same run's scoring of one part of its refinement, by another scorer where its sequences are others."""
+        return Scoring(self.journal, self.record, scorer or self._scorer, self.progress, part)
+
+    @property
+    def losses(self) -> RunRecord:
+        """Where the losses of the sequences that are scored here are found."""
+        heldout = self.record.heldout
+        return heldout if heldout is not None and self._part == HELDOUT_SET else self.record
 
     def append(self, event: Event) -> None:
         """Write an event, then let the record take it in."""
@@ -97,20 +115,21 @@ class Scoring:
 
         Of the sequences [first, last), by default all; a wave that reaches beyond them is scored as a whole.
         """
-        last = len(self.record.tokens) if last is None else last
+        last = len(self.losses.tokens) if last is None else last
         waves = [wave for wave in self._scorer.waves if wave[0] < last and wave[1] > first]
         missing = {wave: self._missing(patterns, wave) for wave in waves}
         work = [(chunk, wave) for wave, left in missing.items() for chunk in self._chunks(left)]
         if not work:
             return
         self._scorer.retain(self.record.pattern)
-        self.progress.step_started(step, len(patterns), self._scorer.expected(work))
+        self.progress.step_started(self._part or step, len(patterns), self._scorer.expected(work))
         for chunk, wave in work:
             started = time.monotonic()
             scores = self._scorer.score(chunk, wave, self.progress.layer_done)
-            self.append(_losses_event(step, chunk, wave, scores, time.monotonic() - started))
+            event = _losses_event(step, chunk, wave, scores, time.monotonic() - started)
+            self.append(event if self._part is None else {**event, "set": self._part})
             self.note(scores.notes)
-            self.progress.losses_known(self.record, step)
+            self.progress.losses_known(self.record, self._part or step)
 
     def note(self, texts: Sequence[str]) -> None:
         """Keep what the reader of the report should know, once."""
@@ -120,7 +139,7 @@ class Scoring:
 
     def _missing(self, patterns: list[Pattern], wave: tuple[int, int]) -> list[Pattern]:
         first, last = wave
-        known = self.record.nll
+        known = self.losses.nll
         return [p for p in patterns if any(s not in known.get(p.letters, {}) for s in range(first, last))]
 
     def _chunks(self, patterns: list[Pattern]) -> list[list[Pattern]]:
@@ -136,8 +155,8 @@ class Search:
         self._record = scoring.record
         self._strategy = strategy
 
-    def run(self) -> RunRecord:
-        """Search to the end."""
+    def run(self, then: Callable[[], object] = lambda: None) -> RunRecord:
+        """Search to the end; `then` is what the run does before it is finished, such as a refinement."""
         self._scoring.score_references()
         start = self._record.start_pattern.letters
         self._strategy.begin(self._record.objective_sums(start, 0, len(self._record.tokens)))
@@ -145,6 +164,7 @@ class Search:
         while ask := self._strategy.ask():
             choice = self._tell(step, ask)
             step += choice is not None
+        then()
         if not self._record.finished:
             self._scoring.append({"event": "finish", "pattern": self._record.pattern.letters})
         return self._record

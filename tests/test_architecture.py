@@ -46,7 +46,8 @@ ALLOWED: dict[str, set[str]] = {
     "requests": {"errors", "jsonfile", "pattern", "specs", "strategies"},
     "plan": {"errors", "pattern", "states", "strategies"},
     "rundir": {"errors", "files", "journal", "record"},
-    "search": {"errors", "journal", "pattern", "record", "strategies"},
+    "search": {"errors", "journal", "pattern", "record", "refinement", "strategies"},
+    "refine": {"errors", "journal", "pattern", "record", "refinement", "search", "strategies"},
     "prepare": {
         "", "calibration", "checkpoint", "journal", "losses", "memory", "model", "pattern", "plan", "record",
         "requests", "rundir", "search", "states", "strategies", "sweep",
@@ -64,7 +65,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"errors", "evaluation", "export", "files", "pattern", "record", "statistics"},
     "export": {"errors", "jsonfile", "pattern"},
-    "progress": {"record", "report", "statistics"},
+    "progress": {"record", "refinement", "report", "statistics"},
     "cli": {
         "", "baseline", "errors", "evaluate", "export", "greedy", "model", "pattern", "plan", "prepare", "progress",
         "report", "requests", "search",
@@ -97,6 +98,7 @@ NO_TORCH = [
     "requests",
     "rundir",
     "search",
+    "refine",
     "evaluation",
     "progress",
     "report",
