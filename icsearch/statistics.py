@@ -56,3 +56,32 @@ def wilson_interval(hits: int, total: int, z: float = 1.959963984540054) -> tupl
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+
+
+def student_tail(t: float, degrees: int) -> float:
+    """P(T > t) of Student's t distribution, t >= 0, accurate to many digits however small it is.
+
+    Half the regularised incomplete beta function I_x(degrees / 2, 1 / 2) at x = degrees / (degrees + t²).
+    """
+    if t == 0:
+        return 0.5
+    a, b, square = degrees / 2, 0.5, t * t
+    x, rest = degrees / (degrees + square), square / (degrees + square)
+    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
+    front = math.exp(log_front - a * math.log1p(square / degrees)) * math.sqrt(rest)
+    if x < (a + 1) / (a + b + 2):
+        return front / (2 * a * _beta_fraction(a, b, x))
+    return (1 - front / (b * _beta_fraction(b, a, rest))) / 2
+
+
+def _beta_fraction(a: float, b: float, x: float) -> float:
+    """1 + d1/(1 + d2/(1 + ...)), the incomplete beta function's continued fraction (DLMF 8.17.22), from its far end.
+
+    A hundred terms are far more than 15 digits need where x is below (a + 1) / (a + b + 2).
+    """
+    value = 1.0
+    for m in range(100, 0, -1):
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        value = 1 + even / (1 + odd / value)
+    return 1 - (a + b) * x / ((a + 1) * value)

@@ -8,20 +8,52 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from icsearch.strategies.exact import Complete, Everyone
+from icsearch.strategies.lazy import Lazy
 from icsearch.strategies.protocol import Ask, Choice, Strategy, Task, looks_of
+from icsearch.strategies.race import Race
 from icsearch.strategies.stages import split_stages
 from icsearch.strategies.stepwise import StepwiseGreedy
 
-__all__ = ["Ask", "Choice", "Options", "Strategy", "Task", "looks_of", "make_strategy", "split_stages"]
+__all__ = [
+    "DEFAULT_CONFIDENCE",
+    "STRATEGIES",
+    "Ask",
+    "Choice",
+    "Options",
+    "Strategy",
+    "Task",
+    "looks_of",
+    "make_strategy",
+    "split_stages",
+]
+
+
+DEFAULT_CONFIDENCE = 0.95
+STRATEGIES = ("exact", "race", "lazy", "race+lazy")
 
 
 @dataclass(frozen=True)
 class Options:
-    """The name of a strategy, and what it can be told."""
+    """The name of a strategy, and what it can be told.
+
+    `confidence` and `tie_margin` (nats per token) are those of a race.
+    """
 
     name: str = "exact"
+    confidence: float = DEFAULT_CONFIDENCE
+    tie_margin: float | None = None
+
+    @property
+    def races(self) -> bool:
+        return "race" in self.name.split("+")
+
+    @property
+    def is_lazy(self) -> bool:
+        return "lazy" in self.name.split("+")
 
 
 def make_strategy(task: Task, options: Options = Options()) -> Strategy:
     """The strategy of that name, at its beginning."""
-    return StepwiseGreedy(task, Everyone(), Complete(task.tokens))
+    pools = Lazy(task) if options.is_lazy else Everyone()
+    contest = Race(task, options.confidence, options.tie_margin) if options.races else Complete(task.tokens)
+    return StepwiseGreedy(task, pools, contest)

@@ -33,6 +33,7 @@ class Complete:
     """Contest: all of a pool on all sequences; the lowest loss wins."""
 
     dropped: tuple[int, ...] = ()
+    within_margin: tuple[int, ...] = ()
     settled: int | None = None
 
     def __init__(self, tokens: Sequence[int]) -> None:

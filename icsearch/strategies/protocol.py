@@ -22,16 +22,18 @@ class Ask:
 class Choice:
     """One committed flip, and how it was chosen.
 
-    `scored` are the layers that were scored in this step, on every sequence but for the `dropped` ones. `stale` are
-    those that were not scored, because an older loss ruled them out. `settled` is the number of sequences behind
-    which the leader was taken for as good as the rest by the tie margin, None where the losses of all sequences
-    decided. `violations` are the layers that turned out cheaper than their older loss and its slack allowed, and
-    `missed` says that the winner was found by a full rescan alone.
+    `scored` are the layers that were scored in this step; on every sequence, but for those `dropped` as worse than
+    the leader, and those `within_margin`, for which the leader was taken by the tie margin. `settled` is the number
+    of sequences after which that was done last, None where the losses of all sequences decided. `stale` are the
+    candidates that were not scored, because an older loss ruled them out. `violations` are the layers that turned
+    out cheaper than their older loss and its slack allowed, and `missed` says that only a full rescan found the
+    winner.
     """
 
     layer: int
     scored: tuple[int, ...]
     dropped: tuple[int, ...] = ()
+    within_margin: tuple[int, ...] = ()
     stale: tuple[int, ...] = ()
     settled: int | None = None
     violations: tuple[int, ...] = ()

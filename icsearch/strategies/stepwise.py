@@ -52,7 +52,11 @@ class Contest(Protocol):
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """The layers that were given up before their last sequence."""
+        """The layers that were given up before their last sequence because they were worse than the leader."""
+
+    @property
+    def within_margin(self) -> tuple[int, ...]:
+        """The layers that were given up because the tie margin made the leader as good as them."""
 
     @property
     def settled(self) -> int | None:
@@ -121,6 +125,7 @@ class StepwiseGreedy:
             layer=layer,
             scored=tuple(sorted(contest.sums)),
             dropped=tuple(sorted(contest.dropped)),
+            within_margin=tuple(sorted(contest.within_margin)),
             stale=tuple(candidate for candidate in self._candidates if candidate not in contest.sums),
             settled=contest.settled,
             violations=tuple(sorted(self._pools.violations)),
