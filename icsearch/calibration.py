@@ -447,6 +447,24 @@ def check(calibration: Calibration, limits: Limits) -> None:
             )
 
 
+def check_heldout(heldout: Calibration, calibration: Calibration, option: str) -> None:
+    """Raise CalibrationError where held-out sequences cannot confirm what was chosen on a calibration."""
+    shared = set(heldout.sequence_digests()) & set(calibration.sequence_digests())
+    if shared:
+        raise CalibrationError(
+            f"{option} shares {len(shared)} of its {heldout.num_sequences} sequences with the calibration: give text "
+            "that nothing was chosen on"
+        )
+    if heldout.seq_len != calibration.seq_len:
+        raise CalibrationError(
+            f"{option} has sequences of {heldout.seq_len} tokens, the calibration of {calibration.seq_len}: give "
+            "sequences as long as those"
+        )
+    for found, name in ((heldout, option), (calibration, "--calibration")):
+        if found.num_sequences < 2:
+            raise CalibrationError(f"{name} is one sequence, whose loss has no standard error: give at least 2")
+
+
 def check_length(length: int, limits: Limits) -> None:
     """Raise CalibrationError for sequences too short to choose from, or longer than the model goes."""
     if length <= limits.index_topk:

@@ -25,6 +25,8 @@ RESULT_NAMES = (
 )
 _LOCK_NAME = ".lock"
 _MUST_AGREE = ("options", "model", "calibration")
+_WHERE_BOTH_HAVE = ("refine_on",)  # runs with a refinement and without differ in an option already
+_BEFORE_THE_OPTION = {"kernels": "reference"}  # what runs did that do not record it yet
 
 
 class RunDirectory:
@@ -92,9 +94,8 @@ class RunDirectory:
         """Refuse to continue a run whose options, model or calibration are others; says which differ."""
         if not existing:
             return
-        differences = [
-            line for part in _MUST_AGREE for line in _differences(part, part_of(existing, part), wanted[part])
-        ]
+        parts = [*_MUST_AGREE, *(part for part in _WHERE_BOTH_HAVE if part in wanted and part in existing[0])]
+        differences = [line for part in parts for line in _differences(part, part_of(existing, part), wanted[part])]
         if differences:
             raise JournalError(
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}): "
@@ -111,11 +112,13 @@ def part_of(existing: Sequence[Event], part: str) -> dict[str, Any]:
 def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Readable `key: found -> wanted` for each value that differs. Names and paths may; fingerprints may not.
 
-    The sequences' digests follow from the fingerprint, and runs of earlier versions have none.
+    The sequences' digests and tokens follow from the fingerprint, and runs of earlier versions have no digests.
     """
     lines = []
+    if part == "options":
+        found = {**{key: value for key, value in _BEFORE_THE_OPTION.items() if key in wanted}, **found}
     for key in sorted(found.keys() | wanted.keys()):
-        if key in ("name_or_path", "source", "sequences") or found.get(key) == wanted.get(key):
+        if key in ("name_or_path", "source", "sequences", "tokens") or found.get(key) == wanted.get(key):
             continue
         label = key if part == "options" else f"{part} {key}"
         lines.append(f"{label} {_short(found.get(key))}, now {_short(wanted.get(key))}")
