@@ -12,6 +12,7 @@ from icsearch.errors import JournalError, PatternError
 from icsearch.journal import Event, Journal
 from icsearch.jsonfile import (
     DURATION,
+    FLAG,
     NUMBER,
     OBJECT,
     TEXT,
@@ -52,6 +53,8 @@ OPTION_FIELDS = {
     "num_shared": optional(whole(0)),
     "stages": optional(whole(1)),
     "keep_full": optional(layers()),
+    "confidence": optional(NUMBER),
+    "tie_margin": optional(NUMBER),
     "batch_size": optional(whole(1)),
     "threads": optional(whole(1)),
 }
@@ -64,7 +67,8 @@ REFINING = -1  # stands for a step in `asked`: what a refinement scored on the c
 class Commit:
     """One committed flip, and the flips it was chosen from.
 
-    `ties` are the layers that the winner could not be told from (within one paired std_err).
+    `candidates` are the layers that were scored, `ties` those of them that the winner could not be told from (within
+    one paired std_err). The rest is of strategies other than exact: see `strategies.Choice`.
     """
 
     step: int
@@ -72,17 +76,32 @@ class Commit:
     pattern: str
     candidates: tuple[int, ...]
     ties: tuple[int, ...]
+    dropped: tuple[int, ...] = ()
+    within_margin: tuple[int, ...] = ()
+    stale: tuple[int, ...] = ()
+    violations: tuple[int, ...] = ()
+    settled: int | None = None
+    missed: bool = False
+
+    @property
+    def given_up(self) -> tuple[int, ...]:
+        """The candidates that were not scored on all sequences."""
+        return tuple(sorted((*self.dropped, *self.within_margin)))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One flip scored in a step: the layer, its loss (nats per token) and the difference to the all-F baseline."""
+    """One flip scored in a step: the layer, its loss (nats per token) and the difference to the all-F baseline.
+
+    `sequences` is the number of those that this is known on, the first ones.
+    """
 
     step: int
     layer: int
     pattern: str
     loss: float
     difference: Difference
+    sequences: int
 
 
 @dataclass
@@ -224,14 +243,15 @@ class RunRecord:
         if self.refinement is not None:
             raise FieldError("a commit behind the beginning of the refinement")
         before, expected = self.pattern, len(self.commits) + 1
-        commit = Commit(
-            event["step"], event["layer"], event["pattern"], tuple(event["candidates"]), tuple(event["ties"])
-        )
+        commit = _commit_of(event)
         if commit.step != expected:
             raise FieldError(f"step is {commit.step}: expected {expected}")
-        flips = {layer: before.flip(layer).letters for layer in commit.candidates}
-        if commit.pattern != flips.get(commit.layer) or not flips.keys() >= set(commit.ties):
+        flips = {layer: before.flip(layer).letters for layer in (*commit.candidates, *commit.stale)}
+        scored, others = set(commit.candidates), {*commit.ties, *commit.given_up, *commit.violations}
+        if commit.pattern != flips.get(commit.layer) or commit.layer not in scored or not scored >= others:
             raise FieldError(f"layer, pattern and ties of step {expected} do not follow from its candidates")
+        if scored & set(commit.stale) or commit.layer in commit.given_up:
+            raise FieldError(f"what step {expected} says of its candidates does not agree")
         self.commits.append(commit)
 
     def _add_cost(self, event: Event) -> None:
@@ -326,24 +346,54 @@ class RunRecord:
 
     def candidates(self, step: int) -> list[Candidate]:
         """Every flip scored completely in a step (the last one may still be at work), by layer."""
-        before = Pattern(self.commits[step - 2].pattern) if step > 1 else self.start_pattern
+        before = self._before(step)
         if step <= len(self.commits):
             layers = self.commits[step - 1].candidates
         else:
             asked = set(self.asked.get(step, []))
             layers = tuple(layer for layer in before.full_layers[1:] if before.flip(layer).letters in asked)
         flips = [(layer, before.flip(layer).letters) for layer in sorted(layers)]
-        return [
-            Candidate(step, layer, letters, self.loss(letters), self.difference(letters))
-            for layer, letters in flips
-            if self.sums(letters) is not None
-        ]
+        return [self._candidate(step, layer, letters) for layer, letters in flips if self.sums(letters) is not None]
+
+    def given_up(self, step: int) -> list[Candidate]:
+        """The flips that a committed step did not score on all sequences, by layer, by those that they were."""
+        before = self._before(step)
+        flips = [(layer, before.flip(layer).letters) for layer in self.commits[step - 1].given_up]
+        return [self._candidate(step, layer, letters) for layer, letters in flips if self.known_sequences(letters)]
+
+    def _candidate(self, step: int, layer: int, letters: str) -> Candidate:
+        known = self.known_sequences(letters)
+        nll = [self.nll[letters][sequence] for sequence in range(known)]
+        difference = self.known_difference(letters, self.start_pattern.letters)
+        return Candidate(step, layer, letters, mean_loss(nll, self.tokens[:known]), difference, known)
+
+    def _before(self, step: int) -> Pattern:
+        """The pattern that a step began with."""
+        return Pattern(self.commits[step - 2].pattern) if step > 1 else self.start_pattern
+
+    def known_sequences(self, letters: str) -> int:
+        """How many sequences a pattern was scored on, from the first one on without a gap."""
+        known = self.nll.get(letters, {})
+        return next(n for n in range(len(known) + 1) if n not in known)
+
+    def known_difference(self, letters: str, reference: str) -> Difference:
+        """Difference to `reference` on the sequences that both were scored on, paired; JournalError if there are none."""
+        common = min(self.known_sequences(letters), self.known_sequences(reference))
+        if not common:
+            raise JournalError(f"the journal lacks losses of {letters} or {reference}: continue the run first")
+        sums, others = ([self.nll[name][i] for i in range(common)] for name in (letters, reference))
+        return paired_difference(sums, others, self.tokens[:common])
 
     def cost(self) -> dict[str, Any]:
-        """What the search took. A layer evaluation is one decoder layer run once over all calibration sequences."""
+        """What the search took. A layer evaluation is one decoder layer run once over all calibration sequences.
+
+        A candidate that was scored on a part of the sequences counts as that part of an evaluation. A naive search
+        scores every candidate of every step on all sequences, those that this one left stale or gave up too.
+        """
         refined = self._refinement_evaluations()
-        candidates = sum(len(commit.candidates) for commit in self.commits) + refined
-        scored = candidates + len(self.asked.get(0, []))
+        candidates = self._search_evaluations() + refined
+        flips = sum(len(commit.candidates) + len(commit.stale) for commit in self.commits)
+        scored = flips + refined + len(self.asked.get(0, []))
         return {
             "candidate_evaluations": candidates,
             "layer_evaluations": self._layer_evaluations(),
@@ -351,6 +401,15 @@ class RunRecord:
             "seconds": round(self.seconds, 3),
             **({"refinement_evaluations": refined} if self.refinement else {}),
         }
+
+    def _search_evaluations(self) -> int | float:
+        """Candidates scored by the committed steps; a whole number where all were scored on all sequences."""
+        given_up = [len(commit.given_up) for commit in self.commits]
+        whole_ones = sum(len(commit.candidates) for commit in self.commits) - sum(given_up)
+        if not any(given_up):
+            return whole_ones
+        parts = sum(one.sequences for step, some in enumerate(given_up, start=1) if some for one in self.given_up(step))
+        return round(whole_ones + parts / len(self.tokens), 3)
 
     def _refinement_evaluations(self) -> int:
         """Patterns that the refinement had scored, on either set; what the search had scored already is not in it."""
@@ -425,6 +484,21 @@ def _swap_document(record: RunRecord, heldout: RunRecord, trial: Trial) -> dict[
     }
 
 
+def _commit_of(event: Event) -> Commit:
+    """A commit event as the record keeps it; what exact searches and old journals do not say is empty."""
+    lists = ("dropped", "within_margin", "stale", "violations")
+    return Commit(
+        event["step"],
+        event["layer"],
+        event["pattern"],
+        tuple(event["candidates"]),
+        tuple(event["ties"]),
+        **{name: tuple(event.get(name) or ()) for name in lists},
+        settled=event.get("settled"),
+        missed=bool(event.get("missed")),
+    )
+
+
 def _check_start(event: Event) -> None:
     """Raise FieldError where the first event is no start event, lacks a field, or its fields disagree."""
     if event.get("event") != "start":
@@ -488,6 +562,9 @@ def _event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "pattern": pattern,
             "candidates": flipped,
             "ties": flipped,
+            **dict.fromkeys(("dropped", "within_margin", "stale", "violations"), optional(flipped)),
+            "settled": optional(whole(1, sequences)),
+            "missed": optional(FLAG),
         },
         "similarity": {"sequences": waves, "queries": whole(1), "cosine": triangle, "overlap": triangle, **cost},
         "chosen": {"pattern": pattern, "objective": NUMBER},

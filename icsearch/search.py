@@ -194,6 +194,7 @@ class Search:
                 "pattern": before.flip(choice.layer).letters,
                 "candidates": list(choice.scored),
                 "ties": self._ties(before, choice),
+                **_how(choice),
             }
         )
         self._scoring.progress.committed(self._record)
@@ -201,11 +202,12 @@ class Search:
     def _ties(self, before: Pattern, choice: Choice) -> list[int]:
         """The layers whose loss differs from the winner's by no more than one paired standard error.
 
-        Of those that were scored on all sequences: the others were told apart from the winner.
+        Of those that were scored on all sequences: a race has settled the others.
         """
         best = before.flip(choice.layer).letters
         others = {layer: before.flip(layer).letters for layer in choice.scored if layer != choice.layer}
-        complete = {layer: letters for layer, letters in others.items() if layer not in choice.dropped}
+        given_up = {*choice.dropped, *choice.within_margin}
+        complete = {layer: letters for layer, letters in others.items() if layer not in given_up}
         return [layer for layer, letters in complete.items() if self._record.difference(letters, best).is_tie]
 
     def _check_replay(self, step: int, winner: int) -> None:
@@ -215,6 +217,13 @@ class Search:
                 f"{self._scoring.journal.path} committed layer {recorded.layer} in step {step}, but its losses say "
                 f"{winner}: the journal was changed or damaged; restore it, or start over with --fresh"
             )
+
+
+def _how(choice: Choice) -> Event:
+    """How a flip was chosen, as far as there is something to say: nothing for an exact search."""
+    layers = {name: list(getattr(choice, name)) for name in ("dropped", "within_margin", "stale", "violations")}
+    said = {**layers, "settled": choice.settled, "missed": choice.missed}
+    return {name: value for name, value in said.items() if value}
 
 
 def _losses_event(
