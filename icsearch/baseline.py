@@ -38,6 +38,7 @@ from icsearch.search import Progress, Scoring
 from icsearch.similarity import SimilaritySweep, similarity_event
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
+_NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "threads")
 
 
 def dp_baseline(request: BaselineRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
@@ -125,7 +126,7 @@ def _identity(start: Event) -> dict[str, Any]:
     return {
         "model": start["model"]["fingerprint"],
         "calibration": start["calibration"]["fingerprint"],
-        "numerics": {name: options[name] for name in ("dtype", "device", "batch_size", "attention", "threads")},
+        "numerics": {name: options[name] for name in _NUMERICS},
     }
 
 

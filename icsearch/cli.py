@@ -69,7 +69,29 @@ Memory = Annotated[
         show_default="80% of what is free",
     ),
 ]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        help="auto, blockwise (our DSA arithmetic: memory linear in length, one rule for ties), or reference "
+        "(transformers' own modules)."
+    ),
+]
+BlockElements = Annotated[
+    int | None,
+    typer.Option(
+        help="Numbers in one buffer of the block-wise kernels; the bits follow it.", show_default="2^18, on CUDA 2^26"
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")]
+
+STRATEGY_HELP = (
+    "exact: every remaining layer is scored in every step. "
+    "race: so are all, batch by batch, until they are confidently worse than the leader; each step commits exact's "
+    "choice with --confidence. "
+    "lazy: older scores rule layers out, with a learned slack and regular full rescans; exact's choices as long as a "
+    "flip does not become cheaper than that, and what did is counted. "
+    "race+lazy: lazy chooses whom a race is run among. The committed losses are exact in all of them."
+)
 
 
 @app.callback(invoke_without_command=True)
@@ -115,7 +137,37 @@ def greedy(
     ] = 1,
     keep_full: KeepFull = "",
     objective: Annotated[str, typer.Option(help="What a flip is judged by: lm-loss.")] = "lm-loss",
-    strategy: Annotated[str, typer.Option(help="exact: every remaining layer is scored in every step.")] = "exact",
+    strategy: Annotated[str, typer.Option(help=STRATEGY_HELP)] = "exact",
+    confidence: Annotated[
+        float | None,
+        typer.Option(help="race: how sure to be that no step drops its best candidate.", show_default="0.95"),
+    ] = None,
+    tie_margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="race: settle on the leader once nobody is, at that confidence, better by more than this per token.",
+            show_default="off",
+        ),
+    ] = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="swaps",
+            help="Improve the found pattern: move single indexers to other layers while that lowers the loss by more "
+            "than 2 paired standard errors, and on held-out sequences by more than 1. The result is never worse than "
+            "its start on either set of sequences.",
+            show_default="",
+        ),
+    ] = None,
+    refine_on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR|SOURCE",
+            help="Held-out sequences for --refine, none of them in the calibration.",
+            show_default="demo:heldout for --calibration demo",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[
@@ -128,6 +180,8 @@ def greedy(
     batch_size: BatchSize = None,
     memory: Memory = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
+    block_elements: BlockElements = None,
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -144,11 +198,17 @@ def greedy(
         keep_full=parse_layers(keep_full, "--keep-full"),
         objective=objective,
         strategy=strategy,
+        refine=refine,
+        refine_on=refine_on,
+        confidence=confidence,
+        tie_margin=tie_margin,
         device=device,
         dtype=dtype,
         batch_size=batch_size,
         memory=None if memory is None else parse_bytes(memory),
         threads=threads,
+        kernels=kernels,
+        block_elements=block_elements,
         fresh=fresh,
     )
     _run_search("greedy", request, quiet)
@@ -210,6 +270,8 @@ def dp_baseline(
     batch_size: BatchSize = None,
     memory: Memory = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
+    block_elements: BlockElements = None,
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -230,6 +292,8 @@ def dp_baseline(
         batch_size=batch_size,
         memory=None if memory is None else parse_bytes(memory),
         threads=threads,
+        kernels=kernels,
+        block_elements=block_elements,
         fresh=fresh,
     )
     _run_search("dp-baseline", request, quiet)
@@ -278,6 +342,8 @@ def evaluate(
     batch_size: BatchSize = None,
     memory: Memory = None,
     threads: Threads = None,
+    kernels: Kernels = "auto",
+    block_elements: BlockElements = None,
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -303,6 +369,8 @@ def evaluate(
         batch_size=batch_size,
         memory=None if memory is None else parse_bytes(memory),
         threads=threads,
+        kernels=kernels,
+        block_elements=block_elements,
         fresh=fresh,
     )
     with _display(request, quiet) as listener:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,21 @@ from torch import nn
 
 from icsearch.checkpoint import Checkpoint
 from icsearch.errors import ModelError, first_line
+from icsearch.kernels import (
+    DENSE,
+    Blockwise,
+    Observer,
+    attending,
+    compressed,
+    dense_core,
+    find_rotation,
+    has_arithmetic,
+    mask_stand_in,
+)
 from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, find_indexers, put_slot
 
-ATTENTION = "sdpa"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -34,9 +44,11 @@ class DsaModel:
     """A loaded model with a slot in place of each indexer.
 
     Positions count DSA layers from 0 (the letters of a pattern); `layer_indices[position]` is the decoder layer.
+    With `block_elements`, layers compute with the block-wise arithmetic of `ops`, else as transformers wrote them.
+    That holds for every method here; the model's own `generate` and `forward` stay the model's own.
     """
 
-    def __init__(self, model: Any) -> None:  # a causal language model of transformers
+    def __init__(self, model: Any, block_elements: int | None = None) -> None:  # a causal LM of transformers
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
@@ -44,9 +56,16 @@ class DsaModel:
         self.lm_head: nn.Module = model.get_output_embeddings()
         owners = indexer_owners(model)
         self.layer_indices = [index for index, _ in owners]
-        self.slots = [put_slot(owner, position) for position, (_, owner) in enumerate(owners)]
+        self.owners = [owner for _, owner in owners]
+        self.slots = [put_slot(owner, position) for position, owner in enumerate(self.owners)]
         self.native_shared = [slot.position for slot in self.slots if slot.inner is None]
         self._slot_of = dict(zip(self.layer_indices, self.slots, strict=True))
+        self._observer: Observer | None = None
+        self.blockwise = None if block_elements is None else self._make_blockwise(block_elements)
+
+    def _make_blockwise(self, block_elements: int) -> Blockwise:
+        indexer = next(slot.inner for slot in self.slots if slot.inner is not None)
+        return Blockwise(find_rotation(indexer), block_elements)
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +92,44 @@ class DsaModel:
     def final_hidden_states(self, input_ids: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """One whole forward by the model's own code: [B, T] ids to [B, T, D] states after the final norm."""
         with self.running(pattern):
-            return self.decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+            return self._decode(input_ids).last_hidden_state
+
+    def _decode(self, input_ids: torch.Tensor) -> Any:
+        """The decoder's own forward, with the arithmetic of this model."""
+        mask = None if self.blockwise is None else mask_stand_in(input_ids)
+        with self._computing():
+            return self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
+
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Within the block, layers compute with the arithmetic of this model, and the observer hears of them."""
+        with contextlib.ExitStack() as stack:
+            if self.blockwise is not None:
+                stack.enter_context(compressed(self.owners))
+                stack.enter_context(attending(self.config, self.blockwise.core, self._observer))
+                stack.enter_context(self._selecting(self.blockwise.select))
+            elif self._observer is not None:
+                stack.enter_context(attending(self.config, dense_core, self._observer))
+            yield
+
+    @contextlib.contextmanager
+    def _selecting(self, select: Callable[..., Any]) -> Iterator[None]:
+        for slot in self.slots:
+            slot.arithmetic = select
+        try:
+            yield
+        finally:
+            for slot in self.slots:
+                slot.arithmetic = None
+
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Within the block, every DSA layer that runs reports its core attention; its result stays what it was."""
+        self._observer = observer
+        try:
+            yield
+        finally:
+            self._observer = None
 
     def capture_calls(self, input_ids: torch.Tensor) -> list[LayerCall]:
         """Each decoder layer's call arguments for [B, T] inputs of this shape, from one forward of the model's own.
@@ -83,7 +139,8 @@ class DsaModel:
         supply it, and the captured one belonged to other tokens.
         """
         calls: list[LayerCall] = []
-        with self.running(self.start_pattern) as store, contextlib.ExitStack() as hooks:
+        cheapest = Pattern(FULL + SHARED * (len(self.slots) - 1))  # the arguments do not depend on the roles
+        with self.running(cheapest) as store, contextlib.ExitStack() as hooks:
 
             def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 own = {k: None if v is store.selection else v for k, v in kwargs.items()}
@@ -91,7 +148,7 @@ class DsaModel:
 
             for layer in self.layers:
                 hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
-            self.decoder(input_ids=input_ids, use_cache=False)
+            self._decode(input_ids)
         return calls
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -102,7 +159,7 @@ class DsaModel:
 
         hook = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.decoder(input_ids=input_ids, use_cache=False)
+            self._decode(input_ids)
         except _FirstLayerReached as reached:
             return reached.hidden_states
         finally:
@@ -117,7 +174,8 @@ class DsaModel:
         if slot is not None:
             before, slot.store = slot.store, store
         try:
-            output = self.layers[index](hidden_states, *call.args, **call.kwargs)
+            with self._computing():
+                output = self.layers[index](hidden_states, *call.args, **call.kwargs)
         finally:
             if slot is not None:
                 slot.store = before
@@ -141,6 +199,12 @@ def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:
             if indexer is not None or native.get(index) == "shared":
                 owners.append((index, owner))
     return owners
+
+
+def layer_width(layer: nn.Module) -> int:
+    """Numbers per token that a layer holds at once at most: in and out of all its projections, experts aside."""
+    linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    return sum(module.in_features + module.out_features for module in linear)
 
 
 class _FirstLayerReached(Exception):
@@ -169,6 +233,8 @@ class Layout:
     index_heads: int
     index_head_dim: int
     num_parameters: int
+    has_arithmetic: bool  # whether the block-wise arithmetic knows these layers
+    layer_width: int  # numbers per token that a layer's projections hold at once
 
     @property
     def start_pattern(self) -> Pattern:
@@ -217,6 +283,8 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         index_heads=int(indexer.n_heads),
         index_head_dim=int(indexer.head_dim),
         num_parameters=sum(parameter.numel() for parameter in skeleton.model.parameters()),
+        has_arithmetic=all(has_arithmetic(owner) for owner in skeleton.owners),
+        layer_width=max(layer_width(layer) for layer in skeleton.layers),
     )
 
 
@@ -234,7 +302,12 @@ def _skeleton(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> A
 
 
 def load(
-    checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    block_elements: int | None = None,
 ) -> DsaModel:
     """Load a checked checkpoint through transformers, and check that it is a whole DSA model; raises ModelError."""
     config = _load_config(checkpoint, trust_remote_code)
@@ -243,7 +316,7 @@ def load(
     _check_finite(checkpoint, model)
     model.eval().requires_grad_(False)
     try:
-        return DsaModel(model.to(resolve_device(device)))
+        return DsaModel(model.to(resolve_device(device)), block_elements)
     except RuntimeError as error:
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
@@ -321,7 +394,7 @@ def _load_weights(
             checkpoint.directory,
             config=config,
             dtype=dtype if dtype == "auto" else DTYPES[dtype],
-            attn_implementation=ATTENTION,
+            attn_implementation=DENSE,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported by _check_loading, in one line
             output_loading_info=True,

@@ -10,10 +10,12 @@ from typing import Any
 from icsearch.errors import IcsearchError
 from icsearch.pattern import Pattern
 from icsearch.states import Keeping, Rehearsal
-from icsearch.strategies import Strategy
+from icsearch.strategies import Options, Strategy
+from icsearch.strategies.swaps import MAX_SWAPS
 
 FLOAT_BYTES = 4
 INDEX_BYTES = 4
+MIN_BLOCK, BLOCK_BUFFERS = 16, 8  # of the block-wise arithmetic: see ops.block_size
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -31,6 +33,8 @@ class BatchShape:
     attention_heads: int
     vocab_size: int
     head_chunk_tokens: int
+    block_elements: int | None = None  # of the block-wise arithmetic; None: the reference modules
+    layer_width: int = 0  # numbers per token that a layer's projections hold at once
 
     @property
     def branch_bytes(self) -> int:
@@ -46,17 +50,31 @@ class BatchShape:
 
     @property
     def layer_bytes(self) -> int:
-        """Estimate of what one call takes while it runs: of a reference layer, or of the LM head if that is more.
+        """Estimate of what one call takes while it runs: of a layer, or of the LM head if that is more.
 
-        The reference indexer holds scores per head twice and a copy of the keys per query, attention its scores
-        per head: (2 H_index + D_index + 3 + H_attention) float32 values per pair of tokens. The LM head holds a
-        chunk's logits in the model's type, in float32, and their softmax.
+        The LM head holds a chunk's logits in the model's type, in float32, and their softmax.
+        """
+        chunk = min(self.head_chunk_tokens, self.batch_size * self.seq_len)
+        head = chunk * self.vocab_size * (self.dtype_bytes + 2 * FLOAT_BYTES)
+        layer = self._reference_bytes if self.block_elements is None else self._blockwise_bytes(self.block_elements)
+        return max(layer, head)
+
+    @property
+    def _reference_bytes(self) -> int:
+        """The reference indexer holds scores per head twice and a copy of the keys per query, attention its scores
+        per head: (2 H_index + D_index + 3 + H_attention) float32 values per pair of tokens.
         """
         pairs = self.batch_size * self.seq_len**2
         per_pair = 2 * self.index_heads + self.index_head_dim + 3 + self.attention_heads
-        chunk = min(self.head_chunk_tokens, self.batch_size * self.seq_len)
-        head = chunk * self.vocab_size * (self.dtype_bytes + 2 * FLOAT_BYTES)
-        return max(pairs * per_pair * FLOAT_BYTES, head)
+        return pairs * per_pair * FLOAT_BYTES
+
+    def _blockwise_bytes(self, block_elements: int) -> int:
+        """Projections of every token, and a block's buffers: of at least MIN_BLOCK queries, scores of one head, their
+        sum, and the keys that settle ties, as 8 float32 values each.
+        """
+        tokens = self.batch_size * self.seq_len
+        block = max(block_elements, MIN_BLOCK * tokens)
+        return tokens * self.layer_width * self.dtype_bytes + BLOCK_BUFFERS * block * FLOAT_BYTES
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,7 @@ class SearchPlan:
     likely to take with the states that are kept between steps (see `rehearse`).
     """
 
+    strategy: Options
     num_layers: int
     candidates: int
     num_shared: int
@@ -98,6 +117,12 @@ class SearchPlan:
     weight_bytes: int
     memory_bytes: int
     kept: Kept
+    heldout_sequences: int = 0  # of a refinement; 0 where there is none
+
+    @property
+    def moves(self) -> int:
+        """How many swaps one pattern has: each F layer that may be shared with each S layer that was one."""
+        return (self.candidates - self.num_shared) * self.num_shared
 
 
 def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int) -> int:
@@ -125,19 +150,30 @@ def plan_kept(keeping: Keeping, shape: BatchShape, sequences: int, room: int) ->
     return Kept(replace(keeping, stride=0), 0, 0)
 
 
-def preview(strategy: Strategy, tokens: Sequence[int], count: Callable[[list[Pattern]], int]) -> tuple[int, int]:
-    """(candidate evaluations, layer evaluations) of a whole search, by playing it through with made-up losses.
+def preview(
+    strategy: Strategy, tokens: Sequence[int], count: Callable[[list[Pattern]], int], in_pools: bool = False
+) -> tuple[int, int]:
+    """(candidate evaluations, layer evaluations) that a search takes at most, played through with made-up losses.
 
-    The number of evaluations is exact. The layer evaluations are those of a search that always commits the last
-    candidate, which is the most that a search can take: the candidates left then fork off earliest.
+    Sequences do not differ in them, so that a race drops nobody, and from step to step every flip costs more than
+    any did before, so that no older loss rules one out. The last candidate is committed always, which is the most
+    that a search can take: the candidates left then fork off earliest. An exact search takes as many evaluations as
+    that in any case. `in_pools`: a step's candidates come in portions that may turn out otherwise, so each of them is
+    charged with a trunk up to the last F layer.
     """
-    evaluations = layer_runs = 0
+    sequences = layer_runs = 0
+    step, steepness = 1, 2.0 * len(strategy.pattern)
     strategy.begin([0.0] * len(tokens))
     while ask := strategy.ask():
-        evaluations += len(ask.layers)
-        layer_runs += count([strategy.pattern.flip(layer) for layer in ask.layers])
-        strategy.tell({layer: [-float(layer) * t for t in tokens[ask.first : ask.last]] for layer in ask.layers})
-    return evaluations, layer_runs
+        length = ask.last - ask.first
+        sequences += len(ask.layers) * length
+        longest = strategy.pattern.full_layers[-1:] if in_pools else ()
+        layers = dict.fromkeys((*ask.layers, *longest))
+        layer_runs += count([strategy.pattern.flip(layer) for layer in layers]) * length
+        losses = {layer: step**2 * steepness - layer for layer in ask.layers}
+        told = {layer: [loss * t for t in tokens[ask.first : ask.last]] for layer, loss in losses.items()}
+        step += strategy.tell(told) is not None
+    return sequences // len(tokens), layer_runs // len(tokens)
 
 
 def rehearse(
@@ -166,15 +202,17 @@ def rehearse(
 
 def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
     """The plan in words; `start` is the journal's first event."""
-    ratio = plan.naive_layer_evaluations / plan.expected_layer_evaluations
+    exact = plan.strategy.name == "exact"  # what the others take follows from the losses
+    most, about = ("", f"about {plan.expected_layer_evaluations}, ") if exact else ("at most ", "")
+    ratio = plan.naive_layer_evaluations / (plan.expected_layer_evaluations if exact else plan.layer_evaluations)
     branches = min(plan.branches_per_sweep, plan.candidates) + 1
     return [
         *model_rows(start),
         ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
-        ("evaluations", f"{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
+        ("evaluations", f"{most}{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
         (
             "layer evaluations",
-            f"about {plan.expected_layer_evaluations}, at most {plan.layer_evaluations}; one whole forward each would "
+            f"{about}at most {plan.layer_evaluations}; one whole forward each would "
             f"take {plan.naive_layer_evaluations} ({ratio:.1f} times as many)",
         ),
         (
@@ -183,6 +221,20 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_bytes(plan.layer_bytes)} in a layer, of {format_bytes(plan.memory_bytes)} (estimate)",
         ),
         ("kept between steps", plan.kept.words),
+        *_refinement_rows(plan),
+    ]
+
+
+def _refinement_rows(plan: SearchPlan) -> list[tuple[str, str]]:
+    """What a refinement may add; how many rounds it goes on nobody knows before."""
+    if not plan.heldout_sequences:
+        return []
+    return [
+        (
+            "refinement",
+            f"then swaps: at most {plan.moves} moves scored in a round, and one round more than swaps are made (at most "
+            f"{MAX_SWAPS}); confirmed on {plan.heldout_sequences} held-out sequences; not in the numbers above",
+        )
     ]
 
 
@@ -194,7 +246,7 @@ def model_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "numerics",
             f"{options['dtype']} on {options['device']}, {options['threads']} threads, "
-            f"{options['batch_size']} sequences a call",
+            f"{options['batch_size']} sequences a call, {options['kernels']} kernels",
         ),
     ]
     if shared := model["native_shared"]:

@@ -11,7 +11,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import transformers
 
-from icsearch import __version__, calibration, checkpoint, model, plan
+from icsearch import __version__, calibration, checkpoint, kernels, model, plan
 from icsearch.checkpoint import Checkpoint
+from icsearch.errors import ModelError
 from icsearch.journal import JOURNAL_FORMAT, Event
 from icsearch.losses import HEAD_CHUNK_TOKENS
 from icsearch.memory import free_bytes
@@ -37,6 +38,8 @@ from icsearch.sweep import Batch, BranchState, Sweeper, cut_batches
 REFERENCE_RETENTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 BATCH_TOKENS = 1024  # default tokens per layer call: small calls keep the reference indexer's tensors in cache
 DEFAULT_NUM_SEQUENCES = 24
+# Numbers in one buffer of the block-wise arithmetic: on CPU what stays in cache, on CUDA what keeps the device busy.
+BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
 MEMORY_SHARE = 0.8  # of what is free when the run starts
 
 
@@ -55,6 +58,7 @@ class Inputs:
     source: Checkpoint
     layout: Layout
     batches: calibration.Calibration
+    heldout: calibration.Calibration | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def opened(
         batches, hit = _obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
         how = "from the cache" if hit else "made now"
         listener.info(f"calibration: {batches.num_sequences} x {batches.seq_len} tokens ({how})")
-        inputs = Inputs(source, layout, batches)
+        inputs = Inputs(source, layout, batches, _heldout(request, source, layout, batches))
         existing = [] if request.fresh else run.existing()
         start = describe(inputs, existing)
         run.check_same(existing, start)
@@ -90,6 +94,18 @@ def opened(
             done = existing[-1]["event"] == "finish"
             listener.info(f"{request.out} is finished" if done else f"continuing {request.out}")
         yield Opened(inputs, run, existing, start)
+
+
+def _heldout(
+    request: RunRequest, source: Checkpoint, layout: Layout, batches: calibration.Calibration
+) -> calibration.Calibration | None:
+    """The held-out sequences of a refinement: as many and as long as the calibration's, where they are made."""
+    if request.heldout_source is None:
+        return None
+    wanted = replace(request.calibration, source=request.heldout_source, seq_len=None, num_sequences=None)
+    heldout, _ = _obtain(wanted, source, layout, request.out / "refine-on", request.fresh, like=batches)
+    calibration.check_heldout(heldout, batches, "--refine-on")
+    return heldout
 
 
 def open_model(request: CalibrationRequest) -> tuple[Checkpoint, Layout]:
@@ -105,7 +121,13 @@ def calibrate(request: CalibrationRequest, out: Path, fresh: bool) -> tuple[cali
 
 
 def _obtain(
-    request: CalibrationRequest, source: Checkpoint, layout: Layout, cache: Path, fresh: bool, copy_ready: bool = False
+    request: CalibrationRequest,
+    source: Checkpoint,
+    layout: Layout,
+    cache: Path,
+    fresh: bool,
+    copy_ready: bool = False,
+    like: calibration.Calibration | None = None,
 ) -> tuple[calibration.Calibration, bool]:
     return calibration.obtain(
         request.source,
@@ -113,8 +135,8 @@ def _obtain(
         cache,
         seq_len=request.seq_len,
         num_sequences=request.num_sequences,
-        default_seq_len=default_seq_len(layout),
-        default_num_sequences=DEFAULT_NUM_SEQUENCES,
+        default_seq_len=like.seq_len if like else default_seq_len(layout),
+        default_num_sequences=like.num_sequences if like else DEFAULT_NUM_SEQUENCES,
         seed=request.seed,
         limits=calibration.Limits(layout.vocab_size, layout.index_topk, layout.max_positions),
         rebuild=fresh,
@@ -135,9 +157,27 @@ def run_options(request: RunRequest, inputs: Inputs, existing: Sequence[Event]) 
         "dtype": inputs.layout.dtype if request.dtype == "auto" else request.dtype,
         "device": str(model.resolve_device(request.device)),
         "batch_size": request.batch_size or max(1, min(BATCH_TOKENS // length, sequences)),
-        "attention": model.ATTENTION,
+        "attention": kernels.DENSE,
         "threads": request.threads or recorded,
+        **kernel_options(request, inputs.layout, part_of(existing, "options")),
     }
+
+
+def kernel_options(request: RunRequest, layout: Layout, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Which arithmetic layers compute with, and its block size; those of an existing run, unless asked for."""
+    chosen = request.kernels
+    if chosen == "auto":
+        automatic = "blockwise" if layout.has_arithmetic else "reference"
+        chosen = recorded.get("kernels", "reference") if recorded else automatic
+    if chosen == "reference":
+        return {"kernels": chosen}
+    if not layout.has_arithmetic:
+        raise ModelError(
+            f"--kernels blockwise does not know the layers of a {layout.model_type} model: give auto or reference"
+        )
+    device = str(model.resolve_device(request.device))
+    default = recorded.get("block_elements") or BLOCK_ELEMENTS["cuda" if device.startswith("cuda") else "cpu"]
+    return {"kernels": chosen, "block_elements": request.block_elements or default}
 
 
 def pattern_options(request: PatternRequest, start: Pattern) -> dict[str, Any]:
@@ -168,24 +208,37 @@ def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
             "wrapper_config": layout.wrapper_config,
             "num_hidden_layers": layout.num_layers,
         },
-        "calibration": {
-            "fingerprint": batches.fingerprint,
-            "num_sequences": batches.num_sequences,
-            "seq_len": batches.seq_len,
-            "source": batches.manifest.get("source", source.name),
-            "sequences": batches.sequence_digests(),
-        },
+        "calibration": _identity(batches, source.name),
         "environment": environment(options["device"]),
         "num_layers": len(layout.layer_indices),
         "decoder_layers": layout.num_layers,
         "layer_indices": list(layout.layer_indices),
         "start_pattern": layout.start_pattern.letters,
         "tokens": batches.counted_tokens(),
+        **_refine_on(inputs),
         **more,
     }
 
 
-def pattern_start(request: PatternRequest, inputs: Inputs, existing: Sequence[Event], method: dict[str, str]) -> Event:
+def _identity(batches: calibration.Calibration, fallback: str) -> dict[str, Any]:
+    """What a journal says of batches; `fallback` is named as their source where they do not say."""
+    return {
+        "fingerprint": batches.fingerprint,
+        "num_sequences": batches.num_sequences,
+        "seq_len": batches.seq_len,
+        "source": batches.manifest.get("source", fallback),
+        "sequences": batches.sequence_digests(),
+    }
+
+
+def _refine_on(inputs: Inputs) -> dict[str, Any]:
+    """The held-out sequences of a refinement, in runs that have one."""
+    if inputs.heldout is None:
+        return {}
+    return {"refine_on": {**_identity(inputs.heldout, ""), "tokens": inputs.heldout.counted_tokens()}}
+
+
+def pattern_start(request: PatternRequest, inputs: Inputs, existing: Sequence[Event], method: dict[str, Any]) -> Event:
     """The first event of a run that looks for a pattern."""
     start = inputs.layout.start_pattern
     options = {**method, **pattern_options(request, start), **run_options(request, inputs, existing)}
@@ -259,6 +312,7 @@ class Loaded:
     dsa: DsaModel
     batches: list[Batch]
     memory: Memory
+    heldout: list[Batch]
 
 
 def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded:
@@ -271,8 +325,11 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded
         dtype=options["dtype"],
         device=options["device"],
         trust_remote_code=request.calibration.trust_remote_code,
+        block_elements=options.get("block_elements"),
     )
-    return Loaded(dsa, device_batches(dsa, inputs.batches, options["batch_size"]), memory)
+    size = options["batch_size"]
+    heldout = [] if inputs.heldout is None else device_batches(dsa, inputs.heldout, size)
+    return Loaded(dsa, device_batches(dsa, inputs.batches, size), memory, heldout)
 
 
 def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Memory:
@@ -326,12 +383,25 @@ def make_scoring(
     `kept` says which states are kept between sweeps; by default none.
     """
     layout = here.inputs.layout
-    kept = kept or plan.Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
-    store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
-    scorer = SweepScorer(loaded.dsa, loaded.batches, loaded.memory.patterns_per_sweep, store)
+    kept = kept or _keep_nothing(layout)
+    scorer = _scorer(loaded, loaded.batches, kept, record.pattern)
     scoring = Scoring(here.run.journal, record, scorer, listener)
     scoring.note(environment_notes(here.existing, here.start))
     return scoring
+
+
+def heldout_scorer(here: Opened, record: RunRecord, loaded: Loaded) -> SweepScorer:
+    """Scores the held-out sequences of a refinement; few patterns ever come there, and no states are kept."""
+    return _scorer(loaded, loaded.heldout, _keep_nothing(here.inputs.layout), record.pattern)
+
+
+def _scorer(loaded: Loaded, batches: Sequence[Batch], kept: plan.Kept, base: Pattern) -> SweepScorer:
+    store: StateStore[BranchState] = StateStore(kept.keeping, base, kept.budget)
+    return SweepScorer(loaded.dsa, batches, loaded.memory.patterns_per_sweep, store)
+
+
+def _keep_nothing(layout: Layout) -> plan.Kept:
+    return plan.Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
 
 
 def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int) -> int:
@@ -352,6 +422,8 @@ def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.B
         attention_heads=layout.attention_heads,
         vocab_size=layout.vocab_size,
         head_chunk_tokens=HEAD_CHUNK_TOKENS,
+        block_elements=options.get("block_elements"),
+        layer_width=layout.layer_width,
     )
 
 

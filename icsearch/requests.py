@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from icsearch.errors import IcsearchError, PatternError
 from icsearch.jsonfile import shown
 from icsearch.pattern import Pattern, num_full, parse_retention
 from icsearch.specs import Target, resolve_specs
-from icsearch.strategies import split_stages
+from icsearch.strategies import DEFAULT_CONFIDENCE, STRATEGIES, Options, split_stages
 
 OBJECTIVES = ("lm-loss",)
-STRATEGIES = ("exact",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KERNELS = ("auto", "blockwise", "reference")
+MIN_BLOCK_ELEMENTS = 2**10
+REFINEMENTS = ("swaps",)
+DEMO_HELDOUT = {"demo": "demo:heldout", "demo:calibration": "demo:heldout"}  # what is held out of the built-in corpus
 DEFAULT_RETENTION = Fraction(1, 4)
 
 
@@ -42,13 +47,27 @@ class RunRequest:
     memory: int | None = None
     threads: int | None = None
     fresh: bool = False
+    kernels: str = "auto"
+    block_elements: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice("--dtype", self.dtype, DTYPES)
+        _check_choice("--kernels", self.kernels, KERNELS)
+        if self.block_elements is not None and self.kernels == "reference":
+            raise IcsearchError("--block-elements belongs to the block-wise kernels: leave it out, or --kernels")
+        if self.block_elements is not None and self.block_elements < MIN_BLOCK_ELEMENTS:
+            raise IcsearchError(
+                f"--block-elements {self.block_elements} is too small: give {MIN_BLOCK_ELEMENTS} or more"
+            )
 
     @property
     def model(self) -> str:
         return self.calibration.model
+
+    @property
+    def heldout_source(self) -> str | None:
+        """Where held-out sequences come from, for a command that needs some beside those that it scores on."""
+        return None
 
     def check(self, start: Pattern) -> None:
         """Refuse what cannot be done with a model of this start pattern; raises PatternError."""
@@ -127,11 +146,56 @@ class GreedyRequest(PatternRequest):
 
     objective: str = "lm-loss"
     strategy: str = "exact"
+    confidence: float | None = None
+    tie_margin: float | None = None
+    refine: str | None = None
+    refine_on: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("--objective", self.objective, OBJECTIVES)
         _check_choice("--strategy", self.strategy, STRATEGIES)
+        self._check_race()
+        self._check_refinement()
+
+    @property
+    def heldout_source(self) -> str | None:
+        """--refine-on, by default the held-out part of the built-in corpus where the calibration is of that."""
+        if self.refine is None:
+            return None
+        return self.refine_on or DEMO_HELDOUT.get(self.calibration.source)
+
+    def _check_refinement(self) -> None:
+        if self.refine is None:
+            if self.refine_on is not None:
+                raise IcsearchError("--refine-on says what --refine swaps confirms on: give both, or neither")
+            return
+        _check_choice("--refine", self.refine, REFINEMENTS)
+        if self.heldout_source is None:
+            raise IcsearchError(
+                "--refine swaps needs --refine-on DIR|SOURCE: sequences that the calibration does not hold, to confirm "
+                "swaps on"
+            )
+
+    @property
+    def race_options(self) -> dict[str, Any]:
+        """What a run's options say of its race: nothing where the strategy has none."""
+        if not Options(self.strategy).races:
+            return {}
+        confidence = DEFAULT_CONFIDENCE if self.confidence is None else self.confidence
+        return {"confidence": confidence, **({} if self.tie_margin is None else {"tie_margin": self.tie_margin})}
+
+    def _check_race(self) -> None:
+        given = {"--confidence": self.confidence, "--tie-margin": self.tie_margin}
+        for option, value in given.items():
+            if value is not None and not Options(self.strategy).races:
+                raise IcsearchError(f"{option} belongs to a race: leave it out, or give --strategy race or race+lazy")
+        if self.confidence is not None and not 0.5 < self.confidence < 1:
+            raise IcsearchError(f"--confidence {self.confidence} is out of range: give a value between 0.5 and 1")
+        if self.tie_margin is not None and not 0 < self.tie_margin < math.inf:
+            raise IcsearchError(
+                f"--tie-margin {self.tie_margin} is out of range: give nats per token above 0, such as 0.001"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from icsearch.core_attention import Core, observed
 from icsearch.errors import IcsearchError
 from icsearch.journal import Event
+from icsearch.kernels import Core
 from icsearch.losses import selection_overlap
 from icsearch.model import DsaModel
 from icsearch.slot import SelectionStore
@@ -60,10 +60,10 @@ class SimilaritySweep:
             overlap.append([self._overlap(selection, self._restore(one)) for one in earlier])
             earlier.append(self._keep(selection, batch.input_ids.shape[1]))
 
-        # Captured before observing: under another name, transformers would make no mask.
+        # Captured before observing: the reference's mask is made under its own name only.
         calls, states = self._sweeper.calls_for(batch), self._dsa.embed(batch.input_ids)
         store = SelectionStore(self._dsa.start_pattern)
-        with observed(self._dsa, observe):
+        with self._dsa.observed(observe):
             for index in range(len(self._dsa.layers)):
                 states = self._dsa.run_layer(index, states, calls[index], store)
                 on_layer(len(batch.input_ids))

@@ -41,6 +41,7 @@ class IndexerSlot(nn.Module):
         object.__setattr__(self, "inner", inner)
         self.position = position
         self.store: SelectionStore | None = None
+        self.arithmetic: Callable[..., Any] | None = None  # where set, computes the selection in the inner's stead
         if inner is not None:
             for table in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
                 object.__setattr__(self, table, getattr(inner, table))
@@ -71,6 +72,8 @@ class IndexerSlot(nn.Module):
     def _compute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.inner is None:
             raise ModelError(f"DSA layer {self.position} has no indexer in this checkpoint: it can only be S")
+        if self.arithmetic is not None:
+            return self.arithmetic(self.inner, *args, **kwargs)
         return self.inner(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

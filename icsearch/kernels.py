@@ -1,0 +1,197 @@
+"""How DSA layers compute: transformers' own modules, or the block-wise arithmetic of `ops` in their place.
+
+The model's modules stay in charge of projections, norms and RoPE of the attention; exchanged are only
+- the indexer's scoring and top-k, in the slot;
+- core attention, through transformers' registry of attention functions. Under a name of ours the attention module
+  hands over the selection as `indices`; with `expand_kv` made to hand on what it gets, keys and values arrive as the
+  compressed latents that attention in absorbed form wants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from icsearch import ops
+from icsearch.errors import ModelError
+
+DENSE = "sdpa"  # transformers' name of the attention that its modules run
+NAME = "icsearch"  # ours
+
+# Core attention under a [B, T, k] selection: [B, T, H, D_v], heads not yet projected.
+Core = Callable[[torch.Tensor], torch.Tensor]
+# Hears of each layer: the core-attention output under its own selection, that selection, and `Core`.
+Observer = Callable[[torch.Tensor, torch.Tensor, Core], None]
+# (owner, query, key, value, mask, scaling) to core attention, as far as it does not depend on a selection.
+MakeCore = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], Core]
+Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "qk_rope_head_dim", "softmax_scale")
+_ATTENTION_PARTS = ("expand_kv", "kv_b_proj", "qk_nope_head_dim", "v_head_dim")
+
+
+def has_arithmetic(owner: nn.Module) -> bool:
+    """Whether a DSA layer has the parts that the block-wise arithmetic works on. A native S layer has no indexer."""
+    indexer = owner.indexer
+    parts = all(hasattr(owner, name) for name in _ATTENTION_PARTS)
+    return parts and (indexer is None or all(hasattr(indexer, name) for name in _INDEXER_PARTS))
+
+
+def dense_core(
+    owner: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> Core:
+    """What the reference modules do: the selection as a mask [B, 1, T, T], and dense attention."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    dense = ALL_ATTENTION_FUNCTIONS[DENSE]
+
+    def core(selection: torch.Tensor) -> torch.Tensor:
+        narrowed = restrict(mask, selection)
+        return dense(owner, query, key, value, narrowed, dropout=0.0, scaling=scaling, indices=None)[0]
+
+    return core
+
+
+def restrict(attention_mask: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
+    """The bool mask [B, 1, T, T], True where a query may look, narrowed to a [B, T, k] selection."""
+    selected = torch.zeros_like(attention_mask[:, 0]).expand(len(selection), -1, -1).clone()
+    selected.scatter_(-1, selection.long(), True)
+    return attention_mask & selected.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """The block-wise arithmetic of one model: its indexer's RoPE layout, and how many numbers a block may hold."""
+
+    rotate: Rotate
+    block_elements: int
+
+    def select(
+        self,
+        indexer: Any,
+        hidden_states: torch.Tensor,
+        q_resid: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        *rest: Any,  # mask, position ids and cache: we are causal, and without a cache
+        **named_rest: Any,
+    ) -> torch.Tensor:
+        """What a call of the indexer returns: int32 [B, S, k]. States [B, S, D], q_resid [B, S, Q]."""
+        batch, length, _ = hidden_states.shape
+        queries = indexer.wq_b(q_resid).view(batch, length, indexer.n_heads, indexer.head_dim)
+        keys = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)  # [B, S, 1, D]
+        weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()  # [B, S, H]
+        return ops.select(
+            self._rotated(indexer, queries, position_embeddings),
+            self._rotated(indexer, keys, position_embeddings).squeeze(2),
+            weights * (indexer.n_heads**-0.5 * indexer.softmax_scale),
+            indexer.index_topk,
+            self.block_elements,
+        )
+
+    def _rotated(self, indexer: Any, states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        rope, rest = states.split([indexer.qk_rope_head_dim, indexer.head_dim - indexer.qk_rope_head_dim], dim=-1)
+        return torch.cat([self.rotate(rope, *angles), rest], dim=-1)
+
+    def core(
+        self, owner: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: torch.Tensor, scaling: float
+    ) -> Core:
+        """Core attention over compressed keys [B, 1, S, L] and their RoPE part [B, 1, S, R], which come as value."""
+        heads, length, latent, rope = query.shape[1], query.shape[2], key.shape[-1], value.shape[-1]
+        no_rope, value_dim = query.shape[-1] - rope, owner.v_head_dim
+
+        def core(selection: torch.Tensor) -> torch.Tensor:
+            topk = selection.shape[-1]
+            if not ops.gathering_pays(length, topk, heads, query.shape[-1], value_dim, latent, rope):
+                keys, values = type(owner).expand_kv(owner, key, value)
+                return ops.dense_attention(query, keys, values, selection, scaling, self.block_elements)
+            latents = torch.cat([key, value], dim=-1).squeeze(1)  # [B, S, L + R]
+            up_key, up_value = owner.kv_b_proj.weight.view(heads, -1, latent).split([no_rope, value_dim], dim=1)
+            return ops.gather_attention(query, latents, selection, up_key, up_value, scaling, self.block_elements)
+
+        return core
+
+
+@contextlib.contextmanager
+def attending(config: Any, make_core: MakeCore, observer: Observer | None) -> Iterator[None]:
+    """Within the block the model's attention modules run `make_core`, and the observer hears of every layer."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(
+        owner: Any, query: Any, key: Any, value: Any, mask: Any, *, indices: Any, scaling: float, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        core = make_core(owner, query, key, value, mask, scaling)
+        output = core(indices)
+        if observer is not None:
+            observer(output, indices, core)
+        return output, None
+
+    own = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[NAME] = attend
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+        del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+@contextlib.contextmanager
+def compressed(owners: Sequence[Any]) -> Iterator[None]:
+    """Within the block `expand_kv` of these attention modules hands on the compressed latents that it gets."""
+    for owner in owners:
+        owner.expand_kv = lambda latents, rope_keys: (latents, rope_keys)
+    try:
+        yield
+    finally:
+        for owner in owners:
+            del owner.expand_kv
+
+
+def mask_stand_in(input_ids: torch.Tensor) -> torch.Tensor:
+    """What the model takes for a finished mask, [B, 1, 1, 1]: block-wise arithmetic is causal by position."""
+    return torch.ones(len(input_ids), 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+
+
+PROBE_TOKENS, PROBE_TOPK = 48, 8
+
+
+@torch.inference_mode()
+def find_rotation(indexer: Any) -> Rotate:
+    """The RoPE layout under which our arithmetic chooses what the indexer itself chooses, on a short random input.
+
+    Nothing in a config tells the layout. Raises ModelError where neither does: the indexer then does something else.
+    """
+    weight, rope = indexer.wk.weight, indexer.qk_rope_head_dim
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+
+    hidden = noise(1, PROBE_TOKENS, weight.shape[1])
+    q_resid = noise(1, PROBE_TOKENS, indexer.wq_b.weight.shape[1])
+    turns = torch.randn(1, PROBE_TOKENS, rope // 2, generator=generator).repeat(1, 1, 2).to(weight.device)
+    angles = (turns.cos().to(weight.dtype), turns.sin().to(weight.dtype))
+    causal = torch.ones(1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=weight.device).tril_()
+    topk, indexer.index_topk = indexer.index_topk, PROBE_TOPK
+    try:
+        own = indexer(hidden, q_resid, angles, causal, None).sort(dim=-1).values
+        for rotate in (ops.rotate_interleaved, ops.rotate_half_split):
+            ours = Blockwise(rotate, 1).select(indexer, hidden, q_resid, angles)
+            if _agree(own[:, PROBE_TOPK:], ours[:, PROBE_TOPK:]):
+                return rotate
+    finally:
+        indexer.index_topk = topk
+    raise ModelError(
+        "the block-wise arithmetic does not choose what this model's own indexers choose: give --kernels reference"
+    )
+
+
+def _agree(own: torch.Tensor, ours: torch.Tensor) -> bool:
+    """Ties may go either way, so nine tenths of the tokens in common are enough; the wrong layout has far fewer."""
+    common = (own.unsqueeze(-1) == ours.unsqueeze(-2)).sum()
+    return bool(common >= 0.9 * own.numel())
