@@ -73,7 +73,7 @@ def heat_picture(view: RunView) -> HeatPicture | None:
         columns=tuple((LEFT + (i + 0.5) * cell_width, str(i)) for i in range(0, n, column_every)),
         rows=tuple((TOP + (row + 0.5) * cell_height, label) for row, label in _row_labels(rows, cell_height)),
         borders=tuple(LEFT + first * cell_width for first, _ in view.blocks[1:]),
-        final=tuple((LEFT + i * cell_width, letter) for i, letter in enumerate(view.final.pattern.letters)),
+        final=tuple((LEFT + i * cell_width, letter) for i, letter in enumerate(view.points[-1].pattern.letters)),
         final_y=bottom + 5,
         legend=tuple(legend(scale, view)),
         noise=numbers.compact(scale.noise),

@@ -16,6 +16,7 @@ from icsearch.report.eval_view import EvalView
 from icsearch.report.heatmap import HeatPicture, heat_picture, scale_of
 from icsearch.report.parts import Fact, Provenance, Tile, provenance, value_and_error
 from icsearch.report.prediction import SimilaritySection, similarity_section
+from icsearch.report.refined import RefinementSection, refinement_section
 from icsearch.report.view import Point, Reference, RunView, Tie, headline, kink_sentence
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ class RunSection:
     curves: tuple[CurvePicture, ...]
     similarity: SimilaritySection | None
     heat: HeatPicture | None
+    refinement: RefinementSection | None
     references: tuple[ReferenceRow, ...]
     steps: tuple[StepRow, ...]
     ties: tuple[TieRow, ...]
@@ -180,6 +182,7 @@ def run_section(view: RunView, number: int) -> RunSection:
         curves=tuple(run_picture(view, size) for size in ("wide", "narrow")) if view.points and draws_curve else (),
         similarity=similarity_section(view),
         heat=heat_picture(view),
+        refinement=refinement_section(view.record),
         references=tuple(_reference_row(reference) for reference in view.references),
         steps=tuple(_step_rows(view)),
         ties=tuple(_tie_row(tie) for tie in view.ties),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
 from icsearch.report import numbers
+from icsearch.report.refined import RefinementSection, refinement_section
 from icsearch.report.view import Point, RunView, headline, kink_sentence, view_run
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ def summary_table(record: RunRecord) -> RenderableType:
     parts: list[RenderableType] = [Text(headline(view)), Text()]
     if view.points:
         parts += [pattern_strip(view.final.pattern), Text(), _losses(view), Text()]
+    if (refinement := refinement_section(record)) is not None:
+        parts += [_refinement(refinement), Text(refinement.sentence), Text()]
     if view.steps:
         parts.append(_steps(view))
     if view.kink is not None:
@@ -53,7 +56,9 @@ def _losses(view: RunView) -> Table:
     table = _table("pattern", "F layers", "loss", "delta to baseline")
     points = [("baseline", view.points[0])]
     if view.final.step:
-        points.append(("chosen by similarity" if view.by_similarity else "searched", view.final))
+        points.append(("chosen by similarity" if view.by_similarity else "searched", view.points[-1]))
+    if view.refined is not None:
+        points.append(("searched, then swaps", view.refined))
     for name, point in points:
         table.add_row(name, str(point.full), numbers.loss(point.loss), _delta(point))
     for reference in view.references:
@@ -61,6 +66,17 @@ def _losses(view: RunView) -> Table:
         full = str(len(reference.pattern.full_layers))
         delta = numbers.difference(reference.difference)
         table.add_row(f"{reference.label}{same}", full, numbers.loss(reference.loss), delta)
+    return table
+
+
+def _refinement(refinement: RefinementSection) -> Table:
+    """Before and after on both sets, then the swaps."""
+    table = _table("swaps", "before", "after", "change")
+    for row in refinement.sets:
+        table.add_row(f"all, {row.name}", row.before, row.after, row.change)
+    for swap in refinement.swaps:
+        change = f"{swap.change}, held out {swap.heldout}"
+        table.add_row(f"{swap.number}: layer {swap.from_layer} to {swap.to_layer}", "", "", change)
     return table
 
 

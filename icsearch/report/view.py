@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from icsearch.pattern import Pattern
@@ -94,6 +94,7 @@ class RunView:
     cells: tuple[Cell, ...]
     ties: tuple[Tie, ...]
     kink: Kink | None
+    refined: Point | None = None  # the pattern behind the swaps of a refinement, where there are any
 
     @property
     def start(self) -> dict[str, Any]:
@@ -119,7 +120,8 @@ class RunView:
 
     @property
     def final(self) -> Point:
-        return self.points[-1]
+        """The pattern that the run recommends."""
+        return self.refined or self.points[-1]
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -156,14 +158,16 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
     by_similarity = record.start["options"]["method"] == SIMILARITY_METHOD
     points = _chosen_points(record) if by_similarity else _points(record)
     cells = _cells(record) if points and not by_similarity else ()
+    refined = _refined_point(record, points)
     return RunView(
         name=name,
         record=record,
         points=points,
-        references=_references(record, points),
+        references=_references(record, points, refined),
         cells=cells,
         ties=_ties(record),
         kink=_kink(points),
+        refined=refined,
     )
 
 
@@ -195,9 +199,24 @@ def _chosen_points(record: RunRecord) -> tuple[Point, ...]:
     return (*start, Point(1, None, None, record.pattern, record.loss(letters), record.difference(letters)))
 
 
-def _references(record: RunRecord, points: tuple[Point, ...]) -> tuple[Reference, ...]:
+def _refined_point(record: RunRecord, points: tuple[Point, ...]) -> Point | None:
+    """The pattern behind the last swap, on the step of the last flip; None where no swap was made."""
+    if not points or record.refinement is None or not record.refinement.swaps:
+        return None
+    letters = record.pattern.letters
+    return replace(
+        points[-1],
+        layer=None,
+        decoder_layer=None,
+        pattern=record.pattern,
+        loss=record.loss(letters),
+        difference=record.difference(letters),
+    )
+
+
+def _references(record: RunRecord, points: tuple[Point, ...], refined: Point | None) -> tuple[Reference, ...]:
     """The references that are scored completely; a pattern with two names is shown once."""
-    by_full = {point.full: point for point in points}
+    by_full = {point.full: point for point in (*points, refined) if point is not None}
     found: dict[str, Reference] = {}
     for name, letters in record.references.items():
         if not points or record.sums(letters) is None or letters in found:

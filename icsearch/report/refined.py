@@ -1,0 +1,92 @@
+"""What a refinement did, for page and terminal: before and after on both sets of sequences, every swap, and what was
+tried without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from icsearch.record import RunRecord
+from icsearch.refinement import Refinement, Trial
+from icsearch.report import numbers
+
+
+@dataclass(frozen=True)
+class SetRow:
+    """The pattern before and after the refinement on one set of sequences, as text."""
+
+    name: str
+    sequences: int
+    before: str
+    after: str
+    change: str
+
+
+@dataclass(frozen=True)
+class SwapRow:
+    """One move that held-out sequences were asked about, as text."""
+
+    number: str
+    from_layer: int
+    to_layer: int
+    pattern: str
+    change: str
+    heldout: str
+
+
+@dataclass(frozen=True)
+class RefinementSection:
+    """Everything that a report says of a refinement."""
+
+    sentence: str
+    before: str
+    after: str
+    sets: tuple[SetRow, ...]
+    swaps: tuple[SwapRow, ...]
+    refused: tuple[SwapRow, ...]
+
+
+def refinement_section(record: RunRecord) -> RefinementSection | None:
+    """The section of a run; None where it has no refinement, or this has not come so far."""
+    refinement, heldout = record.refinement, record.heldout
+    if refinement is None or heldout is None or heldout.sums(refinement.start.letters) is None:
+        return None
+    refused = [trial for trial in refinement.trials if not trial.made]
+    return RefinementSection(
+        sentence=refinement_sentence(record, refinement),
+        before=refinement.start.letters,
+        after=refinement.pattern.letters,
+        sets=(_set_row("searched on", record, refinement), _set_row("held out", heldout, refinement)),
+        swaps=tuple(_swap_row(record, heldout, trial, str(i)) for i, trial in enumerate(refinement.swaps, start=1)),
+        refused=tuple(_swap_row(record, heldout, trial, "") for trial in refused),
+    )
+
+
+def refinement_sentence(record: RunRecord, refinement: Refinement) -> str:
+    """How many moves were scored, qualified, and made."""
+    rounds = len({event["pattern"] for event in refinement.outcomes if event["event"] == "judged"})
+    scored = f"{numbers.plural(refinement.moves_scored, 'move')} scored in {numbers.plural(rounds, 'round')}"
+    state = "" if record.finished else "so far "
+    if not refinement.moves_scored:
+        return "Swaps: no move scored yet." if not record.finished else "Swaps: this pattern has no move to score."
+    if not refinement.moves_qualified:
+        return (
+            f"Swaps: {state}{scored}; none gained more than two paired standard errors, so the pattern is the search's."
+        )
+    refused = len(refinement.trials) - len(refinement.swaps)
+    return (
+        f"Swaps: {state}{scored}; {refinement.moves_qualified} gained more than two paired standard errors, "
+        f"{len(refinement.trials)} of them were put to the held-out sequences, best first: {len(refinement.swaps)} "
+        f"confirmed and made, {refused} refused."
+    )
+
+
+def _set_row(name: str, record: RunRecord, refinement: Refinement) -> SetRow:
+    before, after = refinement.start.letters, refinement.pattern.letters
+    change = "–" if before == after else numbers.difference(record.difference(after, before))
+    return SetRow(name, len(record.tokens), numbers.loss(record.loss(before)), numbers.loss(record.loss(after)), change)
+
+
+def _swap_row(record: RunRecord, heldout: RunRecord, trial: Trial, number: str) -> SwapRow:
+    change, confirmed = (numbers.difference(one.difference(trial.pattern, trial.before)) for one in (record, heldout))
+    return SwapRow(number, trial.from_layer, trial.to_layer, trial.pattern, change, confirmed)
