@@ -13,6 +13,7 @@ from icsearch.prepare import (
     Memory,
     Publish,
     count_in_sweeps,
+    heldout_scorer,
     load,
     make_scoring,
     opened,
@@ -20,10 +21,11 @@ from icsearch.prepare import (
     publish_nothing,
 )
 from icsearch.record import RunRecord
+from icsearch.refine import SwapRefinement
 from icsearch.requests import GreedyRequest
 from icsearch.search import Progress, Search
 from icsearch.states import Keeping, Rehearsal
-from icsearch.strategies import Strategy, Task, looks_of, make_strategy
+from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy
 
 
 def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
@@ -40,14 +42,20 @@ def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publis
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
             total = search_plan.expected_layer_evaluations * len(record.tokens)
             listener.planned(plan.rows(search_plan, here.start), total, record.layer_sequences)
-            Search(scoring, strategy_of(record)).run()
+            search = Search(scoring, strategy_of(record))
+            if request.refine is None:
+                search.run()
+            else:
+                search.run(SwapRefinement(scoring, heldout_scorer(here, record, loaded)).run)
         publish(request.out, record)
         return record
 
 
 def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Event:
     method = {"method": "greedy", "strategy": request.strategy, "objective": request.objective}
-    return pattern_start(request, inputs, existing, method)
+    if request.refine is not None:  # only then: runs of earlier versions have no such option, and go on
+        method["refine"] = request.refine
+    return pattern_start(request, inputs, existing, {**method, **request.race_options})
 
 
 def strategy_of(record: RunRecord) -> Strategy:
@@ -61,7 +69,14 @@ def strategy_of(record: RunRecord) -> Strategy:
         tokens=tuple(tokens),
         looks=looks_of(len(tokens), options["batch_size"]),
     )
-    return make_strategy(task)
+    return make_strategy(task, options_of(record))
+
+
+def options_of(record: RunRecord) -> Options:
+    """The strategy that a run was begun with, and what it was told."""
+    recorded = record.start["options"]
+    confidence = recorded.get("confidence") or DEFAULT_CONFIDENCE
+    return Options(recorded["strategy"], confidence, recorded.get("tie_margin"))
 
 
 def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRecord) -> plan.SearchPlan:
@@ -74,8 +89,10 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
     flippable = request.flippable(layout.start_pattern)
     kept = _kept(layout, flippable, memory, record)
     rehearsal = Rehearsal(kept.keeping, layout.start_pattern)
-    evaluations, layer_runs = plan.preview(strategy_of(record), record.tokens, count)
+    options = options_of(record)
+    evaluations, layer_runs = plan.preview(strategy_of(record), record.tokens, count, options.is_lazy)
     return plan.SearchPlan(
+        strategy=options,
         num_layers=len(layout.layer_indices),
         candidates=len(flippable),
         num_shared=record.start["options"]["num_shared"],
@@ -89,6 +106,7 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
         weight_bytes=memory.weights,
         memory_bytes=memory.budget,
         kept=kept,
+        heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
     )
 
 

@@ -232,8 +232,8 @@ def _refinement_rows(plan: SearchPlan) -> list[tuple[str, str]]:
     return [
         (
             "refinement",
-            f"then swaps: at most {plan.moves} moves scored in a round, and one round more than swaps are made (at most "
-            f"{MAX_SWAPS}); confirmed on {plan.heldout_sequences} held-out sequences; not in the numbers above",
+            f"then swaps, in rounds of at most {plan.moves} moves; one for each swap made (at most {MAX_SWAPS}), "
+            f"one to end with; confirmed on {plan.heldout_sequences} held-out sequences; not in the numbers above",
         )
     ]
 

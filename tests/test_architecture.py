@@ -54,7 +54,8 @@ ALLOWED: dict[str, set[str]] = {
         "record", "requests", "rundir", "search", "states", "strategies", "sweep",
     },
     "greedy": {
-        "journal", "model", "pattern", "plan", "prepare", "record", "requests", "search", "states", "strategies",
+        "journal", "model", "pattern", "plan", "prepare", "record", "refine", "requests", "search", "states",
+        "strategies",
     },
     "baseline": {
         "cosine_dp", "errors", "files", "journal", "jsonfile", "model", "pattern", "plan", "prepare", "record",
