@@ -377,7 +377,7 @@ class RunRecord:
         return next(n for n in range(len(known) + 1) if n not in known)
 
     def known_difference(self, letters: str, reference: str) -> Difference:
-        """Difference to `reference` on the sequences that both were scored on, paired; JournalError if there are none."""
+        """Difference to `reference` on the sequences that both were scored on, paired; JournalError if none."""
         common = min(self.known_sequences(letters), self.known_sequences(reference))
         if not common:
             raise JournalError(f"the journal lacks losses of {letters} or {reference}: continue the run first")

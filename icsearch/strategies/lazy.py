@@ -12,12 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 from icsearch.pattern import Pattern
-from icsearch.statistics import Difference, mean_loss, paired_difference
+from icsearch.statistics import mean_loss, project
 from icsearch.strategies.protocol import Task
-from icsearch.strategies.race import partial_difference
 
 POOL_SIZE = 3  # how many more are scored at a time
 RESCAN_EVERY = 8  # of so many turns of a stage, one scores every candidate
+ROUNDING = 1e-9  # nats per token, far above what adding up in another order changes
 SLACK_FACTOR = 1.5  # slack, as a multiple of the largest drop below a bound so far
 
 
@@ -45,7 +45,7 @@ class Lazy:
     @property
     def slack(self) -> float:
         """In nats per token; infinite while no bound has been held against a new score."""
-        return math.inf if self._largest_drop is None else SLACK_FACTOR * self._largest_drop
+        return math.inf if self._largest_drop is None else SLACK_FACTOR * self._largest_drop + ROUNDING
 
     def open(self, candidates: tuple[int, ...], turn: int) -> tuple[int, ...]:
         forced = [layer for layer in candidates if layer in self._touched or layer not in self._known]
@@ -90,9 +90,9 @@ class Lazy:
 
     def _best(self) -> float:
         """The smallest difference so far, by those scored on all sequences where there are any."""
-        costs = {layer: self._estimate(self._fresh[layer]) for layer in self._let_in}
-        complete = [cost.delta for layer, cost in costs.items() if len(self._fresh[layer]) == len(self._tokens)]
-        return min(complete or [cost.delta for cost in costs.values()])
+        costs = {layer: project(self._fresh[layer], self._tokens).delta for layer in self._let_in}
+        complete = [cost for layer, cost in costs.items() if len(self._fresh[layer]) == len(self._tokens)]
+        return min(complete or costs.values())
 
     def _observe(self, pool: Sequence[int]) -> None:
         """Learn from how far below their last difference the new ones are, on the sequences that both know.
@@ -111,10 +111,5 @@ class Lazy:
 
     def _bound(self, layer: int) -> float:
         """The last difference, less one standard error where it was estimated from a part of the sequences."""
-        last = self._estimate(self._known[layer])
+        last = project(self._known[layer], self._tokens)
         return last.delta - last.std_err
-
-    def _estimate(self, differences: Sequence[float]) -> Difference:
-        done = len(differences)
-        found = paired_difference(differences, [0.0] * done, self._tokens[:done])
-        return partial_difference(found, done, len(self._tokens))

@@ -1,25 +1,24 @@
 """Racing: candidates are scored batch by batch, and given up once they are confidently worse than the leader.
 
-The test. The sequence is the independent unit: losses of tokens within one are not independent. Behind n of S
-sequences, two candidates differ by the ratio of their summed differences to the summed tokens, with the standard
-error of that ratio. What is to be known is the difference on these S sequences, not on all texts of the world, so the
-error shrinks by sqrt(1 - n / S) and is nothing at n = S. The ratio to its error is held against Student's t with
-n - 1 degrees of freedom, one-sided. A step looks several times, and at every look the leader may be any candidate: so
-a test's level is (1 - confidence) / (looks x (candidates - 1)), and the chance that a step gives up its best
-candidate is at most 1 - confidence, as far as the differences are near enough to normal and the order of the
-sequences to random. It is the setting of Hoeffding and Bernstein races (Maron and Moore, 1994), with a t test.
+The test. The sequence is the independent unit: losses of tokens within one are not independent. What is to be known
+of two candidates is their difference on these S sequences, not on all texts of the world. `statistics.project`
+foretells it from the first n, with an error that ends at zero for n = S and allows for sequences of different length.
+The difference is held against that error by Student's t, one-sided. A step looks several times, and at every look the
+leader may be any candidate: so a test's level is (1 - confidence) / (looks x (candidates - 1)), and the chance that a
+step gives up its best candidate is at most 1 - confidence, as far as the differences are near enough to normal and
+the order of the sequences to random. The idea is that of Hoeffding races (Maron and Moore, 1994).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
-from icsearch.statistics import Difference, mean_loss, paired_difference, student_tail
+from icsearch.statistics import Projection, mean_loss, project, student_tail
 from icsearch.strategies.exact import cheapest
 from icsearch.strategies.protocol import Ask, Task
 
 MIN_SEQUENCES = 5  # an error estimated from fewer is no estimate
+ROUNDING = 1e-9  # an error this much smaller than its difference is one of arithmetic
 
 
 class Race:
@@ -88,12 +87,12 @@ class Race:
     def _look(self, done: int) -> None:
         leader = cheapest({layer: self._mean(layer, done) for layer in self._field()})
         behind = {layer: self._difference(layer, leader, done) for layer in self._running if layer != leader}
-        lost = [layer for layer, difference in behind.items() if self._is_above(difference, 0.0, done)]
+        lost = [layer for layer, difference in behind.items() if self._is_above(difference, 0.0)]
         self._dropped += lost
         left = [layer for layer in behind if layer not in lost]
         if left and self._tie_margin is not None:
             margin = self._tie_margin
-            if all(self._is_above(behind[layer], -margin, done) for layer in left):
+            if all(self._is_above(behind[layer], -margin) for layer in left):
                 self.settled = done
                 self._within_margin += left
                 left = []
@@ -102,24 +101,18 @@ class Race:
     def _mean(self, layer: int, done: int) -> float:
         return mean_loss(self.sums[layer][:done], self._tokens[:done])
 
-    def _difference(self, layer: int, leader: int, done: int) -> Difference:
-        tokens = self._tokens[:done]
-        found = paired_difference(self.sums[layer][:done], self.sums[leader][:done], tokens)
-        return partial_difference(found, done, len(self._tokens))
+    def _difference(self, layer: int, leader: int, done: int) -> Projection:
+        """The layer's loss minus the leader's, in nats per token."""
+        differences = [a - b for a, b in zip(self.sums[layer], self.sums[leader][:done], strict=True)]
+        return project(differences, self._tokens)
 
-    def _is_above(self, difference: Difference, bound: float, done: int) -> bool:
+    def _is_above(self, difference: Projection, bound: float) -> bool:
         """Whether the difference is above the bound, at this step's level.
 
-        Never where all sequences agree to the last bit: an error of zero is no sign of certainty.
+        Never where a few long sequences make up the most of it, and never where all sequences agree to the last
+        bits: an error of zero is no sign of certainty.
         """
-        excess = difference.delta - bound
-        if not (difference.std_err > 0 and excess > 0):
+        excess, error = difference.delta - bound, difference.std_err
+        if excess <= 0 or not error > excess * ROUNDING or difference.degrees < MIN_SEQUENCES - 1:
             return False
-        return student_tail(excess / difference.std_err, done - 1) <= self._level
-
-
-def partial_difference(found: Difference, done: int, sequences: int) -> Difference:
-    """A difference on `done` sequences as an estimate of that on all: the finite population's smaller error."""
-    if done == sequences:
-        return Difference(found.delta, 0.0)
-    return Difference(found.delta, found.std_err * math.sqrt(1 - done / sequences))
+        return student_tail(excess / error, difference.degrees) <= self._level
