@@ -130,6 +130,6 @@ def _table(*columns: str) -> Table:
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
     for column in columns:
-        left = column == "pattern"
+        left = column in ("pattern", "swaps")
         table.add_column(column, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
     return table
