@@ -14,6 +14,7 @@ from rich.table import Table
 from icsearch.record import RunRecord
 from icsearch.refinement import HELDOUT_SET
 from icsearch.report import numbers
+from icsearch.report.choices import step_note
 from icsearch.statistics import mean_loss
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -163,9 +164,10 @@ def commit_line(record: RunRecord) -> str:
     """What the last commit did."""
     commit, step = record.commits[-1], record.steps()[-1]
     tie = f", tied with {', '.join(map(str, commit.ties))}" if commit.ties else ""
+    note = f"; {said}" if (said := step_note(commit)) else ""
     return (
         f"step {commit.step}/{record.start['options']['num_shared']}: layer {commit.layer} shares, "
-        f"loss {numbers.loss(step.loss)} ({numbers.with_error(step.delta, step.std_err)}){tie}"
+        f"loss {numbers.loss(step.loss)} ({numbers.with_error(step.delta, step.std_err)}){tie}{note}"
     )
 
 
@@ -182,11 +184,17 @@ def trial_line(record: RunRecord) -> str:
 
 
 def best_so_far(record: RunRecord, step: int | str) -> str:
-    """The leader on the sequences that all patterns of this step have been scored on."""
+    """The leader of a step, on the sequences that all patterns have been scored on that are not behind.
+
+    Behind are those of a sweep to come, and those that a race has dropped.
+    """
     if isinstance(step, str):
         made = len(record.refinement.swaps) if record.refinement else 0
         return f"{numbers.plural(made, 'swap')} made"
     patterns = record.asked[step]
+    if step:
+        furthest = max(len(record.nll[letters]) for letters in patterns)
+        patterns = [letters for letters in patterns if len(record.nll[letters]) == furthest]
     common = set.intersection(*(set(record.nll[letters]) for letters in patterns))
     if step == 0 or not common:
         return f"{len(common)} of {len(record.tokens)} sequences"

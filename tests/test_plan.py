@@ -11,7 +11,7 @@ import pytest
 from icsearch.errors import IcsearchError
 from icsearch.pattern import Pattern
 from icsearch.plan import BatchShape, format_bytes, parse_bytes, patterns_per_sweep, preview
-from icsearch.strategies import Task, looks_of, make_strategy
+from icsearch.strategies import Options, Task, looks_of, make_strategy
 
 TOKENS = (30, 31, 29)
 SHAPE = BatchShape(
@@ -59,6 +59,29 @@ def test_preview_bounds_every_search_from_above(stages: int) -> None:
             strategy.tell({layer: [chance.random() for _ in TOKENS[ask.first : ask.last]] for layer in ask.layers})
         assert evaluations == most[0]
         assert runs <= most[1]
+
+
+@pytest.mark.parametrize("name", ["race", "lazy", "race+lazy"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_preview_bounds_the_other_strategies_too(name: str, stages: int) -> None:
+    """Whatever the losses are: layer runs count by sequence."""
+    num_layers, flips, tokens = 14, 9, tuple(range(20, 32))
+    task = Task(Pattern.full(num_layers), frozenset(), flips, stages, tokens, looks_of(len(tokens), 2))
+    options = Options(name)
+    most = preview(make_strategy(task, options), tokens, tree_nodes, options.is_lazy)
+    assert most[0] == preview(make_strategy(task), tokens, tree_nodes)[0]  # at worst everyone, on all sequences
+    for seed in range(100):
+        chance = random.Random(seed)
+        strategy = make_strategy(task, options)
+        strategy.begin([0.0] * len(tokens))
+        evaluations = runs = 0
+        while ask := strategy.ask():
+            length = ask.last - ask.first
+            evaluations += len(ask.layers) * length
+            runs += tree_nodes([strategy.pattern.flip(layer) for layer in ask.layers]) * length
+            strategy.tell({layer: [chance.gauss(layer % 3, 1) for _ in range(length)] for layer in ask.layers})
+        assert evaluations <= most[0] * len(tokens)
+        assert runs <= most[1] * len(tokens)
 
 
 def test_branch_and_layer_bytes() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from icsearch.errors import IcsearchError
-from icsearch.requests import parse_layers
+from icsearch.requests import CalibrationRequest, GreedyRequest, parse_layers
 
 
 def test_lists_of_layers() -> None:
@@ -18,3 +22,34 @@ def test_bad_lists_of_layers(text: str) -> None:
     with pytest.raises(IcsearchError, match="--keep-full has .*expected layer numbers") as caught:
         parse_layers(text, "--keep-full")
     assert len(str(caught.value)) < 200
+
+
+def greedy(**more: Any) -> GreedyRequest:
+    return GreedyRequest(CalibrationRequest("demo", "demo"), Path("out"), **more)
+
+
+def test_a_run_records_what_its_race_was_told_and_nothing_where_there_is_none() -> None:
+    assert greedy().race_options == {}
+    assert greedy(strategy="lazy").race_options == {}
+    assert greedy(strategy="race").race_options == {"confidence": 0.95}
+    told = greedy(strategy="race+lazy", confidence=0.9, tie_margin=0.001).race_options
+    assert told == {"confidence": 0.9, "tie_margin": 0.001}
+
+
+@pytest.mark.parametrize("confidence", [0.5, 1.0, 0.0, -1.0, 95.0, math.nan, math.inf])
+def test_confidence_out_of_range(confidence: float) -> None:
+    with pytest.raises(IcsearchError, match="between 0.5 and 1"):
+        greedy(strategy="race", confidence=confidence)
+
+
+@pytest.mark.parametrize("margin", [0.0, -0.1, math.nan, math.inf])
+def test_tie_margin_out_of_range(margin: float) -> None:
+    with pytest.raises(IcsearchError, match="nats per token above 0"):
+        greedy(strategy="race", tie_margin=margin)
+
+
+@pytest.mark.parametrize("strategy", ["exact", "lazy"])
+@pytest.mark.parametrize("option", ["confidence", "tie_margin"])
+def test_options_of_a_race_without_one(strategy: str, option: str) -> None:
+    with pytest.raises(IcsearchError, match="belongs to a race"):
+        greedy(strategy=strategy, **{option: 0.9})

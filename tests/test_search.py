@@ -14,7 +14,7 @@ from icsearch.pattern import Pattern
 from icsearch.progress import Quiet
 from icsearch.record import RunRecord
 from icsearch.search import Scores, Scoring, Search
-from icsearch.strategies import Strategy, Task, looks_of, make_strategy
+from icsearch.strategies import Options, Strategy, Task, looks_of, make_strategy
 
 LAYERS, SEQUENCES, FLIPS = 6, 5, 3
 START: Event = {
@@ -160,3 +160,124 @@ def test_candidates_and_steps(tmp_path: Path) -> None:
         assert (step.layer, step.loss) == (best.layer, best.loss)
     assert record.cost()["candidate_evaluations"] == 5 + 4 + 3
     assert record.cost()["naive_layer_evaluations"] == (5 + 4 + 3 + 2) * LAYERS
+
+
+# --- strategies that score a part -------------------------------------------------------------------------------------
+
+MANY, DEEP, FAR = 24, 12, 9
+LONG_START: Event = {
+    **START,
+    "options": {**START["options"], "num_shared": FAR},
+    "decoder_layers": DEEP,
+    "layer_indices": list(range(DEEP)),
+    "start_pattern": "F" * DEEP,
+    "references": {"uniform:1/2": "FS" * (DEEP // 2)},
+    "tokens": [7 + sequence % 4 for sequence in range(MANY)],
+}
+WEIGHTS = [random.Random(f"weight{layer}").choice([0.01, 0.03, 0.1, 0.3, 1.0]) for layer in range(DEEP)]
+
+
+class ManySequences(MadeUp):
+    """Costs over orders of magnitude on 24 sequences."""
+
+    def __init__(self, sweeps_to_live: int = 10**9, wave: int = 4, patterns_per_sweep: int = 5) -> None:
+        super().__init__(patterns_per_sweep, sweeps_to_live=sweeps_to_live)
+        self.waves = [(first, min(first + wave, MANY)) for first in range(0, MANY, wave)]
+
+    def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
+        super().score(patterns, wave, on_layer)
+        return Scores({p.letters: [weighed_nll(p, s) for s in range(*wave)] for p in patterns}, wave[1] - wave[0])
+
+
+def weighed_nll(pattern: Pattern, sequence: int) -> float:
+    chance = random.Random(f"{pattern}:{sequence}")
+    cost = sum(WEIGHTS[layer] * (layer - source) for layer, source in enumerate(pattern.sources()))
+    return (3 + cost + chance.gauss(0, 0.05)) * LONG_START["tokens"][sequence]
+
+
+def long_run(path: Path, name: str, scorer: ManySequences, margin: float | None = None, stages: int = 1) -> RunRecord:
+    journal = Journal(path)
+    if not journal.exists():
+        journal.append(LONG_START)
+    record = RunRecord.replay(journal.events())
+    tokens = tuple(LONG_START["tokens"])
+    task = Task(Pattern.full(DEEP), frozenset(), FAR, stages, tokens, looks_of(MANY, 4))
+    strategy = make_strategy(task, Options(name, 0.9, margin))
+    return Search(Scoring(journal, record, scorer, Quiet()), strategy).run()
+
+
+CASES = [("race", None, 1), ("race", 0.05, 1), ("lazy", None, 1), ("race+lazy", None, 1), ("race+lazy", 0.05, 3)]
+
+
+@pytest.mark.parametrize(("name", "margin", "stages"), CASES)
+def test_killed_after_any_event_and_resumed(tmp_path: Path, name: str, margin: float | None, stages: int) -> None:
+    """The journal continues as if nothing had been: the same events but for the seconds."""
+    whole = ManySequences()
+    long_run(tmp_path / "whole", name, whole, margin, stages)
+    events = Journal(tmp_path / "whole").events()
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    for length in range(1, len(lines)):
+        path = tmp_path / "cut"
+        path.write_bytes(b"".join(lines[:length]))
+        rest = ManySequences()
+        long_run(path, name, rest, margin, stages)
+        assert untimed(Journal(path).events()) == untimed(events)
+        assert whole.scored[len(whole.scored) - len(rest.scored) :] == rest.scored
+
+
+def untimed(events: list[Event]) -> list[Event]:
+    return [{key: value for key, value in event.items() if key != "seconds"} for event in events]
+
+
+@pytest.mark.parametrize(("name", "margin", "stages"), CASES)
+def test_waves_other_than_looks_change_no_choice(tmp_path: Path, name: str, margin: float | None, stages: int) -> None:
+    """What a wave scores beyond the range asked for is kept, not told: the choices follow from the looks alone."""
+    whole = long_run(tmp_path / "a", name, ManySequences(), margin, stages)
+    for number, wave in enumerate((1, 6, 24)):
+        found = long_run(tmp_path / str(number), name, ManySequences(wave=wave, patterns_per_sweep=2), margin, stages)
+        assert found.commits == whole.commits
+
+
+def test_journal_and_record_say_what_was_left_out(tmp_path: Path) -> None:
+    exact = long_run(tmp_path / "exact", "exact", ManySequences())
+    assert {"dropped", "stale", "settled"} & {key for e in Journal(tmp_path / "exact").events() for key in e} == set()
+    scorer = ManySequences()
+    record = long_run(tmp_path / "both", "race+lazy", scorer, 0.05)
+    assert any(commit.dropped for commit in record.commits)
+    assert any(commit.stale for commit in record.commits)
+    assert any(commit.settled for commit in record.commits)
+    for commit in record.commits:
+        assert record.sums(commit.pattern) is not None
+        complete = {candidate.layer for candidate in record.candidates(commit.step)}
+        partly = {candidate.layer: candidate.sequences for candidate in record.given_up(commit.step)}
+        assert complete | set(partly) == set(commit.candidates)
+        assert not complete & set(partly)
+        assert set(commit.ties) <= complete
+        assert all(5 <= sequences < MANY for sequences in partly.values())
+    references = 2 * MANY
+    evaluations = record.cost()["candidate_evaluations"]
+    assert evaluations == round((len(scorer.scored) - references) / MANY, 3)
+    assert evaluations < 0.6 * exact.cost()["candidate_evaluations"]
+    assert record.cost()["naive_layer_evaluations"] == exact.cost()["naive_layer_evaluations"]
+    assert record.pattern_file().to_json()["cost"]["candidate_evaluations"] == evaluations
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"dropped": [1, 99]},
+        {"stale": [0]},
+        {"dropped": "all"},
+        {"settled": 25},
+        {"missed": 1},
+        {"violations": [12]},
+    ],
+)
+def test_damaged_commits_of_a_race_are_refused(tmp_path: Path, damage: Event) -> None:
+    long_run(tmp_path / "j", "race+lazy", ManySequences())
+    events = Journal(tmp_path / "j").events()
+    for event in events:
+        if event["event"] == "commit":
+            event.update(damage)
+    with pytest.raises(JournalError, match="is damaged"):
+        RunRecord.replay(events)

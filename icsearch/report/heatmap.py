@@ -22,6 +22,7 @@ class HeatCell:
     css: str
     committed: bool
     tied: bool
+    partial: bool
     tooltip: str
 
 
@@ -46,6 +47,7 @@ class HeatPicture:
     legend: tuple[LegendEntry, ...]
     noise: str
     rounds: bool
+    partial: bool
 
 
 def heat_picture(view: RunView) -> HeatPicture | None:
@@ -78,6 +80,7 @@ def heat_picture(view: RunView) -> HeatPicture | None:
         legend=tuple(legend(scale, view)),
         noise=numbers.compact(scale.noise),
         rounds=len(view.blocks) > 1,
+        partial=any(cell.given_up_after is not None for cell in view.cells),
     )
 
 
@@ -119,11 +122,14 @@ def legend(scale: CostScale, view: RunView) -> list[LegendEntry]:
 
 def _place(cell: Cell, row: int, scale: CostScale, width: float, height: float) -> HeatCell:
     note = ", committed" if cell.committed else ", tied with the one committed" if cell.tied else ""
+    if cell.given_up_after is not None:
+        note = f", given up after {numbers.plural(cell.given_up_after, 'sequence')}"
     return HeatCell(
         x=LEFT + cell.layer * width,
         y=TOP + row * height,
         css=scale.css_class(cell.cost.delta),
         committed=cell.committed,
         tied=cell.tied,
+        partial=cell.given_up_after is not None,
         tooltip=f"step {cell.step}, layer {cell.layer}: {numbers.difference(cell.cost)}{note}",
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from icsearch.errors import IcsearchError
 from icsearch.export import ENGINES, Export, export
 from icsearch.report import numbers
+from icsearch.report.choices import guarantee, step_note, what_was_left_out
 from icsearch.report.curve import CurvePicture, comparison_picture, run_picture
 from icsearch.report.eval_page import eval_section
 from icsearch.report.eval_view import EvalView
@@ -56,6 +57,7 @@ class StepRow:
     cost: str
     css: str
     ties: int
+    note: str
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class RunSection:
     refinement: RefinementSection | None
     references: tuple[ReferenceRow, ...]
     steps: tuple[StepRow, ...]
+    guarantee: str
+    left_out: str
     ties: tuple[TieRow, ...]
     exports: tuple[Export, ...]
     export_error: str
@@ -185,6 +189,8 @@ def run_section(view: RunView, number: int) -> RunSection:
         refinement=refinement_section(view.record),
         references=tuple(_reference_row(reference) for reference in view.references),
         steps=tuple(_step_rows(view)),
+        guarantee=guarantee(view.record),
+        left_out=what_was_left_out(view.record),
         ties=tuple(_tie_row(tie) for tie in view.ties),
         exports=exports,
         export_error=export_error,
@@ -262,6 +268,7 @@ def _step_rows(view: RunView) -> list[StepRow]:
                 cost=numbers.difference(cost) if cost else "–",
                 css=scale.css_class(cost.delta) if cost else "h0",
                 ties=len(view.record.commits[point.step - 1].ties),
+                note=step_note(view.record.commits[point.step - 1]),
             )
         )
     return rows

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
 from icsearch.report import numbers
+from icsearch.report.choices import what_was_left_out
 from icsearch.report.refined import RefinementSection, refinement_section
 from icsearch.report.view import Point, RunView, headline, kink_sentence, view_run
 
@@ -38,6 +39,8 @@ def summary_table(record: RunRecord) -> RenderableType:
         parts.append(Text(kink_sentence(view)))
     if any(commit.ties for commit in record.commits):
         parts.append(Text("=n: n other layers were within one standard error of the one chosen", style="dim"))
+    if left_out := what_was_left_out(record):
+        parts.append(Text(left_out, style="dim"))
     parts.append(Text("In-sample: measured on the batches searched on. Confirm with icsearch eval.", style="dim"))
     return Group(*parts)
 

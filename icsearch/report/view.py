@@ -65,13 +65,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class Cell:
-    """One candidate of one step: the loss of the pattern with this layer shared too, minus that before the step."""
+    """One candidate of one step: the loss of the pattern with this layer shared too, minus that before the step.
+
+    `given_up_after` is the number of sequences that it is known on, None where that is all of them.
+    """
 
     step: int
     layer: int
     cost: Difference
     committed: bool
     tied: bool
+    given_up_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -239,6 +243,9 @@ def _cells(record: RunRecord) -> tuple[Cell, ...]:
             committed = commit is not None and commit.layer == candidate.layer
             tied = commit is not None and candidate.layer in commit.ties
             cells.append(Cell(step, candidate.layer, cost, committed, tied))
+        for candidate in record.given_up(step) if commit else ():
+            cost = record.known_difference(candidate.pattern, before)
+            cells.append(Cell(step, candidate.layer, cost, False, False, candidate.sequences))
     return tuple(cells)
 
 

@@ -1,0 +1,77 @@
+"""What a report says of how flips were chosen: a strategy's guarantee, and what it left out. Exact says nothing."""
+
+from __future__ import annotations
+
+from icsearch.record import Commit, RunRecord
+from icsearch.report import numbers
+
+
+def guarantee(record: RunRecord) -> str:
+    """What the run's strategy does, and what can be relied on; empty for an exact search and for no search."""
+    options = record.start["options"]
+    parts = str(options.get("strategy")).split("+")
+    found = []
+    if "lazy" in parts:
+        found.append(
+            "Lazy: a layer whose cost when it was last scored, less a slack learned from how far such costs have "
+            "fallen, was above the best new one was not scored again; the layers around the last flip always were, "
+            "and everyone every few steps. The choices are those of an exact search as long as no flip became cheaper "
+            "than that."
+        )
+    if "race" in parts:
+        found.append(_race(options.get("confidence"), options.get("tie_margin")))
+    if found:
+        found.append("The losses of committed flips are those of all sequences.")
+    return " ".join(found)
+
+
+def _race(confidence: float | None, margin: float | None) -> str:
+    sure = f" {100 * confidence:g}%" if confidence is not None else ""
+    text = (
+        f"Race: candidates were scored batch by batch, and dropped once they were worse than the leader with a "
+        f"confidence of{sure} for the step as a whole (paired t test over at least 5 sequences, corrected for looking "
+        "repeatedly)."
+    )
+    if margin is None:
+        return text
+    return (
+        f"{text} Near-ties were settled: a leader that nobody was better than by more than {margin:g} nats per token, "
+        "at the same confidence, was taken."
+    )
+
+
+def what_was_left_out(record: RunRecord) -> str:
+    """How much the strategy saved, and how often it erred as far as it can tell; empty for an exact search."""
+    if not guarantee(record) or not record.commits:
+        return ""
+    scored = sum(len(commit.candidates) for commit in record.commits)
+    counts = {
+        "not scored": sum(len(commit.stale) for commit in record.commits),
+        "dropped": sum(len(commit.dropped) for commit in record.commits),
+        "given up within the tie margin": sum(len(commit.within_margin) for commit in record.commits),
+    }
+    of = scored + counts["not scored"]
+    listed = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    text = f"Of {of} candidates in {numbers.plural(len(record.commits), 'step')}: {listed or 'none left out'}."
+    if "lazy" in str(record.start["options"]["strategy"]):
+        violations = sum(len(commit.violations) for commit in record.commits)
+        missed = sum(commit.missed for commit in record.commits)
+        text += (
+            f" {numbers.plural(violations, 'layer')} turned out cheaper than the slack allowed for; "
+            f"{missed} of the full rescans chose a layer that would not have been scored without."
+        )
+    return text
+
+
+def step_note(commit: Commit) -> str:
+    """One step's choice in a few words, such as ``7 of 23 scored, 4 dropped``; empty where all were scored fully."""
+    candidates = len(commit.candidates) + len(commit.stale)
+    parts = [f"{len(commit.candidates)} of {candidates} scored"] if commit.stale else []
+    parts += [f"{len(commit.dropped)} dropped"] if commit.dropped else []
+    if commit.settled is not None:
+        parts.append(f"settled after {numbers.plural(commit.settled, 'sequence')}, {len(commit.within_margin)} tied")
+    if commit.violations:
+        parts.append(f"{', '.join(map(str, commit.violations))} cheaper than allowed for")
+    if commit.missed:
+        parts.append("found by the rescan")
+    return ", ".join(parts)
