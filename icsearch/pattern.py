@@ -170,7 +170,10 @@ def num_full(retention: Fraction, num_layers: int) -> int:
 
 @dataclass(frozen=True)
 class Step:
-    """One committed flip. Losses in nats per token; `delta` is to the all-F baseline, with its paired std_err."""
+    """One committed flip. Losses in nats per token; `delta` is to the all-F baseline, with its paired std_err.
+
+    `kl` is the mean KL to the unmodified model in nats per token, where the search went by it.
+    """
 
     step: int
     layer: int
@@ -178,6 +181,13 @@ class Step:
     delta: float
     std_err: float
     pattern: str
+    kl: float | None = None
+    kl_std_err: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of the contract; those of the KL only where there is one."""
+        values = asdict(self)
+        return {name: value for name, value in values.items() if self.kl is not None or not name.startswith("kl")}
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,7 @@ class PatternFile:
             "objective": self.objective,
             "baseline_loss": self.baseline_loss,
             "loss": self.loss,
-            "steps": [asdict(step) for step in self.steps],
+            "steps": [step.to_json() for step in self.steps],
             "model": self.model,
             "calibration": self.calibration,
             "cost": self.cost,
@@ -288,11 +298,13 @@ def _step(document: dict[str, Any], num_layers: int) -> Step:
         "std_err": optional(NUMBER),  # null: one sequence has no error
         "pattern": letters(num_layers),
     }
-    check_fields(document, fields)
-    values = {name: document[name] for name in fields}
+    by_kl = {"kl": optional(NUMBER), "kl_std_err": optional(NUMBER)}  # absent where the search went by the loss
+    check_fields(document, {**fields, **by_kl})
+    values = {**{name: document[name] for name in fields}, **{name: document.get(name) for name in by_kl}}
     if values["pattern"][values["layer"]] != SHARED:
         raise PatternError(f"step {shown(values['step'])} flips layer {values['layer']}, but its pattern has F there")
-    return Step(**{**values, "std_err": math.nan if values["std_err"] is None else values["std_err"]})
+    unknown = ["std_err", *(["kl_std_err"] if values["kl"] is not None else [])]
+    return Step(**{**values, **{name: math.nan for name in unknown if values[name] is None}})
 
 
 def _check_refinement(document: dict[str, Any], pattern: Pattern) -> None:
@@ -300,10 +312,8 @@ def _check_refinement(document: dict[str, Any], pattern: Pattern) -> None:
     n, number = len(pattern), optional(NUMBER)  # null: not scored, or one sequence, which has no error
     fields = {"start_pattern": letters(n), "start_loss": number, "pattern": letters(n), "loss": number}
     check_fields(document, {**fields, "heldout": OBJECT, "swaps": list_of(OBJECT)})
-    check_fields(
-        document["heldout"],
-        {**CALIBRATION_FIELDS, **dict.fromkeys(("start_loss", "loss", "delta", "std_err"), number)},
-    )
+    losses = dict.fromkeys(("start_loss", "loss", "delta", "std_err"), number)
+    check_fields(document["heldout"], {**CALIBRATION_FIELDS, **losses, "sequences": optional(list_of(TEXT))})
     at = document["start_pattern"]
     for swap in document["swaps"]:
         layer = whole(0, n - 1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from icsearch.errors import PatternError
 from icsearch.pattern import Pattern, PatternFile, load_pattern_file, parse_retention
@@ -124,9 +125,19 @@ def _from_file(name: str, file: PatternFile, pattern: Pattern, target: Target, f
         raise PatternError(f"pattern {name!r} belongs to another model ({'; '.join(foreign)}): {remedy}")
     fingerprint = file.model.get("fingerprint")
     other_weights = fingerprint is not None and fingerprint != target.fingerprint
-    same_batches = file.calibration.get("fingerprint") == target.calibration_fingerprint
-    in_sample = same_batches or not target.sequences.isdisjoint(file.calibration.get("sequences") or ())
+    in_sample = any(_shares_sequences(batches, target) for batches in _chosen_on(file, pattern))
     return NamedPattern(name, pattern, file.method, in_sample, bool(foreign) or other_weights)
+
+
+def _chosen_on(file: PatternFile, pattern: Pattern) -> list[dict[str, Any]]:
+    """The batches that a pattern of a file was chosen on: a refined one's held-out sequences are among them."""
+    refined = file.refinement is not None and pattern == file.pattern
+    return [file.calibration, file.refinement["heldout"]] if refined and file.refinement else [file.calibration]
+
+
+def _shares_sequences(batches: dict[str, Any], target: Target) -> bool:
+    same = batches.get("fingerprint") == target.calibration_fingerprint
+    return same or not target.sequences.isdisjoint(batches.get("sequences") or ())
 
 
 def _checked(named: NamedPattern, target: Target) -> NamedPattern:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -22,6 +23,7 @@ from icsearch.refine import SwapRefinement, make_swaps
 from icsearch.report import summary_table, write_results
 from icsearch.search import Scores, Scoring, Search
 from icsearch.strategies import Strategy, Task, looks_of, make_strategy
+from test_record import change, places
 
 LAYERS, TOKENS, HELDOUT, FLIPS = 8, [10] * 5, [10, 12, 9], 5
 
@@ -31,21 +33,21 @@ class Killed(Exception):
 
 
 class Budget:
-    """How many sweeps the process has left to live, over all its scorers."""
+    """How many sweeps the process has left to live, over all its scorers, and how many patterns fit in one."""
 
-    def __init__(self, sweeps: int = 10**9) -> None:
+    def __init__(self, sweeps: int = 10**9, patterns_per_sweep: int = 3) -> None:
         self.left = sweeps
+        self.patterns_per_sweep = patterns_per_sweep
 
 
 class MadeUp:
     """Losses fixed by seed, pattern and sequence; those of held-out sequences agree with the others in part."""
 
-    patterns_per_sweep = 3
-
     def __init__(self, sequences: int, heldout: bool, budget: Budget, seed: int) -> None:
         self.waves: Sequence[tuple[int, int]] = [(i, min(i + 2, sequences)) for i in range(0, sequences, 2)]
         self.scored: list[tuple[str, int]] = []
         self._heldout, self._budget, self._seed = heldout, budget, seed
+        self.patterns_per_sweep = budget.patterns_per_sweep
 
     def retain(self, base: Pattern) -> None: ...
 
@@ -198,6 +200,16 @@ def test_killed_in_any_sweep_and_resumed(tmp_path: Path) -> None:
         assert outcome(run(path, start_event(), seed=seed)[0]) == outcome(whole)
 
 
+@pytest.mark.parametrize("patterns", [1, 100])
+def test_how_many_patterns_fit_in_memory_does_not_change_the_outcome(tmp_path: Path, patterns: int) -> None:
+    whole, seed = interesting(tmp_path, swapped_and_refused)
+    found = outcome(run(tmp_path / "other", start_event(), Budget(patterns_per_sweep=patterns), seed)[0])
+    expected = outcome(whole)
+    for one in (found, expected):
+        one["file"].pop("cost")
+    assert found == expected
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"stages": 2}, {"keep_full": (3,)}, {"native": (2, 5)}, {"stages": 2, "native": (1,)}]
 )
@@ -291,6 +303,24 @@ def test_outcomes_that_do_not_follow_from_the_losses_are_refused(tmp_path: Path)
     _, seed = interesting(tmp_path, swapped_and_refused)
     with pytest.raises(JournalError, match="its losses say"):
         run(path, start_event(), seed=seed)
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_random_edits_are_replayed_or_refused(tmp_path: Path, seed: int) -> None:
+    _, found = interesting(tmp_path, swapped_and_refused)
+    events, rng = Journal(tmp_path / f"seed{found}").events(), random.Random(seed)
+    late = [event for event in events if event.get("set") or event["event"] in ("refine", "judged", "swap", "refused")]
+    holder, key = rng.choice(list(places(rng.choice([events[0]["refine_on"], *late]))))
+    change(holder, key, rng)
+    path = tmp_path / "edited"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    try:
+        record = RunRecord.replay(Journal(path).events())
+        record.pattern_file().save(tmp_path / "pattern.json")
+        load_pattern_file(tmp_path / "pattern.json")
+        summary_table(record)
+    except (JournalError, PatternError) as error:
+        assert re.search(r"line \d+|no complete loss|lacks losses|pattern.json is damaged", str(error))
 
 
 @pytest.mark.parametrize(
