@@ -22,7 +22,7 @@ from icsearch.prepare import (
 )
 from icsearch.record import RunRecord
 from icsearch.refine import SwapRefinement
-from icsearch.requests import GreedyRequest
+from icsearch.requests import KL, GreedyRequest
 from icsearch.search import Progress, Search
 from icsearch.states import Keeping, Rehearsal
 from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy
@@ -81,9 +81,11 @@ def options_of(record: RunRecord) -> Options:
 
 def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRecord) -> plan.SearchPlan:
     size = memory.patterns_per_sweep
+    by_kl = record.start["options"]["objective"] == KL
+    along = [layout.start_pattern] if by_kl and not memory.full_states else []
 
     def count(patterns: list[Pattern]) -> int:
-        return count_in_sweeps(layout, patterns, size)
+        return count_in_sweeps(layout, patterns, size, along)
 
     references = [Pattern(letters) for letters in record.references.values()]
     flippable = request.flippable(layout.start_pattern)
@@ -98,13 +100,16 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
         num_shared=record.start["options"]["num_shared"],
         candidate_evaluations=evaluations,
         layer_evaluations=layer_runs + count([layout.start_pattern, *references]),
-        expected_layer_evaluations=plan.rehearse(strategy_of(record), record.tokens, references, rehearsal, size),
+        expected_layer_evaluations=plan.rehearse(
+            strategy_of(record), record.tokens, references, rehearsal, size, along
+        ),
         naive_layer_evaluations=(evaluations + 1 + len(references)) * layout.num_layers,
         branches_per_sweep=size,
         branch_bytes=memory.shape.branch_bytes,
         layer_bytes=memory.shape.layer_bytes,
         weight_bytes=memory.weights,
         memory_bytes=memory.budget,
+        full_state_bytes=memory.full_states,
         kept=kept,
         heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
     )

@@ -34,6 +34,7 @@ class BatchShape:
     vocab_size: int
     head_chunk_tokens: int
     block_elements: int | None = None  # of the block-wise arithmetic; None: the reference modules
+    head_copies: int = 2  # float32 numbers per logit of a chunk: the logits and their softmax; more for the KL
     layer_width: int = 0  # numbers per token that a layer's projections hold at once
 
     @property
@@ -42,6 +43,11 @@ class BatchShape:
         tokens = self.batch_size * self.seq_len
         selection = min(self.index_topk, self.seq_len) * INDEX_BYTES
         return tokens * (self.hidden_size * self.dtype_bytes + selection)
+
+    @property
+    def final_bytes(self) -> int:
+        """The final hidden states of one sequence."""
+        return self.seq_len * self.hidden_size * self.dtype_bytes
 
     def selections_bytes(self, layers: int) -> int:
         """All layers' selections of one batch, in the smallest integer type that holds a position."""
@@ -52,10 +58,10 @@ class BatchShape:
     def layer_bytes(self) -> int:
         """Estimate of what one call takes while it runs: of a layer, or of the LM head if that is more.
 
-        The LM head holds a chunk's logits in the model's type, in float32, and their softmax.
+        The LM head holds a chunk's logits in the model's type, in float32, and what is computed of them.
         """
         chunk = min(self.head_chunk_tokens, self.batch_size * self.seq_len)
-        head = chunk * self.vocab_size * (self.dtype_bytes + 2 * FLOAT_BYTES)
+        head = chunk * self.vocab_size * (self.dtype_bytes + self.head_copies * FLOAT_BYTES)
         layer = self._reference_bytes if self.block_elements is None else self._blockwise_bytes(self.block_elements)
         return max(layer, head)
 
@@ -116,6 +122,7 @@ class SearchPlan:
     layer_bytes: int
     weight_bytes: int
     memory_bytes: int
+    full_state_bytes: int
     kept: Kept
     heldout_sequences: int = 0  # of a refinement; 0 where there is none
 
@@ -177,10 +184,16 @@ def preview(
 
 
 def rehearse(
-    strategy: Strategy, tokens: Sequence[int], references: Sequence[Pattern], rehearsal: Rehearsal, per_sweep: int
+    strategy: Strategy,
+    tokens: Sequence[int],
+    references: Sequence[Pattern],
+    rehearsal: Rehearsal,
+    per_sweep: int,
+    along: Sequence[Pattern] = (),
 ) -> int:
     """Layer evaluations of a search that keeps states between steps, by playing it through with made-up losses.
 
+    In each sweep, the patterns `along` run beside those that are scored.
     It commits the first candidate each time. Where everything is kept and each step scores all that is left, every
     pair of candidates costs the layers above the later one once, whichever of them is committed first: a search to
     the end then takes the same in any order, and a shorter one the most where the first layers are committed.
@@ -188,7 +201,7 @@ def rehearse(
 
     def sweeps(patterns: Sequence[Pattern], first: int) -> int:
         chunks = [patterns[start : start + per_sweep] for start in range(0, len(patterns), per_sweep)]
-        return sum(rehearsal.sweep(chunk, [first]) for chunk in chunks)
+        return sum(rehearsal.sweep([*chunk, *along], [first]) for chunk in chunks)
 
     taken = sweeps([strategy.pattern, *references], 0) * len(tokens)
     strategy.begin([0.0] * len(tokens))
@@ -221,8 +234,18 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_bytes(plan.layer_bytes)} in a layer, of {format_bytes(plan.memory_bytes)} (estimate)",
         ),
         ("kept between steps", plan.kept.words),
+        *_objective_rows(plan, start),
         *_refinement_rows(plan),
     ]
+
+
+def _objective_rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
+    """What an objective needs beside the loss."""
+    if start["options"]["objective"] != "kl":
+        return []
+    kept = f"{format_bytes(plan.full_state_bytes)} of final states kept"
+    along = "no room for its final states: it runs along in every sweep"
+    return [("all-F for the KL", kept if plan.full_state_bytes else along)]
 
 
 def _refinement_rows(plan: SearchPlan) -> list[tuple[str, str]]:

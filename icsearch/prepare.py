@@ -21,6 +21,7 @@ import transformers
 
 from icsearch import __version__, calibration, checkpoint, kernels, model, plan
 from icsearch.checkpoint import Checkpoint
+from icsearch.divergence import KlSweeper
 from icsearch.errors import ModelError
 from icsearch.journal import JOURNAL_FORMAT, Event
 from icsearch.losses import HEAD_CHUNK_TOKENS
@@ -28,7 +29,7 @@ from icsearch.memory import free_bytes
 from icsearch.model import DsaModel, Layout
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
-from icsearch.requests import CalibrationRequest, PatternRequest, RunRequest
+from icsearch.requests import KL, CalibrationRequest, PatternRequest, RunRequest
 from icsearch.rundir import RunDirectory, part_of
 from icsearch.search import Progress, Scores, Scoring
 from icsearch.states import Keeping, StateStore
@@ -40,6 +41,7 @@ BATCH_TOKENS = 1024  # default tokens per layer call: small calls keep the refer
 DEFAULT_NUM_SEQUENCES = 24
 # Numbers in one buffer of the block-wise arithmetic: on CPU what stays in cache, on CUDA what keeps the device busy.
 BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
 MEMORY_SHARE = 0.8  # of what is free when the run starts
 
 
@@ -292,17 +294,29 @@ def environment_notes(existing: Sequence[Event], start: Event) -> list[str]:
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a run: its budget and what it goes into, in bytes."""
+    """The memory of a run: its budget and what it goes into, in bytes.
+
+    `full_states`: the unmodified model's final states, kept for the KL; 0 where they are not needed or do not fit.
+    """
 
     budget: int
     weights: int
     shape: plan.BatchShape
     patterns_per_sweep: int  # how many patterns may live at once beside the trunk
+    full_states: int = 0
 
     @property
     def spare(self) -> int:
-        """What weights, one layer call and two branches leave."""
-        return self.budget - self.weights - self.shape.layer_bytes - 2 * self.shape.branch_bytes
+        """What weights, kept final states, one layer call and two branches leave."""
+        fixed = self.weights + self.full_states + self.shape.layer_bytes
+        return self.budget - fixed - 2 * self.shape.branch_bytes
+
+    def for_kl(self, full_states: int) -> Memory:
+        """The final states of the unmodified model come first; where they do not fit, it runs along in each sweep."""
+        left = (self.spare - full_states) // self.shape.branch_bytes
+        if left >= 1:
+            return replace(self, full_states=full_states, patterns_per_sweep=left)
+        return replace(self, patterns_per_sweep=max(1, self.patterns_per_sweep - 1))
 
 
 @dataclass(frozen=True)
@@ -337,7 +351,11 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any]) ->
     budget = request.memory or int(MEMORY_SHARE * free_bytes(torch.device(options["device"])))
     weights = inputs.layout.num_parameters * model.DTYPES[options["dtype"]].itemsize
     shape = batch_shape(inputs.layout, options, inputs.batches.seq_len)
-    return Memory(budget, weights, shape, plan.patterns_per_sweep(shape, weights, budget))
+    memory = Memory(budget, weights, shape, plan.patterns_per_sweep(shape, weights, budget))
+    if options.get("objective") != KL:
+        return memory
+    sequences = inputs.batches.num_sequences + (inputs.heldout.num_sequences if inputs.heldout else 0)
+    return memory.for_kl(sequences * shape.final_bytes)
 
 
 def device_batches(dsa: DsaModel, batches: calibration.Calibration, batch_size: int) -> list[Batch]:
@@ -350,10 +368,9 @@ def device_batches(dsa: DsaModel, batches: calibration.Calibration, batch_size: 
 class SweepScorer:
     """The layer sweep as the search sees it. Resident weights: one batch is one wave."""
 
-    def __init__(self, dsa: DsaModel, batches: Sequence[Batch], patterns: int, kept: StateStore[BranchState]) -> None:
+    def __init__(self, sweeper: Sweeper, batches: Sequence[Batch], patterns: int) -> None:
         self.patterns_per_sweep = patterns
-        self._kept = kept
-        self._sweeper = Sweeper(dsa, kept)
+        self._sweeper = sweeper
         self._batches = {(batch.first, batch.last): batch for batch in batches}
 
     @property
@@ -361,18 +378,17 @@ class SweepScorer:
         return list(self._batches)
 
     def retain(self, base: Pattern) -> None:
-        self._kept.retain(base)
+        self._sweeper.retain(base)
 
     def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
-        rehearsal = self._kept.rehearsal()
-        return sum(rehearsal.sweep(patterns, [first]) * (last - first) for patterns, (first, last) in work)
+        return self._sweeper.expected([(patterns, [self._batches[wave]]) for patterns, wave in work])
 
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             result = self._sweeper.sweep(patterns, [self._batches[wave]], on_layer)
         notes = {str(warning.message) for warning in caught if "deterministic" in str(warning.message)}
-        return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)))
+        return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)), result.kl)
 
 
 def make_scoring(
@@ -384,7 +400,7 @@ def make_scoring(
     """
     layout = here.inputs.layout
     kept = kept or _keep_nothing(layout)
-    scorer = _scorer(loaded, loaded.batches, kept, record.pattern)
+    scorer = _scorer(loaded, loaded.batches, kept, record)
     scoring = Scoring(here.run.journal, record, scorer, listener)
     scoring.note(environment_notes(here.existing, here.start))
     return scoring
@@ -392,22 +408,26 @@ def make_scoring(
 
 def heldout_scorer(here: Opened, record: RunRecord, loaded: Loaded) -> SweepScorer:
     """Scores the held-out sequences of a refinement; few patterns ever come there, and no states are kept."""
-    return _scorer(loaded, loaded.heldout, _keep_nothing(here.inputs.layout), record.pattern)
+    return _scorer(loaded, loaded.heldout, _keep_nothing(here.inputs.layout), record)
 
 
-def _scorer(loaded: Loaded, batches: Sequence[Batch], kept: plan.Kept, base: Pattern) -> SweepScorer:
-    store: StateStore[BranchState] = StateStore(kept.keeping, base, kept.budget)
-    return SweepScorer(loaded.dsa, batches, loaded.memory.patterns_per_sweep, store)
+def _scorer(loaded: Loaded, batches: Sequence[Batch], kept: plan.Kept, record: RunRecord) -> SweepScorer:
+    """Measures what the run's objective needs."""
+    store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
+    sweeper = Sweeper(loaded.dsa, store)
+    if record.start["options"]["objective"] == KL:
+        sweeper = KlSweeper(loaded.dsa, store, keep_full_states=loaded.memory.full_states > 0)
+    return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep)
 
 
 def _keep_nothing(layout: Layout) -> plan.Kept:
     return plan.Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
 
 
-def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int) -> int:
-    """Layer runs of scoring these patterns, with so many in one sweep."""
+def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int, along: Sequence[Pattern] = ()) -> int:
+    """Layer runs of scoring these patterns, with so many in one sweep, and others that run along in each."""
     starts = range(0, len(patterns), per_sweep)
-    return sum(layout.count_layer_runs(patterns[start : start + per_sweep]) for start in starts)
+    return sum(layout.count_layer_runs([*patterns[start : start + per_sweep], *along]) for start in starts)
 
 
 def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.BatchShape:
@@ -424,6 +444,7 @@ def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.B
         head_chunk_tokens=HEAD_CHUNK_TOKENS,
         block_elements=options.get("block_elements"),
         layer_width=layout.layer_width,
+        head_copies=KL_HEAD_COPIES if options.get("objective") == KL else NLL_HEAD_COPIES,
     )
 
 

@@ -138,13 +138,15 @@ def _added(sums: list[list[float]], more: list[list[float]]) -> list[list[float]
 class RunRecord:
     """The state of a run. It changes by `apply` alone, so live and resumed runs share one path.
 
-    `nll[pattern][sequence]` is the summed NLL in nats; `asked[step]` lists the patterns scored in a step
+    `nll[pattern][sequence]` is the summed NLL in nats, and `kl` the same of the KL to the start pattern where the
+    objective is the KL; `asked[step]` lists the patterns scored in a step
     (step 0: the start pattern and the uniform references). `heldout` is the same of the held-out sequences that a
     refinement confirms on: its losses, and nothing else.
     """
 
     start: Event = field(default_factory=dict)
     nll: dict[str, dict[int, float]] = field(default_factory=dict)
+    kl: dict[str, dict[int, float]] = field(default_factory=dict)
     asked: dict[int, list[str]] = field(default_factory=dict)
     commits: list[Commit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -205,13 +207,16 @@ class RunRecord:
         first, last = event["sequences"]
         if event["step"] > len(self.commits) + 1:
             raise FieldError(f"losses of step {event['step']} behind {len(self.commits)} commits")
-        if [len(sums) for sums in event["nll"]] != [last - first] * len(event["patterns"]):
-            raise FieldError("nll does not hold one sum for each pattern and sequence")
+        for name in ("nll", "kl") if self.by_kl else ("nll",):
+            if [len(sums) for sums in event[name]] != [last - first] * len(event["patterns"]):
+                raise FieldError(f"{name} does not hold one sum for each pattern and sequence")
         asked = self.asked.setdefault(REFINING if event.get("set") == CALIBRATION_SET else event["step"], [])
         for pattern, sums in zip(event["patterns"], event["nll"], strict=True):
             self.nll.setdefault(pattern, {}).update(zip(range(first, last), sums, strict=True))
             if pattern not in asked:
                 asked.append(pattern)
+        for pattern, sums in zip(event["patterns"], event["kl"] if self.by_kl else (), strict=False):
+            self.kl.setdefault(pattern, {}).update(zip(range(first, last), sums, strict=True))
         self._add_cost(event)
 
     def _apply_heldout(self, event: Event) -> None:
@@ -257,6 +262,11 @@ class RunRecord:
     def _add_cost(self, event: Event) -> None:
         self.layer_sequences += event["layer_sequences"]
         self.seconds += event["seconds"]
+
+    @property
+    def by_kl(self) -> bool:
+        """Whether the search goes by the KL to the start pattern, and not by the loss."""
+        return bool(self.start["options"]["objective"] == "kl")
 
     @property
     def tokens(self) -> list[int]:
@@ -307,7 +317,7 @@ class RunRecord:
 
         Raises JournalError where the pattern was not scored on one of them.
         """
-        known = self.nll.get(letters, {})
+        known = (self.kl if self.by_kl else self.nll).get(letters, {})
         if not all(sequence in known for sequence in range(first, last)):
             raise JournalError(f"the journal lacks losses of {letters}: continue the run first")
         return [known[sequence] for sequence in range(first, last)]
@@ -318,6 +328,13 @@ class RunRecord:
         return paired_difference(
             self.objective_sums(letters, 0, count), self.objective_sums(reference, 0, count), self.tokens
         )
+
+    def mean_kl(self, letters: str) -> Difference | None:
+        """KL(start pattern || pattern) in nats per token, with its standard error; None in runs that have no KL."""
+        if not self.by_kl:
+            return None
+        sums = self.objective_sums(letters, 0, len(self.tokens))
+        return paired_difference(sums, [0.0] * len(sums), self.tokens)
 
     def loss(self, letters: str) -> float:
         """Nats per token; raises JournalError if the pattern was not scored on every sequence."""
@@ -339,9 +356,16 @@ class RunRecord:
         return tuple(self._step(commit) for commit in self.commits)
 
     def _step(self, commit: Commit) -> Step:
-        difference = self.difference(commit.pattern)
+        difference, kl = self.difference(commit.pattern), self.mean_kl(commit.pattern)
         return Step(
-            commit.step, commit.layer, self.loss(commit.pattern), difference.delta, difference.std_err, commit.pattern
+            commit.step,
+            commit.layer,
+            self.loss(commit.pattern),
+            difference.delta,
+            difference.std_err,
+            commit.pattern,
+            kl=kl.delta if kl else None,
+            kl_std_err=kl.std_err if kl else None,
         )
 
     def candidates(self, step: int) -> list[Candidate]:
@@ -553,6 +577,7 @@ def _event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "sequences": waves,
             "patterns": list_of(pattern),
             "nll": list_of(list_of(NUMBER)),
+            **({"kl": list_of(list_of(NUMBER))} if start["options"]["objective"] == "kl" else {}),
             "set": optional(Kind(repr(CALIBRATION_SET), lambda value: value == CALIBRATION_SET)),
             **cost,
         },

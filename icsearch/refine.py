@@ -88,7 +88,7 @@ def sharing_costs(record: RunRecord) -> dict[int, float]:
     for commit in record.commits:
         before = record.commits[commit.step - 2].pattern if commit.step > 1 else record.start_pattern.letters
         for candidate in record.candidates(commit.step):
-            costs[candidate.layer] = candidate.loss - record.loss(before)
+            costs[candidate.layer] = record.objective_difference(candidate.pattern, before).delta
     return costs
 
 

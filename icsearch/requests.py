@@ -14,7 +14,8 @@ from icsearch.pattern import Pattern, num_full, parse_retention
 from icsearch.specs import Target, resolve_specs
 from icsearch.strategies import DEFAULT_CONFIDENCE, STRATEGIES, Options, split_stages
 
-OBJECTIVES = ("lm-loss",)
+KL = "kl"
+OBJECTIVES = ("lm-loss", KL)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "blockwise", "reference")
 MIN_BLOCK_ELEMENTS = 2**10

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from icsearch.errors import JournalError
@@ -23,12 +23,14 @@ from icsearch.strategies import Ask, Choice, Strategy
 class Scores:
     """Losses of one sweep: `nll[letters]` per sequence of the wave, in nats, and the layer runs x sequences.
 
-    `notes` is what the reader of the report should know, such as a kernel without a deterministic form.
+    `notes` is what the reader of the report should know, such as a kernel without a deterministic form; `kl` is as
+    `nll`, of the KL to the unmodified model, where the objective needs it.
     """
 
     nll: dict[str, list[float]]
     layer_sequences: int
     notes: tuple[str, ...] = ()
+    kl: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Scorer(Protocol):
@@ -200,7 +202,7 @@ class Search:
         self._scoring.progress.committed(self._record)
 
     def _ties(self, before: Pattern, choice: Choice) -> list[int]:
-        """The layers whose loss differs from the winner's by no more than one paired standard error.
+        """The layers whose objective differs from the winner's by no more than one paired standard error.
 
         Of those that were scored on all sequences: a race has settled the others.
         """
@@ -208,7 +210,7 @@ class Search:
         others = {layer: before.flip(layer).letters for layer in choice.scored if layer != choice.layer}
         given_up = {*choice.dropped, *choice.within_margin}
         complete = {layer: letters for layer, letters in others.items() if layer not in given_up}
-        return [layer for layer, letters in complete.items() if self._record.difference(letters, best).is_tie]
+        return [layer for layer, letters in complete.items() if self._record.objective_difference(letters, best).is_tie]
 
     def _check_replay(self, step: int, winner: int) -> None:
         recorded = self._record.commits[step - 1]
@@ -235,6 +237,7 @@ def _losses_event(
         "sequences": list(wave),
         "patterns": [pattern.letters for pattern in patterns],
         "nll": [scores.nll[pattern.letters] for pattern in patterns],
+        **({"kl": [scores.kl[pattern.letters] for pattern in patterns]} if scores.kl else {}),
         "layer_sequences": scores.layer_sequences,
         "seconds": round(seconds, 3),
     }

@@ -15,7 +15,7 @@ one it starts at the embedding: that is the slow twin, which must give the same 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -69,10 +69,14 @@ class BranchState:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """`nll[letters]`: summed NLL in nats of each sequence of the wave; `layer_sequences`: layer runs x sequences."""
+    """`nll[letters]`: summed NLL in nats of each sequence of the wave; `layer_sequences`: layer runs x sequences.
+
+    `kl` is the same of the KL to the unmodified model, where it was measured.
+    """
 
     nll: dict[str, list[float]]
     layer_sequences: int
+    kl: dict[str, list[float]] = field(default_factory=dict)
 
 
 # What hears of an S layer: (batch, the patterns that run there, position, borrowed selection, its own indexer's).
@@ -90,7 +94,7 @@ def cut_batches(input_ids: torch.Tensor, counted: torch.Tensor, batch_size: int)
 class Sweeper:
     """Runs sweeps of one model; call arguments are captured once per batch shape and kept.
 
-    With `kept`, which belongs to one set of batches, `sweep` goes on from earlier sweeps' states and keeps new ones.
+    With `kept`, which belongs to one set of batches, a sweep goes on from earlier ones' states and keeps new ones.
     """
 
     def __init__(self, model: DsaModel, kept: StateStore[BranchState] | None = None) -> None:
@@ -101,6 +105,10 @@ class Sweeper:
         self._kept = self._nothing if kept is None else kept
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
+
+    def retain(self, base: Pattern) -> None:
+        """Let go of kept states that are of no use to the committed pattern and its flips."""
+        self._kept.retain(base)
 
     def sweep(
         self,
@@ -118,7 +126,15 @@ class Sweeper:
             for letters, hidden_states in states.items():
                 nll.setdefault(letters, []).extend(self.batch_losses(hidden_states, batch, Pattern(letters)))
 
-        return SweepResult(nll, self.run(patterns, wave, reduce, on_layer, kept=self._kept))
+        return SweepResult(nll, self.run(patterns, wave, reduce, on_layer))
+
+    def expected(self, work: Iterable[tuple[Sequence[Pattern], Sequence[Batch]]]) -> int:
+        """Layer runs x sequences that sweeps of these patterns over these waves, in this order, will take."""
+        rehearsal = self._kept.rehearsal()
+        return sum(
+            rehearsal.sweep(patterns, [batch.first for batch in wave]) * sum(len(batch.input_ids) for batch in wave)
+            for patterns, wave in work
+        )
 
     @torch.inference_mode()
     def run(
@@ -128,14 +144,13 @@ class Sweeper:
         reduce: Callable[[Batch, dict[str, torch.Tensor]], None],
         on_layer: Callable[[int], None] = lambda layer_sequences: None,
         probe: Probe | None = None,
-        kept: StateStore[BranchState] | None = None,
     ) -> int:
         """One pass over the layers; `reduce` gets each batch with the last layer's [B, T, D] states by pattern.
 
         With a `probe`, S layers run their own indexer too, and the probe hears both selections; a probe wants to see
-        every layer, so it goes without `kept`. Returns the layer runs x sequences.
+        every layer, so it goes without what is kept. Returns the layer runs x sequences.
         """
-        store = self._nothing if kept is None else kept
+        store = self._kept if probe is None else self._nothing
         try:
             return self._run(list(dict.fromkeys(patterns)), wave, reduce, on_layer, probe, store)
         except (MemoryError, RuntimeError) as error:

@@ -38,6 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "losses": set(),
     "states": {"pattern"},
     "sweep": {"errors", "losses", "memory", "model", "pattern", "slot", "states"},
+    "divergence": {"losses", "model", "pattern", "states", "sweep"},
     "similarity": {"errors", "journal", "kernels", "losses", "model", "slot", "sweep"},
     "measures": {"evaluation", "journal", "losses", "model", "pattern", "sweep"},
     "measure": {"errors", "memory", "model", "pattern"},
@@ -50,8 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "search": {"errors", "journal", "pattern", "record", "refinement", "strategies"},
     "refine": {"errors", "journal", "pattern", "record", "refinement", "search", "strategies"},
     "prepare": {
-        "", "calibration", "checkpoint", "errors", "journal", "kernels", "losses", "memory", "model", "pattern", "plan",
-        "record", "requests", "rundir", "search", "states", "strategies", "sweep",
+        "", "calibration", "checkpoint", "divergence", "errors", "journal", "kernels", "losses", "memory", "model",
+        "pattern", "plan", "record", "requests", "rundir", "search", "states", "strategies", "sweep",
     },
     "greedy": {
         "journal", "model", "pattern", "plan", "prepare", "record", "refine", "requests", "search", "states",

@@ -197,7 +197,7 @@ class Watched(SweepScorer):
         rule = keeping(len(dsa.layers), stride)
         self.store: StateStore[BranchState] = StateStore(rule, dsa.start_pattern, budget)
         self.most, self.sweeps_to_live = 0, 10**9
-        super().__init__(dsa, batches, per_sweep, self.store)
+        super().__init__(Sweeper(dsa, self.store), batches, per_sweep)
 
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
         if self.sweeps_to_live == 0:
