@@ -136,7 +136,9 @@ def greedy(
         int, typer.Option(help="Search in this many pipeline blocks in turn; each block's first layer stays F.")
     ] = 1,
     keep_full: KeepFull = "",
-    objective: Annotated[str, typer.Option(help="What a flip is judged by: lm-loss.")] = "lm-loss",
+    objective: Annotated[
+        str, typer.Option(help="What a flip is judged by: lm-loss, or kl, the KL to the all-F model.")
+    ] = "lm-loss",
     strategy: Annotated[str, typer.Option(help=STRATEGY_HELP)] = "exact",
     confidence: Annotated[
         float | None,

@@ -47,6 +47,7 @@ class Plain(Quiet):
         self.console = console
         self._clock = RunClock()
         self._last_line = 0.0
+        self._step: int | str | None = None
 
     def info(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True)
@@ -57,7 +58,9 @@ class Plain(Quiet):
 
     def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
-        self.info(f"{_step_name(step)}: scoring {patterns} patterns")
+        if step != self._step:  # a race begins to score many times in a step
+            self.info(f"{_step_name(step)}: scoring {patterns} patterns")
+        self._step = step
 
     def layer_done(self, layer_sequences: int) -> None:
         self._clock.advance(layer_sequences)
@@ -165,9 +168,10 @@ def commit_line(record: RunRecord) -> str:
     commit, step = record.commits[-1], record.steps()[-1]
     tie = f", tied with {', '.join(map(str, commit.ties))}" if commit.ties else ""
     note = f"; {said}" if (said := step_note(commit)) else ""
+    kl = f"KL {numbers.compact(step.kl)}, " if step.kl is not None else ""
     return (
         f"step {commit.step}/{record.start['options']['num_shared']}: layer {commit.layer} shares, "
-        f"loss {numbers.loss(step.loss)} ({numbers.with_error(step.delta, step.std_err)}){tie}{note}"
+        f"{kl}loss {numbers.loss(step.loss)} ({numbers.with_error(step.delta, step.std_err)}){tie}{note}"
     )
 
 
@@ -176,7 +180,7 @@ def trial_line(record: RunRecord) -> str:
     if record.refinement is None or record.heldout is None:
         return ""
     trial = record.refinement.trials[-1]
-    here, there = (one.difference(trial.pattern, trial.before) for one in (record, record.heldout))
+    here, there = (one.objective_difference(trial.pattern, trial.before) for one in (record, record.heldout))
     return (
         f"swap {'made' if trial.made else 'refused'}: layer {trial.from_layer} to {trial.to_layer}, "
         f"{numbers.difference(here)}, held out {numbers.difference(there)}"
@@ -200,11 +204,13 @@ def best_so_far(record: RunRecord, step: int | str) -> str:
         return f"{len(common)} of {len(record.tokens)} sequences"
     order = sorted(common)
     tokens = [record.tokens[s] for s in order]
-    losses = {p: mean_loss([record.nll[p][s] for s in order], tokens) for p in patterns}
+    known = record.kl if record.by_kl else record.nll
+    losses = {p: mean_loss([known[p][s] for s in order], tokens) for p in patterns}
     best = min(losses, key=losses.__getitem__)
     before = record.pattern.letters
     layer = next(i for i, (a, b) in enumerate(zip(before, best, strict=True)) if a != b)
-    return f"best so far layer {layer}, loss {losses[best]:.4f} on {len(order)} of {len(record.tokens)} sequences"
+    what = "KL" if record.by_kl else "loss"
+    return f"best so far layer {layer}, {what} {losses[best]:.4f} on {len(order)} of {len(record.tokens)} sequences"
 
 
 def _step_name(step: int | str) -> str:

@@ -269,6 +269,10 @@ class RunRecord:
         return bool(self.start["options"]["objective"] == "kl")
 
     @property
+    def _objective(self) -> dict[str, dict[int, float]]:
+        return self.kl if self.by_kl else self.nll
+
+    @property
     def tokens(self) -> list[int]:
         """Counted tokens of each calibration sequence."""
         return list(self.start["tokens"])
@@ -317,7 +321,7 @@ class RunRecord:
 
         Raises JournalError where the pattern was not scored on one of them.
         """
-        known = (self.kl if self.by_kl else self.nll).get(letters, {})
+        known = self._objective.get(letters, {})
         if not all(sequence in known for sequence in range(first, last)):
             raise JournalError(f"the journal lacks losses of {letters}: continue the run first")
         return [known[sequence] for sequence in range(first, last)]
@@ -402,10 +406,17 @@ class RunRecord:
 
     def known_difference(self, letters: str, reference: str) -> Difference:
         """Difference to `reference` on the sequences that both were scored on, paired; JournalError if none."""
+        return self._common_difference(self.nll, letters, reference)
+
+    def known_objective_difference(self, letters: str, reference: str) -> Difference:
+        """As `known_difference`, of what the search goes by."""
+        return self._common_difference(self._objective, letters, reference)
+
+    def _common_difference(self, known: dict[str, dict[int, float]], letters: str, reference: str) -> Difference:
         common = min(self.known_sequences(letters), self.known_sequences(reference))
         if not common:
             raise JournalError(f"the journal lacks losses of {letters} or {reference}: continue the run first")
-        sums, others = ([self.nll[name][i] for i in range(common)] for name in (letters, reference))
+        sums, others = ([known[name][i] for i in range(common)] for name in (letters, reference))
         return paired_difference(sums, others, self.tokens[:common])
 
     def cost(self) -> dict[str, Any]:
@@ -476,6 +487,7 @@ class RunRecord:
             "start_loss": self.loss(start),
             "pattern": end,
             "loss": self.loss(end),
+            **_changes(self, end, start),
             "heldout": _heldout_document(heldout, start, end),
             "swaps": [_swap_document(self, heldout, trial) for trial in refinement.swaps],
         }
@@ -484,27 +496,32 @@ class RunRecord:
 def _heldout_document(heldout: RunRecord, start: str, end: str) -> dict[str, Any]:
     """The losses before and after on the held-out sequences, None where no move came so far, and whose they are."""
     scored = heldout.sums(start) is not None
-    change = heldout.difference(end, start) if scored else None
     return {
         "start_loss": heldout.loss(start) if scored else None,
         "loss": heldout.loss(end) if scored else None,
-        "delta": change.delta if change else None,
-        "std_err": change.std_err if change else None,
+        **(_changes(heldout, end, start) if scored else {"delta": None, "std_err": None}),
         **{name: heldout.start["calibration"].get(name) for name in (*CALIBRATION_FIELDS, "sequences")},
     }
 
 
 def _swap_document(record: RunRecord, heldout: RunRecord, trial: Trial) -> dict[str, Any]:
-    change, confirmed = (one.difference(trial.pattern, trial.before) for one in (record, heldout))
     return {
         "from_layer": trial.from_layer,
         "to_layer": trial.to_layer,
         "pattern": trial.pattern,
         "loss": record.loss(trial.pattern),
-        "delta": change.delta,
-        "std_err": change.std_err,
-        "heldout_delta": confirmed.delta,
-        "heldout_std_err": confirmed.std_err,
+        **_changes(record, trial.pattern, trial.before),
+        **_changes(heldout, trial.pattern, trial.before, "heldout_"),
+    }
+
+
+def _changes(record: RunRecord, after: str, before: str, prefix: str = "") -> dict[str, float]:
+    """Differences of the loss, and of the KL where a run goes by that, in nats per token with paired errors."""
+    changes = {"": record.difference(after, before)}
+    if record.by_kl:
+        changes["kl_"] = record.objective_difference(after, before)
+    return {
+        f"{prefix}{name}{of}": getattr(change, of) for name, change in changes.items() for of in ("delta", "std_err")
     }
 
 

@@ -128,10 +128,14 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
 
 
 def curve_csv(view: RunView) -> str:
-    """The loss curve as CSV, one row per committed flip; row 0 is the baseline. Losses in nats per token."""
+    """The loss curve as CSV, one row per committed flip; row 0 is the baseline. Losses in nats per token.
+
+    Of a search by KL, that and its error stand before the last column.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_COLUMNS)
+    *columns, last = CSV_COLUMNS
+    writer.writerow([*columns, *(("kl", "kl_std_err") if view.record.by_kl else ()), last])
     for point in view.points:
         writer.writerow(
             [
@@ -143,6 +147,7 @@ def curve_csv(view: RunView) -> str:
                 point.loss,
                 point.difference.delta,
                 point.difference.std_err,
+                *((point.kl.delta, point.kl.std_err) if point.kl else ()),
                 point.pattern.letters,
             ]
         )

@@ -54,6 +54,7 @@ class StepRow:
     full: int
     loss: str
     delta: str
+    kl: str  # empty where the search went by the loss
     cost: str
     css: str
     ties: int
@@ -236,6 +237,8 @@ def _tiles(view: RunView) -> list[Tile]:
         Tile("loss", numbers.loss(final.loss), f"baseline {numbers.loss(baseline.loss)}"),
         Tile("cost, nats per token", *value_and_error(final.difference)),
     ]
+    if final.kl is not None:
+        tiles.append(Tile("KL to all-F, nats per token", *value_and_error(final.kl)))
     if reference := view.same_retention:
         tiles.append(Tile("uniform, as many F", *value_and_error(reference.difference)))
     return tiles
@@ -265,6 +268,7 @@ def _step_rows(view: RunView) -> list[StepRow]:
                 full=point.full,
                 loss=numbers.loss(point.loss),
                 delta=numbers.difference(point.difference),
+                kl=numbers.with_error(point.kl.delta, point.kl.std_err, sign=False) if point.kl else "",
                 cost=numbers.difference(cost) if cost else "–",
                 css=scale.css_class(cost.delta) if cost else "h0",
                 ties=len(view.record.commits[point.step - 1].ties),
@@ -331,6 +335,7 @@ def comparison_row(view: RunView, index: int) -> ComparisonRow:
     options = view.start["options"]
     stages = options.get("stages") or 1
     method = f"{options.get('method')}, {options.get('strategy')}" + (f", {stages} stages" if stages > 1 else "")
+    method += ", by KL" if view.record.by_kl else ""
     final = view.final if view.points else None
     uniform = view.same_retention
     return ComparisonRow(

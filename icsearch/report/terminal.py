@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 ROWS_SHOWN = 24  # a longer search shows its first and last steps
 FIRST_ROWS, LAST_ROWS = 6, 14
+KL_WIDTH = 11  # of the column that a search by KL has more
 PATTERN_WIDTH = 23  # a longer pattern shows the letters around the flip
 FULL_STYLE, SHARED_STYLE, FLIP_STYLE = "bold white on dark_blue", "dim", "bold yellow"
 
@@ -84,12 +85,13 @@ def _refinement(refinement: RefinementSection) -> Table:
 
 
 def _steps(view: RunView) -> Table:
-    table = _table("step", "layer", "F", "loss", "delta ± std_err", "tie", "pattern")
+    by_kl = ["KL"] if view.record.by_kl else []
+    table = _table("step", "layer", "F", "loss", "delta ± std_err", *by_kl, "tie", "pattern")
     steps = view.steps
     left_out = len(steps) - FIRST_ROWS - LAST_ROWS if len(steps) > ROWS_SHOWN else 0
     for index, point in enumerate(steps):
         if left_out and index == FIRST_ROWS:
-            table.add_row("…", "…", "…", "…", f"{left_out} more in curve.csv", "", "…")
+            table.add_row("…", "…", "…", "…", f"{left_out} more in curve.csv", *("…" for _ in by_kl), "", "…")
         if not left_out or not FIRST_ROWS <= index < FIRST_ROWS + left_out:
             table.add_row(*_step_cells(view, point))
     return table
@@ -103,8 +105,9 @@ def _step_cells(view: RunView, point: Point) -> tuple[str | Text, ...]:
         str(point.full),
         numbers.loss(point.loss),
         _delta(point),
+        *([numbers.compact(point.kl.delta)] if point.kl else []),
         f"={ties}" if ties else "",
-        around_flip(point.pattern, point.layer or 0),
+        around_flip(point.pattern, point.layer or 0, PATTERN_WIDTH - (KL_WIDTH if point.kl else 0)),
     )
 
 

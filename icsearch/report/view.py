@@ -29,6 +29,7 @@ class Point:
     pattern: Pattern
     loss: float
     difference: Difference  # to the baseline
+    kl: Difference | None = None  # mean KL to the baseline's predictions, where the search went by it
 
     @property
     def full(self) -> int:
@@ -65,7 +66,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Cell:
-    """One candidate of one step: the loss of the pattern with this layer shared too, minus that before the step.
+    """One candidate of one step: the objective (loss or KL) with this layer shared too, minus that before the step.
 
     `given_up_after` is the number of sequences that it is known on, None where that is all of them.
     """
@@ -80,7 +81,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Tie:
-    """A step whose winner could not be told from others: (layer, loss difference to the winner's pattern)."""
+    """A step whose winner could not be told from others: (layer, difference in the objective to the winner's)."""
 
     step: int
     layer: int
@@ -108,6 +109,11 @@ class RunView:
     def by_similarity(self) -> bool:
         """Whether the pattern was chosen as a whole, by similarity, and not flip by flip."""
         return bool(self.start["options"]["method"] == SIMILARITY_METHOD)
+
+    @property
+    def objective(self) -> str:
+        """What the search went by, in words."""
+        return "KL" if self.record.by_kl else "loss"
 
     @property
     def steps(self) -> tuple[Point, ...]:
@@ -186,11 +192,12 @@ def _points(record: RunRecord) -> tuple[Point, ...]:
     start = record.start_pattern
     if record.sums(start.letters) is None:
         return ()
-    points = [Point(0, None, None, start, record.loss(start.letters), Difference(0.0, 0.0))]
+    loss, kl = record.loss(start.letters), record.mean_kl(start.letters)
+    points = [Point(0, None, None, start, loss, Difference(0.0, 0.0), kl)]
     for step in record.steps():
         decoder_layer = record.start["layer_indices"][step.layer]
-        difference = Difference(step.delta, step.std_err)
-        points.append(Point(step.step, step.layer, decoder_layer, Pattern(step.pattern), step.loss, difference))
+        difference, kl = Difference(step.delta, step.std_err), record.mean_kl(step.pattern)
+        points.append(Point(step.step, step.layer, decoder_layer, Pattern(step.pattern), step.loss, difference, kl))
     return tuple(points)
 
 
@@ -215,6 +222,7 @@ def _refined_point(record: RunRecord, points: tuple[Point, ...]) -> Point | None
         pattern=record.pattern,
         loss=record.loss(letters),
         difference=record.difference(letters),
+        kl=record.mean_kl(letters),
     )
 
 
@@ -239,12 +247,12 @@ def _cells(record: RunRecord) -> tuple[Cell, ...]:
         before = record.commits[step - 2].pattern if step > 1 else record.start_pattern.letters
         commit = commits.get(step)
         for candidate in record.candidates(step):
-            cost = record.difference(candidate.pattern, before)
+            cost = record.objective_difference(candidate.pattern, before)
             committed = commit is not None and commit.layer == candidate.layer
             tied = commit is not None and candidate.layer in commit.ties
             cells.append(Cell(step, candidate.layer, cost, committed, tied))
         for candidate in record.given_up(step) if commit else ():
-            cost = record.known_difference(candidate.pattern, before)
+            cost = record.known_objective_difference(candidate.pattern, before)
             cells.append(Cell(step, candidate.layer, cost, False, False, candidate.sequences))
     return tuple(cells)
 
@@ -256,7 +264,9 @@ def _ties(record: RunRecord) -> tuple[Tie, ...]:
             continue
         patterns = {c.layer: c.pattern for c in record.candidates(commit.step)}
         others = tuple(
-            (layer, record.difference(patterns[layer], commit.pattern)) for layer in commit.ties if layer in patterns
+            (layer, record.objective_difference(patterns[layer], commit.pattern))
+            for layer in commit.ties
+            if layer in patterns
         )
         found.append(Tie(commit.step, commit.layer, others))
     return tuple(found)
@@ -273,7 +283,16 @@ def headline(view: RunView) -> str:
     lead = "" if view.finished else f"Not finished; {_progress(view)}: "
     kept = f"{final.full} of {view.num_layers} layers keep their indexer ({numbers.percent(final.pattern.retention)})"
     cost = f"{lead}{kept}; {_change(final.difference, view.baseline_name, view.points[0].loss)}."
-    return f"{cost} {_against_uniform(view)}".strip()
+    return " ".join(sentence for sentence in (cost, kl_sentence(view), _against_uniform(view)) if sentence)
+
+
+def kl_sentence(view: RunView) -> str:
+    """What the search went by, where that is not the loss; empty otherwise."""
+    kl = view.final.kl
+    if kl is None:
+        return ""
+    amount = numbers.with_error(kl.delta, kl.std_err, sign=False)
+    return f"Chosen by the KL to {view.baseline_name}, which comes to {amount} nats per token."
 
 
 def _progress(view: RunView) -> str:
