@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from icsearch.journal import Journal
-from icsearch.progress import Live, Plain, Quiet, RunClock, make_listener
+from icsearch.progress import Live, Plain, Quiet, RunClock, best_so_far, make_listener
 from icsearch.record import RunRecord
 from icsearch.report import numbers
 from icsearch.search import Scoring, Search
-from test_search import START, MadeUp, exact
+from test_search import START, MadeUp, ManySequences, exact, long_run
 
 
 def shown(path: Path, kind: type[Plain], terminal: bool) -> str:
@@ -61,3 +61,26 @@ def test_remaining_time_is_unknown_until_something_was_measured() -> None:
     clock.start_step(1, 10)
     clock.advance(10)
     assert clock.remaining() == f"about {numbers.duration(0)} left"
+
+
+def test_a_race_says_once_for_each_step_that_it_scores(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200, highlight=False)
+    record = long_run(tmp_path / "j", "race+lazy", ManySequences(), listener=Plain(console))
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    lines = output.getvalue().splitlines()
+    assert sum("scoring" in line for line in lines) == 1 + len(record.commits)
+    assert any("dropped" in line for line in lines)
+
+
+def test_the_leader_is_that_of_those_not_dropped(tmp_path: Path) -> None:
+    """After each loss of a race, the leader is named on as many sequences as anyone has."""
+    seen: list[str] = []
+
+    class Listener(Quiet):
+        def losses_known(self, record: RunRecord, step: int | str) -> None:
+            seen.append(best_so_far(record, step))
+
+    long_run(tmp_path / "j", "race", ManySequences(), listener=Listener())
+    assert any("on 24 of 24 sequences" in text for text in seen)
+    assert all("best so far layer" in text or "of 24 sequences" in text for text in seen)

@@ -13,7 +13,7 @@ from icsearch.journal import JOURNAL_FORMAT, Event, Journal
 from icsearch.pattern import Pattern
 from icsearch.progress import Quiet
 from icsearch.record import RunRecord
-from icsearch.search import Scores, Scoring, Search
+from icsearch.search import Progress, Scores, Scoring, Search
 from icsearch.strategies import Options, Strategy, Task, looks_of, make_strategy
 
 LAYERS, SEQUENCES, FLIPS = 6, 5, 3
@@ -195,7 +195,14 @@ def weighed_nll(pattern: Pattern, sequence: int) -> float:
     return (3 + cost + chance.gauss(0, 0.05)) * LONG_START["tokens"][sequence]
 
 
-def long_run(path: Path, name: str, scorer: ManySequences, margin: float | None = None, stages: int = 1) -> RunRecord:
+def long_run(
+    path: Path,
+    name: str,
+    scorer: ManySequences,
+    margin: float | None = None,
+    stages: int = 1,
+    listener: Progress | None = None,
+) -> RunRecord:
     journal = Journal(path)
     if not journal.exists():
         journal.append(LONG_START)
@@ -203,7 +210,7 @@ def long_run(path: Path, name: str, scorer: ManySequences, margin: float | None 
     tokens = tuple(LONG_START["tokens"])
     task = Task(Pattern.full(DEEP), frozenset(), FAR, stages, tokens, looks_of(MANY, 4))
     strategy = make_strategy(task, Options(name, 0.9, margin))
-    return Search(Scoring(journal, record, scorer, Quiet()), strategy).run()
+    return Search(Scoring(journal, record, scorer, listener or Quiet()), strategy).run()
 
 
 CASES = [("race", None, 1), ("race", 0.05, 1), ("lazy", None, 1), ("race+lazy", None, 1), ("race+lazy", 0.05, 3)]
@@ -281,3 +288,25 @@ def test_damaged_commits_of_a_race_are_refused(tmp_path: Path, damage: Event) ->
             event.update(damage)
     with pytest.raises(JournalError, match="is damaged"):
         RunRecord.replay(events)
+
+
+def test_a_journal_of_version_0_1_0_is_continued(tmp_path: Path) -> None:
+    """Cut behind any event, it ends with the same commits: the strategy is what it was."""
+    from icsearch.greedy import strategy_of
+
+    old = Path(__file__).parent / "data" / "journal-0.1.0" / "journal.jsonl"
+    whole = RunRecord.replay(Journal(old).events())
+
+    class Again(MadeUp):
+        def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
+            return Scores({p.letters: whole.objective_sums(p.letters, *wave) for p in patterns}, 1)
+
+    lines = old.read_bytes().splitlines(keepends=True)
+    for length in range(1, len(lines) + 1):
+        path = tmp_path / "journal.jsonl"
+        path.write_bytes(b"".join(lines[:length]))
+        journal, scorer = Journal(path), Again()
+        scorer.waves = [(0, len(whole.tokens))]
+        record = RunRecord.replay(journal.events())
+        found = Search(Scoring(journal, record, scorer, Quiet()), strategy_of(record)).run()
+        assert (found.nll, found.commits, found.finished) == (whole.nll, whole.commits, True)

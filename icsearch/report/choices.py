@@ -71,7 +71,7 @@ def step_note(commit: Commit) -> str:
     if commit.settled is not None:
         parts.append(f"settled after {numbers.plural(commit.settled, 'sequence')}, {len(commit.within_margin)} tied")
     if commit.violations:
-        parts.append(f"{', '.join(map(str, commit.violations))} cheaper than allowed for")
+        parts.append(f"layer {', '.join(map(str, commit.violations))} cheaper than allowed for")
     if commit.missed:
         parts.append("found by the rescan")
     return ", ".join(parts)
