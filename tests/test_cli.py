@@ -155,7 +155,8 @@ def test_fresh_starts_over(
     assert len(json.loads((copy / "pattern.json").read_text())["steps"]) == 2
 
 
-@pytest.mark.parametrize("memory", ["750kB", "740kB"])
+# Room for 3 candidates, for 2, and for all of them with the states of every 2nd layer kept between steps.
+@pytest.mark.parametrize("memory", ["9030kB", "9016kB", "9246kB"])
 def test_memory_budget_changes_no_bit(
     capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path, memory: str
 ) -> None:
@@ -165,7 +166,48 @@ def test_memory_budget_changes_no_bit(
     assert same_result(tmp_path / "run", finished)
     first = json.loads((finished / "pattern.json").read_text())["cost"]
     second = json.loads((tmp_path / "run" / "pattern.json").read_text())["cost"]
-    assert second["layer_evaluations"] > first["layer_evaluations"]  # the budget did split the sweeps
+    assert second["layer_evaluations"] > first["layer_evaluations"]  # the budget did split the sweeps, or keep less
+
+
+@pytest.mark.parametrize(
+    ("memory", "kept"),
+    [
+        ("1GB", "480.0 kB, every layer"),
+        ("9246kB", "192.0 kB, every 2nd layer"),
+        ("9016kB", "nothing: there is no room"),
+    ],
+)
+def test_the_plan_says_what_is_kept_between_steps(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path, memory: str, kept: str
+) -> None:
+    arguments = greedy(glm_checkpoint, tokens, tmp_path / "run", "--num-shared", 1, "--memory", memory)
+    assert f"kept between steps  {kept}" in run(capsys, *arguments)[2]
+
+
+@pytest.mark.parametrize("strategy", ["exact", "race", "lazy"])
+def test_a_search_by_kl(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path, strategy: str
+) -> None:
+    """Room for the all-F model's final states, and no room: the same result, at another cost; continued as it began."""
+    what = ["--num-shared", 3, "--strategy", strategy, "--objective", "kl"]
+    for name, memory, row in (("ample", "1GB", "25.6 kB of final states kept"), ("short", "9012kB", "runs along in")):
+        arguments = greedy(glm_checkpoint, tokens, tmp_path / name, *what, "--memory", memory)
+        status, out, err = run(capsys, *arguments)
+        assert (status, row in " ".join(err.split())) == (0, True)
+        assert "Chosen by the KL" in " ".join(out.split())
+    assert same_result(tmp_path / "ample", tmp_path / "short")
+    document = json.loads((tmp_path / "ample" / "pattern.json").read_text())
+    assert document["objective"] == "kl"
+    assert all(step["kl"] > 0 for step in document["steps"])
+    line = refused(capsys, *greedy(glm_checkpoint, tokens, tmp_path / "ample", *what[:-1], "lm-loss"))
+    assert "objective kl, now lm-loss" in line
+
+
+def test_an_unknown_objective_is_refused(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    line = refused(capsys, *greedy(glm_checkpoint, tokens, tmp_path / "run", "--objective", "accuracy"))
+    assert line == "icsearch: --objective 'accuracy' is unknown: give lm-loss or kl"
 
 
 def test_stages_and_keep_full(
