@@ -25,7 +25,7 @@ from icsearch.refine import SwapRefinement
 from icsearch.requests import KL, GreedyRequest
 from icsearch.search import Progress, Search
 from icsearch.states import Keeping, Rehearsal
-from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy
+from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy, testing_looks
 
 
 def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
@@ -42,6 +42,11 @@ def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publis
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
             total = search_plan.expected_layer_evaluations * len(record.tokens)
             listener.planned(plan.rows(search_plan, here.start), total, record.layer_sequences)
+            if options_of(record).races and not testing_looks(_task(record)):
+                listener.info(
+                    "this race can drop nobody: it tests between two batches, after at least 5 sequences; "
+                    "give more sequences, or a smaller --batch-size"
+                )
             search = Search(scoring, strategy_of(record))
             if request.refine is None:
                 search.run()
@@ -60,8 +65,12 @@ def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Eve
 
 def strategy_of(record: RunRecord) -> Strategy:
     """The strategy of a run, at its beginning."""
+    return make_strategy(_task(record), options_of(record))
+
+
+def _task(record: RunRecord) -> Task:
     options, tokens = record.start["options"], record.tokens
-    task = Task(
+    return Task(
         start=record.start_pattern,
         keep_full=frozenset(options["keep_full"]),
         num_shared=options["num_shared"],
@@ -69,7 +78,6 @@ def strategy_of(record: RunRecord) -> Strategy:
         tokens=tuple(tokens),
         looks=looks_of(len(tokens), options["batch_size"]),
     )
-    return make_strategy(task, options_of(record))
 
 
 def options_of(record: RunRecord) -> Options:

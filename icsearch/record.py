@@ -444,7 +444,8 @@ class RunRecord:
         if not any(given_up):
             return whole_ones
         parts = sum(one.sequences for step, some in enumerate(given_up, start=1) if some for one in self.given_up(step))
-        return round(whole_ones + parts / len(self.tokens), 3)
+        total = round(whole_ones + parts / len(self.tokens), 3)
+        return int(total) if total.is_integer() else total
 
     def _refinement_evaluations(self) -> int:
         """Patterns that the refinement had scored, on either set; what the search had scored already is not in it."""

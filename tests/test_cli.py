@@ -123,6 +123,37 @@ def test_other_options_are_refused(
     assert (finished / "journal.jsonl").read_bytes() == before
 
 
+def test_races_from_the_command_line(capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path) -> None:
+    """Options recorded where they are used, another confidence refused, and a cut journal continued to the same end."""
+    many = tiny.save_tokens(tmp_path / "many", sequences=12)
+    command = greedy(glm_checkpoint, many, tmp_path / "run", "--num-shared", 4, "--strategy", "race+lazy")
+    told = ["--confidence", 0.6, "--tie-margin", 0.02]
+    assert run(capsys, *command, *told)[0] == 0
+    journal = tmp_path / "run" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    options = json.loads(lines[0])["options"]
+    assert (options["strategy"], options["confidence"], options["tie_margin"]) == ("race+lazy", 0.6, 0.02)
+    document = (tmp_path / "run" / "pattern.json").read_text()
+    assert json.loads(document)["strategy"] == "race+lazy"
+    assert "confidence 0.6, now 0.95" in refused(capsys, *command, "--tie-margin", 0.02)
+    assert "tie_margin 0.02, now None" in refused(capsys, *command, "--confidence", 0.6)
+    journal.write_bytes(b"".join(lines[: len(lines) // 2]))
+    assert run(capsys, *command, *told)[0] == 0
+    found, expected = json.loads((tmp_path / "run" / "pattern.json").read_text()), json.loads(document)
+    assert found["steps"] == expected["steps"]
+    assert found["cost"]["candidate_evaluations"] == expected["cost"]["candidate_evaluations"] < 5 + 4 + 3 + 2
+
+
+def test_a_race_that_can_drop_nobody_says_so(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, finished: Path, tmp_path: Path
+) -> None:
+    command = greedy(glm_checkpoint, tokens, tmp_path / "run", "--num-shared", 3, "--strategy", "race")
+    status, _, err = run(capsys, *command)
+    assert (status, "can drop nobody" in err) == (0, True)
+    steps = [json.loads((path / "pattern.json").read_text())["steps"] for path in (tmp_path / "run", finished)]
+    assert steps[0] == steps[1]
+
+
 def test_threads_of_a_run_are_taken_over(
     capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path
 ) -> None:

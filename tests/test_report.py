@@ -31,12 +31,14 @@ from icsearch.report import (
     write_report,
     write_results,
 )
+from icsearch.report.choices import guarantee, step_note, what_was_left_out
 from icsearch.report.curve import comparison_picture, run_picture
 from icsearch.report.heatmap import heat_picture, step_rows
 from icsearch.report.page import minus, render_page, strip_rows
 from icsearch.report.scales import Axis, CostScale, cost_scale, nice_step, tick_label
 from icsearch.report.view import RunView, headline, kink_sentence
 from run_fixtures import MadeUpRun, events, write_run
+from test_search import LONG_START, ManySequences, long_run
 
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=\"alert('&')\">"
 
@@ -495,3 +497,66 @@ def test_browser_would_tell_of_an_outside_load(tmp_path: Path, small: RunView) -
     messages = " ".join(console_messages(page, tmp_path / "profile"))
     assert "example.org" in messages
     assert "script" in messages
+
+
+# --- strategies other than exact --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    """A search by race+lazy with a tie margin."""
+    path = tmp_path_factory.mktemp("raced") / JOURNAL_NAME
+    start = {**LONG_START, "options": {**LONG_START["options"], "strategy": "race+lazy"}}
+    start["options"] |= {"confidence": 0.9, "tie_margin": 0.05}
+    Journal(path).append(start)
+    return long_run(path, "race+lazy", ManySequences(), 0.05)
+
+
+def test_exact_searches_say_nothing_of_choices(small: RunView) -> None:
+    assert guarantee(small.record) == what_was_left_out(small.record) == ""
+    assert {step_note(commit) for commit in small.record.commits} == {""}
+    assert "how it was chosen" not in render_page([small])
+
+
+def test_a_race_states_its_guarantee_and_what_it_left_out(raced: RunRecord) -> None:
+    text = guarantee(raced)
+    for stated in (
+        "confidence of 90%",
+        "paired t test",
+        "by more than 0.05 nats",
+        "those of an exact search as long as",
+    ):
+        assert stated in text
+    stale, dropped = (sum(len(getattr(commit, name)) for commit in raced.commits) for name in ("stale", "dropped"))
+    counted = what_was_left_out(raced)
+    assert f"{stale} not scored, {dropped} dropped" in counted
+    assert "turned out cheaper" in counted
+    page = render_page([view_run(raced)])
+    assert text.split(".")[0] in page
+    assert "how it was chosen" in page
+    for commit in raced.commits:
+        assert step_note(commit) in page
+
+
+def test_given_up_candidates_are_pale_cells_with_what_is_known(raced: RunRecord) -> None:
+    view = view_run(raced)
+    cells = {(cell.step, cell.layer): cell for cell in view.cells}
+    given_up = {(commit.step, layer) for commit in raced.commits for layer in commit.given_up}
+    assert given_up == {place for place, cell in cells.items() if cell.given_up_after}
+    assert not any((commit.step, layer) in cells for commit in raced.commits for layer in commit.stale)
+    heat = heat_picture(view)
+    assert heat is not None
+    assert sum(cell.partial for cell in heat.cells) == len(given_up)
+    assert any("given up after 8 sequences" in cell.tooltip for cell in heat.cells)
+
+
+@pytest.mark.parametrize("strategy", ["race", "lazy", "race+lazy"])
+def test_every_part_of_such_a_search_can_be_shown(tmp_path: Path, strategy: str) -> None:
+    """Cut behind any event, the page and the summary are those of a run at work."""
+    whole = tmp_path / "whole"
+    long_run(whole, strategy, ManySequences())
+    for length in range(2, len(Journal(whole).events()), 3):
+        record = RunRecord.replay(Journal(whole).events()[:length])
+        if record.sums(record.start_pattern.letters) is not None:
+            render_page([view_run(record)])
+            summary_table(record)

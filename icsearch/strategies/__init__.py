@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from icsearch.strategies.exact import Complete, Everyone
 from icsearch.strategies.lazy import Lazy
 from icsearch.strategies.protocol import Ask, Choice, Strategy, Task, looks_of
-from icsearch.strategies.race import Race
+from icsearch.strategies.race import Race, testing_looks
 from icsearch.strategies.stages import split_stages
 from icsearch.strategies.stepwise import StepwiseGreedy
 
@@ -25,6 +25,7 @@ __all__ = [
     "looks_of",
     "make_strategy",
     "split_stages",
+    "testing_looks",
 ]
 
 

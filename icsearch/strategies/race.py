@@ -21,6 +21,11 @@ MIN_SEQUENCES = 5  # an error estimated from fewer is no estimate
 ROUNDING = 1e-9  # an error this much smaller than its difference is one of arithmetic
 
 
+def testing_looks(task: Task) -> tuple[int, ...]:
+    """After how many sequences candidates can be dropped: with few sequences, or in one batch, never."""
+    return tuple(look for look in task.looks if MIN_SEQUENCES <= look < len(task.tokens))
+
+
 class Race:
     """Contest: a pool runs from batch to batch until one is left, or the sequences end; the lowest loss wins.
 
@@ -31,7 +36,7 @@ class Race:
 
     def __init__(self, task: Task, confidence: float, tie_margin: float | None = None) -> None:
         self._tokens = task.tokens
-        self._looks = tuple(look for look in task.looks if MIN_SEQUENCES <= look < len(task.tokens))
+        self._looks = testing_looks(task)
         self._risk = 1 - confidence
         self._tie_margin = tie_margin
         self.open(0)
