@@ -310,15 +310,16 @@ def _step(document: dict[str, Any], num_layers: int) -> Step:
 def _check_refinement(document: dict[str, Any], pattern: Pattern) -> None:
     """Raise FieldError where a refinement lacks a field, or its swaps do not lead from its start to the pattern."""
     n, number = len(pattern), optional(NUMBER)  # null: not scored, or one sequence, which has no error
-    fields = {"start_pattern": letters(n), "start_loss": number, "pattern": letters(n), "loss": number}
+    changes = dict.fromkeys(("delta", "std_err", "kl_delta", "kl_std_err"), number)
+    fields = {"start_pattern": letters(n), "start_loss": number, "pattern": letters(n), "loss": number, **changes}
     check_fields(document, {**fields, "heldout": OBJECT, "swaps": list_of(OBJECT)})
-    losses = dict.fromkeys(("start_loss", "loss", "delta", "std_err"), number)
+    losses = {"start_loss": number, "loss": number, **changes}
     check_fields(document["heldout"], {**CALIBRATION_FIELDS, **losses, "sequences": optional(list_of(TEXT))})
     at = document["start_pattern"]
     for swap in document["swaps"]:
         layer = whole(0, n - 1)
         check_fields(swap, {"from_layer": layer, "to_layer": layer, "pattern": letters(n), "loss": NUMBER})
-        check_fields(swap, dict.fromkeys(("delta", "std_err", "heldout_delta", "heldout_std_err"), number))
+        check_fields(swap, {f"{on}{name}": number for on in ("", "heldout_") for name in changes})
         full = set(Pattern(at).full_layers) - {swap["from_layer"]} | {swap["to_layer"]}
         if swap["pattern"] != Pattern.from_full_layers(full, n).letters or at[swap["from_layer"]] != FULL:
             raise FieldError(f"a swap from layer {swap['from_layer']} to {swap['to_layer']} does not give its pattern")

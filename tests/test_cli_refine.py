@@ -201,3 +201,15 @@ def _check_eval(capsys: pytest.CaptureFixture[str], model: Path, heldout: Path, 
     assert by_pattern[found["pattern"]]["loss"] == found["refinement"]["heldout"]["loss"]
     assert by_pattern[found["pattern"]]["in_sample"]
     assert not by_pattern[found["steps"][-2]["pattern"]]["in_sample"]
+
+
+def test_swaps_go_by_the_kl_where_the_search_does(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, heldout: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    status, printed, err = run(capsys, *refine(glm_checkpoint, tokens, out, heldout, *SHARED, "--objective", "kl"))
+    assert status == 0, err
+    assert "searched on, KL" in printed
+    refinement = document(out)["refinement"]
+    assert refinement["kl_delta"] <= 0 and refinement["heldout"]["kl_delta"] <= 0
+    assert "It is made where the KL falls" in (out / "report.html").read_text()

@@ -32,22 +32,29 @@ class Killed(Exception):
     """Stands for the end of the process."""
 
 
-class Budget:
-    """How many sweeps the process has left to live, over all its scorers, and how many patterns fit in one."""
+class Process:
+    """How many sweeps it has left to live over all its scorers, how many patterns fit in one, and what they measure.
 
-    def __init__(self, sweeps: int = 10**9, patterns_per_sweep: int = 3) -> None:
+    With `kl`, the KL is what the loss would be, and the loss goes the other way.
+    """
+
+    def __init__(self, sweeps: int = 10**9, patterns_per_sweep: int = 3, kl: bool = False) -> None:
         self.left = sweeps
+        self.kl = (
+            kl  # not a process, but all scorers of a run must know: the KL is the objective, the loss goes against it
+        )
         self.patterns_per_sweep = patterns_per_sweep
 
 
 class MadeUp:
     """Losses fixed by seed, pattern and sequence; those of held-out sequences agree with the others in part."""
 
-    def __init__(self, sequences: int, heldout: bool, budget: Budget, seed: int) -> None:
+    def __init__(self, sequences: int, heldout: bool, process: Process, seed: int) -> None:
         self.waves: Sequence[tuple[int, int]] = [(i, min(i + 2, sequences)) for i in range(0, sequences, 2)]
         self.scored: list[tuple[str, int]] = []
-        self._heldout, self._budget, self._seed = heldout, budget, seed
-        self.patterns_per_sweep = budget.patterns_per_sweep
+        self._heldout, self._process, self._seed = heldout, process, seed
+        self.patterns_per_sweep = process.patterns_per_sweep
+        self._kl = process.kl
 
     def retain(self, base: Pattern) -> None: ...
 
@@ -55,11 +62,13 @@ class MadeUp:
         return len(work)
 
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
-        if not self._budget.left:
+        if not self._process.left:
             raise Killed
-        self._budget.left -= 1
+        self._process.left -= 1
         self.scored += [(p.letters, s) for p in patterns for s in range(*wave)]
-        return Scores({p.letters: [self._nll(p, s) for s in range(*wave)] for p in patterns}, len(patterns))
+        objective = {p.letters: [self._nll(p, s) for s in range(*wave)] for p in patterns}
+        other = {letters: [100.0 - value for value in sums] for letters, sums in objective.items()}
+        return Scores(*((other, len(patterns), (), objective) if self._kl else (objective, len(patterns))))
 
     def _nll(self, pattern: Pattern, sequence: int) -> float:
         common = random.Random(f"{self._seed}/{pattern}").random() + len(pattern.shared_layers) / 8
@@ -118,20 +127,20 @@ def strategy(start: Event) -> Strategy:
     )
 
 
-def run(path: Path, start: Event, budget: Budget | None = None, seed: int = 0) -> tuple[RunRecord, int]:
+def run(path: Path, start: Event, process: Process | None = None, seed: int = 0) -> tuple[RunRecord, int]:
     """The record, and how many losses were asked for in this process."""
     journal = Journal(path)
     if not journal.exists():
         journal.append(start)
     record = RunRecord.replay(journal.events())
-    budget = budget or Budget()
-    calibration, heldout = MadeUp(len(TOKENS), False, budget, seed), MadeUp(len(HELDOUT), True, budget, seed)
+    process = process or Process()
+    calibration, heldout = MadeUp(len(TOKENS), False, process, seed), MadeUp(len(HELDOUT), True, process, seed)
     scoring = Scoring(journal, record, calibration, Quiet())
     try:
         Search(scoring, strategy(start)).run(SwapRefinement(scoring, heldout).run)
     finally:
-        budget.left = len(calibration.scored) + len(heldout.scored)
-    return record, budget.left
+        process.left = len(calibration.scored) + len(heldout.scored)
+    return record, process.left
 
 
 def outcome(record: RunRecord) -> dict[str, Any]:
@@ -196,14 +205,14 @@ def test_killed_in_any_sweep_and_resumed(tmp_path: Path) -> None:
     for live in range(sweeps):
         path = tmp_path / f"killed{live}"
         with pytest.raises(Killed):
-            run(path, start_event(), Budget(live), seed)
+            run(path, start_event(), Process(live), seed)
         assert outcome(run(path, start_event(), seed=seed)[0]) == outcome(whole)
 
 
 @pytest.mark.parametrize("patterns", [1, 100])
 def test_how_many_patterns_fit_in_memory_does_not_change_the_outcome(tmp_path: Path, patterns: int) -> None:
     whole, seed = interesting(tmp_path, swapped_and_refused)
-    found = outcome(run(tmp_path / "other", start_event(), Budget(patterns_per_sweep=patterns), seed)[0])
+    found = outcome(run(tmp_path / "other", start_event(), Process(patterns_per_sweep=patterns), seed)[0])
     expected = outcome(whole)
     for one in (found, expected):
         one["file"].pop("cost")
@@ -243,6 +252,21 @@ def test_moves_that_the_search_has_scored_are_not_scored_again(tmp_path: Path) -
     assert len(first["moves"]) > len(set(refined) & {_moved(first["pattern"], *move) for move in first["moves"]})
     assert record.cost()["refinement_evaluations"] == len(set(refined)) + len(record.heldout.nll)  # type: ignore[union-attr]
     assert record.cost()["candidate_evaluations"] == sum(range(3, 8)) + record.cost()["refinement_evaluations"]
+
+
+def test_where_the_kl_is_the_objective_swaps_go_by_it(tmp_path: Path) -> None:
+    start = start_event()
+    start["options"]["objective"] = "kl"
+    _, seed = interesting(tmp_path, swapped_and_refused)
+    record, _ = run(tmp_path / "kl", start, Process(kl=True), seed)
+    by_loss = RunRecord.replay(Journal(tmp_path / f"seed{seed}").events())
+    assert record.refinement is not None and by_loss.refinement is not None
+    assert record.refinement.outcomes == by_loss.refinement.outcomes
+    refinement = record.pattern_file().to_json()["refinement"]
+    assert refinement["kl_delta"] < 0 and refinement["heldout"]["kl_delta"] < 0
+    assert all(swap["kl_delta"] < 0 < swap["delta"] and swap["heldout_kl_delta"] < 0 for swap in refinement["swaps"])
+    record.pattern_file().save(tmp_path / "pattern.json")
+    assert load_pattern_file(tmp_path / "pattern.json") == record.pattern_file()
 
 
 def _moved(letters: str, from_layer: int, to_layer: int) -> str:

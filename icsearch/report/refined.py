@@ -56,7 +56,7 @@ def refinement_section(record: RunRecord) -> RefinementSection | None:
         sentence=refinement_sentence(record, refinement),
         before=refinement.start.letters,
         after=refinement.pattern.letters,
-        sets=(_set_row("searched on", record, refinement), _set_row("held out", heldout, refinement)),
+        sets=(*_set_rows("searched on", record, refinement), *_set_rows("held out", heldout, refinement)),
         swaps=tuple(_swap_row(record, heldout, trial, str(i)) for i, trial in enumerate(refinement.swaps, start=1)),
         refused=tuple(_swap_row(record, heldout, trial, "") for trial in refused),
     )
@@ -81,12 +81,28 @@ def refinement_sentence(record: RunRecord, refinement: Refinement) -> str:
     )
 
 
-def _set_row(name: str, record: RunRecord, refinement: Refinement) -> SetRow:
+def _set_rows(name: str, record: RunRecord, refinement: Refinement) -> list[SetRow]:
+    """The loss, and below it the KL where the run goes by that."""
     before, after = refinement.start.letters, refinement.pattern.letters
-    change = "–" if before == after else numbers.difference(record.difference(after, before))
-    return SetRow(name, len(record.tokens), numbers.loss(record.loss(before)), numbers.loss(record.loss(after)), change)
+    values = [(name, record.loss(before), record.loss(after), record.difference(after, before))]
+    old, new = record.mean_kl(before), record.mean_kl(after)
+    if old is not None and new is not None:
+        values.append((f"{name}, KL", old.delta, new.delta, record.objective_difference(after, before)))
+    return [
+        SetRow(
+            label,
+            len(record.tokens),
+            numbers.loss(at_first),
+            numbers.loss(now),
+            "–" if before == after else numbers.difference(change),
+        )
+        for label, at_first, now, change in values
+    ]
 
 
 def _swap_row(record: RunRecord, heldout: RunRecord, trial: Trial, number: str) -> SwapRow:
-    change, confirmed = (numbers.difference(one.difference(trial.pattern, trial.before)) for one in (record, heldout))
+    """Its differences are of what the run goes by."""
+    change, confirmed = (
+        numbers.difference(one.objective_difference(trial.pattern, trial.before)) for one in (record, heldout)
+    )
     return SwapRow(number, trial.from_layer, trial.to_layer, trial.pattern, change, confirmed)
