@@ -24,7 +24,7 @@ from icsearch.record import RunRecord
 from icsearch.refine import SwapRefinement
 from icsearch.requests import KL, GreedyRequest
 from icsearch.search import Progress, Search
-from icsearch.states import Keeping, Rehearsal
+from icsearch.states import Keeping
 from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy, testing_looks
 
 
@@ -98,19 +98,19 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
     references = [Pattern(letters) for letters in record.references.values()]
     flippable = request.flippable(layout.start_pattern)
     kept = _kept(layout, flippable, memory, record)
-    rehearsal = Rehearsal(kept.keeping, layout.start_pattern)
     options = options_of(record)
     evaluations, layer_runs = plan.preview(strategy_of(record), record.tokens, count, options.is_lazy)
+    expected = most = layer_runs + count([layout.start_pattern, *references])
+    if options.name == "exact":  # what the others take follows from the losses
+        expected = plan.rehearse(lambda: strategy_of(record), record.tokens, references, kept.keeping, size, along)
     return plan.SearchPlan(
         strategy=options,
         num_layers=len(layout.layer_indices),
         candidates=len(flippable),
         num_shared=record.start["options"]["num_shared"],
         candidate_evaluations=evaluations,
-        layer_evaluations=layer_runs + count([layout.start_pattern, *references]),
-        expected_layer_evaluations=plan.rehearse(
-            strategy_of(record), record.tokens, references, rehearsal, size, along
-        ),
+        layer_evaluations=most,
+        expected_layer_evaluations=expected,
         naive_layer_evaluations=(evaluations + 1 + len(references)) * layout.num_layers,
         branches_per_sweep=size,
         branch_bytes=memory.shape.branch_bytes,

@@ -105,8 +105,8 @@ class Kept:
 class SearchPlan:
     """The plan that is printed before a run. A layer evaluation is one layer over all sequences.
 
-    `layer_evaluations` is the most that the search can take (see `preview`), `expected_layer_evaluations` what it is
-    likely to take with the states that are kept between steps (see `rehearse`).
+    `layer_evaluations` is the most that the search can take (see `preview`), `expected_layer_evaluations` what an exact
+    one is likely to take with the states that are kept between steps (see `rehearse`).
     """
 
     strategy: Options
@@ -184,33 +184,47 @@ def preview(
 
 
 def rehearse(
-    strategy: Strategy,
+    begin: Callable[[], Strategy],
     tokens: Sequence[int],
     references: Sequence[Pattern],
-    rehearsal: Rehearsal,
+    keeping: Keeping,
     per_sweep: int,
     along: Sequence[Pattern] = (),
 ) -> int:
-    """Layer evaluations of a search that keeps states between steps, by playing it through with made-up losses.
+    """Layer evaluations that an exact search with states kept between steps is likely to take.
 
-    In each sweep, the patterns `along` run beside those that are scored.
-    It commits the first candidate each time. Where everything is kept and each step scores all that is left, every
-    pair of candidates costs the layers above the later one once, whichever of them is committed first: a search to
-    the end then takes the same in any order, and a shorter one the most where the first layers are committed.
+    It is played through with made-up losses, once committing the first candidate in each step and once the last; the
+    larger number is taken. With everything kept, every pair of candidates costs the layers above the later one once,
+    whichever of them is committed first: a search to the end then takes the same in any order, and a shorter one the
+    most where the first layers are committed. With nothing kept it takes the most where the last ones are. In each
+    sweep, the patterns `along` run beside those that are scored.
     """
+    return max(_played(begin(), tokens, references, keeping, per_sweep, along, sign) for sign in (1.0, -1.0))
 
-    def sweeps(patterns: Sequence[Pattern], first: int) -> int:
+
+def _played(
+    strategy: Strategy,
+    tokens: Sequence[int],
+    references: Sequence[Pattern],
+    keeping: Keeping,
+    per_sweep: int,
+    along: Sequence[Pattern],
+    sign: float,
+) -> int:
+    """Layer evaluations of a search in which a flip costs its layer's number (sign 1), or that much less (-1)."""
+    rehearsal = Rehearsal(keeping, strategy.pattern)
+
+    def sweeps(patterns: Sequence[Pattern]) -> int:
         chunks = [patterns[start : start + per_sweep] for start in range(0, len(patterns), per_sweep)]
-        return sum(rehearsal.sweep([*chunk, *along], [first]) for chunk in chunks)
+        return sum(rehearsal.sweep([*chunk, *along], [0]) for chunk in chunks)
 
-    taken = sweeps([strategy.pattern, *references], 0) * len(tokens)
+    taken = sweeps([strategy.pattern, *references])
     strategy.begin([0.0] * len(tokens))
     while ask := strategy.ask():
         rehearsal.retain(strategy.pattern)
-        flips = [strategy.pattern.flip(layer) for layer in ask.layers]
-        taken += sweeps(flips, ask.first) * (ask.last - ask.first)
-        strategy.tell({layer: [float(layer) * t for t in tokens[ask.first : ask.last]] for layer in ask.layers})
-    return round(taken / len(tokens))
+        taken += sweeps([strategy.pattern.flip(layer) for layer in ask.layers])
+        strategy.tell({layer: [sign * layer * t for t in tokens[ask.first : ask.last]] for layer in ask.layers})
+    return taken
 
 
 def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:

@@ -173,8 +173,7 @@ def test_the_rehearsed_search_is_the_dearest(flips: int) -> None:
 
     tokens = (10, 11)
     task = Task(Pattern.full(6), frozenset(), flips, 1, tokens, looks_of(2, 1))
-    rehearsal = StateStore[None](keeping(), Pattern.full(6)).rehearsal()
-    most = plan.rehearse(make_strategy(task), tokens, [], rehearsal, 100)
+    most = plan.rehearse(lambda: make_strategy(task), tokens, [], keeping(), 100)
     assert most == taken(min)
     found = {taken(random.Random(seed).choice) for seed in range(100)}
     assert max(found) == most
