@@ -36,7 +36,7 @@ from icsearch.states import Keeping, Rehearsal
 from icsearch.statistics import mean_loss, paired_difference, wilson_interval
 from icsearch.strategies import Options, Task, looks_of, make_strategy
 from icsearch.sweep import Batch, Sweeper
-from measuring import RESULTS, WORK, Clock, Json, Results, machine, write_json
+from measuring import RESULTS, WORK, Clock, Json, Results, machine, read_lines, write_json
 from search import SHARES, layer_seconds
 from stock import forwards
 
@@ -62,9 +62,8 @@ class KnownLosses:
     sums: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.path.exists():
-            for line in self.path.read_text().splitlines():
-                self.sums.update(json.loads(line))
+        for line in read_lines(self.path):
+            self.sums.update(line)
 
     def of(self, patterns: Sequence[Pattern]) -> dict[str, list[float]]:
         missing = [pattern for pattern in patterns if pattern.letters not in self.sums]
@@ -132,9 +131,13 @@ class Draw:
     flips: int | None
 
     @property
+    def label(self) -> str:
+        return checkpoints.label(self.name)
+
+    @property
     def folder(self) -> Path:
         flips = "" if self.flips is None else f"-{self.flips}"
-        name = self.name.replace("/", "_").replace(":", "-")
+        name = self.label.replace("/", "_").replace(":", "-")
         return WORK / "agreement" / f"{name}-{self.length}-{self.sequences}-{self.seed}{flips}"
 
 
@@ -164,7 +167,7 @@ def exact_run(draw: Draw, directory: Path, tokens: Path, threads: int) -> RunRec
 
 
 def prepare(draw: Draw, threads: int) -> Bench:
-    directory, tokens = checkpoints.prepare(draw.name, draw.length, draw.sequences, WORK, draw.seed)
+    directory, tokens = checkpoints.prepare(draw.label, draw.length, draw.sequences, WORK, draw.seed)
     record = exact_run(draw, directory, tokens, threads)
     source = checkpoint.open_checkpoint(str(directory))
     layout = model.inspect(source)
@@ -253,12 +256,12 @@ def run(draws: Sequence[Draw], strategies: Sequence[str], results: Results, thre
     expected = {draw: expected_seconds(draw) for draw in draws}
     clock = Clock(sum(expected.values()))
     for draw in draws:
-        keys = {text: (draw.name, draw.length, draw.sequences, draw.flips, draw.seed, text) for text in strategies}
+        keys = {text: (draw.label, draw.length, draw.sequences, draw.flips, draw.seed, text) for text in strategies}
         left = {text: key for text, key in keys.items() if not results.find(key)}
         if not left:
             clock.skip(expected[draw])
             continue
-        bench = clock.run(f"{draw.name} draw {draw.seed}: exact", expected[draw], lambda d=draw: prepare(d, threads))
+        bench = clock.run(f"{draw.label} draw {draw.seed}: exact", expected[draw], lambda d=draw: prepare(d, threads))
         for text, key in left.items():
             started = time.monotonic()
             line = results.add(key, judge(bench, parse_options(text)))
@@ -300,9 +303,11 @@ def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
     model.quiet_transformers()
+    names = arguments.model or ["demo"]
+    checkpoints.check_labels(names)
     draws = [
         Draw(name, seed, arguments.length, arguments.sequences, arguments.flips)
-        for name in arguments.model or ["demo"]
+        for name in names
         for seed in range(arguments.draws)
     ]
     results = Results.open(arguments.out, machine(arguments.threads), arguments.fresh)

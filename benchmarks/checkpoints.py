@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ SIZES: dict[str, Any] = {
     # Wide enough that layers differ: with the default, random indexers hardly change the loss.
     "initializer_range": 0.15,
 }
+
+
+def label(name: str) -> str:
+    """What results call a checkpoint: a directory by its last part, so that no machine's paths are in them."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def check_labels(names: Sequence[str]) -> None:
+    """Refuse two checkpoints that results could not tell apart."""
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(label(name), name)
+        if other != name:
+            raise SystemExit(f"{other} and {name} would both be called {label(name)}: rename one")
 
 
 def random_checkpoint(directory: Path, layers: int, seed: int = 0, **changes: Any) -> Path:

@@ -83,8 +83,8 @@ def compare(spec: Json) -> Json:
     """Losses of one sequence under each rule for ties, and each layer's selections on the reference's inputs."""
     from unittest import mock
 
+    import edge_ties
     import stock
-    import ties
     from icsearch import ops
 
     tokens = stock.read_tokens(Path(spec["tokens"]), 1, 1)
@@ -95,10 +95,10 @@ def compare(spec: Json) -> Json:
         "stock_earliest": stock_forward(spec["model"], earliest=True)(*inputs),
         "ours": ours(*inputs),
     }
-    with mock.patch.object(ops, "top_tokens", ties.latest_of_equal(ops.top_tokens)):
+    with mock.patch.object(ops, "top_tokens", edge_ties.latest_of_equal(ops.top_tokens)):
         losses["ours_latest"] = ours(*inputs)
     losses = {name: nll / tokens.count for name, nll in losses.items()}
-    return {"losses": losses, "selections": ties.count_differences(Path(spec["model"]), tokens, ROUNDING)}
+    return {"losses": losses, "selections": edge_ties.count_differences(Path(spec["model"]), tokens, ROUNDING)}
 
 
 # --- the parent --------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def time_forwards(results: Results, lengths: Sequence[int], repeats: int, thread
                 if results.find(key):
                     clock.skip(expected)
                     continue
-                spec = {"what": "time", "arithmetic": arithmetic, "model": str(model), "tokens": str(tokens)}
+                spec: Json = {"what": "time", "arithmetic": arithmetic, "model": str(model), "tokens": str(tokens)}
                 spec["forwards"] = FORWARDS.get(length, 1)
                 label = f"{length} tokens, {arithmetic}, repeat {repeat + 1}"
                 results.add(key, clock.run(label, expected, lambda s=spec: run_child("kernels.py", s, threads)))
@@ -124,13 +124,14 @@ def compare_all(results: Results, compared: Sequence[str], threads: int, clock: 
     for text in compared:
         name, length = text.rsplit(":", 1)
         expected = compare_seconds(int(length), threads)
-        if results.find(("compare", text)):
+        key = ("compare", f"{checkpoints.label(name)}:{length}")
+        if results.find(key):
             clock.skip(expected)
             continue
         model, tokens = checkpoints.prepare(name, int(length), 1, WORK)
         spec = {"what": "compare", "model": str(model), "tokens": str(tokens)}
-        label = f"ties of {text}"
-        results.add(("compare", text), clock.run(label, expected, lambda s=spec: run_child("kernels.py", s, threads)))
+        label = f"ties of {key[1]}"
+        results.add(key, clock.run(label, expected, lambda s=spec: run_child("kernels.py", s, threads)))
 
 
 def compare_seconds(length: int, threads: int) -> float:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import variants
-from checkpoints import prepare
+from checkpoints import check_labels, label, prepare
 from measuring import RESULTS, WORK, Clock, Json, Results, machine, minutes, ratios, run_child, spread, write_json
 from stock import estimate_seconds, flip, forwards
 from variants import PLAIN, STOCK, Variant, parse_variant
@@ -60,7 +60,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{self.model}:{self.length}:{self.sequences}:{self.flips}"
+        return f"{label(self.model)}:{self.length}:{self.sequences}:{self.flips}"
 
     @property
     def batch_size(self) -> int:
@@ -84,9 +84,12 @@ def parse_case(text: str, arguments: argparse.Namespace) -> Case:
     parts = text.rsplit(":", 3)
     if len(parts) != 4 or not all(part.isdecimal() for part in parts[1:]):
         raise SystemExit(f"case {text!r}: expected MODEL:LENGTH:SEQUENCES:FLIPS")
+    length, sequences, flips = (int(part) for part in parts[1:])
     return Case(
         parts[0],
-        *(int(part) for part in parts[1:]),
+        length,
+        sequences,
+        flips,
         variants=tuple(arguments.variants.split(";")) if arguments.variants else ALL,
         repeats=arguments.repeats,
         stock_candidates=WHOLE if arguments.stock_candidates == "whole" else int(arguments.stock_candidates),
@@ -220,7 +223,7 @@ def summarise(cases: Sequence[Case], results: Results) -> Json:
 
 def _case_summary(case: Case, results: Results) -> Json:
     layers = layers_of(case)
-    summary: Json = {"name": case.name, "model": Path(case.model).name, "layers": layers, "length": case.length}
+    summary: Json = {"name": case.name, "model": label(case.model), "layers": layers, "length": case.length}
     summary |= {"sequences": case.sequences, "flips": case.flips, "batch_size": case.batch_size}
     rows = [row for variant in case.variants if (row := _row(case, variant, results))]
     judges = {rule: results.find((case.name, "judge", rule)) for rule in ("earliest", "as it comes")}
@@ -384,6 +387,7 @@ def main() -> None:
 def run_all(arguments: argparse.Namespace) -> None:
     threads = arguments.threads
     cases = [parse_case(text, arguments) for text in arguments.case] or list(DEFAULT)
+    check_labels([case.model for case in cases])
     expected = {case.name: _expected(case, threads) for case in cases}
     for name, seconds in expected.items():
         print(f"{name}: about {minutes(seconds)}")

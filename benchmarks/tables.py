@@ -110,7 +110,7 @@ def _case_table(case: Json) -> str:
         "search", "seconds", "times as fast as stock", "as exact", "layer evaluations", "of exact's", "candidates",
         "peak above the model", "pattern is stock's", "pattern is exact's", "losses against stock", "loss - exact's",
     )  # fmt: skip
-    stock = next((row for row in case["rows"] if row["variant"] == "stock"), {})
+    stock: Json = next((row for row in case["rows"] if row["variant"] == "stock"), {})
     rows = [_search_row(row, case, stock.get("estimated", False)) for row in case["rows"]]
     return "\n\n".join([title, table(head, rows), *_tie_line(case)])
 

@@ -14,7 +14,7 @@ from unittest import mock
 from measuring import Json, Peak
 
 STOCK = "stock"
-PLAIN = {
+PLAIN: dict[str, Json] = {
     "sweep-reference": {"kernels": "reference", "keep": False},
     "sweep": {"kernels": "blockwise", "keep": False},
     "exact": {},
@@ -120,9 +120,9 @@ class Loading:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        from icsearch import greedy
+        from icsearch import greedy, prepare
 
-        load = greedy.load
+        load = prepare.load
 
         def watched_load(*args: Any, **kwargs: Any) -> Any:
             loaded = load(*args, **kwargs)
