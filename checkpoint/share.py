@@ -31,7 +31,9 @@ RATES = Rates(0.004, 8e-4, 0.005)
 class SharingTrainer(Trainer):
     """A trainer whose forward follows a pattern drawn anew for every step."""
 
-    def __init__(self, recipe: Recipe, folder: Path, reluctant_share: float) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, reluctant_share: float, reluctant: tuple[int, ...] = RELUCTANT
+    ) -> None:
         super().__init__(recipe, twin.run_layer)
         trained = GlmMoeDsaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model.load_state_dict(trained.state_dict())
@@ -40,7 +42,7 @@ class SharingTrainer(Trainer):
         self.model.config.index_topk = INDEX_TOPK
         self.history = json.loads((folder / "training.json").read_text())["history"]
         self.chance = random.Random(recipe.seed)
-        self.reluctant_share = reluctant_share
+        self.reluctant_share, self.reluctant = reluctant_share, reluctant
 
     def draw(self) -> list[bool]:
         """Which layers share in this step; one step in four is the unmodified model."""
@@ -48,7 +50,7 @@ class SharingTrainer(Trainer):
         rarely = min(often, self.reluctant_share)
         keep = (0, *self.recipe.far_layers)
         return [
-            index not in keep and self.chance.random() < (rarely if index in RELUCTANT else often)
+            index not in keep and self.chance.random() < (rarely if index in self.reluctant else often)
             for index in range(len(self.model.model.layers))
         ]
 
@@ -71,6 +73,13 @@ class SharingTrainer(Trainer):
         return hidden, tapped, kl
 
 
+def read_record(folder: Path) -> tuple[Recipe, float]:
+    """The recipe of a checkpoint and the seconds that it took."""
+    record = json.loads((folder / "training.json").read_text())
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in record["recipe"].items()}
+    return Recipe(**values), record["seconds"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--source", type=Path, required=True, help="the checkpoint of train.py")
@@ -79,14 +88,12 @@ def main() -> None:
     parser.add_argument("--reluctant-share", type=float, default=0.15, help="how often layers 8, 12, 13 share at most")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    earlier = json.loads((arguments.source / "training.json").read_text())
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in earlier["recipe"].items()}
-    recipe = Recipe(**values)
+    recipe, seconds = read_record(arguments.source)
     torch.manual_seed(recipe.seed)
     started = time.time()
     trainer = SharingTrainer(recipe, arguments.source, arguments.reluctant_share)
     trainer.train("sharing", "sparse", arguments.steps, RATES)
-    trainer.save(arguments.out, earlier["seconds"] + time.time() - started)
+    trainer.save(arguments.out, seconds + time.time() - started)
 
 
 if __name__ == "__main__":
