@@ -426,7 +426,7 @@ def test_the_report_says_what_was_tried(tmp_path: Path, wanted: Callable[[RunRec
         assert f"{record.refinement.moves_scored} moves scored" in text
         assert "held out" in text
     if record.refinement.swaps:
-        assert f"{len(record.refinement.swaps)} confirmed and made" in page
+        assert f"best first: {len(record.refinement.swaps)} made, " in page
         assert "Refused on the held-out sequences" in page
         assert "searched, then swaps" in terminal
         assert page.count(record.pattern.letters) >= 3

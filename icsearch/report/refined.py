@@ -75,9 +75,9 @@ def refinement_sentence(record: RunRecord, refinement: Refinement) -> str:
         )
     refused = len(refinement.trials) - len(refinement.swaps)
     return (
-        f"Swaps: {state}{scored}; {refinement.moves_qualified} gained more than two paired standard errors, "
-        f"{len(refinement.trials)} of them were put to the held-out sequences, best first: {len(refinement.swaps)} "
-        f"confirmed and made, {refused} refused."
+        f"Swaps: {state}{scored}; {refinement.moves_qualified} gained more than two paired standard errors. The "
+        f"held-out sequences were asked about {len(refinement.trials)} of these, best first: "
+        f"{len(refinement.swaps)} made, {refused} refused."
     )
 
 
