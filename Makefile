@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint checkpoint results clean
+.PHONY: demo test test-all lint checkpoint results bench clean
 
 demo: $(STAMP)
 	$(BIN)/icsearch greedy demo --calibration demo --retention 1/4 --out runs/demo
@@ -46,6 +46,11 @@ results: $(STAMP)
 	  $(foreach i,$(FLIPS),--pattern $(i)) --pattern $(R)/greedy@5/16 --pattern $(R)/greedy@6/16
 	$(BIN)/python benchmarks/stability.py $(R)/greedy $(R)/greedy-other-half
 	$(BIN)/python benchmarks/results_table.py $(R)/eval/eval.json
+
+# Forwards, ties and whole searches; see benchmarks/README.md. Goes on where it was stopped.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/search.py
 
 checkpoint: $(STAMP)
 	$(BIN)/python checkpoint/train.py --out runs/checkpoint/sparse

@@ -27,6 +27,17 @@ def latest_of_equal(top_tokens: TopTokens) -> TopTokens:
     return latest
 
 
+def nudge(model: StockModel) -> None:
+    """From now on the states that enter the first layer are off by one part in 2^23, up or down at random (seeded)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def off(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        signs = torch.randint(0, 2, args[0].shape, generator=generator) * 2 - 1
+        return args[0] * (1 + 2.0**-23 * signs), *args[1:]
+
+    model.model.model.layers[0].register_forward_pre_hook(off)
+
+
 class Overheard(TorchFunctionMode):
     """Remembers the scores that `topk` is called on."""
 

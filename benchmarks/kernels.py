@@ -3,7 +3,8 @@
 Times and memory are those of processes of their own, stock and ours in turns, as paired ratios. Then, on the same
 inputs layer by layer, how many selections differ and how many of those are ties; and how far the losses are apart
 with the reference's ties as `torch.topk` breaks them, with ties broken by our rule (earliest of equal scores), and,
-in our arithmetic, with the opposite rule.
+in our arithmetic, with the opposite rule. As a measure of what float32 can tell apart at all: how far stock's own loss
+moves when its embeddings are changed in their last bit.
 
 Usage: python benchmarks/kernels.py [--lengths 2048,8192,32768] [--repeats 3] [--compare MODEL:LENGTH ...]
 """
@@ -63,10 +64,14 @@ def measure(spec: Json) -> Json:
     return {"seconds": seconds, "loss": nll / tokens.count, **peak.numbers()}
 
 
-def stock_forward(directory: str, earliest: bool = False) -> Any:
+def stock_forward(directory: str, earliest: bool = False, nudged: bool = False) -> Any:
     import stock
 
     model = stock.StockModel(Path(directory), earliest)
+    if nudged:
+        import edge_ties
+
+        edge_ties.nudge(model)
     return lambda input_ids, counted: model.nll("F" * len(model.roles), input_ids, counted)[0]
 
 
@@ -93,6 +98,7 @@ def compare(spec: Json) -> Json:
     losses = {
         "stock": stock_forward(spec["model"])(*inputs),
         "stock_earliest": stock_forward(spec["model"], earliest=True)(*inputs),
+        "stock_earliest_nudged": stock_forward(spec["model"], earliest=True, nudged=True)(*inputs),
         "ours": ours(*inputs),
     }
     with mock.patch.object(ops, "top_tokens", edge_ties.latest_of_equal(ops.top_tokens)):
@@ -135,7 +141,7 @@ def compare_all(results: Results, compared: Sequence[str], threads: int, clock: 
 
 
 def compare_seconds(length: int, threads: int) -> float:
-    return 4 * expected_seconds("stock", length, threads)  # stable sorts are slow
+    return 5 * expected_seconds("stock", length, threads)  # stable sorts are slow
 
 
 def summarise(results: Results, lengths: Sequence[int]) -> Json:
@@ -172,7 +178,7 @@ def _row(results: Results, length: int) -> Json | None:
         stock, ours = ([line["seconds"] for line in found[name][:pairs]] for name in ("stock", "ours"))
         row["speedup"] = ratios(stock, ours)
         for field in ("peak_bytes", "peak_above_loaded_bytes"):
-            row[f"{field}_share"] = row["ours"][field] / row["stock"][field]
+            row[f"{field}_share"] = row["ours"][field] / max(1, row["stock"][field])
     return row
 
 

@@ -92,6 +92,7 @@ def run_ours(spec: Json) -> Json:
     ended = time.perf_counter()
     events = [json.loads(line) for line in (out / JOURNAL_NAME).read_text().splitlines()]
     committed = [commit.pattern for commit in record.commits]
+    references = references_of(events, record.start["decoder_layers"], len(record.tokens))
     return {
         "seconds": ended - loading.ended,
         "load_seconds": loading.ended - loading.began,
@@ -100,15 +101,25 @@ def run_ours(spec: Json) -> Json:
         "patterns": committed,
         "sums": {letters: record.sums(letters) for letters in [record.start_pattern.letters, *committed]},
         "count": sum(record.tokens),
-        **record.cost(),
-        "reference_layer_evaluations": _of_step(events, 0) / len(record.tokens),
+        **{name: value for name, value in record.cost().items() if name != "seconds"},
+        **references,
         "violations": sum(len(commit.violations) for commit in record.commits),
         "settled_steps": sum(commit.settled is not None for commit in record.commits),
     }
 
 
-def _of_step(events: Sequence[Json], step: int) -> int:
-    return sum(e["layer_sequences"] for e in events if e["event"] == "losses" and e["step"] == step)
+def references_of(events: Sequence[Json], layers: int, sequences: int) -> Json:
+    """What the uniform patterns take that are scored for the report: step 0 but for one pass of the start pattern.
+
+    Their seconds are that share of step 0's, by layer runs.
+    """
+    scored = [event for event in events if event["event"] == "losses" and event["step"] == 0]
+    evaluations = sum(event["layer_sequences"] for event in scored) / sequences
+    share = 1 - layers / evaluations
+    return {
+        "reference_layer_evaluations": evaluations - layers,
+        "reference_seconds": share * sum(event["seconds"] for event in scored),
+    }
 
 
 class Loading:

@@ -1,0 +1,252 @@
+"""The benchmarks on tiny checkpoints: the stock search as an independent judge, its estimate, and what is written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import agreement  # noqa: E402
+import edge_ties  # noqa: E402
+import kernels as forward_benchmark  # noqa: E402
+import measuring  # noqa: E402
+import search as search_benchmark  # noqa: E402
+import stock  # noqa: E402
+import tables  # noqa: E402
+import variants  # noqa: E402
+from icsearch import ops  # noqa: E402
+from icsearch.strategies import Options  # noqa: E402
+
+MACHINE = dict.fromkeys(("cpu", "cores", "threads", "cpu_capability", "python", "torch", "transformers"), 1)
+FLIPS = 3
+
+
+@pytest.fixture(scope="module")
+def ours(glm_checkpoint: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a child of the search benchmark reports, by variant."""
+    out = tmp_path_factory.mktemp("runs")
+    spec = {"what": "ours", "model": str(glm_checkpoint), "tokens": str(tokens), "flips": FLIPS, "batch_size": 2}
+
+    def run(name: str) -> dict[str, Any]:
+        described = variants.describe(variants.parse_variant(name))
+        return variants.run({**spec, "variant": described, "out": str(out / name), "threads": 1})
+
+    return {name: run(name) for name in ("sweep-reference", "sweep", "exact", "race+lazy")}
+
+
+def stock_search(glm_checkpoint: Path, tokens: Path, earliest: bool) -> dict[str, Any]:
+    spec = {"what": "stock", "model": str(glm_checkpoint), "tokens": str(tokens), "flips": FLIPS, "batch_size": 2}
+    return variants.run({**spec, "candidates": None, "earliest": earliest, "threads": 1})
+
+
+def relative(first: dict[str, Any], second: dict[str, Any]) -> float:
+    return search_benchmark._largest_difference(first, second)
+
+
+def test_stock_search_is_the_sweep_on_stock_modules(ours: dict[str, Any], glm_checkpoint: Path, tokens: Path) -> None:
+    judge = stock_search(glm_checkpoint, tokens, earliest=False)
+    assert ours["sweep-reference"]["layers"] == judge["layers"]
+    assert ours["sweep-reference"]["patterns"] == judge["patterns"]
+    assert relative(judge, ours["sweep-reference"]) < 1e-6
+
+
+@pytest.mark.parametrize("variant", ["sweep", "exact"])
+def test_exact_is_the_stock_search_with_ties_by_our_rule(
+    ours: dict[str, Any], glm_checkpoint: Path, tokens: Path, variant: str
+) -> None:
+    judge = stock_search(glm_checkpoint, tokens, earliest=True)
+    assert ours[variant]["layers"] == judge["layers"]
+    assert ours[variant]["patterns"] == judge["patterns"]
+    assert relative(judge, ours[variant]) < 1e-5
+
+
+def test_kept_states_change_the_cost_and_no_bit(ours: dict[str, Any]) -> None:
+    assert ours["sweep"]["sums"] == ours["exact"]["sums"]
+    assert ours["sweep"]["layer_evaluations"] > ours["exact"]["layer_evaluations"]
+
+
+def test_ties_change_what_stock_finds(glm_checkpoint: Path, tokens: Path) -> None:
+    """Else the tie rule of the judge would not be tested here."""
+    plain, earliest = (stock_search(glm_checkpoint, tokens, earliest=rule) for rule in (False, True))
+    assert plain["sums"] != earliest["sums"]
+
+
+def test_earliest_of_equal() -> None:
+    scores = torch.tensor([[0.0, 2.0, 1.0, -0.0, 1.0, 1.0]])
+    with stock.EarliestOfEqual():
+        assert scores.topk(3, dim=-1).indices.tolist() == [[1, 2, 4]]
+
+
+def test_latest_of_equal_is_the_opposite_rule() -> None:
+    scores = torch.tensor([[0.0, 2.0, 1.0, 0.0, 1.0, 1.0]])
+    assert ops.top_tokens(scores, 3).tolist() == [[1, 2, 4]]
+    assert edge_ties.latest_of_equal(ops.top_tokens)(scores, 3).tolist() == [[1, 4, 5]]
+
+
+def test_selections_differ_at_ties_alone(glm_checkpoint: Path, tokens: Path) -> None:
+    sequences = stock.read_tokens(tokens, 1, 1)
+    counts = edge_ties.count_differences(glm_checkpoint, sequences, forward_benchmark.ROUNDING)
+    assert counts["queries"] == 6 * (40 - 8)  # layers x queries that see more than they may select
+    assert 0 < counts["stock_differs"] == counts["stock_differs_exact_tie"] <= counts["tied_at_the_edge"]
+    assert counts["stock_differs_within_rounding"] == counts["stock_differs"]
+    assert counts["earliest_differs"] == counts["earliest_differs_within_rounding"]
+
+
+def test_estimate_adds_up_forwards() -> None:
+    # 4 layers, 2 flips: 3 candidates with 3 F layers, then 2 with 2. A forward takes 1 s and 1 s per F layer.
+    assert stock.forwards(4, 2) == 5
+    assert stock.estimate_seconds(4, 2, batches=1, full=5.0, shared=3.0, shared_full=2) == 3 * 4.0 + 2 * 3.0
+    assert stock.estimate_seconds(4, 2, batches=7, full=5.0, shared=3.0, shared_full=2) == 7 * 18.0
+
+
+def test_estimate_of_a_stock_search_is_marked(glm_checkpoint: Path, tokens: Path) -> None:
+    spec = {"what": "stock", "model": str(glm_checkpoint), "tokens": str(tokens), "flips": FLIPS, "batch_size": 2}
+    line = variants.run({**spec, "candidates": 2, "threads": 1})
+    assert line["estimated"]
+    assert line["forwards"]["shared_full"] == 6 - FLIPS
+    assert [len(seconds) for seconds in line["forward_seconds"].values()] == [1, 1]
+    assert search_benchmark.stock_seconds(line, 6, FLIPS) == line["seconds"]
+    assert search_benchmark.stock_seconds(line, 6, 1) < line["seconds"]
+
+
+def test_judged_patterns() -> None:
+    found = search_benchmark.judged_patterns([2, 1, 3], 4, steps=1, commits=2)
+    assert found == ["FSFF", "FFSF", "FFFS", "FSSS", "FSSF"]
+    sums = {"FSFF": [1.0], "FFSF": [3.0], "FFFS": [2.0]}
+    assert search_benchmark.choices(sums, [2]) == [1]
+
+
+def test_variants() -> None:
+    variant = variants.parse_variant("race+lazy:kl,margin=0.002")
+    assert (variant.strategy, variant.objective, variant.tie_margin) == ("race+lazy", "kl", 0.002)
+    assert not variants.parse_variant("sweep").keep
+    with pytest.raises(SystemExit, match="unknown variant"):
+        variants.parse_variant("fastest")
+
+
+def test_results_go_on_where_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    measuring.Results.open(path, MACHINE).add(("case", "exact", 0), {"seconds": 1.5})
+    with path.open("a") as file:
+        file.write('{"key": ["case", "exa')  # killed while writing
+    results = measuring.Results.open(path, MACHINE)
+    assert results.find(("case", "exact", 1)) is None
+    found = results.find(("case", "exact", 0))
+    assert found is not None
+    assert found["seconds"] == 1.5
+    results.add(("case", "exact", 1), {"seconds": 2.0})
+    assert len(measuring.Results.open(path, MACHINE).lines) == 2
+    with pytest.raises(SystemExit, match="begun on"):
+        measuring.Results.open(path, {**MACHINE, "cores": 4})
+    assert not measuring.Results.open(path, {**MACHINE, "cores": 4}, fresh=True).lines
+
+
+def test_ratios_are_paired() -> None:
+    assert measuring.ratios([10.0, 30.0, 40.0], [1.0, 2.0, 10.0]) == {
+        "min": 4.0, "median": 10.0, "max": 15.0, "repeats": 3,
+    }  # fmt: skip
+
+
+def test_peak_sees_what_is_allocated() -> None:
+    peak = measuring.Peak().start()
+    block = bytearray(b"x") * 50_000_000
+    found = peak.numbers()
+    assert found["peak_above_loaded_bytes"] >= 0.9 * len(block) or not found["memory_method"].startswith("VmHWM")
+
+
+def test_search_benchmark_writes_results_and_table(
+    glm_checkpoint: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the processes: children run here."""
+    monkeypatch.setattr(search_benchmark, "run_child", lambda _, spec, threads: variants.run({**spec, "threads": 1}))
+    monkeypatch.setattr(search_benchmark, "prepare", lambda *_: (glm_checkpoint, tokens))
+    monkeypatch.setattr(search_benchmark, "WORK", tmp_path / "work")
+    names = ("stock", "sweep-reference", "exact", "race")
+    case = search_benchmark.Case(str(glm_checkpoint), 40, 5, FLIPS, names, repeats=2, stock_candidates=2, judge_steps=2)
+    results = measuring.Results.open(tmp_path / "search.jsonl", MACHINE)
+    search_benchmark.run_case(case, results, 1, measuring.Clock(1.0))
+    assert len(results.lines) == 2 * 4 + 2  # and two by the judge
+    count = len(results.lines)
+    search_benchmark.run_case(case, results, 1, measuring.Clock(1.0))
+    assert len(results.lines) == count  # nothing twice
+    document = json.loads(json.dumps(search_benchmark.summarise([case], results)))
+    rows = {row["variant"]: row for row in document["cases"][0]["rows"]}
+    assert rows["exact"]["same_path_as_stock"]
+    assert rows["exact"]["judged_steps"] == 2
+    assert rows["exact"]["largest_relative_loss_difference"] < 1e-5
+    assert rows["race"]["bit_equal_to_exact"]
+    assert rows["stock"]["layer_evaluations"] == (5 + 4 + 3) * 6
+    assert rows["sweep-reference"]["flips"] == 1
+    assert rows["exact"]["times_as_fast_as_stock"]["repeats"] == 2
+    text = tables.search_table(document)
+    assert "(estimate)" in text
+    assert "sweep-reference, first 1 flips" in text
+    assert "yes (first 2 steps)" in text
+    assert str(glm_checkpoint) not in json.dumps(results.lines)
+
+
+def test_kernels_benchmark_writes_rows_and_goals(glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
+    results = measuring.Results.open(tmp_path / "kernels.jsonl", MACHINE)
+    spec = {"model": str(glm_checkpoint), "tokens": str(tokens), "threads": 1, "forwards": 1}
+    for arithmetic in ("stock", "ours"):
+        line = forward_benchmark.child({**spec, "what": "time", "arithmetic": arithmetic})
+        results.add(("time", 2048, arithmetic, 0), line)
+    results.add(("compare", "tiny:40"), forward_benchmark.child({**spec, "what": "compare"}))
+    document = forward_benchmark.summarise(results, [2048])
+    losses = document["compared"][0]["losses"]
+    assert abs(losses["stock_earliest"] - losses["ours"]) < 1e-5 * losses["ours"]
+    assert losses["ours_latest"] != losses["ours"]
+    assert [goal["goal"] for goal in document["goals"]] == ["2048 tokens: at least 5 times as fast"]
+    assert "tiny:40" in tables.kernels_table(document)
+
+
+def test_agreement_of_strategies(
+    glm_checkpoint: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "WORK", tmp_path)
+    monkeypatch.setattr(agreement.checkpoints, "prepare", lambda *_: (glm_checkpoint, tokens))
+    draw = agreement.Draw("tiny", 0, 40, 5, FLIPS)
+    bench = agreement.prepare(draw, 1)
+    assert bench.exact.pattern == bench.record.pattern.letters
+    # as the product counts them: its references apart, and one batch of all sequences
+    assert bench.exact.layer_evaluations <= bench.record.cost()["layer_evaluations"]
+    results = measuring.Results.open(tmp_path / "agreement.jsonl", MACHINE)
+    for text in ("exact", "race+lazy:margin=0.001"):
+        line = results.add(("tiny", 40, 5, FLIPS, 0, text), agreement.judge(bench, agreement.parse_options(text)))
+    assert line["layer_evaluations"] <= bench.exact.layer_evaluations + 1e-9
+    document = agreement.summarise(results)
+    assert document["strategies"][0]["same_pattern"] == 1
+    assert document["strategies"][0]["layer_evaluations_share"]["median"] == 1.0
+    assert "100%" in tables.agreement_table(document)
+
+
+def test_losses_beyond_the_journal_are_computed_once(
+    glm_checkpoint: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agreement, "WORK", tmp_path)
+    monkeypatch.setattr(agreement.checkpoints, "prepare", lambda *_: (glm_checkpoint, tokens))
+    draw = agreement.Draw("tiny", 0, 40, 5, FLIPS)
+    known = agreement.prepare(draw, 1).known
+    pattern = agreement.Pattern("FSSSFS")
+    first = known.of([pattern])
+    assert json.loads(known.path.read_text()) == first
+    again = agreement.prepare(draw, 1).known
+    monkeypatch.setattr(again, "_compute", lambda patterns: pytest.fail("computed twice"))
+    assert again.of([pattern]) == first
+
+
+def test_parse_options_of_agreement() -> None:
+    assert agreement.parse_options("race:confidence=0.9,margin=0.01") == Options("race", 0.9, 0.01)
+
+
+def test_tiny_is_what_the_counts_assume() -> None:
+    assert (tiny.SIZES["num_hidden_layers"], tiny.SIZES["index_topk"]) == (6, 8)
