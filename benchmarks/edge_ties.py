@@ -69,6 +69,8 @@ class Compared(nn.Module):
         tied = edge == order.values[:, choosing, topk]
         self.counts["tied_at_the_edge"] += int(tied.sum())
         scores = overheard.scores[:, choosing]
+        gap = edge - order.values[:, choosing, topk]
+        self.counts["within_rounding_of_a_tie"] += int((~tied & (gap <= self.rounding * _largest(scores))).sum())
         for name, theirs in (("stock", stock), ("earliest", earliest)):
             self._count(name, theirs[:, choosing], ours[:, choosing], scores, edge, tied)
         return earliest
@@ -89,8 +91,12 @@ class Compared(nn.Module):
         rows = scores[differs]  # [n, T]
         only_one = _members(theirs[differs], rows) ^ _members(ours[differs], rows)
         away = torch.where(only_one, (rows - edge[differs].unsqueeze(-1)).abs(), 0.0).amax(-1)
-        largest = torch.where(rows.isfinite(), rows.abs(), 0.0).amax(-1)
-        self.counts[f"{name}_differs_within_rounding"] += int((away <= self.rounding * largest).sum())
+        self.counts[f"{name}_differs_within_rounding"] += int((away <= self.rounding * _largest(rows)).sum())
+
+
+def _largest(scores: torch.Tensor) -> torch.Tensor:
+    """[..., T] scores to the largest finite size of each query's."""
+    return torch.where(scores.isfinite(), scores.abs(), 0.0).amax(-1)
 
 
 def _members(chosen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -100,7 +106,8 @@ def _members(chosen: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
 def count_differences(directory: Path, tokens: Tokens, rounding: float) -> dict[str, int]:
     """One all-F stock forward of the first sequence, ties by our rule; each layer's choices on the same inputs.
 
-    `queries` that have a choice, over all layers; those with a tie at the edge; those where stock's own selection,
+    `queries` that have a choice, over all layers; those with a tie at the edge; those where the last token in and the
+    first one out are no more than `rounding` apart, so that another order of adding may turn them over; those where stock's own selection,
     and the one with ties broken by our rule, is not ours: exact ties and what float32 rounding explains (the tokens
     in question are within `rounding` of the edge, relative to the query's largest score) are parts of these.
     """
