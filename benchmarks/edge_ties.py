@@ -107,9 +107,10 @@ def count_differences(directory: Path, tokens: Tokens, rounding: float) -> dict[
     """One all-F stock forward of the first sequence, ties by our rule; each layer's choices on the same inputs.
 
     `queries` that have a choice, over all layers; those with a tie at the edge; those where the last token in and the
-    first one out are no more than `rounding` apart, so that another order of adding may turn them over; those where stock's own selection,
-    and the one with ties broken by our rule, is not ours: exact ties and what float32 rounding explains (the tokens
-    in question are within `rounding` of the edge, relative to the query's largest score) are parts of these.
+    first one out are no more than `rounding` apart, so that another order of adding may turn them over. Then those
+    where stock's own selection, and the one with ties broken by our rule, is not ours: exact ties, and what float32
+    rounding explains (the tokens in question are within `rounding` of the edge) are parts of these. `rounding` is
+    relative to the query's largest score.
     """
     model = StockModel(directory)
     names = ("stock_differs", "earliest_differs")
