@@ -256,8 +256,13 @@ def _row(case: Case, variant: str, results: Results) -> Json | None:
     row |= {name: max(line[name] for line in lines) for name in ("peak_bytes", "peak_above_loaded_bytes")}
     row["memory_method"] = lines[0]["memory_method"]
     if variant == STOCK:
-        naive = forwards(layers, flips)
-        return {**row, "candidate_evaluations": naive, "layer_evaluations": naive * layers, **_against_itself(lines)}
+        evaluations = forwards(layers, flips)
+        return {
+            **row,
+            "candidate_evaluations": evaluations,
+            "layer_evaluations": evaluations * layers,
+            **_against_itself(lines),
+        }
     for name in ("candidate_evaluations", "layer_evaluations", "reference_layer_evaluations", "violations"):
         row[name] = lines[0][name]
     row["pattern"] = lines[0]["patterns"][-1]
