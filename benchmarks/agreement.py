@@ -188,7 +188,7 @@ def bench_of(record: RunRecord, layout: Layout, dsa: DsaModel, batches: Sequence
     flippable = frozenset(layer for layer in task.start.full_layers if layer)
     keeping = Keeping(layout.num_layers, layout.layer_indices, flippable, stride=1)
     known = KnownLosses(folder / "more-losses.jsonl", Sweeper(dsa), batches)
-    known.sums |= {letters: sums for letters in record.nll if (sums := record.sums(letters)) is not None}
+    known.sums |= {letters: record.nll.sums(letters) for letters in record.nll if record.nll.is_complete(letters)}
     exact = play(task, Options("exact"), known, keeping)
     if exact.path != [commit.layer for commit in record.commits]:
         raise SystemExit(f"exact, played on the journal in {folder}, is not the search that wrote it: a bug")
