@@ -71,6 +71,7 @@ def run_ours(spec: Json) -> Json:
     from icsearch.progress import Quiet
     from icsearch.record import JOURNAL_NAME
     from icsearch.requests import CalibrationRequest, GreedyRequest
+    from icsearch.results import cost
 
     variant = Variant(**spec["variant"])
     out, loading = Path(spec["out"]), Loading()

@@ -180,7 +180,7 @@ def trial_line(record: RunRecord) -> str:
     if record.refinement is None or record.heldout is None:
         return ""
     trial = record.refinement.trials[-1]
-    here, there = (one.objective_difference(trial.pattern, trial.before) for one in (record, record.heldout))
+    here, there = (one.objective.difference(trial.pattern, trial.before) for one in (record, record.heldout))
     return (
         f"swap {'made' if trial.made else 'refused'}: layer {trial.from_layer} to {trial.to_layer}, "
         f"{numbers.difference(here)}, held out {numbers.difference(there)}"

@@ -50,7 +50,7 @@ class SwapRefinement:
 
     def _sums(self, question: Question) -> dict[str, list[float]]:
         losses = self._sets[question.heldout].losses
-        return {p.letters: losses.objective_sums(p.letters, 0, len(losses.tokens)) for p in question.patterns}
+        return {p.letters: losses.objective.sums(p.letters) for p in question.patterns}
 
     def _take_in(self, number: int, outcome: Outcome, refinement: Refinement) -> None:
         """Journal what follows from the losses, or check that it is what the journal says."""
@@ -86,9 +86,9 @@ def sharing_costs(record: RunRecord) -> dict[int, float]:
     """What sharing each layer cost when the search last looked at it, in nats per token, as far as it is known."""
     costs = {}
     for commit in record.commits:
-        before = record.commits[commit.step - 2].pattern if commit.step > 1 else record.start_pattern.letters
+        before = record.before(commit.step).letters
         for candidate in record.candidates(commit.step):
-            costs[candidate.layer] = record.objective_difference(candidate.pattern, before).delta
+            costs[candidate.layer] = record.objective.difference(candidate.pattern, before).delta
     return costs
 
 

@@ -8,10 +8,9 @@ the run itself, and of a record of their own for the held-out sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from icsearch.journal import Event
-from icsearch.jsonfile import NUMBER, FieldError, Kind, letters, list_of, optional, whole
+from icsearch.jsonfile import FieldError
 from icsearch.pattern import Pattern
 
 CALIBRATION_SET, HELDOUT_SET = "refine", "refine-on"  # `set` of the losses that a refinement asked for
@@ -85,22 +84,3 @@ class Refinement:
             raise FieldError(f"no indexer can go from layer {from_layer} to {to_layer} of {pattern}")
         full = set(pattern.full_layers) - {from_layer} | {to_layer}
         return Pattern.from_full_layers(full, len(pattern)).letters
-
-
-def event_fields(num_layers: int) -> dict[str, dict[str, Kind]]:
-    """What the fields of a refinement's events must be."""
-    pattern, layer = letters(num_layers), whole(0, num_layers - 1)
-    moves = list_of(list_of(layer, 2))
-    trial: dict[str, Any] = {
-        "before": pattern,
-        "from_layer": layer,
-        "to_layer": layer,
-        "pattern": pattern,
-        **dict.fromkeys(("delta", "std_err", "heldout_delta", "heldout_std_err"), NUMBER),
-    }
-    return {
-        "refine": {"pattern": pattern, "costs": list_of(optional(NUMBER), num_layers)},
-        "judged": {"pattern": pattern, "moves": moves, "qualified": moves},
-        "swap": trial,
-        "refused": trial,
-    }

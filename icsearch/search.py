@@ -161,7 +161,7 @@ class Search:
         """Search to the end; `then` is what the run does before it is finished, such as a refinement."""
         self._scoring.score_references()
         start = self._record.start_pattern.letters
-        self._strategy.begin(self._record.objective_sums(start, 0, len(self._record.tokens)))
+        self._strategy.begin(self._record.objective.sums(start))
         step = 1
         while ask := self._strategy.ask():
             choice = self._tell(step, ask)
@@ -177,7 +177,7 @@ class Search:
         flips = {layer: before.flip(layer) for layer in ask.layers}
         self._scoring.score(step, list(flips.values()), ask.first, ask.last)
         sums = {
-            layer: self._record.objective_sums(pattern.letters, ask.first, ask.last) for layer, pattern in flips.items()
+            layer: self._record.objective.sums(pattern.letters, ask.first, ask.last) for layer, pattern in flips.items()
         }
         choice = self._strategy.tell(sums)
         if choice is not None:
@@ -210,7 +210,7 @@ class Search:
         others = {layer: before.flip(layer).letters for layer in choice.scored if layer != choice.layer}
         given_up = {*choice.dropped, *choice.within_margin}
         complete = {layer: letters for layer, letters in others.items() if layer not in given_up}
-        return [layer for layer, letters in complete.items() if self._record.objective_difference(letters, best).is_tie]
+        return [layer for layer, letters in complete.items() if self._record.objective.difference(letters, best).is_tie]
 
     def _check_replay(self, step: int, winner: int) -> None:
         recorded = self._record.commits[step - 1]

@@ -24,6 +24,7 @@ import stock  # noqa: E402
 import tables  # noqa: E402
 import variants  # noqa: E402
 from icsearch import ops  # noqa: E402
+from icsearch.results import cost  # noqa: E402
 from icsearch.strategies import Options  # noqa: E402
 
 MACHINE = dict.fromkeys(("cpu", "cores", "threads", "cpu_capability", "python", "torch", "transformers"), 1)
@@ -218,7 +219,7 @@ def test_agreement_of_strategies(
     bench = agreement.prepare(draw, 1)
     assert bench.exact.pattern == bench.record.pattern.letters
     # as the product counts them: its references apart, and one batch of all sequences
-    assert bench.exact.layer_evaluations <= bench.record.cost()["layer_evaluations"]
+    assert bench.exact.layer_evaluations <= cost(bench.record)["layer_evaluations"]
     results = measuring.Results.open(tmp_path / "agreement.jsonl", MACHINE)
     for text in ("exact", "race+lazy:margin=0.001"):
         line = results.add(("tiny", 40, 5, FLIPS, 0, text), agreement.judge(bench, agreement.parse_options(text)))

@@ -24,6 +24,7 @@ from icsearch.progress import Quiet, commit_line
 from icsearch.record import RunRecord
 from icsearch.report import curve_csv, summary_table, view_run
 from icsearch.report.page import render_page
+from icsearch.results import pattern_file
 from icsearch.search import Scoring, Search
 from icsearch.states import StateStore
 from icsearch.strategies import Task, looks_of, make_strategy
@@ -159,7 +160,7 @@ def test_flips_are_chosen_by_kl_and_losses_stay_losses(searched: RunRecord) -> N
         assert step.kl_std_err is not None and step.kl_std_err > 0
         for candidate in searched.candidates(commit.step):
             if candidate.layer != commit.layer:
-                tied = searched.objective_difference(candidate.pattern, commit.pattern).is_tie
+                tied = searched.objective.difference(candidate.pattern, commit.pattern).is_tie
                 assert (candidate.layer in commit.ties) == tied
 
 
@@ -197,7 +198,7 @@ def test_a_search_by_loss_has_no_kl(tmp_path: Path) -> None:
     Search(Scoring(journal, record, MadeUp(), Quiet()), make_strategy(task)).run()
     assert record.kl == {}
     assert record.mean_kl(record.pattern.letters) is None
-    assert all("kl" not in step for step in record.pattern_file().to_json()["steps"])
+    assert all("kl" not in step for step in pattern_file(record).to_json()["steps"])
     assert curve_csv(view_run(record)).splitlines()[0].endswith("std_err,pattern")
 
 
@@ -221,7 +222,7 @@ def test_the_results_say_what_chose(searched: RunRecord, tmp_path: Path) -> None
 
 
 def test_the_pattern_file_keeps_the_kl(searched: RunRecord, tmp_path: Path) -> None:
-    searched.pattern_file().save(tmp_path / "pattern.json")
+    pattern_file(searched).save(tmp_path / "pattern.json")
     loaded = load_pattern_file(tmp_path / "pattern.json")
     assert loaded.objective == "kl"
     assert loaded.steps == searched.steps()
@@ -244,7 +245,7 @@ def test_one_sequence_has_a_kl_without_an_error(tmp_path: Path) -> None:
         events.append({"event": "losses", "step": step, "sequences": [0, 1], **more})
     commit = {"layer": 2, "pattern": flips[2], "candidates": list(flips), "ties": []}
     record = RunRecord.replay([*events, {"event": "commit", "step": 1, **commit}])
-    record.pattern_file().save(tmp_path / "pattern.json")
+    pattern_file(record).save(tmp_path / "pattern.json")
     (step,) = load_pattern_file(tmp_path / "pattern.json").steps
     assert step.kl == record.steps()[0].kl
     assert step.kl_std_err is not None and math.isnan(step.kl_std_err)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from icsearch import results
 from icsearch.errors import PatternError
 from icsearch.export import (
     ENGINES,
@@ -265,7 +266,7 @@ def test_an_aligned_partition_starts_every_stage_on_full(letters: str, stages: i
 
 
 def test_an_earlier_pattern_of_the_run(tmp_path: Any) -> None:
-    file = write_run(tmp_path, MadeUpRun()).pattern_file()
+    file = results.pattern_file(write_run(tmp_path, MadeUpRun()))
     half = export(file, "vllm", Fraction(1, 2))
     assert len(half.pattern.full_layers) == 8
     assert half.pattern.letters == file.steps[7].pattern

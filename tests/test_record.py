@@ -18,6 +18,7 @@ from icsearch.journal import Event, Journal
 from icsearch.pattern import load_pattern_file
 from icsearch.record import RunRecord, load_run
 from icsearch.report import write_results
+from icsearch.results import cost, pattern_file
 
 DATA = Path(__file__).parent / "data"
 
@@ -31,7 +32,7 @@ def test_journal_of_version_0_1_0_loads() -> None:
     assert record.steps()[-1].loss == 7.342184239167434
     assert record.steps()[-1].std_err == 0.11383308029822703
     assert [candidate.layer for candidate in record.candidates(3)] == [1]
-    assert record.cost()["candidate_evaluations"] == 6
+    assert cost(record)["candidate_evaluations"] == 6
 
 
 def test_results_follow_from_the_journal_alone(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_one_sequence_has_no_error_and_its_pattern_file_is_strict_json(tmp_path:
         if event["event"] == "losses":
             event |= {"sequences": [0, 1], "nll": [sums[:1] for sums in event["nll"]]}
     one[0]["tokens"] = [39]
-    RunRecord.replay(one).pattern_file().save(tmp_path / "pattern.json")
+    pattern_file(RunRecord.replay(one)).save(tmp_path / "pattern.json")
 
     def refuse(name: str) -> None:
         raise AssertionError(name)
@@ -114,7 +115,7 @@ def dp_events() -> list[Event]:
 def use(events: list[Event]) -> RunRecord:
     """Everything that a reader of a run asks for."""
     record = RunRecord.replay(events)
-    record.steps(), record.cost(), record.pattern_file(), record.similarity, record.references
+    record.steps(), cost(record), pattern_file(record), record.similarity, record.references
     for step in range(1, len(record.commits) + 2):
         record.candidates(step)
     return record

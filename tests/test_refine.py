@@ -21,6 +21,7 @@ from icsearch.progress import Quiet
 from icsearch.record import RunRecord
 from icsearch.refine import SwapRefinement, make_swaps
 from icsearch.report import summary_table, write_results
+from icsearch.results import cost, pattern_file
 from icsearch.search import Scores, Scoring, Search
 from icsearch.strategies import Strategy, Task, looks_of, make_strategy
 from test_record import change, places
@@ -146,7 +147,7 @@ def run(path: Path, start: Event, process: Process | None = None, seed: int = 0)
 def outcome(record: RunRecord) -> dict[str, Any]:
     """Everything but time."""
     assert record.heldout is not None and record.refinement is not None
-    document = record.pattern_file().to_json()
+    document = pattern_file(record).to_json()
     document["cost"].pop("seconds")
     return {
         "file": document,
@@ -250,8 +251,8 @@ def test_moves_that_the_search_has_scored_are_not_scored_again(tmp_path: Path) -
     assert refined and not searched & set(refined)
     first = next(event for event in events if event["event"] == "judged")
     assert len(first["moves"]) > len(set(refined) & {_moved(first["pattern"], *move) for move in first["moves"]})
-    assert record.cost()["refinement_evaluations"] == len(set(refined)) + len(record.heldout.nll)  # type: ignore[union-attr]
-    assert record.cost()["candidate_evaluations"] == sum(range(3, 8)) + record.cost()["refinement_evaluations"]
+    assert cost(record)["refinement_evaluations"] == len(set(refined)) + len(record.heldout.nll)  # type: ignore[union-attr]
+    assert cost(record)["candidate_evaluations"] == sum(range(3, 8)) + cost(record)["refinement_evaluations"]
 
 
 def test_where_the_kl_is_the_objective_swaps_go_by_it(tmp_path: Path) -> None:
@@ -262,11 +263,11 @@ def test_where_the_kl_is_the_objective_swaps_go_by_it(tmp_path: Path) -> None:
     by_loss = RunRecord.replay(Journal(tmp_path / f"seed{seed}").events())
     assert record.refinement is not None and by_loss.refinement is not None
     assert record.refinement.outcomes == by_loss.refinement.outcomes
-    refinement = record.pattern_file().to_json()["refinement"]
+    refinement = pattern_file(record).to_json()["refinement"]
     assert refinement["kl_delta"] < 0 and refinement["heldout"]["kl_delta"] < 0
     assert all(swap["kl_delta"] < 0 < swap["delta"] and swap["heldout_kl_delta"] < 0 for swap in refinement["swaps"])
-    record.pattern_file().save(tmp_path / "pattern.json")
-    assert load_pattern_file(tmp_path / "pattern.json") == record.pattern_file()
+    pattern_file(record).save(tmp_path / "pattern.json")
+    assert load_pattern_file(tmp_path / "pattern.json") == pattern_file(record)
 
 
 def _moved(letters: str, from_layer: int, to_layer: int) -> str:
@@ -340,7 +341,7 @@ def test_random_edits_are_replayed_or_refused(tmp_path: Path, seed: int) -> None
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
     try:
         record = RunRecord.replay(Journal(path).events())
-        record.pattern_file().save(tmp_path / "pattern.json")
+        pattern_file(record).save(tmp_path / "pattern.json")
         load_pattern_file(tmp_path / "pattern.json")
         summary_table(record)
     except (JournalError, PatternError) as error:
@@ -368,7 +369,7 @@ def test_a_refinement_without_heldout_sequences_is_refused(tmp_path: Path) -> No
 def test_the_pattern_file(tmp_path: Path) -> None:
     record, _ = interesting(tmp_path, swapped_and_refused)
     assert record.refinement is not None and record.heldout is not None
-    file = record.pattern_file()
+    file = pattern_file(record)
     file.save(tmp_path / "pattern.json")
     document = json.loads((tmp_path / "pattern.json").read_text())
     refined, swaps = document["refinement"], record.refinement.swaps
@@ -400,7 +401,7 @@ FILE_DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
 @pytest.mark.parametrize("case", FILE_DAMAGE)
 def test_a_damaged_refinement_in_a_pattern_file_is_refused(tmp_path: Path, case: str) -> None:
     record, _ = interesting(tmp_path, swapped_and_refused)
-    document = json.loads(json.dumps(record.pattern_file().to_json()))
+    document = json.loads(json.dumps(pattern_file(record).to_json()))
     FILE_DAMAGE[case](document["refinement"])
     (tmp_path / "pattern.json").write_text(json.dumps(document))
     with pytest.raises(PatternError, match="is damaged"):
@@ -439,7 +440,7 @@ def test_an_unfinished_refinement_can_be_reported(tmp_path: Path) -> None:
     events = Journal(tmp_path / f"seed{seed}").events()
     for count in range(2, len(events)):
         record = RunRecord.replay(events[:count])
-        if record.sums(record.start_pattern.letters) is None:
+        if not record.nll.is_complete(record.start_pattern.letters):
             continue
         (tmp_path / "run").mkdir(exist_ok=True)
         summary_table(record)

@@ -557,6 +557,6 @@ def test_every_part_of_such_a_search_can_be_shown(tmp_path: Path, strategy: str)
     long_run(whole, strategy, ManySequences())
     for length in range(2, len(Journal(whole).events()), 3):
         record = RunRecord.replay(Journal(whole).events()[:length])
-        if record.sums(record.start_pattern.letters) is not None:
+        if record.nll.is_complete(record.start_pattern.letters):
             render_page([view_run(record)])
             summary_table(record)

@@ -13,6 +13,7 @@ from icsearch.journal import JOURNAL_FORMAT, Event, Journal
 from icsearch.pattern import Pattern
 from icsearch.progress import Quiet
 from icsearch.record import RunRecord
+from icsearch.results import cost, pattern_file
 from icsearch.search import Progress, Scores, Scoring, Search
 from icsearch.strategies import Options, Strategy, Task, looks_of, make_strategy
 
@@ -158,8 +159,8 @@ def test_candidates_and_steps(tmp_path: Path) -> None:
     for step in steps:
         best = min(record.candidates(step.step), key=lambda c: (c.loss, c.layer))
         assert (step.layer, step.loss) == (best.layer, best.loss)
-    assert record.cost()["candidate_evaluations"] == 5 + 4 + 3
-    assert record.cost()["naive_layer_evaluations"] == (5 + 4 + 3 + 2) * LAYERS
+    assert cost(record)["candidate_evaluations"] == 5 + 4 + 3
+    assert cost(record)["naive_layer_evaluations"] == (5 + 4 + 3 + 2) * LAYERS
 
 
 # --- strategies that score a part -------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def test_journal_and_record_say_what_was_left_out(tmp_path: Path) -> None:
     assert any(commit.stale for commit in record.commits)
     assert any(commit.settled for commit in record.commits)
     for commit in record.commits:
-        assert record.sums(commit.pattern) is not None
+        assert record.nll.is_complete(commit.pattern)
         complete = {candidate.layer for candidate in record.candidates(commit.step)}
         partly = {candidate.layer: candidate.sequences for candidate in record.given_up(commit.step)}
         assert complete | set(partly) == set(commit.candidates)
@@ -262,11 +263,11 @@ def test_journal_and_record_say_what_was_left_out(tmp_path: Path) -> None:
         assert set(commit.ties) <= complete
         assert all(5 <= sequences < MANY for sequences in partly.values())
     references = 2 * MANY
-    evaluations = record.cost()["candidate_evaluations"]
+    evaluations = cost(record)["candidate_evaluations"]
     assert evaluations == round((len(scorer.scored) - references) / MANY, 3)
-    assert evaluations < 0.6 * exact.cost()["candidate_evaluations"]
-    assert record.cost()["naive_layer_evaluations"] == exact.cost()["naive_layer_evaluations"]
-    assert record.pattern_file().to_json()["cost"]["candidate_evaluations"] == evaluations
+    assert evaluations < 0.6 * cost(exact)["candidate_evaluations"]
+    assert cost(record)["naive_layer_evaluations"] == cost(exact)["naive_layer_evaluations"]
+    assert pattern_file(record).to_json()["cost"]["candidate_evaluations"] == evaluations
 
 
 @pytest.mark.parametrize(
@@ -299,7 +300,7 @@ def test_a_journal_of_version_0_1_0_is_continued(tmp_path: Path) -> None:
 
     class Again(MadeUp):
         def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
-            return Scores({p.letters: whole.objective_sums(p.letters, *wave) for p in patterns}, 1)
+            return Scores({p.letters: whole.objective.sums(p.letters, *wave) for p in patterns}, 1)
 
     lines = old.read_bytes().splitlines(keepends=True)
     for length in range(1, len(lines) + 1):

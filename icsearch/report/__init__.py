@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from icsearch import results
 from icsearch.errors import IcsearchError
 from icsearch.evaluation import load_eval
 from icsearch.files import write_atomically
@@ -84,7 +85,7 @@ def write_results(run_dir: Path, record: RunRecord) -> list[Path]:
     """
     from icsearch.report.png import curve_png
 
-    pattern_file = record.pattern_file()
+    pattern_file = results.pattern_file(record)
     view = _view(record, run_dir)
     contents: dict[str, str | bytes] = {
         "curve.csv": curve_csv(view),

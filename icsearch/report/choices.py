@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from icsearch.record import Commit, RunRecord
+from icsearch.commit import Commit
+from icsearch.record import RunRecord
 from icsearch.report import numbers
 
 

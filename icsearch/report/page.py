@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from icsearch import results
 from icsearch.errors import IcsearchError
 from icsearch.export import ENGINES, Export, export
 from icsearch.report import numbers
@@ -292,14 +293,14 @@ def _exports(view: RunView) -> tuple[tuple[Export, ...], str]:
     if not view.points:
         return (), ""
     try:
-        file = view.record.pattern_file()
+        file = results.pattern_file(view.record)
         return tuple(export(file, name) for name in ("vllm", "sglang", "transformers") if name in ENGINES), ""
     except IcsearchError as error:
         return (), str(error)
 
 
 def _cost_facts(view: RunView) -> list[Fact]:
-    cost = view.record.cost()
+    cost = results.cost(view.record)
     run, naive = cost["layer_evaluations"], cost["naive_layer_evaluations"]
     facts = [Fact("layer evaluations", numbers.count(run), "counted")]
     if not view.by_similarity:

@@ -49,7 +49,7 @@ class RefinementSection:
 def refinement_section(record: RunRecord) -> RefinementSection | None:
     """The section of a run; None where it has no refinement, or this has not come so far."""
     refinement, heldout = record.refinement, record.heldout
-    if refinement is None or heldout is None or heldout.sums(refinement.start.letters) is None:
+    if refinement is None or heldout is None or not heldout.nll.is_complete(refinement.start.letters):
         return None
     refused = [trial for trial in refinement.trials if not trial.made]
     return RefinementSection(
@@ -87,7 +87,7 @@ def _set_rows(name: str, record: RunRecord, refinement: Refinement) -> list[SetR
     values = [(name, record.loss(before), record.loss(after), record.difference(after, before))]
     old, new = record.mean_kl(before), record.mean_kl(after)
     if old is not None and new is not None:
-        values.append((f"{name}, KL", old.delta, new.delta, record.objective_difference(after, before)))
+        values.append((f"{name}, KL", old.delta, new.delta, record.objective.difference(after, before)))
     return [
         SetRow(
             label,
@@ -103,6 +103,6 @@ def _set_rows(name: str, record: RunRecord, refinement: Refinement) -> list[SetR
 def _swap_row(record: RunRecord, heldout: RunRecord, trial: Trial, number: str) -> SwapRow:
     """Its differences are of what the run goes by."""
     change, confirmed = (
-        numbers.difference(one.objective_difference(trial.pattern, trial.before)) for one in (record, heldout)
+        numbers.difference(one.objective.difference(trial.pattern, trial.before)) for one in (record, heldout)
     )
     return SwapRow(number, trial.from_layer, trial.to_layer, trial.pattern, change, confirmed)

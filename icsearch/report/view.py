@@ -190,7 +190,7 @@ def _kink(points: Sequence[Point]) -> Kink | None:
 
 def _points(record: RunRecord) -> tuple[Point, ...]:
     start = record.start_pattern
-    if record.sums(start.letters) is None:
+    if not record.nll.is_complete(start.letters):
         return ()
     loss, kl = record.loss(start.letters), record.mean_kl(start.letters)
     points = [Point(0, None, None, start, loss, Difference(0.0, 0.0), kl)]
@@ -205,7 +205,7 @@ def _chosen_points(record: RunRecord) -> tuple[Point, ...]:
     """The baseline and the pattern that was chosen as a whole, as far as they are scored."""
     start = _points(record)
     letters = record.pattern.letters
-    if not start or record.pattern == record.start_pattern or record.sums(letters) is None:
+    if not start or record.pattern == record.start_pattern or not record.nll.is_complete(letters):
         return start
     return (*start, Point(1, None, None, record.pattern, record.loss(letters), record.difference(letters)))
 
@@ -231,7 +231,7 @@ def _references(record: RunRecord, points: tuple[Point, ...], refined: Point | N
     by_full = {point.full: point for point in (*points, refined) if point is not None}
     found: dict[str, Reference] = {}
     for name, letters in record.references.items():
-        if not points or record.sums(letters) is None or letters in found:
+        if not points or not record.nll.is_complete(letters) or letters in found:
             continue
         searched = by_full.get(len(Pattern(letters).full_layers))
         saved = record.difference(searched.pattern.letters, letters) if searched else None
@@ -244,15 +244,15 @@ def _cells(record: RunRecord) -> tuple[Cell, ...]:
     commits = {commit.step: commit for commit in record.commits}
     cells = []
     for step in sorted(step for step in record.asked if 0 < step <= len(record.commits) + 1):
-        before = record.commits[step - 2].pattern if step > 1 else record.start_pattern.letters
+        before = record.before(step).letters
         commit = commits.get(step)
         for candidate in record.candidates(step):
-            cost = record.objective_difference(candidate.pattern, before)
+            cost = record.objective.difference(candidate.pattern, before)
             committed = commit is not None and commit.layer == candidate.layer
             tied = commit is not None and candidate.layer in commit.ties
             cells.append(Cell(step, candidate.layer, cost, committed, tied))
         for candidate in record.given_up(step) if commit else ():
-            cost = record.known_objective_difference(candidate.pattern, before)
+            cost = record.objective.known_difference(candidate.pattern, before)
             cells.append(Cell(step, candidate.layer, cost, False, False, candidate.sequences))
     return tuple(cells)
 
@@ -264,7 +264,7 @@ def _ties(record: RunRecord) -> tuple[Tie, ...]:
             continue
         patterns = {c.layer: c.pattern for c in record.candidates(commit.step)}
         others = tuple(
-            (layer, record.objective_difference(patterns[layer], commit.pattern))
+            (layer, record.objective.difference(patterns[layer], commit.pattern))
             for layer in commit.ties
             if layer in patterns
         )
