@@ -28,10 +28,11 @@ from icsearch import checkpoint, greedy, model
 from icsearch.calibration import load as load_tokens
 from icsearch.model import DsaModel, Layout
 from icsearch.pattern import Pattern
-from icsearch.prepare import BATCH_TOKENS, BLOCK_ELEMENTS, device_batches
+from icsearch.prepare import device_batches
 from icsearch.progress import Quiet
 from icsearch.record import RunRecord, load_run
 from icsearch.requests import CalibrationRequest, GreedyRequest
+from icsearch.run_options import BATCH_TOKENS, BLOCK_ELEMENTS
 from icsearch.states import Keeping, Rehearsal
 from icsearch.statistics import mean_loss, paired_difference, wilson_interval
 from icsearch.strategies import Options, Task, looks_of, make_strategy

@@ -90,14 +90,14 @@ def stretched(source: Path, length: int, work: Path) -> Path:
 
 def with_tokens(name: str, length: int, sequences: int, work: Path, seed: int = 0) -> tuple[Path, Path]:
     """(checkpoint, tokens) of `demo` or a path: the built-in corpus by the checkpoint's own tokenizer."""
-    from icsearch import prepare
     from icsearch.checkpoint import open_checkpoint
+    from icsearch.inputs import calibrate
     from icsearch.requests import CalibrationRequest
 
     source = open_checkpoint(name).directory
     model = stretched(source, length, work)
     tokens = work / f"tokens-{source.name}-{length}-{sequences}-{seed}"
-    prepare.calibrate(CalibrationRequest(str(model), "demo", length, sequences, seed), tokens, fresh=False)
+    calibrate(CalibrationRequest(str(model), "demo", length, sequences, seed), tokens, fresh=False)
     return model, tokens
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from icsearch.kernels import Blockwise, find_rotation
-from icsearch.prepare import BLOCK_ELEMENTS
+from icsearch.run_options import BLOCK_ELEMENTS
 from stock import StockModel, Tokens
 
 TopTokens = Callable[[torch.Tensor, int], torch.Tensor]

@@ -77,7 +77,7 @@ def stock_forward(directory: str, earliest: bool = False, nudged: bool = False) 
 
 def our_forward(directory: str) -> Any:
     from icsearch import checkpoint, model
-    from icsearch.prepare import BLOCK_ELEMENTS
+    from icsearch.run_options import BLOCK_ELEMENTS
     from icsearch.sweep import Batch, naive_nll
 
     dsa = model.load(checkpoint.open_checkpoint(directory), device="cpu", block_elements=BLOCK_ELEMENTS["cpu"])

@@ -17,25 +17,18 @@ from icsearch import plan
 from icsearch.cosine_dp import solve
 from icsearch.errors import IcsearchError
 from icsearch.files import write_atomically
+from icsearch.inputs import Inputs
 from icsearch.journal import Event
 from icsearch.jsonfile import read_object, write_object
 from icsearch.model import Layout
 from icsearch.pattern import Pattern
-from icsearch.prepare import (
-    Inputs,
-    Loaded,
-    Publish,
-    count_in_sweeps,
-    load,
-    make_scoring,
-    opened,
-    pattern_start,
-    publish_nothing,
-)
+from icsearch.prepare import Loaded, Publish, load, opened, publish_nothing
 from icsearch.record import RunRecord
 from icsearch.requests import BaselineRequest
 from icsearch.search import Progress, Scoring
 from icsearch.similarity import SimilaritySweep, similarity_event
+from icsearch.start_event import pattern_start
+from icsearch.sweep_scorer import count_in_sweeps, make_scoring
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
 _NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "threads")

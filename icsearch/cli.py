@@ -116,7 +116,7 @@ def calibrate(
     trust_remote_code: Remote = False,
 ) -> None:
     """Tokenise a text source with the model's tokenizer, pack it into sequences, and cache them."""
-    from icsearch.prepare import calibrate as make
+    from icsearch.inputs import calibrate as make
     from icsearch.requests import CalibrationRequest
 
     request = CalibrationRequest(model, source, seq_len, num_sequences, seed, trust_remote_code)

@@ -13,24 +13,20 @@ import torch
 from icsearch import cost, model, plan, tasks
 from icsearch.errors import IcsearchError
 from icsearch.evaluation import EvalRecord, save_eval
+from icsearch.inputs import Inputs
 from icsearch.journal import Event
 from icsearch.lm_eval_bridge import lm_eval_results
 from icsearch.measure import Timing, measure
 from icsearch.measures import Evaluation, bucket_edges, bucket_tokens
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
-from icsearch.prepare import (
-    Inputs,
-    Loaded,
-    count_in_sweeps,
-    load,
-    opened,
-    run_options,
-    start_event,
-)
+from icsearch.prepare import Loaded, load, opened
 from icsearch.requests import EvalRequest
+from icsearch.run_options import run_options
 from icsearch.search import Progress
 from icsearch.specs import NamedPattern, Target, resolve_specs
+from icsearch.start_event import start_event
+from icsearch.sweep_scorer import count_in_sweeps
 
 # Writes an event to the journal and lets the record take it in.
 Append = Callable[[Event], None]

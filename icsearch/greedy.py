@@ -5,27 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from icsearch import plan
+from icsearch.inputs import Inputs
 from icsearch.journal import Event
+from icsearch.memory_plan import Memory
 from icsearch.model import Layout
 from icsearch.pattern import Pattern
-from icsearch.prepare import (
-    Inputs,
-    Memory,
-    Publish,
-    count_in_sweeps,
-    heldout_scorer,
-    load,
-    make_scoring,
-    opened,
-    pattern_start,
-    publish_nothing,
-)
+from icsearch.prepare import Publish, load, opened, publish_nothing
 from icsearch.record import RunRecord
 from icsearch.refine import SwapRefinement
 from icsearch.requests import KL, GreedyRequest
 from icsearch.search import Progress, Search
+from icsearch.start_event import pattern_start
 from icsearch.states import Keeping
 from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy, testing_looks
+from icsearch.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring
 
 
 def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:

@@ -58,21 +58,34 @@ ALLOWED: dict[str, set[str]] = {
     "rundir": {"errors", "files", "journal", "record"},
     "search": {"errors", "journal", "pattern", "record", "refinement", "strategies"},
     "refine": {"errors", "journal", "pattern", "record", "refinement", "search", "strategies"},
-    "prepare": {
-        "", "calibration", "checkpoint", "divergence", "errors", "journal", "kernels", "losses", "memory", "model",
-        "pattern", "plan", "record", "requests", "rundir", "search", "states", "strategies", "sweep",
+    "inputs": {"calibration", "checkpoint", "model", "requests"},
+    "run_options": {
+        "errors", "inputs", "journal", "kernels", "model", "pattern", "requests", "rundir", "strategies",
     },
-    "greedy": {
-        "journal", "model", "pattern", "plan", "prepare", "record", "refine", "requests", "search", "states",
+    "start_event": {
+        "", "calibration", "checkpoint", "inputs", "journal", "pattern", "requests", "run_options", "rundir",
         "strategies",
     },
+    "memory_plan": {"inputs", "losses", "memory", "model", "plan", "requests"},
+    "prepare": {
+        "calibration", "inputs", "journal", "memory_plan", "model", "record", "requests", "rundir", "search", "sweep",
+    },
+    "sweep_scorer": {
+        "divergence", "model", "pattern", "plan", "prepare", "record", "requests", "search", "start_event", "states",
+        "sweep",
+    },
+    "greedy": {
+        "inputs", "journal", "memory_plan", "model", "pattern", "plan", "prepare", "record", "refine", "requests",
+        "search", "start_event", "states", "strategies", "sweep_scorer",
+    },
     "baseline": {
-        "cosine_dp", "errors", "files", "journal", "jsonfile", "model", "pattern", "plan", "prepare", "record",
-        "requests", "search", "similarity",
+        "cosine_dp", "errors", "files", "inputs", "journal", "jsonfile", "model", "pattern", "plan", "prepare",
+        "record", "requests", "search", "similarity", "start_event", "sweep_scorer",
     },
     "evaluate": {
-        "cost", "errors", "evaluation", "journal", "lm_eval_bridge", "measure", "measures", "model", "pattern", "plan",
-        "prepare", "requests", "search", "specs", "tasks",
+        "cost", "errors", "evaluation", "inputs", "journal", "lm_eval_bridge", "measure", "measures", "model",
+        "pattern", "plan", "prepare", "requests", "run_options", "search", "specs", "start_event", "sweep_scorer",
+        "tasks",
     },
     "report": {
         "commit", "errors", "evaluation", "export", "files", "pattern", "record", "refinement", "results", "statistics",
@@ -80,7 +93,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"errors", "jsonfile", "pattern"},
     "progress": {"record", "refinement", "report", "statistics"},
     "cli": {
-        "", "baseline", "errors", "evaluate", "export", "greedy", "model", "pattern", "plan", "prepare", "progress",
+        "", "baseline", "errors", "evaluate", "export", "greedy", "inputs", "model", "pattern", "plan", "progress",
         "report", "requests", "search",
     },
     "api": {"checkpoint", "errors", "model", "pattern", "slot", "specs"},

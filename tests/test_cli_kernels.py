@@ -12,8 +12,8 @@ import pytest
 from icsearch import model
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import IcsearchError, ModelError
-from icsearch.prepare import BLOCK_ELEMENTS, kernel_options
 from icsearch.requests import CalibrationRequest, RunRequest
+from icsearch.run_options import BLOCK_ELEMENTS, kernel_options
 from test_cli import greedy, refused, run
 
 

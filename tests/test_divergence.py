@@ -18,8 +18,8 @@ from icsearch.divergence import KlSweeper
 from icsearch.errors import JournalError, NonFiniteLossError, PatternError
 from icsearch.journal import Event, Journal
 from icsearch.measures import naive_measures
+from icsearch.memory_plan import Memory
 from icsearch.pattern import Pattern, load_pattern_file
-from icsearch.prepare import Memory, SweepScorer
 from icsearch.progress import Quiet, commit_line
 from icsearch.record import RunRecord
 from icsearch.report import curve_csv, summary_table, view_run
@@ -29,6 +29,7 @@ from icsearch.search import Scoring, Search
 from icsearch.states import StateStore
 from icsearch.strategies import Task, looks_of, make_strategy
 from icsearch.sweep import Batch, BranchState, Sweeper, cut_batches
+from icsearch.sweep_scorer import SweepScorer
 from test_plan import SHAPE
 from test_search import START, MadeUp
 from test_states import keeping

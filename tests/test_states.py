@@ -15,15 +15,16 @@ import tiny
 from icsearch import model, plan
 from icsearch.checkpoint import open_checkpoint
 from icsearch.journal import Event, Journal
+from icsearch.memory_plan import batch_shape
 from icsearch.pattern import Pattern
 from icsearch.plan import plan_kept
-from icsearch.prepare import SweepScorer, batch_shape
 from icsearch.progress import Quiet
 from icsearch.record import RunRecord
 from icsearch.search import Scores, Scoring, Search
 from icsearch.states import Keeping, StateStore
 from icsearch.strategies import Task, looks_of, make_strategy
 from icsearch.sweep import Batch, BranchState, Sweeper, cut_batches
+from icsearch.sweep_scorer import SweepScorer
 from test_search import START, Killed
 
 LENGTH, SEQUENCES, BATCH = 24, 5, 2

@@ -1,0 +1,75 @@
+"""The memory of a run, planned before its weights are read: the budget, and how much of what fits into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from icsearch import model, plan
+from icsearch.inputs import Inputs
+from icsearch.losses import HEAD_CHUNK_TOKENS
+from icsearch.memory import free_bytes
+from icsearch.model import Layout
+from icsearch.requests import KL, RunRequest
+
+NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
+MEMORY_SHARE = 0.8  # of what is free when the run starts
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The memory of a run: its budget and what it goes into, in bytes.
+
+    `full_states`: the unmodified model's final states, kept for the KL; 0 where they are not needed or do not fit.
+    """
+
+    budget: int
+    weights: int
+    shape: plan.BatchShape
+    patterns_per_sweep: int  # how many patterns may live at once beside the trunk
+    full_states: int = 0
+
+    @property
+    def spare(self) -> int:
+        """What weights, kept final states, one layer call and two branches leave."""
+        fixed = self.weights + self.full_states + self.shape.layer_bytes
+        return self.budget - fixed - 2 * self.shape.branch_bytes
+
+    def for_kl(self, full_states: int) -> Memory:
+        """The final states of the unmodified model come first; where they do not fit, it runs along in each sweep."""
+        left = (self.spare - full_states) // self.shape.branch_bytes
+        if left >= 1:
+            return replace(self, full_states=full_states, patterns_per_sweep=left)
+        return replace(self, patterns_per_sweep=max(1, self.patterns_per_sweep - 1))
+
+
+def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Memory:
+    """The budget, by default most of what is free, and what fits; raises IcsearchError where no pattern does."""
+    budget = request.memory or int(MEMORY_SHARE * free_bytes(torch.device(options["device"])))
+    weights = inputs.layout.num_parameters * model.DTYPES[options["dtype"]].itemsize
+    shape = batch_shape(inputs.layout, options, inputs.batches.seq_len)
+    memory = Memory(budget, weights, shape, plan.patterns_per_sweep(shape, weights, budget))
+    if options.get("objective") != KL:
+        return memory
+    sequences = inputs.batches.num_sequences + (inputs.heldout.num_sequences if inputs.heldout else 0)
+    return memory.for_kl(sequences * shape.final_bytes)
+
+
+def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.BatchShape:
+    return plan.BatchShape(
+        batch_size=options["batch_size"],
+        seq_len=seq_len,
+        hidden_size=layout.hidden_size,
+        dtype_bytes=model.DTYPES[options["dtype"]].itemsize,
+        index_topk=layout.index_topk,
+        index_heads=layout.index_heads,
+        index_head_dim=layout.index_head_dim,
+        attention_heads=layout.attention_heads,
+        vocab_size=layout.vocab_size,
+        head_chunk_tokens=HEAD_CHUNK_TOKENS,
+        block_elements=options.get("block_elements"),
+        layer_width=layout.layer_width,
+        head_copies=KL_HEAD_COPIES if options.get("objective") == KL else NLL_HEAD_COPIES,
+    )

@@ -1,0 +1,83 @@
+"""The layer sweep as the search sees it: scores patterns on batches, with what is kept between sweeps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+from icsearch import plan
+from icsearch.divergence import KlSweeper
+from icsearch.model import Layout
+from icsearch.pattern import Pattern
+from icsearch.prepare import Loaded, Opened
+from icsearch.record import RunRecord
+from icsearch.requests import KL
+from icsearch.search import Progress, Scores, Scoring
+from icsearch.start_event import environment_notes
+from icsearch.states import Keeping, StateStore
+from icsearch.sweep import Batch, BranchState, Sweeper
+
+
+class SweepScorer:
+    """The layer sweep as the search sees it. Resident weights: one batch is one wave."""
+
+    def __init__(self, sweeper: Sweeper, batches: Sequence[Batch], patterns: int) -> None:
+        self.patterns_per_sweep = patterns
+        self._sweeper = sweeper
+        self._batches = {(batch.first, batch.last): batch for batch in batches}
+
+    @property
+    def waves(self) -> Sequence[tuple[int, int]]:
+        return list(self._batches)
+
+    def retain(self, base: Pattern) -> None:
+        self._sweeper.retain(base)
+
+    def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
+        return self._sweeper.expected([(patterns, [self._batches[wave]]) for patterns, wave in work])
+
+    def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = self._sweeper.sweep(patterns, [self._batches[wave]], on_layer)
+        notes = {str(warning.message) for warning in caught if "deterministic" in str(warning.message)}
+        return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)), result.kl)
+
+
+def make_scoring(
+    here: Opened, record: RunRecord, loaded: Loaded, listener: Progress, kept: plan.Kept | None = None
+) -> Scoring:
+    """The scoring of a run by the layer sweep; notes what has changed around a run that goes on.
+
+    `kept` says which states are kept between sweeps; by default none.
+    """
+    layout = here.inputs.layout
+    kept = kept or _keep_nothing(layout)
+    scorer = _scorer(loaded, loaded.batches, kept, record)
+    scoring = Scoring(here.run.journal, record, scorer, listener)
+    scoring.note(environment_notes(here.existing, here.start))
+    return scoring
+
+
+def heldout_scorer(here: Opened, record: RunRecord, loaded: Loaded) -> SweepScorer:
+    """Scores the held-out sequences of a refinement; few patterns ever come there, and no states are kept."""
+    return _scorer(loaded, loaded.heldout, _keep_nothing(here.inputs.layout), record)
+
+
+def _scorer(loaded: Loaded, batches: Sequence[Batch], kept: plan.Kept, record: RunRecord) -> SweepScorer:
+    """Measures what the run's objective needs."""
+    store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
+    sweeper = Sweeper(loaded.dsa, store)
+    if record.start["options"]["objective"] == KL:
+        sweeper = KlSweeper(loaded.dsa, store, keep_full_states=loaded.memory.full_states > 0)
+    return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep)
+
+
+def _keep_nothing(layout: Layout) -> plan.Kept:
+    return plan.Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
+
+
+def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int, along: Sequence[Pattern] = ()) -> int:
+    """Layer runs of scoring these patterns, with so many in one sweep, and others that run along in each."""
+    starts = range(0, len(patterns), per_sweep)
+    return sum(layout.count_layer_runs([*patterns[start : start + per_sweep], *along]) for start in starts)
