@@ -14,6 +14,28 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from icsearch import __version__
+from icsearch.cli_options import (
+    SOURCE_HELP,
+    STRATEGY_HELP,
+    BatchSize,
+    BlockElements,
+    Calibration,
+    Device,
+    Dtype,
+    Fresh,
+    KeepFull,
+    Kernels,
+    Memory,
+    ModelArgument,
+    NumSequences,
+    NumShared,
+    QuietFlag,
+    Remote,
+    Retention,
+    Seed,
+    SeqLen,
+    Threads,
+)
 from icsearch.errors import IcsearchError
 
 if TYPE_CHECKING:
@@ -31,66 +53,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Find out which layers of a DeepSeek-Sparse-Attention model can drop their indexer, and what that costs.",
-)
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or demo.")]
-SeqLen = Annotated[
-    int | None,
-    typer.Option(min=2, help="Tokens per sequence.", show_default="4 x index_topk, at least 256"),
-]
-NumSequences = Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="24")]
-Seed = Annotated[int, typer.Option(help="Seed of the choice and order of calibration texts.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", help="No plan and no progress, only the result.")]
-SOURCE_HELP = (
-    "Ready batches (a directory with calibration.safetensors), or a text source: demo, demo:heldout, "
-    "FILE.txt, FILE.jsonl, FILE.parquet, hf:NAME[:CONFIG][:SPLIT]."
-)
-
-
-Calibration = Annotated[str, typer.Option(metavar="DIR|SOURCE", help=SOURCE_HELP)]
-Retention = Annotated[
-    str | None,
-    typer.Option(help="Share of layers to keep F, as 1/4 or 0.25: ceil(r x N) layers stay.", show_default="1/4"),
-]
-NumShared = Annotated[int | None, typer.Option(help="Flip exactly this many layers, instead of --retention.")]
-KeepFull = Annotated[str, typer.Option(metavar="0,5,9", help="Layers that must stay F.", show_default="")]
-Device = Annotated[str, typer.Option(help="auto (cuda, then cpu), cpu, cuda, cuda:0.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what the directory holds and start over.")]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Sequences per layer call; the bits follow it.", show_default="1024 tokens' worth"),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        help="Memory budget, such as 8GB. It decides how many patterns live at once, never the bits.",
-        show_default="80% of what is free",
-    ),
-]
-Kernels = Annotated[
-    str,
-    typer.Option(
-        help="auto, blockwise (our DSA arithmetic: memory linear in length, one rule for ties), or reference "
-        "(transformers' own modules)."
-    ),
-]
-BlockElements = Annotated[
-    int | None,
-    typer.Option(
-        help="Numbers in one buffer of the block-wise kernels; the bits follow it.", show_default="2^18, on CUDA 2^26"
-    ),
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")]
-
-STRATEGY_HELP = (
-    "exact: every remaining layer is scored in every step. "
-    "race: so are all, batch by batch, until they are confidently worse than the leader; each step commits exact's "
-    "choice with --confidence. "
-    "lazy: older scores rule layers out, with a learned slack and regular full rescans; exact's choices as long as a "
-    "flip does not become cheaper than that, and what did is counted. "
-    "race+lazy: lazy chooses whom a race is run among. The committed losses are exact in all of them."
 )
 
 

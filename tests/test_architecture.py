@@ -92,9 +92,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "export": {"errors", "jsonfile", "pattern"},
     "progress": {"record", "refinement", "report", "statistics"},
+    "cli_options": set(),
     "cli": {
-        "", "baseline", "errors", "evaluate", "export", "greedy", "inputs", "model", "pattern", "plan", "progress",
-        "report", "requests", "search",
+        "", "baseline", "cli_options", "errors", "evaluate", "export", "greedy", "inputs", "model", "pattern",
+        "plan", "progress", "report", "requests", "search",
     },
     "api": {"checkpoint", "errors", "model", "pattern", "slot", "specs"},
     "__init__": {"api"},
