@@ -20,6 +20,7 @@ from torch.nn import functional
 # One gathered number costs about as much as so many multiply-adds of a matrix product (measured on CPU, float32:
 # 1.05 ns against 0.05 ns; see benchmarks/LOG.md). It decides between gathering and dense attention.
 GATHER_COST = 20
+GROUP = 8  # tokens that compete by their highest score first, see `highest`
 
 
 def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
@@ -98,12 +99,31 @@ def top_tokens(scores: torch.Tensor, topk: int) -> torch.Tensor:
     """
     if topk == scores.shape[-1]:
         return torch.arange(topk, dtype=torch.int32, device=scores.device).expand(*scores.shape[:-1], topk)
-    best = scores.topk(topk + 1, dim=-1)
-    chosen = best.indices[..., :topk].to(torch.int32)
-    tied = best.values[..., topk - 1] == best.values[..., topk]  # [...]
+    values, tokens = highest(scores, topk + 1)
+    chosen = tokens[..., :topk].to(torch.int32)
+    tied = values[..., topk - 1] == values[..., topk]  # [...]
     if tied.any():
         chosen[tied] = earliest_top_tokens(scores[tied], topk)
     return chosen.sort(dim=-1).values
+
+
+def highest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`topk` of the last dimension: values, descending, and tokens; which of equal ones is left open.
+
+    On CPU `torch.topk` reads a row one number at a time. So groups of GROUP tokens compete by their highest score
+    first, which is vectorised: a token outside of the `count` best groups is no better than `count` others.
+    """
+    width = scores.shape[-1] // GROUP
+    if scores.device.type != "cpu" or width < 2 * count:
+        best = scores.topk(count, dim=-1)
+        return best.values, best.indices
+    grouped = width * GROUP  # token t is in group t % width; those from `grouped` on always compete
+    groups = scores[..., :grouped].unflatten(-1, (GROUP, width)).amax(dim=-2).topk(count, sorted=False).indices
+    members = groups.unsqueeze(-2) + torch.arange(0, grouped, width).unsqueeze(-1)  # [..., GROUP, count]
+    rest = torch.arange(grouped, scores.shape[-1]).expand(*scores.shape[:-1], -1)
+    tokens = torch.cat([members.flatten(-2), rest], dim=-1)
+    best = scores.gather(-1, tokens).topk(count, dim=-1)
+    return best.values, tokens.gather(-1, best.indices)
 
 
 def earliest_top_tokens(scores: torch.Tensor, topk: int) -> torch.Tensor:

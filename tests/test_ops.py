@@ -72,6 +72,21 @@ def test_top_tokens_are_the_first_of_a_stable_sort(values: list[float], data: st
     assert ops.top_tokens(scores, topk).tolist() == [sorted(row) for row in order]
 
 
+@given(st.integers(0, 10**6), st.integers(1, 12), st.integers(0, 9), st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_competing_by_groups_changes_nothing(seed: int, topk: int, more: int, tied: bool) -> None:
+    """Rows so long that groups compete first, with a rest that fills no group; with ties and without."""
+    length = 2 * ops.GROUP * (topk + 1) + more
+    make = integers if tied else normal
+    scores = make(2, length, seed=seed)
+    values, tokens = ops.highest(scores, topk)
+    assert torch.equal(values, scores.sort(dim=-1, descending=True).values[:, :topk])
+    assert torch.equal(scores.gather(-1, tokens), values)
+    assert all(len(set(row)) == topk for row in tokens.tolist())
+    order = [sorted(range(length), key=lambda i: (-row[i], i))[:topk] for row in scores.tolist()]
+    assert ops.top_tokens(scores, topk).tolist() == [sorted(row) for row in order]
+
+
 @given(st.lists(st.floats(width=32, allow_nan=False), min_size=3, max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_keys_order_as_the_scores_do(values: list[float]) -> None:
