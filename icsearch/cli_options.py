@@ -25,7 +25,7 @@ Retention = Annotated[
     typer.Option(help="Share of layers to keep F, as 1/4 or 0.25: ceil(r x N) layers stay.", show_default="1/4"),
 ]
 NumShared = Annotated[int | None, typer.Option(help="Flip exactly this many layers, instead of --retention.")]
-KeepFull = Annotated[str, typer.Option(metavar="0,5,9", help="Layers that must stay F.", show_default="")]
+KeepFull = Annotated[str, typer.Option(metavar="0,5,9", help="Layers that must stay F.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto (cuda, then cpu), cpu, cuda, cuda:0.")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what the directory holds and start over.")]
