@@ -50,7 +50,7 @@ Kernels = Annotated[
 BlockElements = Annotated[
     int | None,
     typer.Option(
-        help="Numbers in one buffer of the block-wise kernels; the bits follow it.", show_default="2^18, on CUDA 2^26"
+        help="Numbers in one buffer of the block-wise kernels; the bits follow it.", show_default="2^19, on CUDA 2^26"
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")]

@@ -20,7 +20,7 @@ from torch.nn import functional
 # One gathered number costs about as much as so many multiply-adds of a matrix product (measured on CPU, float32:
 # 1.05 ns against 0.05 ns; see benchmarks/LOG.md). It decides between gathering and dense attention.
 GATHER_COST = 20
-GROUP = 8  # tokens that compete by their highest score first, see `highest`
+GROUP, HEAP_RATIO = 4, 64  # where, and in what groups, tokens compete by their highest score first: see `highest`
 
 
 def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
@@ -110,11 +110,12 @@ def top_tokens(scores: torch.Tensor, topk: int) -> torch.Tensor:
 def highest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`topk` of the last dimension: values, descending, and tokens; which of equal ones is left open.
 
-    On CPU `torch.topk` reads a row one number at a time. So groups of GROUP tokens compete by their highest score
-    first, which is vectorised: a token outside of the `count` best groups is no better than `count` others.
+    On CPU `torch.topk` keeps a heap where a row is HEAP_RATIO times as long as `count`, and is slow below that.
+    There groups of GROUP tokens compete by their highest score first, which is vectorised: a token outside of the
+    `count` best groups is no better than `count` others.
     """
     width = scores.shape[-1] // GROUP
-    if scores.device.type != "cpu" or width < 2 * count:
+    if scores.device.type != "cpu" or not 2 * GROUP * count <= scores.shape[-1] < HEAP_RATIO * count:
         best = scores.topk(count, dim=-1)
         return best.values, best.indices
     grouped = width * GROUP  # token t is in group t % width; those from `grouped` on always compete
@@ -174,7 +175,7 @@ def gather_attention(
         part, chosen = query[:, :, first:last], selection[:, first:last].long()  # [B, H, b, N + R], [B, b, k]
         absorbed = torch.cat([part[..., :no_rope] @ up_key, part[..., no_rope:]], dim=-1)  # [B, H, b, L + R]
         gathered = rows.index_select(0, (chosen + offsets).flatten()).view(-1, topk, width)  # [B*b, k, L + R]
-        scores = torch.bmm(_by_query(absorbed), gathered.transpose(1, 2)).float().mul_(scaling)  # [B*b, H, k]
+        scores = torch.bmm(_by_query(absorbed).float(), gathered.float().transpose(1, 2)).mul_(scaling)  # [B*b, H, k]
         future = chosen > torch.arange(first, last, device=query.device).view(1, -1, 1)
         scores.masked_fill_(future.view(-1, 1, topk), float("-inf"))
         weights = scores.softmax(dim=-1).to(query.dtype)

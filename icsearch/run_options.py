@@ -19,7 +19,7 @@ from icsearch.strategies import split_stages
 
 BATCH_TOKENS = 1024  # default tokens per layer call: small calls keep the reference indexer's tensors in cache
 # Numbers in one buffer of the block-wise arithmetic: on CPU what stays in cache, on CUDA what keeps the device busy.
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**26}
+BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 def run_options(request: RunRequest, inputs: Inputs, existing: Sequence[Event]) -> dict[str, Any]:
