@@ -168,7 +168,7 @@ def exact_run(draw: Draw, directory: Path, tokens: Path, threads: int) -> RunRec
 
 
 def prepare(draw: Draw, threads: int) -> Bench:
-    directory, tokens = checkpoints.prepare(draw.label, draw.length, draw.sequences, WORK, draw.seed)
+    directory, tokens = checkpoints.prepare(draw.name, draw.length, draw.sequences, WORK, draw.seed)
     record = exact_run(draw, directory, tokens, threads)
     source = checkpoint.open_checkpoint(str(directory))
     layout = model.inspect(source)

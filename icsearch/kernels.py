@@ -32,12 +32,12 @@ MakeCore = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "qk_rope_head_dim", "softmax_scale")
+_HARMLESS = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position")  # no dropout: we do not train
 _ATTENTION_PARTS = ("expand_kv", "kv_b_proj", "qk_nope_head_dim", "v_head_dim")
 
 
-def has_arithmetic(owner: nn.Module) -> bool:
+def has_arithmetic(owner: nn.Module, indexer: nn.Module | None) -> bool:
     """Whether a DSA layer has the parts that the block-wise arithmetic works on. A native S layer has no indexer."""
-    indexer = owner.indexer
     parts = all(hasattr(owner, name) for name in _ATTENTION_PARTS)
     return parts and (indexer is None or all(hasattr(indexer, name) for name in _INDEXER_PARTS))
 
@@ -81,16 +81,25 @@ class Blockwise:
         **named_rest: Any,
     ) -> torch.Tensor:
         """What a call of the indexer returns: int32 [B, S, k]. States [B, S, D], q_resid [B, S, Q]."""
+        queries, keys, weights = self.projections(indexer, hidden_states, q_resid, position_embeddings)
+        return ops.select(queries, keys, weights, indexer.index_topk, self.block_elements)
+
+    def projections(
+        self,
+        indexer: Any,
+        hidden_states: torch.Tensor,
+        q_resid: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What scores are made of: queries [B, S, H, D], keys [B, S, D], and the heads' weights [B, S, H], scaled."""
         batch, length, _ = hidden_states.shape
         queries = indexer.wq_b(q_resid).view(batch, length, indexer.n_heads, indexer.head_dim)
         keys = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)  # [B, S, 1, D]
-        weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()  # [B, S, H]
-        return ops.select(
+        weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
+        return (
             self._rotated(indexer, queries, position_embeddings),
             self._rotated(indexer, keys, position_embeddings).squeeze(2),
             weights * (indexer.n_heads**-0.5 * indexer.softmax_scale),
-            indexer.index_topk,
-            self.block_elements,
         )
 
     def _rotated(self, indexer: Any, states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -122,8 +131,9 @@ def attending(config: Any, make_core: MakeCore, observer: Observer | None) -> It
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(
-        owner: Any, query: Any, key: Any, value: Any, mask: Any, *, indices: Any, scaling: float, **_: Any
+        owner: Any, query: Any, key: Any, value: Any, mask: Any, *, indices: Any, scaling: float, **more: Any
     ) -> tuple[torch.Tensor, None]:
+        _check_known(owner, more)
         core = make_core(owner, query, key, value, mask, scaling)
         output = core(indices)
         if observer is not None:
@@ -138,6 +148,15 @@ def attending(config: Any, make_core: MakeCore, observer: Observer | None) -> It
     finally:
         config._attn_implementation = own
         del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def _check_known(owner: Any, more: dict[str, Any]) -> None:
+    """Refuse what our attention would not do: sinks, windows, whatever else a family hands over by name."""
+    if unknown := sorted(name for name, value in more.items() if name not in _HARMLESS and value is not None):
+        raise ModelError(
+            f"{type(owner).__name__} asks its attention for {', '.join(unknown)}, which is not done here: "
+            "give --kernels reference"
+        )
 
 
 @contextlib.contextmanager
@@ -157,41 +176,50 @@ def mask_stand_in(input_ids: torch.Tensor) -> torch.Tensor:
     return torch.ones(len(input_ids), 1, 1, 1, dtype=torch.bool, device=input_ids.device)
 
 
-PROBE_TOKENS, PROBE_TOPK = 48, 8
+PROBE_TOKENS, PROBE_TOPK = 256, 32
+PROBE_TOLERANCE = 1e-2  # of the scores' spread; a right layout is off by rounding, 1e-6
 
 
 @torch.inference_mode()
 def find_rotation(indexer: Any) -> Rotate:
-    """The RoPE layout under which our arithmetic chooses what the indexer itself chooses, on a short random input.
+    """The RoPE layout under whose scores the indexer's own choices are the best ones, on a short random input.
 
-    Nothing in a config tells the layout. Raises ModelError where neither does: the indexer then does something else.
+    Nothing in a config tells the layout. Scores are compared, not tokens: among equal scores any choice is right.
+    Raises ModelError where no layout fits: the indexer then does something else.
     """
+    inputs, causal = _probe(indexer)
+    topk, indexer.index_topk = indexer.index_topk, PROBE_TOPK
+    try:
+        own = indexer(*inputs, causal, None)[:, PROBE_TOPK:].long()  # the queries that have a choice
+    finally:
+        indexer.index_topk = topk
+    gaps = {rotate: _gap(indexer, rotate, inputs, own) for rotate in (ops.rotate_interleaved, ops.rotate_half_split)}
+    best = min(gaps, key=gaps.__getitem__)
+    if not gaps[best] < PROBE_TOLERANCE:
+        raise ModelError(
+            "the block-wise arithmetic does not choose what this model's own indexers choose: give --kernels reference"
+        )
+    return best
+
+
+def _probe(indexer: Any) -> tuple[tuple[Any, ...], torch.Tensor]:
+    """Random hidden states, query residuals and angles, one sequence, the same every time; and the causal mask."""
     weight, rope = indexer.wk.weight, indexer.qk_rope_head_dim
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+        return torch.randn(1, PROBE_TOKENS, *shape, generator=generator).to(weight.device, weight.dtype)
 
-    hidden = noise(1, PROBE_TOKENS, weight.shape[1])
-    q_resid = noise(1, PROBE_TOKENS, indexer.wq_b.weight.shape[1])
-    turns = torch.randn(1, PROBE_TOKENS, rope // 2, generator=generator).repeat(1, 1, 2).to(weight.device)
+    turns = noise(rope // 2).float().repeat(1, 1, 2)
     angles = (turns.cos().to(weight.dtype), turns.sin().to(weight.dtype))
     causal = torch.ones(1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=weight.device).tril_()
-    topk, indexer.index_topk = indexer.index_topk, PROBE_TOPK
-    try:
-        own = indexer(hidden, q_resid, angles, causal, None).sort(dim=-1).values
-        for rotate in (ops.rotate_interleaved, ops.rotate_half_split):
-            ours = Blockwise(rotate, 1).select(indexer, hidden, q_resid, angles)
-            if _agree(own[:, PROBE_TOPK:], ours[:, PROBE_TOPK:]):
-                return rotate
-    finally:
-        indexer.index_topk = topk
-    raise ModelError(
-        "the block-wise arithmetic does not choose what this model's own indexers choose: give --kernels reference"
-    )
+    return (noise(weight.shape[1]), noise(indexer.wq_b.weight.shape[1]), angles), causal
 
 
-def _agree(own: torch.Tensor, ours: torch.Tensor) -> bool:
-    """Ties may go either way, so nine tenths of the tokens in common are enough; the wrong layout has far fewer."""
-    common = (own.unsqueeze(-1) == ours.unsqueeze(-2)).sum()
-    return bool(common >= 0.9 * own.numel())
+def _gap(indexer: Any, rotate: Rotate, inputs: tuple[Any, ...], own: torch.Tensor) -> float:
+    """How far the scores of the chosen tokens are from the highest ones, at most, in units of the scores' spread."""
+    queries, keys, weights = Blockwise(rotate, 1).projections(indexer, *inputs)
+    scores = ops.mask_future(ops.index_scores(queries.float(), keys.float(), weights), 0)[:, PROBE_TOPK:]
+    chosen = scores.gather(-1, own).sort(dim=-1, descending=True).values
+    highest = scores.topk(PROBE_TOPK, dim=-1).values
+    return float((highest - chosen).abs().max() / scores[scores.isfinite()].std())

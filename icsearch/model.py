@@ -63,6 +63,12 @@ class DsaModel:
         self._observer: Observer | None = None
         self.blockwise = None if block_elements is None else self._make_blockwise(block_elements)
 
+    @property
+    def has_arithmetic(self) -> bool:
+        """Whether the block-wise arithmetic knows all attention layers of this model, and there is no other kind."""
+        known = all(has_arithmetic(owner, slot.inner) for owner, slot in zip(self.owners, self.slots, strict=True))
+        return known and len(self.slots) == len(self.layers)
+
     def _make_blockwise(self, block_elements: int) -> Blockwise:
         indexer = next(slot.inner for slot in self.slots if slot.inner is not None)
         return Blockwise(find_rotation(indexer), block_elements)
@@ -283,7 +289,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         index_heads=int(indexer.n_heads),
         index_head_dim=int(indexer.head_dim),
         num_parameters=sum(parameter.numel() for parameter in skeleton.model.parameters()),
-        has_arithmetic=all(has_arithmetic(owner) for owner in skeleton.owners),
+        has_arithmetic=skeleton.has_arithmetic,
         layer_width=max(layer_width(layer) for layer in skeleton.layers),
     )
 

@@ -43,6 +43,8 @@ def kernel_options(request: RunRequest, layout: Layout, recorded: dict[str, Any]
         automatic = "blockwise" if layout.has_arithmetic else "reference"
         chosen = recorded.get("kernels", "reference") if recorded else automatic
     if chosen == "reference":
+        if request.block_elements is not None:
+            raise ModelError("--block-elements belongs to the block-wise kernels, and this run has the reference's")
         return {"kernels": chosen}
     if not layout.has_arithmetic:
         raise ModelError(

@@ -44,6 +44,7 @@ def test_a_run_goes_on_with_its_own_kernels_or_not_at_all(
     assert run(capsys, *command, "--kernels", "reference")[0] == 0
     assert run(capsys, *command)[0] == 0  # auto is what the run began with
     assert options(out)["kernels"] == "reference"
+    assert "belongs to the block-wise kernels" in refused(capsys, *command, "--block-elements", 4096)
     message = refused(capsys, *command, "--kernels", "blockwise")
     assert "kernels reference, now blockwise" in message
 

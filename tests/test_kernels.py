@@ -16,6 +16,7 @@ from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError
 from icsearch.kernels import Core
 from icsearch.pattern import Pattern
+from icsearch.resources import demo_checkpoint
 from icsearch.slot import SelectionStore
 from icsearch.sweep import Batch, Sweeper, cut_batches, naive_nll
 from ties import broken_by_our_rule
@@ -158,6 +159,51 @@ def test_no_mask_of_all_pairs_is_made(blockwise: model.DsaModel) -> None:
     for call in blockwise.capture_calls(batch.input_ids):
         tensors = [value for value in call.kwargs.values() if isinstance(value, torch.Tensor)]
         assert all(tensor.numel() <= LENGTH for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1.0, 0.3, 0.1])
+@pytest.mark.parametrize("changes", [{}, {"index_n_heads": 1}, {"index_head_dim": 64}], ids=str)
+def test_layouts_are_found_however_little_turns(
+    tmp_path: Path, changes: dict[str, int], scale: float, dtype: str
+) -> None:
+    """With one head, small rotated parts, and rounding: a wrong layout would go unnoticed in a loss."""
+    for family, rotate in ROTATIONS.items():
+        dsa = load(tiny.save_checkpoint(tmp_path / family, family, **changes), None, dtype)
+        for slot in dsa.slots:
+            indexer: Any = slot.inner
+            rope = indexer.qk_rope_head_dim
+            indexer.wk.weight.data[:rope] *= scale
+            indexer.wq_b.weight.data.view(indexer.n_heads, indexer.head_dim, -1)[:, :rope] *= scale
+            assert kernels.find_rotation(indexer) is rotate
+
+
+def test_layouts_of_trained_indexers_are_found() -> None:
+    dsa = load(demo_checkpoint(), None)
+    assert all(kernels.find_rotation(slot.inner) is ops.rotate_interleaved for slot in dsa.slots)
+
+
+def test_native_shared_layers(tmp_path: Path) -> None:
+    types = ["full", "full", "shared", "full", "shared", "shared"]
+    checkpoint = tiny.save_checkpoint(tmp_path / "native", indexer_types=types)
+    assert model.inspect(open_checkpoint(str(checkpoint))).has_arithmetic
+    reference, blockwise = load(checkpoint, None), load(checkpoint, 2000)
+    batches = random_batches()
+    for pattern in (blockwise.start_pattern, blockwise.start_pattern.flip(3)):
+        with broken_by_our_rule(reference):
+            expected = naive_nll(reference, pattern, batches)
+        found = naive_nll(blockwise, pattern, batches)
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert found == [x for batch in batches for x in Sweeper(blockwise).sweep([pattern], [batch]).nll[str(pattern)]]
+
+
+def test_attention_that_asks_for_more_is_refused(blockwise: model.DsaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    (batch,) = random_batches(1, 1)
+    attention: Any = blockwise.owners[2]
+    own = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: own(*args, **kwargs, s_aux=torch.ones(2)))
+    with pytest.raises(ModelError, match=r"s_aux.*--kernels reference"):
+        naive_nll(blockwise, Pattern.full(6), [batch])
 
 
 def test_indexers_that_do_something_else_are_refused(family_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

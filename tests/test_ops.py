@@ -139,6 +139,14 @@ def test_gathered_attention_equals_the_formula(topk: int, block_elements: int) -
     torch.testing.assert_close(output.double(), naive_attention(inputs, 0.3), rtol=1e-5, atol=1e-5)
 
 
+def test_bfloat16_loses_no_more_than_its_inputs_and_outputs() -> None:
+    """Scores in float32: what is left is the rounding of weights and sums, not that of scores of size 10."""
+    inputs = {name: value if name == "selection" else value.bfloat16() for name, value in attention_inputs().items()}
+    exact = naive_attention(inputs, 3.0)
+    error = (ops.gather_attention(**inputs, scaling=3.0, block_elements=300).double() - exact).pow(2).mean().sqrt()
+    assert error < 4.6e-3 * exact.pow(2).mean().sqrt()
+
+
 @pytest.mark.parametrize("block_elements", BLOCKS)
 @pytest.mark.parametrize("topk", [1, 8, 40])
 def test_dense_attention_equals_the_formula(topk: int, block_elements: int) -> None:
