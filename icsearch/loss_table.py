@@ -65,15 +65,20 @@ class LossTable(Mapping[str, Mapping[int, float]]):
         """The pattern's loss minus that of `reference`, paired over all sequences."""
         return paired_difference(self.sums(letters), self.sums(reference), self._tokens)
 
-    def known_loss(self, letters: str) -> float:
-        """Nats per token over the first sequences, as many as the pattern was scored on: at least one."""
-        known = self.known_sequences(letters)
+    def known_loss(self, letters: str, most: int | None = None) -> float:
+        """Nats per token over the first sequences, as many as the pattern was scored on (at least one) or `most`."""
+        known = self._known_up_to(most, letters)
         return mean_loss(self.sums(letters, 0, known), self._tokens[:known])
 
-    def known_difference(self, letters: str, reference: str) -> Difference:
-        """As `difference`, over the first sequences, as many as both patterns were scored on."""
-        common = min(self.known_sequences(letters), self.known_sequences(reference))
+    def known_difference(self, letters: str, reference: str, most: int | None = None) -> Difference:
+        """As `difference`, over the first sequences, as many as both patterns were scored on, and at most `most`."""
+        common = self._known_up_to(most, letters, reference)
         if not common:
             raise JournalError(f"the journal lacks losses of {letters} or {reference}: continue the run first")
         own, others = (self.sums(name, 0, common) for name in (letters, reference))
         return paired_difference(own, others, self._tokens[:common])
+
+    def _known_up_to(self, most: int | None, *patterns: str) -> int:
+        """How many of the first sequences all of these patterns were scored on, and at most `most`."""
+        known = [self.known_sequences(letters) for letters in patterns]
+        return min(known if most is None else [*known, most])

@@ -27,14 +27,17 @@ class RunRecord:
     """The state of a run. It changes by `apply` alone, so live and resumed runs share one path.
 
     `nll` holds the losses, and `kl` the KL to the start pattern where the objective is the KL; `asked[step]` lists the
-    patterns scored in a step (step 0: the start pattern and the uniform references). `heldout` is the same of the
-    held-out sequences that a refinement confirms on: its losses, and nothing else.
+    patterns scored in a step (step 0: the start pattern and the uniform references), and `scored[step]` counts them
+    times the sequences that each was scored on there. `known_at_commit[step][layer]` is the number of sequences that
+    each candidate was scored on when the step was committed: a refinement may score it on more. `heldout` is the same
+    of the held-out sequences that a refinement confirms on: its losses, and nothing else.
     """
 
     start: Event = field(default_factory=dict)
     nll: LossTable = field(default_factory=LossTable)
     kl: LossTable = field(default_factory=LossTable)
     asked: dict[int, list[str]] = field(default_factory=dict)
+    scored: dict[int, int] = field(default_factory=dict)
     commits: list[Commit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     similarity_sums: SimilaritySums = field(default_factory=SimilaritySums)
@@ -45,6 +48,7 @@ class RunRecord:
     seconds: float = 0.0
     finished: bool = False
     _fields: dict[str, dict[str, Kind]] = field(default_factory=dict, repr=False)
+    known_at_commit: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @classmethod
     def replay(cls, events: Iterable[Event]) -> RunRecord:
@@ -59,27 +63,87 @@ class RunRecord:
                 ) from None
         return record
 
-    def apply(self, event: Event) -> None:
-        """Take one event in; raises ValueError or PatternError, and changes nothing, where it does not fit."""
+    def check(self, event: Event) -> None:
+        """Raise ValueError or PatternError where the event does not fit what is before it."""
         kind = event.get("event")
         if not self.start:
-            self._apply_start(event)
-        elif kind == "losses" and event.get("set") == HELDOUT_SET:
-            self._apply_heldout(event)
+            check_start(event)
+        elif _is_heldout(event):
+            self._check_heldout(event)
         elif kind in list(self._fields):  # a list: a damaged journal's kind may not be hashable
             check_fields(event, self._fields[kind])
-            self._apply_later(event)
+            self._check_later(event)
         else:
             raise FieldError(f"event is {shown(kind)}: expected one of {', '.join(self._fields)}")
 
+    def apply(self, event: Event) -> None:
+        """Take one event in; raises as `check` does, and then changes nothing."""
+        self.check(event)
+        if not self.start:
+            self._apply_start(event)
+        elif self.heldout is not None and _is_heldout(event):
+            self.heldout.apply(_as_own(event))
+            self._add_cost(event)
+        else:
+            self._apply_later(event)
+
+    def _check_later(self, event: Event) -> None:
+        """One of the events behind the first, the kinds of its fields checked."""
+        kind = event["event"]
+        if kind == "losses":
+            self._check_losses(event)
+        elif kind == "commit":
+            self._check_commit(event)
+        elif kind == "similarity":
+            self.similarity_sums.check(event)
+        elif kind == "refine":
+            self._check_refine(event)
+        elif kind in OUTCOMES:
+            self._check_outcome(event)
+
+    def _check_losses(self, event: Event) -> None:
+        first, last = event["sequences"]
+        if event["step"] > len(self.commits) + 1:
+            raise FieldError(f"losses of step {event['step']} behind {len(self.commits)} commits")
+        for name in self._tables():
+            if [len(sums) for sums in event[name]] != [last - first] * len(event["patterns"]):
+                raise FieldError(f"{name} does not hold one sum for each pattern and sequence")
+
+    def _check_heldout(self, event: Event) -> None:
+        if self.heldout is None:
+            raise FieldError(f"losses of set {HELDOUT_SET}, but the run has no held-out sequences")
+        self.heldout.check(_as_own(event))
+
+    def _check_commit(self, event: Event) -> None:
+        if self.refinement is not None:
+            raise FieldError("a commit behind the beginning of the refinement")
+        Commit.from_event(event).check(len(self.commits) + 1, self.pattern)
+
+    def _check_refine(self, event: Event) -> None:
+        if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
+            raise FieldError(f"a refinement of {event['pattern']}, which does not follow from what is before it")
+
+    def _check_outcome(self, event: Event) -> None:
+        if self.refinement is None or self.heldout is None:
+            raise FieldError(f"{event['event']} without a refinement")
+        if event["event"] == "swap":
+            self._check_swap(event["before"], event["pattern"])
+        self.refinement.check(event)
+
+    def _check_swap(self, before: str, after: str) -> None:
+        """Raise FieldError unless both sets say that the pattern is better for the swap."""
+        for record in filter(None, (self, self.heldout)):
+            table = record.objective
+            known = table.is_complete(after) and table.is_complete(before)
+            if not known or not table.difference(after, before).delta < 0:
+                raise FieldError(f"a swap to {after}, which does not gain on both sets")
+
     def _apply_start(self, event: Event) -> None:
-        check_start(event)
         self.start, self._fields = event, event_fields(event)
         self.nll, self.kl = LossTable(self.tokens), LossTable(self.tokens)
         self.heldout = _heldout_record(event)
 
     def _apply_later(self, event: Event) -> None:
-        """One of the events behind the first, its fields checked."""
         kind = event["event"]
         if kind == "losses":
             self._apply_losses(event)
@@ -91,9 +155,9 @@ class RunRecord:
         elif kind == "chosen":
             self.chosen = event
         elif kind == "refine":
-            self._apply_refine(event)
-        elif kind in OUTCOMES:
-            self._apply_outcome(event)
+            self.refinement = Refinement(Pattern(event["pattern"]), event["costs"])
+        elif kind in OUTCOMES and self.refinement is not None:
+            self.refinement.apply(event)
         elif kind == "note":
             self.notes.append(event["text"])
         elif kind == "finish":
@@ -101,51 +165,24 @@ class RunRecord:
 
     def _apply_losses(self, event: Event) -> None:
         first, last = event["sequences"]
-        if event["step"] > len(self.commits) + 1:
-            raise FieldError(f"losses of step {event['step']} behind {len(self.commits)} commits")
-        tables = {"nll": self.nll, "kl": self.kl} if self.by_kl else {"nll": self.nll}
-        for name in tables:
-            if [len(sums) for sums in event[name]] != [last - first] * len(event["patterns"]):
-                raise FieldError(f"{name} does not hold one sum for each pattern and sequence")
-        for name, table in tables.items():
+        for name, table in self._tables().items():
             for letters, sums in zip(event["patterns"], event[name], strict=True):
                 table.add(letters, first, sums)
-        asked = self.asked.setdefault(REFINING if event.get("set") == CALIBRATION_SET else event["step"], [])
+        step = REFINING if event.get("set") == CALIBRATION_SET else event["step"]
+        asked = self.asked.setdefault(step, [])
         asked += [letters for letters in dict.fromkeys(event["patterns"]) if letters not in asked]
+        self.scored[step] = self.scored.get(step, 0) + len(event["patterns"]) * (last - first)
         self._add_cost(event)
-
-    def _apply_heldout(self, event: Event) -> None:
-        if self.heldout is None:
-            raise FieldError(f"losses of set {HELDOUT_SET}, but the run has no held-out sequences")
-        self.heldout.apply({**event, "set": None, "step": 0})
-        self._add_cost(event)
-
-    def _apply_refine(self, event: Event) -> None:
-        if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
-            raise FieldError(f"a refinement of {event['pattern']}, which does not follow from what is before it")
-        self.refinement = Refinement(Pattern(event["pattern"]), event["costs"])
-
-    def _apply_outcome(self, event: Event) -> None:
-        if self.refinement is None or self.heldout is None:
-            raise FieldError(f"{event['event']} without a refinement")
-        if event["event"] == "swap":
-            self._check_swap(event["before"], event["pattern"])
-        self.refinement.apply(event)
-
-    def _check_swap(self, before: str, after: str) -> None:
-        """Raise FieldError unless both sets say that the pattern is better for the swap."""
-        for record in filter(None, (self, self.heldout)):
-            table = record.objective
-            known = table.is_complete(after) and table.is_complete(before)
-            if not known or not table.difference(after, before).delta < 0:
-                raise FieldError(f"a swap to {after}, which does not gain on both sets")
 
     def _apply_commit(self, event: Event) -> None:
-        if self.refinement is not None:
-            raise FieldError("a commit behind the beginning of the refinement")
         commit = Commit.from_event(event)
-        commit.check(len(self.commits) + 1, self.pattern)
         self.commits.append(commit)
+        flips = self._flips(commit.step, commit.candidates)
+        self.known_at_commit[commit.step] = {layer: self.nll.known_sequences(letters) for layer, letters in flips}
+
+    def _tables(self) -> dict[str, LossTable]:
+        """The tables that losses go to, by the name of their sums in an event."""
+        return {"nll": self.nll, "kl": self.kl} if self.by_kl else {"nll": self.nll}
 
     def _add_cost(self, event: Event) -> None:
         self.layer_sequences += event["layer_sequences"]
@@ -233,14 +270,21 @@ class RunRecord:
         )
 
     def candidates(self, step: int) -> list[Candidate]:
-        """Every flip scored completely in a step (the last one may still be at work), by layer."""
-        flips = self._flips(step, self._asked_layers(step))
+        """Every flip that a step scored completely (the last one may still be at work), by layer."""
+        given_up = self.commits[step - 1].given_up if step <= len(self.commits) else ()
+        flips = self._flips(step, (layer for layer in self._asked_layers(step) if layer not in given_up))
         return [self._candidate(step, *flip) for flip in flips if self.nll.is_complete(flip[1])]
 
     def given_up(self, step: int) -> list[Candidate]:
-        """The flips that a committed step did not score on all sequences, by layer, by those that they were."""
+        """The flips that a committed step gave up, by layer, by the sequences that they were known on then."""
+        known = self.known_at_commit[step]
         flips = self._flips(step, self.commits[step - 1].given_up)
-        return [self._candidate(step, *flip) for flip in flips if self.nll.known_sequences(flip[1])]
+        return [self._candidate(step, *flip, known[flip[0]]) for flip in flips if known[flip[0]]]
+
+    def flips(self, step: int) -> list[str]:
+        """The patterns among which a committed step chose, those too that it left stale."""
+        commit = self.commits[step - 1]
+        return [letters for _, letters in self._flips(step, (*commit.candidates, *commit.stale))]
 
     def _asked_layers(self, step: int) -> Iterable[int]:
         """The layers that a step looked at; of one that is not committed yet, those so far."""
@@ -254,10 +298,19 @@ class RunRecord:
         before = self.before(step)
         return [(layer, before.flip(layer).letters) for layer in sorted(layers)]
 
-    def _candidate(self, step: int, layer: int, letters: str) -> Candidate:
-        difference = self.nll.known_difference(letters, self.start_pattern.letters)
-        known = self.nll.known_sequences(letters)
-        return Candidate(step, layer, letters, self.nll.known_loss(letters), difference, known)
+    def _candidate(self, step: int, layer: int, letters: str, most: int | None = None) -> Candidate:
+        difference = self.nll.known_difference(letters, self.start_pattern.letters, most)
+        known = self.nll.known_sequences(letters) if most is None else most
+        return Candidate(step, layer, letters, self.nll.known_loss(letters, most), difference, known)
+
+
+def _is_heldout(event: Event) -> bool:
+    return bool(event.get("event") == "losses" and event.get("set") == HELDOUT_SET)
+
+
+def _as_own(event: Event) -> Event:
+    """Losses of held-out sequences as the record of these has them."""
+    return {**event, "set": None, "step": 0}
 
 
 def _heldout_record(start: Event) -> RunRecord | None:

@@ -49,30 +49,35 @@ class Refinement:
         """The pattern so far."""
         return Pattern(self.swaps[-1].pattern) if self.swaps else self.start
 
-    def apply(self, event: Event) -> None:
-        """Take in one of OUTCOMES; raises FieldError where it does not follow from the pattern so far."""
+    def check(self, event: Event) -> None:
+        """Raise FieldError where one of OUTCOMES does not follow from the pattern so far."""
         if event["event"] == "judged":
-            self._apply_judged(event)
+            self._check_judged(event)
         else:
-            self._apply_trial(event)
+            self._check_trial(event)
+
+    def apply(self, event: Event) -> None:
+        """Take in one of OUTCOMES that `check` lets through."""
+        if event["event"] == "judged":
+            self.moves_scored += len(event["moves"])
+            self.moves_qualified += len(event["qualified"])
+        else:
+            layers, made = (event["from_layer"], event["to_layer"]), event["event"] == "swap"
+            self.trials.append(Trial(*layers, event["before"], event["pattern"], made))
         self.outcomes.append(event)
 
-    def _apply_judged(self, event: Event) -> None:
+    def _check_judged(self, event: Event) -> None:
         moves = [tuple(move) for move in event["moves"]]
         self._check_before(event["pattern"])
         for from_layer, to_layer in moves:
             self._moved(from_layer, to_layer)
         if not {tuple(move) for move in event["qualified"]} <= set(moves):
             raise FieldError("a move qualified that was not among those scored")
-        self.moves_scored += len(moves)
-        self.moves_qualified += len(event["qualified"])
 
-    def _apply_trial(self, event: Event) -> None:
+    def _check_trial(self, event: Event) -> None:
         self._check_before(event["before"])
         if event["pattern"] != self._moved(event["from_layer"], event["to_layer"]):
             raise FieldError("pattern is not that behind the move")
-        made = event["event"] == "swap"
-        self.trials.append(Trial(event["from_layer"], event["to_layer"], event["before"], event["pattern"], made))
 
     def _check_before(self, before: str) -> None:
         if before != self.pattern.letters:

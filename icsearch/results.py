@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 from icsearch.pattern import CALIBRATION_FIELDS, PatternFile
@@ -15,34 +16,43 @@ def cost(record: RunRecord) -> dict[str, Any]:
     A candidate that was scored on a part of the sequences counts as that part of an evaluation. A naive search
     scores every candidate of every step on all sequences, those that this one left stale or gave up too.
     """
-    refined = _refinement_evaluations(record)
-    candidates = _search_evaluations(record) + refined
-    flips = sum(len(commit.candidates) + len(commit.stale) for commit in record.commits)
-    scored = flips + refined + len(record.asked.get(0, []))
+    searched, refined = _search_evaluations(record), _refinement_evaluations(record)
     return {
-        "candidate_evaluations": candidates,
+        "candidate_evaluations": _number(searched + refined),
         "layer_evaluations": _layer_evaluations(record),
-        "naive_layer_evaluations": scored * record.start["decoder_layers"],
+        "naive_layer_evaluations": _naive_patterns(record) * record.start["decoder_layers"],
         "seconds": round(record.seconds, 3),
-        **({"refinement_evaluations": refined} if record.refinement else {}),
+        **({"refinement_evaluations": _number(refined)} if record.refinement else {}),
     }
 
 
-def _search_evaluations(record: RunRecord) -> int | float:
-    """Candidates scored by the committed steps; a whole number where all were scored on all sequences."""
-    given_up = [len(commit.given_up) for commit in record.commits]
-    whole_ones = sum(len(commit.candidates) for commit in record.commits) - sum(given_up)
-    if not any(given_up):
-        return whole_ones
-    parts = sum(one.sequences for step, some in enumerate(given_up, start=1) if some for one in record.given_up(step))
-    total = round(whole_ones + parts / len(record.tokens), 3)
-    return int(total) if total.is_integer() else total
+def _search_evaluations(record: RunRecord) -> Fraction:
+    """Candidates of the committed steps, as far as each was scored then: what a refinement adds is none of it.
+
+    One that is a reference too counts, though its losses were there already.
+    """
+    known = (sequences for step in record.known_at_commit.values() for sequences in step.values())
+    return Fraction(sum(known), len(record.tokens))
 
 
-def _refinement_evaluations(record: RunRecord) -> int:
+def _refinement_evaluations(record: RunRecord) -> Fraction:
     """Patterns that the refinement had scored, on either set; what the search had scored already is not in it."""
+    on_calibration = Fraction(record.scored.get(REFINING, 0), len(record.tokens))
+    heldout = record.heldout
+    return on_calibration + (Fraction(heldout.scored.get(0, 0), len(heldout.tokens)) if heldout else 0)
+
+
+def _number(evaluations: Fraction) -> int | float:
+    """A whole number where all were scored on all sequences."""
+    return int(evaluations) if evaluations.denominator == 1 else round(float(evaluations), 3)
+
+
+def _naive_patterns(record: RunRecord) -> int:
+    """What a naive run scores: references, every flip of every step, what the refinement adds, on either set."""
+    flips = [letters for commit in record.commits for letters in record.flips(commit.step)]
+    moves = set(record.asked.get(REFINING, [])) - set(flips)
     heldout = record.heldout.asked.get(0, []) if record.heldout else []
-    return len(record.asked.get(REFINING, [])) + len(heldout)
+    return len(record.asked.get(0, [])) + len(flips) + len(moves) + len(heldout)
 
 
 def _layer_evaluations(record: RunRecord) -> float:

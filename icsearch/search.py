@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
-from icsearch.errors import JournalError
+from icsearch.commit import Commit
+from icsearch.errors import JournalError, PatternError
 from icsearch.journal import Event, Journal
 from icsearch.pattern import Pattern
 from icsearch.record import RunRecord
@@ -103,7 +104,14 @@ class Scoring:
         return heldout if heldout is not None and self._part == HELDOUT_SET else self.record
 
     def append(self, event: Event) -> None:
-        """Write an event, then let the record take it in."""
+        """Write an event that fits, then let the record take it in; one that does not fit is never on disk."""
+        try:
+            self.record.check(event)
+        except (ValueError, PatternError) as error:
+            raise JournalError(
+                f"{self.journal.path} cannot take its next event, a {event['event']} ({error}): the journal was "
+                "changed or damaged; restore it, or start over with --fresh"
+            ) from None
         self.journal.append(event)
         self.record.apply(event)
 
@@ -185,20 +193,19 @@ class Search:
         return choice
 
     def _commit(self, step: int, before: Pattern, choice: Choice) -> None:
+        event = {
+            "event": "commit",
+            "step": step,
+            "layer": choice.layer,
+            "pattern": before.flip(choice.layer).letters,
+            "candidates": list(choice.scored),
+            "ties": self._ties(before, choice),
+            **_how(choice),
+        }
         if step <= len(self._record.commits):
-            self._check_replay(step, choice.layer)
+            self._check_replay(self._record.commits[step - 1], Commit.from_event(event))
             return
-        self._scoring.append(
-            {
-                "event": "commit",
-                "step": step,
-                "layer": choice.layer,
-                "pattern": before.flip(choice.layer).letters,
-                "candidates": list(choice.scored),
-                "ties": self._ties(before, choice),
-                **_how(choice),
-            }
-        )
+        self._scoring.append(event)
         self._scoring.progress.committed(self._record)
 
     def _ties(self, before: Pattern, choice: Choice) -> list[int]:
@@ -212,13 +219,24 @@ class Search:
         complete = {layer: letters for layer, letters in others.items() if layer not in given_up}
         return [layer for layer, letters in complete.items() if self._record.objective.difference(letters, best).is_tie]
 
-    def _check_replay(self, step: int, winner: int) -> None:
-        recorded = self._record.commits[step - 1]
-        if recorded.layer != winner:
-            raise JournalError(
-                f"{self._scoring.journal.path} committed layer {recorded.layer} in step {step}, but its losses say "
-                f"{winner}: the journal was changed or damaged; restore it, or start over with --fresh"
-            )
+    def _check_replay(self, recorded: Commit, now: Commit) -> None:
+        """Raise JournalError where the journal's step is not what the strategy says of its losses.
+
+        Ties are left out: they are for the reader, and nothing follows from them.
+        """
+        names = (one.name for one in fields(Commit) if one.name != "ties")
+        for name in names:
+            said, found = getattr(recorded, name), getattr(now, name)
+            if said != found:
+                what = f"layer {said}" if name == "layer" else f"{name.replace('_', ' ')} {_shown(said)}"
+                raise JournalError(
+                    f"{self._scoring.journal.path} committed {what} in step {recorded.step}, but its losses say "
+                    f"{_shown(found)}: the journal was changed or damaged; restore it, or start over with --fresh"
+                )
+
+
+def _shown(value: object) -> str:
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
 
 
 def _how(choice: Choice) -> Event:

@@ -18,10 +18,15 @@ class SimilaritySums:
     sequences: int = 0
     queries: int = 0
 
-    def add(self, event: Event) -> None:
-        first, last = event["sequences"]
+    def check(self, event: Event) -> None:
+        """Raise FieldError unless its sequences are those that come next."""
+        first, _ = event["sequences"]
         if first != self.sequences:
             raise FieldError(f"similarity of sequence {first} behind {self.sequences} sequences")
+
+    def add(self, event: Event) -> None:
+        """Take in an event that `check` lets through."""
+        _, last = event["sequences"]
         self.sequences, self.queries = last, self.queries + event["queries"]
         self.cosine = _added(self.cosine, event["cosine"])
         self.overlap = _added(self.overlap, event["overlap"])

@@ -56,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "requests": {"errors", "jsonfile", "pattern", "specs", "strategies"},
     "plan": {"errors", "pattern", "states", "strategies"},
     "rundir": {"errors", "files", "journal", "record"},
-    "search": {"errors", "journal", "pattern", "record", "refinement", "strategies"},
+    "search": {"commit", "errors", "journal", "pattern", "record", "refinement", "strategies"},
     "refine": {"errors", "journal", "pattern", "record", "refinement", "search", "strategies"},
     "inputs": {"calibration", "checkpoint", "model", "requests"},
     "run_options": {

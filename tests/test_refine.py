@@ -18,12 +18,13 @@ from icsearch.errors import JournalError, PatternError
 from icsearch.journal import JOURNAL_FORMAT, Event, Journal
 from icsearch.pattern import Pattern, PatternFile, load_pattern_file
 from icsearch.progress import Quiet
-from icsearch.record import RunRecord
+from icsearch.record import REFINING, RunRecord
 from icsearch.refine import SwapRefinement, make_swaps
 from icsearch.report import summary_table, write_results
+from icsearch.report.view import view_run
 from icsearch.results import cost, pattern_file
 from icsearch.search import Scores, Scoring, Search
-from icsearch.strategies import Strategy, Task, looks_of, make_strategy
+from icsearch.strategies import Options, Strategy, Task, looks_of, make_strategy
 from test_record import change, places
 
 LAYERS, TOKENS, HELDOUT, FLIPS = 8, [10] * 5, [10, 12, 9], 5
@@ -41,9 +42,7 @@ class Process:
 
     def __init__(self, sweeps: int = 10**9, patterns_per_sweep: int = 3, kl: bool = False) -> None:
         self.left = sweeps
-        self.kl = (
-            kl  # not a process, but all scorers of a run must know: the KL is the objective, the loss goes against it
-        )
+        self.kl = kl
         self.patterns_per_sweep = patterns_per_sweep
 
 
@@ -75,7 +74,7 @@ class MadeUp:
         common = random.Random(f"{self._seed}/{pattern}").random() + len(pattern.shared_layers) / 8
         apart = random.Random(f"{self._seed}/{pattern}/{self._heldout}").random()
         own = random.Random(f"{self._seed}/{pattern}/{self._heldout}/{sequence}").gauss(0, 0.02)
-        tokens = (HELDOUT if self._heldout else TOKENS)[sequence]
+        tokens = HELDOUT[sequence] if self._heldout else TOKENS[0]
         return tokens * (2 + 0.5 * common + 0.5 * apart + own)
 
 
@@ -122,9 +121,10 @@ def strategy(start: Event) -> Strategy:
             keep_full=frozenset(options["keep_full"]),
             num_shared=options["num_shared"],
             stages=options["stages"],
-            tokens=tuple(TOKENS),
-            looks=looks_of(len(TOKENS), 2),
-        )
+            tokens=tuple(start["tokens"]),
+            looks=looks_of(len(start["tokens"]), 2),
+        ),
+        Options(options["strategy"]),
     )
 
 
@@ -135,7 +135,7 @@ def run(path: Path, start: Event, process: Process | None = None, seed: int = 0)
         journal.append(start)
     record = RunRecord.replay(journal.events())
     process = process or Process()
-    calibration, heldout = MadeUp(len(TOKENS), False, process, seed), MadeUp(len(HELDOUT), True, process, seed)
+    calibration, heldout = MadeUp(len(start["tokens"]), False, process, seed), MadeUp(len(HELDOUT), True, process, seed)
     scoring = Scoring(journal, record, calibration, Quiet())
     try:
         Search(scoring, strategy(start)).run(SwapRefinement(scoring, heldout).run)
@@ -253,6 +253,38 @@ def test_moves_that_the_search_has_scored_are_not_scored_again(tmp_path: Path) -
     assert len(first["moves"]) > len(set(refined) & {_moved(first["pattern"], *move) for move in first["moves"]})
     assert cost(record)["refinement_evaluations"] == len(set(refined)) + len(record.heldout.nll)  # type: ignore[union-attr]
     assert cost(record)["candidate_evaluations"] == sum(range(3, 8)) + cost(record)["refinement_evaluations"]
+
+
+def test_moves_that_a_race_had_given_up_are_counted_once(tmp_path: Path) -> None:
+    """Flips of the last step are moves too: what the race has dropped there, the refinement scores to the end."""
+    start = {**start_event(), "tokens": TOKENS[:1] * 12}
+    start["options"] |= {"strategy": "race", "confidence": 0.95}
+    record, _ = run(tmp_path / "j", start)
+    events = Journal(tmp_path / "j").events()
+    end = next(number for number, event in enumerate(events) if event["event"] == "refine")
+    before = RunRecord.replay(events[:end])
+    last = record.commits[-1]
+    moved = {one.pattern for one in before.given_up(last.step)} & set(record.asked[REFINING])
+    assert moved and all(record.nll.is_complete(letters) for letters in moved)
+    for step in range(1, len(record.commits) + 1):
+        assert record.given_up(step) == before.given_up(step)
+        assert record.candidates(step) == before.candidates(step)
+    searched = [cell for cell in view_run(before).cells if cell.step <= last.step]
+    assert list(view_run(record).cells) == searched
+    assert len({(cell.step, cell.layer) for cell in searched}) == len(searched) == sum(range(3, 8))
+    losses = [event for event in events if event["event"] == "losses" and event["step"] > 0]
+    scored = [_scored(event) / (3 if event.get("set") == "refine-on" else 12) for event in losses]
+    assert cost(record)["candidate_evaluations"] == pytest.approx(sum(scored), abs=1e-3)
+    refined = [part for part, event in zip(scored, losses, strict=True) if "set" in event]
+    assert cost(record)["refinement_evaluations"] == pytest.approx(sum(refined), abs=1e-3)
+    assert cost(before)["candidate_evaluations"] == pytest.approx(sum(scored) - sum(refined), abs=1e-3)
+    naive = len(record.asked[0]) + sum(range(3, 8)) + len(set(record.asked[REFINING]) - set(record.flips(last.step)))
+    assert cost(record)["naive_layer_evaluations"] == (naive + len(record.heldout.nll)) * LAYERS  # type: ignore[union-attr]
+
+
+def _scored(event: Event) -> int:
+    first, last = event["sequences"]
+    return len(event["patterns"]) * (last - first)
 
 
 def test_where_the_kl_is_the_objective_swaps_go_by_it(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -289,6 +290,36 @@ def test_damaged_commits_of_a_race_are_refused(tmp_path: Path, damage: Event) ->
             event.update(damage)
     with pytest.raises(JournalError, match="is damaged"):
         RunRecord.replay(events)
+
+
+@pytest.mark.parametrize("name", ["dropped", "stale", "violations", "settled", "candidates"])
+def test_a_commit_that_is_not_the_strategys_is_refused(tmp_path: Path, name: str) -> None:
+    """Each of these is one that could be, so that a replay alone does not notice."""
+    long_run(tmp_path / "j", "race+lazy", ManySequences(), 0.05)
+    events = Journal(tmp_path / "j").events()
+    commit = next(event for event in events if event.get(name) and (name != "candidates" or event.get("dropped")))
+    changed = {"settled": lambda: commit[name] - 1, "candidates": lambda: commit[name][::-1]}
+    commit[name] = changed[name]() if name in changed else commit[name][1:]
+    path = tmp_path / "changed"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    with pytest.raises(JournalError, match=f"committed {name} .* its losses say"):
+        long_run(path, "race+lazy", ManySequences(), 0.05)
+
+
+def test_an_event_that_does_not_fit_is_never_on_disk(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j")
+    journal.append(START)
+    record = RunRecord.replay(journal.events())
+    scoring = Scoring(journal, record, MadeUp(), Quiet())
+    for event in (
+        {"event": "commit", "step": 2, "layer": 1, "pattern": "FSFFFF", "candidates": [1], "ties": []},
+        {"event": "losses", "step": 0, "sequences": [0, 1], "patterns": ["FFFFFF"], "nll": [[float("nan")]]},
+        {"event": "swap"},
+    ):
+        with pytest.raises(JournalError, match="cannot take its next event"):
+            scoring.append(event)
+    assert journal.events() == [START]
+    assert (record.commits, record.nll, record.asked, record.refinement) == ([], {}, {}, None)
 
 
 def test_a_journal_of_version_0_1_0_is_continued(tmp_path: Path) -> None:

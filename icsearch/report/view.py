@@ -252,8 +252,10 @@ def _cells(record: RunRecord) -> tuple[Cell, ...]:
             tied = commit is not None and candidate.layer in commit.ties
             cells.append(Cell(step, candidate.layer, cost, committed, tied))
         for candidate in record.given_up(step) if commit else ():
-            cost = record.objective.known_difference(candidate.pattern, before)
-            cells.append(Cell(step, candidate.layer, cost, False, False, candidate.sequences))
+            known = candidate.sequences
+            cost = record.objective.known_difference(candidate.pattern, before, known)
+            part = known if known < len(record.tokens) else None  # a reference may be a flip, and is scored on all
+            cells.append(Cell(step, candidate.layer, cost, False, False, part))
     return tuple(cells)
 
 
