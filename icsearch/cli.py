@@ -118,9 +118,9 @@ def greedy(
         str | None,
         typer.Option(
             metavar="swaps",
-            help="Improve the found pattern: move single indexers to other layers while that lowers the loss by more "
-            "than 2 paired standard errors, and on held-out sequences by more than 1. The result is never worse than "
-            "its start on either set of sequences.",
+            help="Improve the found pattern: move single indexers to other layers while that lowers the objective "
+            "(loss or KL) by more than 2 paired standard errors, and on held-out sequences by more than 1. By the "
+            "objective, the result is never worse than its start on either set of sequences.",
             show_default=False,
         ),
     ] = None,
@@ -291,7 +291,9 @@ def evaluate(
     ] = None,
     lm_eval: Annotated[
         str,
-        typer.Option(metavar="TASKS", help="Run lm-evaluation-harness tasks (icsearch\\[lm-eval]).", show_default=False),
+        typer.Option(
+            metavar="TASKS", help="Run lm-evaluation-harness tasks (icsearch\\[lm-eval]).", show_default=False
+        ),
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Evaluate patterns of another model too, labelled.")] = False,
     device: Device = "auto",

@@ -56,10 +56,14 @@ BlockElements = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")]
 
 STRATEGY_HELP = (
-    "exact: every remaining layer is scored in every step. "
+    "exact: every remaining layer is scored in every step; Algorithm 1's choices on these sequences, of equal losses "
+    "the smaller layer. "
     "race: so are all, batch by batch, until they are confidently worse than the leader; each step commits exact's "
-    "choice with --confidence. "
+    "choice with --confidence, by one-sided paired t tests on sequences, corrected (Bonferroni) for looks x "
+    "(candidates - 1). Sequences are taken in the order in which they lie, which must be random: text sources are "
+    "shuffled by --seed, ready batches are not. "
     "lazy: older scores rule layers out, with a learned slack and regular full rescans; exact's choices as long as a "
-    "flip does not become cheaper than that, and what did is counted. "
+    "flip does not become cheaper than that, and what did is counted. Where weights are streamed from disk or CPU "
+    "memory, a sweep reads every layer anyway, so prefer race. "
     "race+lazy: lazy chooses whom a race is run among. The committed losses are exact in all of them."
 )

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
@@ -512,8 +513,10 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
     return long_run(path, "race+lazy", ManySequences(), 0.05)
 
 
-def test_exact_searches_say_nothing_of_choices(small: RunView) -> None:
-    assert guarantee(small.record) == what_was_left_out(small.record) == ""
+def test_exact_searches_leave_nothing_out(small: RunView) -> None:
+    assert what_was_left_out(small.record) == ""
+    assert "Algorithm 1" in guarantee(small.record)
+    assert "Algorithm 1" in render_page([small])
     assert {step_note(commit) for commit in small.record.commits} == {""}
     assert "how it was chosen" not in render_page([small])
 
@@ -522,7 +525,10 @@ def test_a_race_states_its_guarantee_and_what_it_left_out(raced: RunRecord) -> N
     text = guarantee(raced)
     for stated in (
         "confidence of 90%",
-        "paired t test",
+        "one-sided paired t tests on sequences",
+        "corrected (Bonferroni) for looks x (candidates - 1)",
+        "must be random",
+        "an estimate from a part of the sequences",
         "by more than 0.05 nats",
         "those of an exact search as long as",
     ):
@@ -536,6 +542,13 @@ def test_a_race_states_its_guarantee_and_what_it_left_out(raced: RunRecord) -> N
     assert "how it was chosen" in page
     for commit in raced.commits:
         assert step_note(commit) in page
+
+
+def test_block_wise_runs_name_their_tie_rule(raced: RunRecord) -> None:
+    assert "the earliest token is chosen" not in render_page([view_run(raced)])
+    blockwise = {**raced.start, "options": {**raced.start["options"], "kernels": "blockwise"}}
+    page = render_page([view_run(replace(raced, start=blockwise))])
+    assert "of equal index scores the earliest token is chosen" in page
 
 
 def test_given_up_candidates_are_pale_cells_with_what_is_known(raced: RunRecord) -> None:

@@ -11,7 +11,7 @@ from icsearch import results
 from icsearch.errors import IcsearchError
 from icsearch.export import ENGINES, Export, export
 from icsearch.report import numbers
-from icsearch.report.choices import guarantee, step_note, what_was_left_out
+from icsearch.report.choices import arithmetic_note, guarantee, leaves_out, step_note, what_was_left_out
 from icsearch.report.curve import CurvePicture, comparison_picture, run_picture
 from icsearch.report.eval_page import eval_section
 from icsearch.report.eval_view import EvalView
@@ -100,6 +100,7 @@ class RunSection:
     references: tuple[ReferenceRow, ...]
     steps: tuple[StepRow, ...]
     guarantee: str
+    leaves_out: bool
     left_out: str
     ties: tuple[TieRow, ...]
     exports: tuple[Export, ...]
@@ -192,13 +193,14 @@ def run_section(view: RunView, number: int) -> RunSection:
         references=tuple(_reference_row(reference) for reference in view.references),
         steps=tuple(_step_rows(view)),
         guarantee=guarantee(view.record),
+        leaves_out=leaves_out(view.record),
         left_out=what_was_left_out(view.record),
         ties=tuple(_tie_row(tie) for tie in view.ties),
         exports=exports,
         export_error=export_error,
         cost=tuple(_cost_facts(view)),
         provenance=_provenance(view),
-        notes=tuple(view.record.notes),
+        notes=(*view.record.notes, *arithmetic_note(view.record)),
     )
 
 
