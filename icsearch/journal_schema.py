@@ -9,15 +9,18 @@ from icsearch.journal import Event
 from icsearch.jsonfile import (
     DURATION,
     FLAG,
+    MAX_NUMBER,
     NUMBER,
     OBJECT,
     TEXT,
     FieldError,
     Kind,
+    between,
     check_fields,
     layers,
     letters,
     list_of,
+    one_of,
     optional,
     shown,
     whole,
@@ -39,18 +42,38 @@ START_FIELDS = {
     "tokens": list_of(whole(1)),
     "refine_on": optional(OBJECT),
 }
+# Options of any run, evaluations too; earlier versions have fewer.
+RUN_OPTION_FIELDS = {
+    "dtype": optional(TEXT),
+    "device": optional(TEXT),
+    "batch_size": optional(whole(1)),
+    "attention": optional(TEXT),
+    "threads": optional(whole(1)),
+    "kernels": optional(one_of("blockwise", "reference")),
+    "block_elements": optional(whole(1024)),
+}
 OPTION_FIELDS = {
-    "method": TEXT,
-    "strategy": TEXT,
-    "objective": TEXT,
+    "method": one_of("greedy", "dp-baseline"),
+    "strategy": one_of("exact", "race", "lazy", "race+lazy", "dynamic-program"),
+    "objective": one_of("lm-loss", "kl", "cosine-similarity"),
+    "refine": optional(one_of("swaps")),
     "num_shared": optional(whole(0)),
     "stages": optional(whole(1)),
     "keep_full": optional(layers()),
-    "confidence": optional(NUMBER),
-    "tie_margin": optional(NUMBER),
-    "batch_size": optional(whole(1)),
-    "threads": optional(whole(1)),
+    "confidence": optional(between(0.5, 1)),
+    "tie_margin": optional(between(0, MAX_NUMBER)),
+    **RUN_OPTION_FIELDS,
 }
+
+
+def check_options(event: Event) -> None:
+    """Raise FieldError where the options of a first event, of a search or an evaluation, are no options.
+
+    What a command takes over from an existing run it takes from there, before anything else of the journal is read.
+    """
+    check_fields(event, {"options": OBJECT})
+    options = event["options"]
+    check_fields(options, RUN_OPTION_FIELDS if options.get("method") == "eval" else OPTION_FIELDS)
 
 
 def check_start(event: Event) -> None:
@@ -66,7 +89,7 @@ def check_start(event: Event) -> None:
         "blocks": optional(Kind(f"stages that cover layers 0 to {num_layers - 1}", lambda b: _covers(b, num_layers))),
     }
     check_fields(event, agreeing)
-    check_fields(event["options"], OPTION_FIELDS)
+    check_options(event)
     check_fields(event["model"], {**MODEL_FIELDS, "native_shared": optional(layers(num_layers))})
     check_fields(event["calibration"], CALIBRATION_FIELDS)
     if event.get("refine_on") is not None:

@@ -126,6 +126,17 @@ def layers(most: int = MAX_LAYERS) -> Kind:
     return Kind(f"ascending layer numbers below {most}", fits)
 
 
+def one_of(*values: str) -> Kind:
+    """One of these texts."""
+    return Kind(" or ".join(values), lambda value: isinstance(value, str) and value in values)
+
+
+def between(low: float, high: float) -> Kind:
+    """A number above `low` and below `high`."""
+    name = f"a number above {low:g}" + (f" and below {high:g}" if high < MAX_NUMBER else "")
+    return Kind(name, lambda value: NUMBER.fits(value) and low < value < high)
+
+
 def shown(value: Any) -> str:
     """A value for a message: short ones as they are, the rest by their type."""
     if isinstance(value, (list, dict)):

@@ -11,6 +11,8 @@ from typing import Any, TextIO
 from icsearch.errors import JournalError
 from icsearch.files import remove_stale_temporaries, sync_directory
 from icsearch.journal import Event, Journal
+from icsearch.journal_schema import check_options
+from icsearch.jsonfile import FieldError
 from icsearch.record import JOURNAL_NAME
 
 RESULT_NAMES = (
@@ -72,8 +74,17 @@ class RunDirectory:
                 self.path.rmdir()
 
     def existing(self) -> list[Event]:
-        """The events of the run so far; empty where none was started."""
-        return self.journal.events() if self.journal.exists() else []
+        """The events of the run so far; empty where none was started. Raises JournalError for damaged options."""
+        events = self.journal.events() if self.journal.exists() else []
+        try:
+            if events:
+                check_options(events[0])
+        except FieldError as error:
+            raise JournalError(
+                f"{self.journal.path}: journal line 1 is damaged ({error}): restore the file, or start over with "
+                "--fresh"
+            ) from None
+        return events
 
     def open(self, start: Event, existing: list[Event]) -> list[Event]:
         """Continue the existing run, or begin a new one with `start`: only now the last one's files go."""

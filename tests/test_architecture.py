@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "strategies": {"pattern", "statistics"},
     "requests": {"errors", "jsonfile", "pattern", "specs", "strategies"},
     "plan": {"errors", "pattern", "states", "strategies"},
-    "rundir": {"errors", "files", "journal", "record"},
+    "rundir": {"errors", "files", "journal", "journal_schema", "jsonfile", "record"},
     "search": {"commit", "errors", "journal", "pattern", "record", "refinement", "strategies"},
     "refine": {"errors", "journal", "pattern", "record", "refinement", "search", "strategies"},
     "inputs": {"calibration", "checkpoint", "model", "requests"},

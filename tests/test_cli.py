@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -483,3 +484,58 @@ def test_export_and_report(capsys: pytest.CaptureFixture[str], finished: Path, t
     assert "tgi" in refused(capsys, "export", finished / "pattern.json", "--engine", "tgi")
     assert "no file" in refused(capsys, "export", tmp_path / "none.json", "--engine", "vllm")
     assert "journal.jsonl" in refused(capsys, "report", tmp_path, "--out", page)
+
+
+# --- damaged options of an existing run ---------------------------------------------------------------------------
+
+OPTION_DAMAGE: dict[str, list[Any]] = {
+    "kernels": ["fast", 1, ["blockwise"]],
+    "block_elements": ["x", 3, 4096.0, True, [1]],
+    "threads": ["x", 0, {}],
+    "batch_size": ["x", 0],
+    "dtype": [32],
+    "device": [0],
+    "attention": [[]],
+    "method": ["dream", None, 3],
+    "strategy": ["fastest", []],
+    "objective": ["loss", {}],
+    "refine": ["shuffle", True],
+    "confidence": ["0.95", 0.5, 1, 10**400],
+    "tie_margin": ["x", 0, -1.0],
+    "keep_full": ["0", [5, 1], {}],
+    "num_shared": ["2", -1],
+    "stages": [0, "x"],
+}
+
+
+@pytest.fixture(scope="module")
+def searched(glm_checkpoint: Path, tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("damaged") / "run"
+    assert cli._run([str(part) for part in greedy(glm_checkpoint, tokens, out, "--num-shared", 1)], debug=False) == 0
+    return out
+
+
+@pytest.mark.parametrize("option", [*OPTION_DAMAGE, ""])
+def test_damaged_options_are_one_line(
+    option: str, searched: Path, glm_checkpoint: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a finished run and of one to be continued; by the command that searches and the one that reports."""
+    journal = searched / "journal.jsonl"
+    whole = journal.read_text()
+    first, *rest = whole.splitlines(keepends=True)
+    for value in OPTION_DAMAGE.get(option, [None, [], "x", 3]):
+        start = json.loads(first)
+        if option:
+            start["options"][option] = value
+        else:
+            start["options"] = value
+        for lines in (rest, rest[:1]):
+            journal.write_text("".join([json.dumps(start) + "\n", *lines]))
+            for command in (
+                greedy(glm_checkpoint, tokens, searched, "--num-shared", 1),
+                ["report", searched, "--out", searched / "page.html"],
+            ):
+                line = refused(capsys, *command)
+                assert f"{option or 'options'} is" in line and "--fresh" in line, line
+    journal.write_text(whole)
+    assert run(capsys, *greedy(glm_checkpoint, tokens, searched, "--num-shared", 1))[0] == 0

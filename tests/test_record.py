@@ -15,10 +15,13 @@ import pytest
 
 from icsearch.errors import JournalError
 from icsearch.journal import Event, Journal
+from icsearch.journal_schema import OPTION_FIELDS
 from icsearch.pattern import load_pattern_file
 from icsearch.record import RunRecord, load_run
 from icsearch.report import write_results
+from icsearch.requests import KERNELS, MIN_BLOCK_ELEMENTS, OBJECTIVES, REFINEMENTS
 from icsearch.results import cost, pattern_file
+from icsearch.strategies import STRATEGIES
 
 DATA = Path(__file__).parent / "data"
 
@@ -237,3 +240,11 @@ def change(holder: Any, key: Any, rng: random.Random) -> None:
         holder[key] = rng.choice(others)
     else:
         holder[key] = rng.choice(same.get(type(holder[key]), others))
+
+
+def test_the_schema_knows_every_option_that_can_be_asked_for() -> None:
+    for option, values in (("strategy", STRATEGIES), ("objective", OBJECTIVES), ("refine", REFINEMENTS)):
+        assert all(OPTION_FIELDS[option].fits(value) for value in values)
+    assert all(OPTION_FIELDS["kernels"].fits(value) for value in KERNELS if value != "auto")
+    least = OPTION_FIELDS["block_elements"]
+    assert least.fits(MIN_BLOCK_ELEMENTS) and not least.fits(MIN_BLOCK_ELEMENTS - 1)

@@ -44,8 +44,8 @@ def _race(confidence: float | None, margin: float | None) -> str:
         f"Race: candidates were scored batch by batch, and dropped once they were worse than the leader with a "
         f"confidence of{sure} for the step as a whole: one-sided paired t tests on sequences, at least 5, each at a "
         f"level corrected (Bonferroni) for looks x (candidates - 1). The sequences were taken in the order in which "
-        "they lie, and that must be random: those of a text source are shuffled by --seed (large files through a buffer), ready batches are taken as "
-        "they are."
+        "they lie, and that must be random: those of a text source are shuffled by --seed (large files "
+        "through a buffer), ready batches are taken as they are."
     )
     if margin is None:
         return text
