@@ -221,8 +221,7 @@ def judge(bench: Bench, options: Options) -> Json:
 
 def summarise(results: Results) -> Json:
     """Per strategy: rate of equal patterns with its 95% interval, losses where not, and cost."""
-    last = results.lines[-1]
-    document: Json = {"format": FORMAT, "machine": results.machine, "date": last["date"], "commit": last["commit"]}
+    document: Json = {"format": FORMAT, **results.origin()}
     strategies = dict.fromkeys(line["key"][-1] for line in results.lines)
     document["strategies"] = [_summary(name, [s for s in results.lines if s["key"][-1] == name]) for name in strategies]
     return document

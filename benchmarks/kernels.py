@@ -152,8 +152,7 @@ def summarise(results: Results, lengths: Sequence[int]) -> Json:
         for line in results.lines
         if line["key"][0] == "compare"
     ]
-    last = results.lines[-1]
-    document = {"format": FORMAT, "machine": results.machine, "date": last["date"], "commit": last["commit"]}
+    document = {"format": FORMAT, **results.origin()}
     return {**document, "lengths": rows, "compared": compared, "goals": goals(rows)}
 
 

@@ -119,7 +119,8 @@ def run_child(script: str, spec: Json, threads: int) -> Json:
 class Results:
     """JSON lines, one per measurement, written as they come: a run that was stopped goes on where it was.
 
-    Each line has a `key`, by which it is found again. Lines of another machine or other versions are refused.
+    Each line has a `key`, by which it is found again: whatever the measurement hangs on, beside the machine. Lines of
+    another machine or other versions are refused; those of another commit are used, and every summary names it.
     """
 
     path: Path
@@ -137,6 +138,18 @@ class Results:
             raise SystemExit(f"{path} was begun on {others[0]}, and this is {machine}: give --fresh, or another --out")
         return results
 
+    def origin(self) -> Json:
+        """The head of a summary: machine, date of the last line, and every commit that lines are of."""
+        last = self.lines[-1]
+        return {"machine": self.machine, "date": last["date"], "commit": last["commit"], "commits": self.commits()}
+
+    def commits(self) -> list[str]:
+        """The commits that lines were measured at, in order; says so on stdout where there are several."""
+        found = list(dict.fromkeys(_commit_of(line) for line in self.lines))
+        if len(found) > 1:
+            print(f"{self.path}: lines are of different commits: {', '.join(found)}", flush=True)
+        return found
+
     def find(self, key: Sequence[Any]) -> Json | None:
         return next((line for line in self.lines if line["key"] == list(key)), None)
 
@@ -148,6 +161,10 @@ class Results:
             os.fsync(file.fileno())
         self.lines.append(line)
         return line
+
+
+def _commit_of(line: Json) -> str:
+    return line["commit"] + (" with changes" if line["dirty"] else "")
 
 
 def read_lines(path: Path) -> list[Json]:

@@ -44,6 +44,9 @@ LAYER_SECONDS = {"stock": 0.15, "ours": 0.02}
 SHARES = {"sweep-reference": 0.5, "sweep": 0.5, "exact": 0.35, "race": 0.25, "lazy": 0.25, "race+lazy": 0.15}
 
 
+Key = tuple[str | int, ...]
+
+
 @dataclass(frozen=True)
 class Case:
     """What is searched, and how much of it. `reference_flips`: steps of the sweep on stock modules, which is slow."""
@@ -69,6 +72,20 @@ class Case:
 
     def flips_of(self, variant: str) -> int:
         return min(self.flips, self.reference_flips) if variant == "sweep-reference" else self.flips
+
+    def key(self, variant: str, repeat: int) -> Key:
+        """By which a run is found again: with the options that it hangs on, so that others are other runs."""
+        if variant == STOCK:
+            part = "whole" if self.stock_candidates == WHOLE else self.stock_candidates
+            return (self.name, variant, repeat, f"candidates={part}")
+        if variant == "sweep-reference":
+            return (self.name, variant, repeat, f"flips={self.flips_of(variant)}")
+        return (self.name, variant, repeat)
+
+    def judge_key(self, rule: str) -> Key:
+        if self.stock_candidates == WHOLE:
+            return (self.name, "judge", rule, "whole")
+        return (self.name, "judge", rule, f"steps={self.judge_steps}", f"commits={self.judge_commits}")
 
 
 ONLY_TIME = (STOCK, "sweep", "exact")
@@ -115,7 +132,7 @@ def layers_of(case: Case) -> int:
 class Job:
     """One process: its key in the results, what it is called, how long it should take, what it is told."""
 
-    key: tuple[str | int, ...]
+    key: Key
     expected: float
     spec: Json
 
@@ -148,7 +165,7 @@ def jobs_of(case: Case, threads: int) -> Iterator[Job]:
             else:
                 spec["variant"] = variants.describe(parse_variant(variant))
             spec["flips"] = case.flips_of(variant)
-            yield Job((case.name, variant, repeat), expected_seconds(case, variant, threads), spec)
+            yield Job(case.key(variant, repeat), expected_seconds(case, variant, threads), spec)
 
 
 def judge_seconds(case: Case, threads: int) -> float:
@@ -185,16 +202,14 @@ def judge_jobs(case: Case, results: Results, threads: int) -> Iterator[Job]:
     expected = judge_seconds(case, threads)
     if case.stock_candidates == WHOLE:
         spec = {"what": "stock", "candidates": None, "flips": case.flips, "earliest": True}
-        yield Job((case.name, "judge", "earliest"), expected, spec)
+        yield Job(case.judge_key("earliest"), expected, spec)
         return
-    found = next((line for name in ("exact", "sweep") if (line := results.find((case.name, name, 0)))), None)
+    found = next((line for name in ("exact", "sweep") if (line := results.find(case.key(name, 0)))), None)
     if found is None or not expected:
         return
     patterns = judged_patterns(found["layers"], layers_of(case), case.judge_steps, case.judge_commits)
     for rule, earliest in (("earliest", True), ("as it comes", False)):
-        yield Job(
-            (case.name, "judge", rule), expected / 2, {"what": "judge", "patterns": patterns, "earliest": earliest}
-        )
+        yield Job(case.judge_key(rule), expected / 2, {"what": "judge", "patterns": patterns, "earliest": earliest})
 
 
 def judged_patterns(path: Sequence[int], num_layers: int, steps: int, commits: int) -> list[str]:
@@ -216,8 +231,7 @@ def judged_patterns(path: Sequence[int], num_layers: int, steps: int, commits: i
 
 def summarise(cases: Sequence[Case], results: Results) -> Json:
     """Everything that the table says, from the lines of the results."""
-    last = results.lines[-1]
-    document = {"format": FORMAT, "machine": results.machine, "date": last["date"], "commit": last["commit"]}
+    document = {"format": FORMAT, **results.origin()}
     return {**document, "cases": [_case_summary(case, results) for case in cases]}
 
 
@@ -226,8 +240,8 @@ def _case_summary(case: Case, results: Results) -> Json:
     summary: Json = {"name": case.name, "model": label(case.model), "layers": layers, "length": case.length}
     summary |= {"sequences": case.sequences, "flips": case.flips, "batch_size": case.batch_size}
     rows = [row for variant in case.variants if (row := _row(case, variant, results))]
-    judges = {rule: results.find((case.name, "judge", rule)) for rule in ("earliest", "as it comes")}
-    whole = results.find((case.name, STOCK, 0))
+    judges = {rule: results.find(case.judge_key(rule)) for rule in ("earliest", "as it comes")}
+    whole = results.find(case.key(STOCK, 0))
     return {**summary, "rows": rows, **_ties(judges["earliest"], judges["as it comes"] or whole)}
 
 
@@ -242,7 +256,7 @@ def _ties(earliest: Json | None, as_it_comes: Json | None) -> Json:
 
 
 def _lines(case: Case, variant: str, results: Results) -> list[Json]:
-    found = (results.find((case.name, variant, repeat)) for repeat in range(case.repeats))
+    found = (results.find(case.key(variant, repeat)) for repeat in range(case.repeats))
     return [line for line in found if line]
 
 
@@ -322,9 +336,9 @@ def _against_judge(case: Case, variant: Variant, line: Json, results: Results) -
     With ties by our rule; for a search on stock modules, with ties as they come.
     """
     own_ties = variant.kernels == "reference"
-    judge = results.find((case.name, "judge", "as it comes" if own_ties else "earliest"))
+    judge = results.find(case.judge_key("as it comes" if own_ties else "earliest"))
     if judge is None and own_ties and case.stock_candidates == WHOLE:
-        judge = results.find((case.name, STOCK, 0))
+        judge = results.find(case.key(STOCK, 0))
     if judge is None:
         return {}
     found: Json = {}
@@ -356,17 +370,6 @@ def _largest_difference(first: Json, second: Json, among: Sequence[str] | None =
     common = set(first["sums"]) & set(second["sums"]) & set(among or first["sums"])
     pairs = [(sum(first["sums"][letters]), sum(second["sums"][letters])) for letters in common]
     return max((abs(a - b) / a for a, b in pairs), default=0.0)
-
-
-def possible(case: Case) -> Case:
-    """The case without variants that this version of icsearch does not know."""
-    from icsearch.requests import OBJECTIVES
-
-    wanted = {name: None if name == STOCK else parse_variant(name) for name in case.variants}
-    known = [name for name, variant in wanted.items() if variant is None or variant.objective in OBJECTIVES]
-    for name in set(wanted) - set(known):
-        print(f"{name} is left out: icsearch knows the objectives {', '.join(OBJECTIVES)}")
-    return Case(**{**case.__dict__, "variants": tuple(known)})
 
 
 def main() -> None:
@@ -403,7 +406,6 @@ def run_all(arguments: argparse.Namespace) -> None:
     if arguments.plan:
         print(f"together: about {minutes(sum(expected.values()))}")
         return
-    cases = [possible(case) for case in cases]
     results = Results.open(arguments.out, machine(threads), arguments.fresh)
     clock = Clock(sum(expected.values()))
     from tables import search_table

@@ -45,8 +45,9 @@ def megabytes(size: float) -> str:
 def measured_on(document: Json) -> str:
     """A line that says where the numbers are from."""
     found = document["machine"]
+    commits = " and ".join(document.get("commits") or [document["commit"]])
     return (
-        f"Measured {document['date'][:10]} at commit {document['commit']}: {found['cpu']}, {found['threads']} threads "
+        f"Measured {document['date'][:10]} at commit {commits}: {found['cpu']}, {found['threads']} threads "
         f"of {found['cores']} cores, {found['cpu_capability']}, Python {found['python']}, torch {found['torch']}, "
         f"transformers {found['transformers']}."
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,11 @@ def test_peak_sees_what_is_allocated() -> None:
 
 
 def test_search_benchmark_writes_results_and_table(
-    glm_checkpoint: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    glm_checkpoint: Path,
+    tokens: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """All but the processes: children run here."""
     monkeypatch.setattr(search_benchmark, "run_child", lambda _, spec, threads: variants.run({**spec, "threads": 1}))
@@ -179,7 +184,13 @@ def test_search_benchmark_writes_results_and_table(
     count = len(results.lines)
     search_benchmark.run_case(case, results, 1, measuring.Clock(1.0))
     assert len(results.lines) == count  # nothing twice
+    for other in (replace(case, stock_candidates=4), replace(case, reference_flips=2), replace(case, judge_steps=1)):
+        keys = [job.key for job in search_benchmark.jobs_of(other, 1)] + [other.judge_key("earliest")]
+        assert sum(results.find(key) is None for key in keys) in (1, 2)  # both repeats, or the judge
+    results.lines[0]["commit"] = "another"
     document = json.loads(json.dumps(search_benchmark.summarise([case], results)))
+    assert document["commits"][0].startswith("another") and len(document["commits"]) == 2
+    assert "lines are of different commits: another" in capsys.readouterr().out
     rows = {row["variant"]: row for row in document["cases"][0]["rows"]}
     assert rows["exact"]["same_path_as_stock"]
     assert rows["exact"]["judged_steps"] == 2
