@@ -19,7 +19,7 @@ from icsearch.errors import IcsearchError
 from icsearch.files import write_atomically
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
-from icsearch.jsonfile import read_object, write_object
+from icsearch.jsonfile import read_object, strict, write_object
 from icsearch.model import Layout
 from icsearch.pattern import Pattern
 from icsearch.prepare import Loaded, Publish, load, opened, publish_nothing
@@ -31,7 +31,7 @@ from icsearch.start_event import pattern_start
 from icsearch.sweep_scorer import count_in_sweeps, make_scoring
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
-_NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "threads")
+_NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "block_elements", "threads")
 
 
 def dp_baseline(request: BaselineRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
@@ -61,6 +61,8 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
     if not record.similarity_sums.sequences:
         for event in reused:
             scoring.append(event)
+    if (measured := record.similarity_sums.numerics) is not None:
+        scoring.note(_other_numerics(measured, record.start))
     _measure_similarity(layout, loaded, scoring)
     _save_similarity(request.out, record)
     if record.chosen is None:
@@ -97,13 +99,19 @@ def _choose(request: BaselineRequest, scoring: Scoring) -> None:
 
 
 def _save_similarity(out: Path, record: RunRecord) -> None:
-    """similarity.npz (lower triangles, zeros above) and similarity.json, which says what they belong to."""
+    """similarity.npz (lower triangles, zeros above) and similarity.json, which says what they belong to.
+
+    A similarity that was read from a file keeps the numerics that it was measured with there.
+    """
     means = record.similarity_sums.means()
     arrays = {name: _square(means[name]) for name in ("cosine", "overlap")}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomically(out / "similarity.npz", buffer.getvalue())
-    manifest = {"format": SIMILARITY_FORMAT, "queries": means["queries"], **_identity(record.start)}
+    identity, measured = _identity(record.start), record.similarity_sums.numerics
+    manifest = {"format": SIMILARITY_FORMAT, "queries": means["queries"], **identity}
+    if measured is not None:
+        manifest["numerics"] = measured
     write_object(out / "similarity.json", manifest)
 
 
@@ -119,8 +127,17 @@ def _identity(start: Event) -> dict[str, Any]:
     return {
         "model": start["model"]["fingerprint"],
         "calibration": start["calibration"]["fingerprint"],
-        "numerics": {name: options[name] for name in _NUMERICS},
+        "numerics": {name: options.get(name) for name in _NUMERICS},
     }
+
+
+def _other_numerics(measured: dict[str, Any], start: Event) -> list[str]:
+    """A note where a similarity from a file was measured with other numerics than the losses of this run."""
+    here = _identity(start)["numerics"]
+    differing = [f"{name} {measured.get(name)}, here {here[name]}" for name in here if measured.get(name) != here[name]]
+    if not differing:
+        return []
+    return [f"the similarity was measured in an earlier run with other numerics ({'; '.join(differing)})"]
 
 
 def _read_similarity(path: Path, start: Event) -> Event:
@@ -139,6 +156,7 @@ def _read_similarity(path: Path, start: Event) -> Event:
     if manifest.get("format") != SIMILARITY_FORMAT or found != wanted:
         other = [name for name in found if found[name] != wanted[name]] or ["format"]
         raise IcsearchError(f"{path} belongs to another {' and another '.join(other)}: leave --similarity out")
+    numerics = strict(manifest.get("numerics"))
     layers = start["num_layers"]
     if any(square.shape != (layers, layers) for square in squares.values()):
         raise IcsearchError(f"{path} is not {layers} x {layers}, the model's DSA layers: leave --similarity out")
@@ -146,6 +164,7 @@ def _read_similarity(path: Path, start: Event) -> Event:
         "event": "similarity",
         "sequences": [0, len(start["tokens"])],
         "queries": queries,
+        "numerics": numerics if isinstance(numerics, dict) else {},
         **{name: _triangle(square * queries) for name, square in squares.items()},
         "layer_sequences": 0,
         "seconds": 0.0,

@@ -11,12 +11,16 @@ from icsearch.jsonfile import FieldError
 
 @dataclass
 class SimilaritySums:
-    """Lower triangles summed over choosing queries, as they come in batch by batch."""
+    """Lower triangles summed over choosing queries, as they come in batch by batch.
+
+    `numerics` are those that they were measured with, where that was another run's.
+    """
 
     cosine: list[list[float]] = field(default_factory=list)
     overlap: list[list[float]] = field(default_factory=list)
     sequences: int = 0
     queries: int = 0
+    numerics: dict[str, Any] | None = None
 
     def check(self, event: Event) -> None:
         """Raise FieldError unless its sequences are those that come next."""
@@ -27,6 +31,7 @@ class SimilaritySums:
     def add(self, event: Event) -> None:
         """Take in an event that `check` lets through."""
         _, last = event["sequences"]
+        self.numerics = event.get("numerics")
         self.sequences, self.queries = last, self.queries + event["queries"]
         self.cosine = _added(self.cosine, event["cosine"])
         self.overlap = _added(self.overlap, event["overlap"])

@@ -65,6 +65,23 @@ def test_similarity_is_used_again(
     assert second["cost"]["layer_evaluations"] < first["cost"]["layer_evaluations"]
 
 
+def test_a_similarity_keeps_the_numerics_that_it_was_measured_with(
+    capsys: pytest.CaptureFixture[str], searched: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    stored = searched / "dp-baseline" / "similarity.npz"
+    measured = json.loads(stored.with_suffix(".json").read_text())["numerics"]
+    assert (measured["kernels"], measured["block_elements"]) == ("blockwise", 2**19)
+    for kernels in ("reference", "blockwise"):
+        out = tmp_path / kernels
+        more = ["--num-shared", 3, "--similarity", stored, "--kernels", kernels]
+        assert run(capsys, *baseline(glm_checkpoint, tokens, out, *more))[0] == 0
+        assert json.loads((out / "similarity.json").read_text())["numerics"] == measured
+        said = (
+            "kernels blockwise, here reference; block_elements 524288, here None" in (out / "report.html").read_text()
+        )
+        assert said == (kernels == "reference")
+
+
 def test_similarity_of_another_model_is_refused(
     capsys: pytest.CaptureFixture[str], searched: Path, tokens: Path, tmp_path: Path
 ) -> None:
