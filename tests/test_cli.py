@@ -188,7 +188,7 @@ def test_fresh_starts_over(
 
 
 # Room for 3 candidates, for 2, and for all of them with the states of every 2nd layer kept between steps.
-@pytest.mark.parametrize("memory", ["9030kB", "9016kB", "9246kB"])
+@pytest.mark.parametrize("memory", ["17418608B", "17404608B", "17634608B"])
 def test_memory_budget_changes_no_bit(
     capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path, memory: str
 ) -> None:
@@ -205,8 +205,8 @@ def test_memory_budget_changes_no_bit(
     ("memory", "kept"),
     [
         ("1GB", "480.0 kB, every layer"),
-        ("9246kB", "192.0 kB, every 2nd layer"),
-        ("9016kB", "nothing: there is no room"),
+        ("17634608B", "192.0 kB, every 2nd layer"),
+        ("17404608B", "nothing: there is no room"),
     ],
 )
 def test_the_plan_says_what_is_kept_between_steps(
@@ -222,7 +222,10 @@ def test_a_search_by_kl(
 ) -> None:
     """Room for the all-F model's final states, and no room: the same result, at another cost; continued as it began."""
     what = ["--num-shared", 3, "--strategy", strategy, "--objective", "kl"]
-    for name, memory, row in (("ample", "1GB", "25.6 kB of final states kept"), ("short", "9012kB", "runs along in")):
+    for name, memory, row in (
+        ("ample", "1GB", "25.6 kB of final states kept"),
+        ("short", "17400608B", "runs along in"),
+    ):
         arguments = greedy(glm_checkpoint, tokens, tmp_path / name, *what, "--memory", memory)
         status, out, err = run(capsys, *arguments)
         assert (status, row in " ".join(err.split())) == (0, True)
