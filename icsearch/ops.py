@@ -6,8 +6,9 @@ follows from shapes and `block_elements` (the numbers that one block's buffer ma
 the bits do not depend on the machine's mood.
 
 Ties: the ReLU makes many index scores exactly zero. Of equal scores the earliest token is chosen; so a query that
-sees fewer than k tokens selects 0 to k - 1. A selection is in ascending token order. That holds for every block
-size, batch and device.
+sees fewer than k tokens selects 0 to k - 1. A selection is in ascending token order. The rule is the same for every
+block size, batch and device. It is about scores as computed: ReLU zeros are zero in any shape, but two equal keys may
+get scores a rounding apart where a product has another shape.
 """
 
 from __future__ import annotations
