@@ -25,10 +25,11 @@ import torch
 
 import checkpoints
 from icsearch import checkpoint, greedy, model
+from icsearch.block import Batch
+from icsearch.bring_up import device_batches
 from icsearch.calibration import load as load_tokens
 from icsearch.model import DsaModel, Layout
 from icsearch.pattern import Pattern
-from icsearch.prepare import device_batches
 from icsearch.progress import Quiet
 from icsearch.record import RunRecord, load_run
 from icsearch.requests import CalibrationRequest, GreedyRequest
@@ -36,7 +37,7 @@ from icsearch.run_options import BATCH_TOKENS, BLOCK_ELEMENTS
 from icsearch.states import Keeping, Rehearsal
 from icsearch.statistics import mean_loss, paired_difference, wilson_interval
 from icsearch.strategies import Options, Task, looks_of, make_strategy
-from icsearch.sweep import Batch, Sweeper
+from icsearch.sweep import Sweeper
 from measuring import RESULTS, WORK, Clock, Json, Results, machine, read_lines, write_json
 from search import SHARES, layer_seconds
 from stock import forwards

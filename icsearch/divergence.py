@@ -6,48 +6,34 @@ runs along, and kept; where there is no room for them, it runs along in every sw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from icsearch.block import Batch, BranchState
 from icsearch.losses import per_sequence, token_measures
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.states import StateStore
-from icsearch.sweep import Batch, BranchState, Sweeper, SweepResult
+from icsearch.sweep import Sweeper
 
 
 class KlSweeper(Sweeper):
-    """A sweeper whose results have the KL too. `keep_full_states`: all batches' final states have room in memory."""
+    """A sweeper whose results have KL(unmodified || pattern) too, summed, in nats.
 
-    def __init__(self, model: DsaModel, kept: StateStore[BranchState] | None, keep_full_states: bool) -> None:
-        super().__init__(model, kept)
+    The NLL has the bits of a sweep without KL. `keep_full_states`: all batches' final states have room in memory.
+    """
+
+    def __init__(
+        self,
+        model: DsaModel,
+        kept: StateStore[BranchState] | None,
+        keep_full_states: bool,
+        layers: range | None = None,
+    ) -> None:
+        super().__init__(model, kept, layers)
         self._keep_full_states = keep_full_states
         self._full_states: dict[int, torch.Tensor] = {}  # by first sequence: [B, T, D] after the final norm
-
-    def sweep(
-        self,
-        patterns: Iterable[Pattern],
-        wave: Sequence[Batch],
-        on_layer: Callable[[int], None] = lambda layer_sequences: None,
-    ) -> SweepResult:
-        """NLL and KL(unmodified || pattern) of every pattern on every sequence of the wave, summed, in nats.
-
-        The NLL has the bits of a sweep without KL. Raises NonFiniteLossError, OutOfMemoryError.
-        """
-        asked = list(dict.fromkeys(patterns))
-        nll: dict[str, list[float]] = {pattern.letters: [] for pattern in asked}
-        kl: dict[str, list[float]] = {pattern.letters: [] for pattern in asked}
-
-        def reduce(batch: Batch, states: dict[str, torch.Tensor]) -> None:
-            reference = self._reference(batch, states)
-            for pattern in asked:
-                sums = self._sums(states[pattern.letters], reference, batch, pattern)
-                nll[pattern.letters] += sums[0].tolist()
-                kl[pattern.letters] += sums[1].tolist()
-
-        layer_sequences = self.run(self._with_full(asked, wave, self._full_states), wave, reduce, on_layer)
-        return SweepResult(nll, layer_sequences, kl)
 
     def expected(self, work: Iterable[tuple[Sequence[Pattern], Sequence[Batch]]]) -> int:
         """As of any sweeper, with the runs of the unmodified model where its states are not known."""
@@ -57,13 +43,27 @@ class KlSweeper(Sweeper):
             known |= {batch.first for batch in wave if self._keep_full_states}
         return super().expected(swept)
 
+    def with_others(self, asked: Sequence[Pattern], wave: Sequence[Batch]) -> Sequence[Pattern]:
+        """The patterns asked for, and the unmodified model's unless its states on the whole wave are known."""
+        return self._with_full(asked, wave, self._full_states)
+
     def _with_full(self, patterns: Sequence[Pattern], wave: Sequence[Batch], known: Iterable[int]) -> Sequence[Pattern]:
-        """The patterns, and the unmodified model's unless its states on the whole wave are known."""
         if {batch.first for batch in wave} <= set(known):
             return patterns
         return list(dict.fromkeys([*patterns, self.model.start_pattern]))
 
-    def _reference(self, batch: Batch, states: dict[str, torch.Tensor]) -> torch.Tensor:
+    def losses(
+        self, asked: Sequence[Pattern], batch: Batch, states: Mapping[str, torch.Tensor]
+    ) -> dict[str, dict[str, list[float]]]:
+        """NLL and KL sums; `states` holds the unmodified model's too, where they are not known."""
+        reference = self._reference(batch, states)
+        sums = {p.letters: self._sums(states[p.letters], reference, batch, p) for p in asked}
+        return {
+            "nll": {letters: nll.tolist() for letters, (nll, _) in sums.items()},
+            "kl": {letters: kl.tolist() for letters, (_, kl) in sums.items()},
+        }
+
+    def _reference(self, batch: Batch, states: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if batch.first in self._full_states:
             return self._full_states[batch.first]
         reference = self.model.final_norm(states[self.model.start_pattern.letters])

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from icsearch.block import Batch
 from icsearch.evaluation import EvalRecord
 from icsearch.journal import Event
 from icsearch.losses import per_sequence, selection_overlap, token_measures
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
-from icsearch.sweep import Batch, Sweeper
+from icsearch.sweep import Sweeper
 
 
 def bucket_edges(seq_len: int, index_topk: int) -> list[int]:

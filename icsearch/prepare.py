@@ -6,15 +6,13 @@ Nothing of an earlier run is touched before all of that has gone well.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from icsearch import calibration, model
+from icsearch.block import Batch
+from icsearch.bring_up import bring_up, device_batches
 from icsearch.inputs import Inputs, obtain, obtain_heldout, open_model
 from icsearch.journal import Event
 from icsearch.memory_plan import Memory, plan_memory
@@ -23,7 +21,6 @@ from icsearch.record import RunRecord
 from icsearch.requests import RunRequest
 from icsearch.rundir import RunDirectory
 from icsearch.search import Progress
-from icsearch.sweep import Batch, cut_batches
 
 # Writes the results of a run into its directory.
 Publish = Callable[[Path, RunRecord], object]
@@ -81,34 +78,7 @@ class Loaded:
 def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded:
     """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError."""
     memory = plan_memory(request, inputs, options)
-    torch.set_num_threads(options["threads"])
-    make_deterministic(torch.device(options["device"]))
-    dsa = model.load(
-        inputs.source,
-        dtype=options["dtype"],
-        device=options["device"],
-        trust_remote_code=request.calibration.trust_remote_code,
-        block_elements=options.get("block_elements"),
-    )
+    dsa = bring_up(inputs.source, options, request.calibration.trust_remote_code, None)
     size = options["batch_size"]
     heldout = [] if inputs.heldout is None else device_batches(dsa, inputs.heldout, size)
     return Loaded(dsa, device_batches(dsa, inputs.batches, size), memory, heldout)
-
-
-def device_batches(dsa: DsaModel, batches: calibration.Calibration, batch_size: int) -> list[Batch]:
-    """The batches as tensors on the model's device."""
-    input_ids = torch.from_numpy(batches.input_ids).to(dsa.device)
-    counted = torch.from_numpy(batches.counted()).to(dsa.device)
-    return cut_batches(input_ids, counted, batch_size)
-
-
-def make_deterministic(device: torch.device) -> None:
-    """On CUDA, switch deterministic algorithms on: expert routing adds with atomics otherwise.
-
-    torch warns of a kernel that has none; the scorer turns such warnings into notes of the run.
-    """
-    if device.type != "cuda":
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.matmul.allow_tf32 = False

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from icsearch.block import Batch
 from icsearch.errors import IcsearchError
 from icsearch.journal import Event
 from icsearch.kernels import Core
 from icsearch.losses import selection_overlap
 from icsearch.model import DsaModel
 from icsearch.slot import SelectionStore
-from icsearch.sweep import Batch, Sweeper
+from icsearch.sweep import Sweeper
 
 # Rows of a lower triangle: row i has i sums, one for each earlier layer.
 Triangle = list[list[float]]

@@ -6,7 +6,8 @@ forks off at its own layer. Layers are the outer loop: each layer's weights are 
 
 A branch is (hidden states, current selection) per batch. Batches are cut from the sequences once, by
 `batch_size`, and every layer call has one batch's shape, whatever else is alive: so the losses have the same bits
-as those of whole forwards (`naive_nll`), for any split of patterns into sweeps and of batches into waves.
+as those of whole forwards (`naive_nll`), for any split of patterns into sweeps, of batches into waves, and of layers
+into blocks.
 
 With a `StateStore` a branch starts at the deepest layer entry where its state was kept by an earlier sweep. Without
 one it starts at the embedding: that is the slow twin, which must give the same bits.
@@ -14,13 +15,14 @@ one it starts at the embedding: that is the slow twin, which must give the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 
+from icsearch.block import Batch, Branch, BranchState, LayerBlock, Probe, count_sequences
 from icsearch.errors import NonFiniteLossError
 from icsearch.losses import sequence_nll
 from icsearch.memory import is_out_of_memory, out_of_memory
@@ -31,43 +33,6 @@ from icsearch.states import Keeping, StateStore
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Consecutive calibration sequences: `input_ids` int64 [B, T], `counted` bool [B, T], `first` sequence number."""
-
-    first: int
-    input_ids: torch.Tensor
-    counted: torch.Tensor
-
-    @property
-    def last(self) -> int:
-        """One past the last sequence number."""
-        return self.first + len(self.input_ids)
-
-
-@dataclass
-class Branch:
-    """Patterns that agree so far, and per batch the state that they share."""
-
-    patterns: list[Pattern]
-    hidden_states: list[torch.Tensor]  # per batch [B, T, D]
-    selections: list[object]  # per batch, what the last F indexer returned
-
-
-@dataclass(frozen=True)
-class BranchState:
-    """A branch on one batch at a layer's entry: hidden states [B, T, D], and what the last F indexer returned."""
-
-    hidden_states: torch.Tensor
-    selection: Any
-
-    @property
-    def bytes(self) -> int:
-        """Memory that it holds. States of S layers share their selection; it counts for each of them."""
-        tensors = [value for value in (self.hidden_states, self.selection) if isinstance(value, torch.Tensor)]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-
-
-@dataclass(frozen=True)
 class SweepResult:
     """`nll[letters]`: summed NLL in nats of each sequence of the wave; `layer_sequences`: layer runs x sequences.
 
@@ -75,40 +40,59 @@ class SweepResult:
     """
 
     nll: dict[str, list[float]]
-    layer_sequences: int
+    layer_sequences: int = 0
     kl: dict[str, list[float]] = field(default_factory=dict)
 
 
-# What hears of an S layer: (batch, the patterns that run there, position, borrowed selection, its own indexer's).
-Probe = Callable[[Batch, Sequence[Pattern], int, Any, Any], None]
+@contextlib.contextmanager
+def computing() -> Iterator[None]:
+    """Around what runs layers: no gradients, and memory that runs out is an error that names the options to change."""
+    try:
+        with torch.inference_mode():
+            yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
+        raise
 
 
-def cut_batches(input_ids: torch.Tensor, counted: torch.Tensor, batch_size: int) -> list[Batch]:
-    """Fixed batches of consecutive sequences of [S, T] ids. The last may be smaller."""
-    return [
-        Batch(first, input_ids[first : first + batch_size], counted[first : first + batch_size])
-        for first in range(0, len(input_ids), batch_size)
-    ]
+@contextlib.contextmanager
+def kernel_notes() -> Iterator[set[str]]:
+    """Within the block, collects what torch warns of a kernel that has no deterministic form."""
+    notes: set[str] = set()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield notes
+    notes.update(str(warning.message) for warning in caught if "deterministic" in str(warning.message))
 
 
 class Sweeper:
-    """Runs sweeps of one model; call arguments are captured once per batch shape and kept.
+    """Runs sweeps of one model; in a pipeline, `layers` are those that this process holds, by default all.
 
     With `kept`, which belongs to one set of batches, a sweep goes on from earlier ones' states and keeps new ones.
     """
 
-    def __init__(self, model: DsaModel, kept: StateStore[BranchState] | None = None) -> None:
+    def __init__(
+        self, model: DsaModel, kept: StateStore[BranchState] | None = None, layers: range | None = None
+    ) -> None:
         self.model = model
+        self.block = LayerBlock(model, layers)
         self._nothing: StateStore[BranchState] = StateStore(
             Keeping(len(model.layers), tuple(model.layer_indices)), model.start_pattern
         )
         self._kept = self._nothing if kept is None else kept
-        self._calls: dict[torch.Size, list[LayerCall]] = {}
-        self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
 
     def retain(self, base: Pattern) -> None:
         """Let go of kept states that are of no use to the committed pattern and its flips."""
         self._kept.retain(base)
+
+    def expected(self, work: Iterable[tuple[Sequence[Pattern], Sequence[Batch]]]) -> int:
+        """Layer runs x sequences that sweeps of these patterns over these waves, in this order, will take."""
+        rehearsal = self._kept.rehearsal()
+        return sum(
+            rehearsal.sweep(patterns, [batch.first for batch in wave]) * count_sequences(wave)
+            for patterns, wave in work
+        )
 
     def sweep(
         self,
@@ -120,23 +104,48 @@ class Sweeper:
 
         `on_layer` hears the layer runs x sequences done by each layer. Raises NonFiniteLossError, OutOfMemoryError.
         """
-        nll: dict[str, list[float]] = {}
+        asked = list(dict.fromkeys(patterns))
+        branches, layer_sequences = self.advance(self._starts(self.with_others(asked, wave), wave), wave, on_layer)
+        return self.measure(asked, wave, branches, layer_sequences)
 
-        def reduce(batch: Batch, states: dict[str, torch.Tensor]) -> None:
-            for letters, hidden_states in states.items():
-                nll.setdefault(letters, []).extend(self.batch_losses(hidden_states, batch, Pattern(letters)))
+    def with_others(self, asked: Sequence[Pattern], wave: Sequence[Batch]) -> Sequence[Pattern]:
+        """The patterns that run in a sweep: those asked for, and those that their measures need beside them."""
+        return asked
 
-        return SweepResult(nll, self.run(patterns, wave, reduce, on_layer))
+    def _starts(self, patterns: Iterable[Pattern], wave: Sequence[Batch]) -> dict[Pattern, int]:
+        """The decoder layer where each pattern's branch begins: the deepest one whose entry is kept."""
+        return {pattern: self._kept.start(pattern, [batch.first for batch in wave]) for pattern in patterns}
 
-    def expected(self, work: Iterable[tuple[Sequence[Pattern], Sequence[Batch]]]) -> int:
-        """Layer runs x sequences that sweeps of these patterns over these waves, in this order, will take."""
-        rehearsal = self._kept.rehearsal()
-        return sum(
-            rehearsal.sweep(patterns, [batch.first for batch in wave]) * sum(len(batch.input_ids) for batch in wave)
-            for patterns, wave in work
-        )
+    @computing()
+    def advance(
+        self,
+        starts: Mapping[Pattern, int],
+        wave: Sequence[Batch],
+        on_layer: Callable[[int], None] = lambda layer_sequences: None,
+        arriving: Sequence[Branch] = (),
+    ) -> tuple[list[Branch], int]:
+        """Branches behind the last of this sweeper's layers, and the layer runs x sequences: see LayerBlock."""
+        return self.block.advance(starts, wave, self._kept, on_layer, arriving=arriving)
 
-    @torch.inference_mode()
+    @computing()
+    def measure(
+        self, asked: Sequence[Pattern], wave: Sequence[Batch], branches: Sequence[Branch], layer_sequences: int
+    ) -> SweepResult:
+        """The losses of branches that are behind the model's last layer."""
+        tables: dict[str, dict[str, list[float]]] = {}
+        for number, batch in enumerate(wave):
+            for name, sums in self.losses(asked, batch, states_of(branches, number)).items():
+                for letters, values in sums.items():
+                    tables.setdefault(name, {}).setdefault(letters, []).extend(values)
+        return SweepResult(tables.get("nll", {}), layer_sequences, tables.get("kl", {}))
+
+    def losses(
+        self, asked: Sequence[Pattern], batch: Batch, states: Mapping[str, torch.Tensor]
+    ) -> dict[str, dict[str, list[float]]]:
+        """By measure and letters, one sum per sequence of a batch; `states` as in `states_of`."""
+        return {"nll": {p.letters: self._nll(states[p.letters], batch, p) for p in asked}}
+
+    @computing()
     def run(
         self,
         patterns: Iterable[Pattern],
@@ -147,109 +156,16 @@ class Sweeper:
     ) -> int:
         """One pass over the layers; `reduce` gets each batch with the last layer's [B, T, D] states by pattern.
 
-        With a `probe`, S layers run their own indexer too, and the probe hears both selections; a probe wants to see
-        every layer, so it goes without what is kept. Returns the layer runs x sequences.
+        With a `probe`, S layers run their own indexer too, and the probe hears both selections. It wants to see every
+        layer, so this pass goes without what is kept. Returns the layer runs x sequences.
         """
-        store = self._kept if probe is None else self._nothing
-        try:
-            return self._run(list(dict.fromkeys(patterns)), wave, reduce, on_layer, probe, store)
-        except (MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(error) from error
-            raise
-
-    def _run(
-        self,
-        patterns: list[Pattern],
-        wave: Sequence[Batch],
-        reduce: Callable[[Batch, dict[str, torch.Tensor]], None],
-        on_layer: Callable[[int], None],
-        probe: Probe | None,
-        kept: StateStore[BranchState],
-    ) -> int:
-        sequences = sum(len(batch.input_ids) for batch in wave)
-        entering = self._entering(patterns, wave, kept)
-        branches: list[Branch] = []
-        layer_runs = 0
-        for index in range(len(self.model.layers)):
-            pending, branches = branches + self._open(index, entering.get(index, []), wave, kept), []
-            while pending:  # taken off one by one, so that a branch's old states go as its new ones come
-                branches += self._run_layer(index, pending.pop(0), wave, probe)
-            self._keep(index + 1, branches, wave, kept)
-            layer_runs += len(branches)
-            on_layer(len(branches) * sequences)
+        starts = dict.fromkeys(patterns, 0)
+        branches, layer_sequences = self.block.advance(starts, wave, self._nothing, on_layer, probe)
         for number, batch in enumerate(wave):
-            reduce(batch, {str(branch.patterns[0]): branch.hidden_states[number] for branch in branches})
-        return layer_runs * sequences
+            reduce(batch, states_of(branches, number))
+        return layer_sequences
 
-    def _entering(
-        self, patterns: list[Pattern], wave: Sequence[Batch], kept: StateStore[BranchState]
-    ) -> dict[int, list[list[Pattern]]]:
-        """By the decoder layer where they start: groups of patterns that share their state there."""
-        groups: dict[tuple[int, str], list[Pattern]] = {}
-        for pattern in patterns:
-            entry = kept.start(pattern, [batch.first for batch in wave])
-            groups.setdefault((entry, kept.keeping.letters_before(pattern, entry)), []).append(pattern)
-        entering: dict[int, list[list[Pattern]]] = {}
-        for (entry, _), group in groups.items():
-            entering.setdefault(entry, []).append(group)
-        return entering
-
-    def _open(
-        self,
-        index: int,
-        groups: Iterable[list[Pattern]],
-        wave: Sequence[Batch],
-        kept: StateStore[BranchState],
-    ) -> list[Branch]:
-        """The branches that start at a decoder layer: at the first one from the embedding, elsewhere from `kept`."""
-        branches = []
-        for group in groups:
-            if index == 0:
-                embedded = [self.model.embed(batch.input_ids) for batch in wave]
-                branches.append(Branch(group, embedded, [None] * len(wave)))
-                continue
-            letters = kept.keeping.letters_before(group[0], index)
-            states = [kept.get(batch.first, index, letters) for batch in wave]
-            branches.append(Branch(group, [s.hidden_states for s in states], [s.selection for s in states]))
-        return branches
-
-    def _keep(
-        self, entry: int, branches: Iterable[Branch], wave: Sequence[Batch], kept: StateStore[BranchState]
-    ) -> None:
-        """Hand the branches' states at the entry of a decoder layer to the store, which takes what it wants."""
-        for branch in branches:
-            letters = kept.keeping.letters_before(branch.patterns[0], entry)
-            for number, batch in enumerate(wave):
-                state = BranchState(branch.hidden_states[number], branch.selections[number])
-                kept.put(batch.first, entry, letters, state, state.bytes)
-
-    def _run_layer(self, index: int, branch: Branch, wave: Sequence[Batch], probe: Probe | None) -> list[Branch]:
-        """One layer on one branch; two branches come back where the patterns part."""
-        return [self._advance(index, branch, patterns, wave, probe) for patterns in self._split(index, branch.patterns)]
-
-    def _split(self, index: int, patterns: list[Pattern]) -> list[list[Pattern]]:
-        position = self._letter_of_layer.get(index)
-        if position is None:
-            return [patterns]
-        full = [pattern for pattern in patterns if pattern.is_full(position)]
-        shared = [pattern for pattern in patterns if not pattern.is_full(position)]
-        return [group for group in (full, shared) if group]
-
-    def _advance(
-        self, index: int, branch: Branch, patterns: list[Pattern], wave: Sequence[Batch], probe: Probe | None
-    ) -> Branch:
-        hidden_states, selections = [], []
-        for states, selection, batch in zip(branch.hidden_states, branch.selections, wave, strict=True):
-            store = SelectionStore(patterns[0], selection)
-            if probe is not None:
-                store.probe = partial(probe, batch, patterns)
-            call = self.calls_for(batch)[index]
-            hidden_states.append(self.model.run_layer(index, states, call, store))
-            selections.append(store.selection)
-        return Branch(patterns, hidden_states, selections)
-
-    def batch_losses(self, hidden_states: torch.Tensor, batch: Batch, pattern: Pattern) -> list[float]:
+    def _nll(self, hidden_states: torch.Tensor, batch: Batch, pattern: Pattern) -> list[float]:
         """The last layer's [B, T, D] states to one NLL sum per sequence; raises NonFiniteLossError."""
         normed = self.model.final_norm(hidden_states)
         nll = sequence_nll(normed, self.model.lm_head, batch.input_ids, batch.counted)
@@ -280,10 +196,12 @@ class Sweeper:
 
     def calls_for(self, batch: Batch) -> list[LayerCall]:
         """Each layer's call arguments for this batch's shape."""
-        shape = batch.input_ids.shape
-        if shape not in self._calls:
-            self._calls[shape] = self.model.capture_calls(batch.input_ids)
-        return self._calls[shape]
+        return self.block.calls_for(batch)
+
+
+def states_of(branches: Sequence[Branch], number: int) -> dict[str, torch.Tensor]:
+    """The [B, T, D] states of branches behind the last layer on one batch of the wave, by the pattern's letters."""
+    return {branch.patterns[0].letters: branch.hidden_states[number] for branch in branches}
 
 
 @torch.inference_mode()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 from icsearch import plan
+from icsearch.block import Batch, BranchState
 from icsearch.divergence import KlSweeper
 from icsearch.model import Layout
 from icsearch.pattern import Pattern
@@ -15,7 +15,7 @@ from icsearch.requests import KL
 from icsearch.search import Progress, Scores, Scoring
 from icsearch.start_event import environment_notes
 from icsearch.states import Keeping, StateStore
-from icsearch.sweep import Batch, BranchState, Sweeper
+from icsearch.sweep import Sweeper, kernel_notes
 
 
 class SweepScorer:
@@ -37,10 +37,8 @@ class SweepScorer:
         return self._sweeper.expected([(patterns, [self._batches[wave]]) for patterns, wave in work])
 
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with kernel_notes() as notes:
             result = self._sweeper.sweep(patterns, [self._batches[wave]], on_layer)
-        notes = {str(warning.message) for warning in caught if "deterministic" in str(warning.message)}
         return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)), result.kl)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from icsearch import calibration, model
+from icsearch.block import cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.greedy import greedy
 from icsearch.pattern import Pattern, load_pattern_file
@@ -18,7 +19,7 @@ from icsearch.requests import CalibrationRequest, GreedyRequest
 from icsearch.resources import published_patterns
 from icsearch.sources import parse_source
 from icsearch.statistics import mean_loss, paired_difference
-from icsearch.sweep import Sweeper, cut_batches
+from icsearch.sweep import Sweeper
 
 GOLDEN = Path(__file__).parent / "data" / "demo_curve.json"
 FIVE_OF_16 = "FFSSSSFSSSSFSFSS"  # what `make results` finds with five layers left

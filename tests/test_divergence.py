@@ -13,6 +13,7 @@ import torch
 
 import tiny
 from icsearch import model
+from icsearch.block import Batch, BranchState, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.divergence import KlSweeper
 from icsearch.errors import JournalError, NonFiniteLossError, PatternError
@@ -28,7 +29,7 @@ from icsearch.results import pattern_file
 from icsearch.search import Scoring, Search
 from icsearch.states import StateStore
 from icsearch.strategies import Task, looks_of, make_strategy
-from icsearch.sweep import Batch, BranchState, Sweeper, cut_batches
+from icsearch.sweep import Sweeper
 from icsearch.sweep_scorer import SweepScorer
 from test_plan import SHAPE
 from test_search import START, MadeUp

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 from icsearch import kernels, model, ops
+from icsearch.block import Batch, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError
 from icsearch.kernels import Core
 from icsearch.pattern import Pattern
 from icsearch.resources import demo_checkpoint
 from icsearch.slot import SelectionStore
-from icsearch.sweep import Batch, Sweeper, cut_batches, naive_nll
+from icsearch.sweep import Sweeper, naive_nll
 from ties import broken_by_our_rule
 
 LENGTH = 60

@@ -14,10 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from icsearch import model
+from icsearch.block import cut_batches
 from icsearch.checkpoint import fingerprint, open_checkpoint
 from icsearch.errors import ModelError
 from icsearch.pattern import Pattern
-from icsearch.sweep import Sweeper, cut_batches
+from icsearch.sweep import Sweeper
 
 model.quiet_transformers()
 Edit = Callable[[Path], None]

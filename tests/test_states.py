@@ -13,6 +13,7 @@ import torch
 
 import tiny
 from icsearch import model, plan
+from icsearch.block import Batch, BranchState, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.journal import Event, Journal
 from icsearch.memory_plan import batch_shape
@@ -23,7 +24,7 @@ from icsearch.record import RunRecord
 from icsearch.search import Scores, Scoring, Search
 from icsearch.states import Keeping, StateStore
 from icsearch.strategies import Task, looks_of, make_strategy
-from icsearch.sweep import Batch, BranchState, Sweeper, cut_batches
+from icsearch.sweep import Sweeper
 from icsearch.sweep_scorer import SweepScorer
 from test_search import START, Killed
 

@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
 
 import tiny
 from icsearch import model
+from icsearch.block import Batch, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError, NonFiniteLossError, OutOfMemoryError
 from icsearch.losses import sequence_nll
 from icsearch.pattern import Pattern
-from icsearch.sweep import Batch, Sweeper, cut_batches, naive_nll
+from icsearch.sweep import Sweeper, naive_nll
 
 LENGTH = 40
 

@@ -1,0 +1,181 @@
+"""Branches through a block of decoder layers: all of a model's, or those that one process of a pipeline holds.
+
+Layers outside, branches inside: each layer's weights are touched once for all branches of a wave. A branch enters at
+the embedding, at a state that an earlier sweep kept, or from the block before; it forks where its patterns' letters
+differ. Every layer call has one batch's shape, whatever else is alive, so a block's results have the same bits whether
+the layers are cut into blocks or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from icsearch.model import DsaModel, LayerCall
+from icsearch.pattern import Pattern
+from icsearch.slot import SelectionStore
+from icsearch.states import Keeping, StateStore
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Consecutive calibration sequences: `input_ids` int64 [B, T], `counted` bool [B, T], `first` sequence number."""
+
+    first: int
+    input_ids: torch.Tensor
+    counted: torch.Tensor
+
+    @property
+    def last(self) -> int:
+        """One past the last sequence number."""
+        return self.first + len(self.input_ids)
+
+
+@dataclass
+class Branch:
+    """Patterns that agree so far, and per batch the state that they share."""
+
+    patterns: list[Pattern]
+    hidden_states: list[torch.Tensor]  # per batch [B, T, D]
+    selections: list[Any]  # per batch, what the last F indexer returned
+
+
+@dataclass(frozen=True)
+class BranchState:
+    """A branch on one batch at a layer's entry: hidden states [B, T, D], and what the last F indexer returned."""
+
+    hidden_states: torch.Tensor
+    selection: Any
+
+    @property
+    def bytes(self) -> int:
+        """Memory that it holds. States of S layers share their selection; it counts for each of them."""
+        tensors = [value for value in (self.hidden_states, self.selection) if isinstance(value, torch.Tensor)]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+# What hears of an S layer: (batch, the patterns that run there, position, borrowed selection, its own indexer's).
+Probe = Callable[[Batch, Sequence[Pattern], int, Any, Any], None]
+
+
+def cut_batches(input_ids: torch.Tensor, counted: torch.Tensor, batch_size: int) -> list[Batch]:
+    """Fixed batches of consecutive sequences of [S, T] ids. The last may be smaller."""
+    return [
+        Batch(first, input_ids[first : first + batch_size], counted[first : first + batch_size])
+        for first in range(0, len(input_ids), batch_size)
+    ]
+
+
+def count_sequences(wave: Sequence[Batch]) -> int:
+    """Sequences of all batches of a wave."""
+    return sum(len(batch.input_ids) for batch in wave)
+
+
+class LayerBlock:
+    """The decoder layers [first, last) of a model, by default all of them.
+
+    Call arguments are captured once per batch shape and kept.
+    """
+
+    def __init__(self, model: DsaModel, layers: range | None = None) -> None:
+        self.model = model
+        self.layers = range(len(model.layers)) if layers is None else layers
+        self._calls: dict[torch.Size, list[LayerCall]] = {}
+        self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
+
+    def advance(
+        self,
+        starts: Mapping[Pattern, int],
+        wave: Sequence[Batch],
+        kept: StateStore[BranchState],
+        on_layer: Callable[[int], None] = lambda layer_sequences: None,
+        probe: Probe | None = None,
+        arriving: Sequence[Branch] = (),
+    ) -> tuple[list[Branch], int]:
+        """The branches behind the block's last layer, and the layer runs x sequences that they took.
+
+        `starts`: the decoder layer where each pattern's branch begins; those that begin before this block come from
+        the block before, as `arriving`, and those that begin behind it are not here. States at the entries of this
+        block's layers are taken from `kept`, and handed to it. `on_layer` hears of each layer.
+        """
+        entering = _groups(starts, kept.keeping)
+        branches, layer_runs = list(arriving), 0
+        for index in self.layers:
+            _keep(index, branches, wave, kept)
+            pending, branches = branches + self._open(index, entering.get(index, []), wave, kept), []
+            while pending:  # taken off one by one, so that a branch's old states go as its new ones come
+                branches += self._run_layer(index, pending.pop(0), wave, probe)
+            layer_runs += len(branches)
+            on_layer(len(branches) * count_sequences(wave))
+        return branches, layer_runs * count_sequences(wave)
+
+    def _open(
+        self, index: int, groups: Iterable[list[Pattern]], wave: Sequence[Batch], kept: StateStore[BranchState]
+    ) -> list[Branch]:
+        """The branches that start at a decoder layer: at the first one from the embedding, elsewhere from `kept`."""
+        branches = []
+        for group in groups:
+            if index == 0:
+                embedded = [self.model.embed(batch.input_ids) for batch in wave]
+                branches.append(Branch(group, embedded, [None] * len(wave)))
+                continue
+            letters = kept.keeping.letters_before(group[0], index)
+            states = [kept.get(batch.first, index, letters) for batch in wave]
+            branches.append(Branch(group, [s.hidden_states for s in states], [s.selection for s in states]))
+        return branches
+
+    def _run_layer(self, index: int, branch: Branch, wave: Sequence[Batch], probe: Probe | None) -> list[Branch]:
+        """One layer on one branch; two branches come back where the patterns part."""
+        return [self._advance(index, branch, patterns, wave, probe) for patterns in self._split(index, branch.patterns)]
+
+    def _split(self, index: int, patterns: list[Pattern]) -> list[list[Pattern]]:
+        position = self._letter_of_layer.get(index)
+        if position is None:
+            return [patterns]
+        full = [pattern for pattern in patterns if pattern.is_full(position)]
+        shared = [pattern for pattern in patterns if not pattern.is_full(position)]
+        return [group for group in (full, shared) if group]
+
+    def _advance(
+        self, index: int, branch: Branch, patterns: list[Pattern], wave: Sequence[Batch], probe: Probe | None
+    ) -> Branch:
+        hidden_states, selections = [], []
+        for states, selection, batch in zip(branch.hidden_states, branch.selections, wave, strict=True):
+            store = SelectionStore(patterns[0], selection)
+            if probe is not None:
+                store.probe = partial(probe, batch, patterns)
+            call = self.calls_for(batch)[index]
+            hidden_states.append(self.model.run_layer(index, states, call, store))
+            selections.append(store.selection)
+        return Branch(patterns, hidden_states, selections)
+
+    def calls_for(self, batch: Batch) -> list[LayerCall]:
+        """Each layer's call arguments for this batch's shape."""
+        shape = batch.input_ids.shape
+        if shape not in self._calls:
+            self._calls[shape] = self.model.capture_calls(batch.input_ids)
+        return self._calls[shape]
+
+
+def _groups(starts: Mapping[Pattern, int], keeping: Keeping) -> dict[int, list[list[Pattern]]]:
+    """By the decoder layer where they start: groups of patterns that share their state there."""
+    groups: dict[tuple[int, str], list[Pattern]] = {}
+    for pattern, entry in starts.items():
+        groups.setdefault((entry, keeping.letters_before(pattern, entry)), []).append(pattern)
+    entering: dict[int, list[list[Pattern]]] = {}
+    for (entry, _), group in groups.items():
+        entering.setdefault(entry, []).append(group)
+    return entering
+
+
+def _keep(entry: int, branches: Iterable[Branch], wave: Sequence[Batch], kept: StateStore[BranchState]) -> None:
+    """Hand the branches' states at the entry of a decoder layer to the store, which takes what it wants."""
+    for branch in branches:
+        letters = kept.keeping.letters_before(branch.patterns[0], entry)
+        for number, batch in enumerate(wave):
+            state = BranchState(branch.hidden_states[number], branch.selections[number])
+            kept.put(batch.first, entry, letters, state, state.bytes)
