@@ -43,7 +43,7 @@ from search import SHARES, layer_seconds
 from stock import forwards
 
 FORMAT = "icsearch.bench.agreement/1"
-DEFAULT = ("race", "lazy", "race+lazy", "race:margin=0.001", "race+lazy:margin=0.001")
+DEFAULT = ("race", "lazy", "race+lazy", "race+lazy:margin=0.001", "race+lazy:margin=0.003")
 
 
 def parse_options(text: str) -> Options:
@@ -113,7 +113,7 @@ def play(task: Task, options: Options, known: KnownLosses, keeping: Keeping) -> 
         if choice := strategy.tell(told):
             played.path.append(choice.layer)
             played.violations += len(choice.violations)
-            played.settled += choice.settled is not None
+            played.settled += choice.settled is not None or bool(choice.spared)
     played.pattern, played.layer_evaluations = strategy.pattern.letters, layer_sequences / sequences
     return played
 

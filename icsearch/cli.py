@@ -110,7 +110,8 @@ def greedy(
         float | None,
         typer.Option(
             metavar="NATS",
-            help="race: settle on the leader once nobody is, at that confidence, better by more than this per token.",
+            help="race and lazy: settle on the leader once nobody is, at that confidence or by older scores, better by "
+            "more than this per token.",
             show_default="off",
         ),
     ] = None,

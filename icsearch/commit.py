@@ -29,11 +29,12 @@ class Commit:
     violations: tuple[int, ...] = ()
     settled: int | None = None
     missed: bool = False
+    spared: tuple[int, ...] = ()
 
     @classmethod
     def from_event(cls, event: Event) -> Commit:
         """A commit event whose fields are checked; what exact searches and old journals do not say is empty."""
-        lists = ("dropped", "within_margin", "stale", "violations")
+        lists = ("dropped", "within_margin", "stale", "violations", "spared")
         return cls(
             event["step"],
             event["layer"],
@@ -58,7 +59,7 @@ class Commit:
         scored, others = set(self.candidates), {*self.ties, *self.given_up, *self.violations}
         if self.pattern != flips.get(self.layer) or self.layer not in scored or not scored >= others:
             raise FieldError(f"layer, pattern and ties of step {step} do not follow from its candidates")
-        if scored & set(self.stale) or self.layer in self.given_up:
+        if scored & set(self.stale) or self.layer in self.given_up or not set(self.stale) >= set(self.spared):
             raise FieldError(f"what step {step} says of its candidates does not agree")
 
 

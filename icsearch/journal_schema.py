@@ -130,7 +130,7 @@ def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "pattern": pattern,
             "candidates": flipped,
             "ties": flipped,
-            **dict.fromkeys(("dropped", "within_margin", "stale", "violations"), optional(flipped)),
+            **dict.fromkeys(("dropped", "within_margin", "stale", "violations", "spared"), optional(flipped)),
             "settled": optional(whole(1, sequences)),
             "missed": optional(FLAG),
         },

@@ -180,17 +180,21 @@ class GreedyRequest(PatternRequest):
 
     @property
     def race_options(self) -> dict[str, Any]:
-        """What a run's options say of its race: nothing where the strategy has none."""
-        if not Options(self.strategy).races:
-            return {}
+        """What a run's options say of a race and of near-ties: nothing where the strategy has none."""
         confidence = DEFAULT_CONFIDENCE if self.confidence is None else self.confidence
-        return {"confidence": confidence, **({} if self.tie_margin is None else {"tie_margin": self.tie_margin})}
+        return {
+            **({"confidence": confidence} if Options(self.strategy).races else {}),
+            **({} if self.tie_margin is None else {"tie_margin": self.tie_margin}),
+        }
 
     def _check_race(self) -> None:
-        given = {"--confidence": self.confidence, "--tie-margin": self.tie_margin}
-        for option, value in given.items():
-            if value is not None and not Options(self.strategy).races:
-                raise IcsearchError(f"{option} belongs to a race: leave it out, or give --strategy race or race+lazy")
+        if self.confidence is not None and not Options(self.strategy).races:
+            raise IcsearchError("--confidence belongs to a race: leave it out, or give --strategy race or race+lazy")
+        if self.tie_margin is not None and self.strategy == "exact":
+            raise IcsearchError(
+                "--tie-margin settles near-ties, and exact leaves none open: leave it out, or give --strategy race, "
+                "lazy or race+lazy"
+            )
         if self.confidence is not None and not 0.5 < self.confidence < 1:
             raise IcsearchError(f"--confidence {self.confidence} is out of range: give a value between 0.5 and 1")
         if self.tie_margin is not None and not 0 < self.tie_margin < math.inf:

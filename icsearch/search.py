@@ -241,7 +241,8 @@ def _shown(value: object) -> str:
 
 def _how(choice: Choice) -> Event:
     """How a flip was chosen, as far as there is something to say: nothing for an exact search."""
-    layers = {name: list(getattr(choice, name)) for name in ("dropped", "within_margin", "stale", "violations")}
+    names = ("dropped", "within_margin", "stale", "violations", "spared")
+    layers = {name: list(getattr(choice, name)) for name in names}
     said = {**layers, "settled": choice.settled, "missed": choice.missed}
     return {name: value for name, value in said.items() if value}
 

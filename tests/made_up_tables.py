@@ -69,6 +69,7 @@ def _check(choice: Choice, asked: dict[int, int], sequences: int) -> None:
     assert partial == {*choice.dropped, *choice.within_margin}
     assert choice.layer not in partial
     assert not set(choice.stale) & set(choice.scored)
+    assert set(choice.spared) <= set(choice.stale)
     assert set(choice.violations) <= set(choice.scored)
     assert bool(choice.within_margin) == (choice.settled is not None)
 

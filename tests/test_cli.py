@@ -274,7 +274,7 @@ BAD_REQUESTS: dict[str, tuple[list[object], str]] = {
     "unknown strategy": (["--strategy", "guess"], "give exact"),
     "confidence out of range": (["--strategy", "race", "--confidence", 2], "between 0.5 and 1"),
     "confidence of no race": (["--confidence", 0.9], "--strategy race"),
-    "tie margin of no race": (["--strategy", "lazy", "--tie-margin", 0.1], "--strategy race"),
+    "tie margin of exact": (["--tie-margin", 0.1], "--strategy race"),
     "tie margin nan": (["--strategy", "race", "--tie-margin", "nan"], "above 0"),
     "unknown device": (["--device", "abacus"], "give auto, cpu, cuda"),
     "unknown dtype": (["--dtype", "int4"], "give auto or float32"),

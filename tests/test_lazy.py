@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icsearch.pattern import Pattern
-from icsearch.strategies import Options
+from icsearch.statistics import mean_loss
+from icsearch.strategies import Options, Task
 from icsearch.strategies.lazy import POOL_SIZE, RESCAN_EVERY
-from made_up_tables import Table, additive, arbitrary, make_task, noisy_table, play
+from made_up_tables import Played, Table, additive, arbitrary, make_task, noisy_table, play
 
 EXACT, LAZY, BOTH = Options("exact"), Options("lazy"), Options("race+lazy")
 
@@ -139,3 +140,54 @@ def test_race_and_lazy_together_take_less_than_either() -> None:
     assert len({tuple(played.layers) for played in taken.values()}) == 1
     assert taken["race+lazy"].evaluations < min(taken["race"].evaluations, taken["lazy"].evaluations)
     assert any(choice.dropped and choice.stale for choice in taken["race+lazy"].choices)
+
+
+NEAR = 0.002  # nats per token, between the cheap layers of `nearly_tied`
+
+
+def nearly_tied(seed: int) -> Table:
+    """Most layers cost nearly the same, and their order changes from pattern to pattern; three cost much more."""
+    chance = random.Random(seed)
+    weights = [chance.uniform(0, NEAR / 4) for _ in range(24)]
+    weights[1] = weights[9] = weights[16] = 0.5
+    restless = arbitrary(seed, NEAR / 4)
+    return same_on_all(lambda pattern: additive(weights)(pattern) + restless(pattern))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_tie_margin_lets_old_scores_settle_near_ties(seed: int) -> None:
+    """Fewer evaluations; each settled near-tie is named, and what is lost in a step is within margin and slack."""
+    task, table = make_task(24, 18, 6), nearly_tied(seed)
+    plain, told = play(task, LAZY, table), play(task, Options("lazy", tie_margin=NEAR), table)
+    assert told.evaluations < 0.8 * plain.evaluations
+    assert any(choice.spared for choice in told.choices)
+    assert not any(choice.spared for choice in plain.choices)
+    assert {1, 9, 16} & set(told.layers) == set()
+    assert_losses_within(task, told, table, NEAR)
+
+
+def assert_losses_within(task: Task, played: Played, table: Table, margin: float) -> None:
+    """In every step without a violation, the committed flip is no more than the margin dearer than the best one."""
+    pattern = task.start
+    for choice in played.choices:
+        losses = {c: mean_loss(table(pattern.flip(c)), task.tokens) for c in (*choice.scored, *choice.stale)}
+        if not choice.violations:
+            assert losses[choice.layer] <= min(losses.values()) + margin
+        pattern = pattern.flip(choice.layer)
+
+
+def test_spared_are_those_that_lazy_alone_would_have_gone_on_to() -> None:
+    """In the first step that is settled: up to there, both searches know the same."""
+    task, table = make_task(24, 18, 6), nearly_tied(0)
+    plain, told = play(task, LAZY, table), play(task, Options("lazy", tie_margin=NEAR), table)
+    step = next(i for i, choice in enumerate(told.choices) if choice.spared)
+    assert plain.layers[:step] == told.layers[:step]
+    more = set(plain.choices[step].scored) - set(told.choices[step].scored)
+    assert more & set(told.choices[step].spared)
+
+
+@pytest.mark.parametrize("options", [LAZY, BOTH])
+def test_a_margin_below_every_difference_changes_nothing(options: Options) -> None:
+    task, table = make_task(24, 18, 6), same_on_all(crowded(5, 24))
+    tiny_margin = Options(options.name, tie_margin=1e-15)
+    assert play(task, tiny_margin, table).choices == play(task, options, table).choices

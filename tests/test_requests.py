@@ -32,6 +32,7 @@ def test_a_run_records_what_its_race_was_told_and_nothing_where_there_is_none() 
     assert greedy().race_options == {}
     assert greedy(strategy="lazy").race_options == {}
     assert greedy(strategy="race").race_options == {"confidence": 0.95}
+    assert greedy(strategy="lazy", tie_margin=0.001).race_options == {"tie_margin": 0.001}
     told = greedy(strategy="race+lazy", confidence=0.9, tie_margin=0.001).race_options
     assert told == {"confidence": 0.9, "tie_margin": 0.001}
 
@@ -49,7 +50,11 @@ def test_tie_margin_out_of_range(margin: float) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["exact", "lazy"])
-@pytest.mark.parametrize("option", ["confidence", "tie_margin"])
-def test_options_of_a_race_without_one(strategy: str, option: str) -> None:
+def test_a_confidence_without_a_race(strategy: str) -> None:
     with pytest.raises(IcsearchError, match="belongs to a race"):
-        greedy(strategy=strategy, **{option: 0.9})
+        greedy(strategy=strategy, confidence=0.9)
+
+
+def test_exact_leaves_no_near_ties_to_settle() -> None:
+    with pytest.raises(IcsearchError, match="exact leaves none open"):
+        greedy(tie_margin=0.9)

@@ -13,7 +13,7 @@ def guarantee(record: RunRecord) -> str:
     parts = str(options.get("strategy")).split("+")
     if parts == ["exact"]:
         return "Exact: these are the choices of Algorithm 1 on these sequences; of equal ones, the smaller layer."
-    found = []
+    found, margin = [], options.get("tie_margin")
     if "lazy" in parts:
         found.append(
             "Lazy: a layer whose cost when it was last scored, less a slack learned from how far such costs have "
@@ -21,8 +21,13 @@ def guarantee(record: RunRecord) -> str:
             "and everyone every few steps. The choices are those of an exact search as long as no flip became cheaper "
             "than that."
         )
+        if margin is not None:
+            found.append(
+                f"Near-ties were settled: the best new cost was taken once no such bound was below it by more than "
+                f"{margin:g} nats per token."
+            )
     if "race" in parts:
-        found.append(_race(options.get("confidence"), options.get("tie_margin")))
+        found.append(_race(options.get("confidence"), margin))
     if "lazy" in parts and "race" in parts:
         found.append(
             "Where a race had dropped a layer, its older cost is an estimate from a part of the sequences, taken one "
@@ -61,11 +66,12 @@ def what_was_left_out(record: RunRecord) -> str:
         return ""
     scored = sum(len(commit.candidates) for commit in record.commits)
     counts = {
-        "not scored": sum(len(commit.stale) for commit in record.commits),
+        "not scored": sum(len(commit.stale) - len(commit.spared) for commit in record.commits),
+        "not scored by the tie margin": sum(len(commit.spared) for commit in record.commits),
         "dropped": sum(len(commit.dropped) for commit in record.commits),
         "given up within the tie margin": sum(len(commit.within_margin) for commit in record.commits),
     }
-    of = scored + counts["not scored"]
+    of = scored + sum(len(commit.stale) for commit in record.commits)
     listed = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     text = f"Of {of} candidates in {numbers.plural(len(record.commits), 'step')}: {listed or 'none left out'}."
     if "lazy" in str(record.start["options"]["strategy"]):
@@ -93,6 +99,7 @@ def step_note(commit: Commit) -> str:
     """One step's choice in a few words, such as ``7 of 23 scored, 4 dropped``; empty where all were scored fully."""
     candidates = len(commit.candidates) + len(commit.stale)
     parts = [f"{len(commit.candidates)} of {candidates} scored"] if commit.stale else []
+    parts += [f"{len(commit.spared)} left by the tie margin"] if commit.spared else []
     parts += [f"{len(commit.dropped)} dropped"] if commit.dropped else []
     if commit.settled is not None:
         parts.append(f"settled after {numbers.plural(commit.settled, 'sequence')}, {len(commit.within_margin)} tied")

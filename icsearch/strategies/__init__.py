@@ -37,7 +37,7 @@ STRATEGIES = ("exact", "race", "lazy", "race+lazy")
 class Options:
     """The name of a strategy, and what it can be told.
 
-    `confidence` and `tie_margin` (nats per token) are those of a race.
+    `confidence` is that of a race; `tie_margin` (nats per token) lets a race or lazy bounds settle near-ties.
     """
 
     name: str = "exact"
@@ -55,6 +55,6 @@ class Options:
 
 def make_strategy(task: Task, options: Options = Options()) -> Strategy:
     """The strategy of that name, at its beginning."""
-    pools = Lazy(task) if options.is_lazy else Everyone()
+    pools = Lazy(task, options.tie_margin) if options.is_lazy else Everyone()
     contest = Race(task, options.confidence, options.tie_margin) if options.races else Complete(task.tokens)
     return StepwiseGreedy(task, pools, contest)

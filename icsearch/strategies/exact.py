@@ -19,6 +19,7 @@ class Everyone:
 
     violations: tuple[int, ...] = ()
     missed = False
+    spared: tuple[int, ...] = ()
 
     def open(self, candidates: tuple[int, ...], turn: int) -> tuple[int, ...]:
         return candidates

@@ -4,6 +4,9 @@ As in the accelerated greedy algorithm (Minoux, 1978; CELF: Leskovec and others,
 bound holds by submodularity; here a flip can become cheaper as more layers are shared, so bounds are lowered by a
 slack learned from how much they have been off so far. And a flip's cost changes most where the layer that it borrows
 from, or those that borrow from it, have changed: the F layers around each committed flip are always scored again.
+
+With a tie margin, in nats per token, the best so far is settled on once no bound less the slack is below it by more
+than that.
 """
 
 from __future__ import annotations
@@ -22,10 +25,14 @@ SLACK_FACTOR = 1.5  # slack, as a multiple of the largest drop below a bound so 
 
 
 class Lazy:
-    """Pools: the smallest bounds first, until the winner so far is below every other bound less the slack."""
+    """Pools: the smallest bounds first, until the winner so far is below every other bound less the slack.
 
-    def __init__(self, task: Task) -> None:
+    With a `tie_margin`, until it is no more than that above them.
+    """
+
+    def __init__(self, task: Task, tie_margin: float | None = None) -> None:
         self._tokens = task.tokens
+        self._margin = tie_margin or 0.0
         self._known: dict[int, Sequence[float]] = {}  # last differences to the committed pattern, by layer
         self._touched: set[int] = set()  # layers whose surroundings have changed since they were scored
         self._visits: dict[int, int] = {}  # by stage
@@ -41,6 +48,13 @@ class Lazy:
     @property
     def violations(self) -> tuple[int, ...]:
         return tuple(self._violations)
+
+    @property
+    def spared(self) -> tuple[int, ...]:
+        if self._everyone:
+            return ()
+        best = self._best()
+        return tuple(layer for layer in self._waiting if not self._is_above(layer, best))
 
     @property
     def slack(self) -> float:
@@ -83,10 +97,14 @@ class Lazy:
         return tuple(self._pool)
 
     def _next(self) -> tuple[int, ...]:
-        """The next pool, unless the best so far is below every bound less the slack."""
-        if not self._waiting or self._best() <= self._bound(self._waiting[0]) - self.slack:
+        """The next pool, unless the best so far, less the tie margin, is below every bound less the slack."""
+        if not self._waiting or self._is_above(self._waiting[0], self._best() - self._margin):
             return ()
         return self._take()
+
+    def _is_above(self, layer: int, cost: float) -> bool:
+        """Whether the bound of a layer, less the slack, is no lower than a cost."""
+        return self._bound(layer) - self.slack >= cost
 
     def _best(self) -> float:
         """The smallest difference so far, by those scored on all sequences where there are any."""

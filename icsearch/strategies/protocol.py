@@ -25,7 +25,8 @@ class Choice:
     `scored` are the layers that were scored in this step; on every sequence, but for those `dropped` as worse than
     the leader, and those `within_margin`, for which the leader was taken by the tie margin. `settled` is the number
     of sequences after which that was done last, None where the losses of all sequences decided. `stale` are the
-    candidates that were not scored, because an older loss ruled them out. `violations` are the layers that turned
+    candidates that were not scored, because an older loss ruled them out; `spared` those of them that it could rule
+    out only by the tie margin. `violations` are the layers that turned
     out cheaper than their older loss and its slack allowed, and `missed` says that only a full rescan found the
     winner.
     """
@@ -38,6 +39,7 @@ class Choice:
     settled: int | None = None
     violations: tuple[int, ...] = ()
     missed: bool = False
+    spared: tuple[int, ...] = ()
 
 
 class Strategy(Protocol):

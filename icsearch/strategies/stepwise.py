@@ -25,6 +25,10 @@ class Pools(Protocol):
     def missed(self) -> bool:
         """Whether the winner would not have been scored, had this step not scored everyone."""
 
+    @property
+    def spared(self) -> tuple[int, ...]:
+        """The layers of this step that only the tie margin kept from being scored."""
+
     def open(self, candidates: tuple[int, ...], turn: int) -> tuple[int, ...]:
         """Begin a step and return its first pool. `turn` is the stage whose turn it is."""
 
@@ -119,7 +123,7 @@ class StepwiseGreedy:
         }
 
     def _commit(self) -> Choice:
-        contest, layer = self._contest, self._contest.winner
+        contest, layer, spared = self._contest, self._contest.winner, self._pools.spared
         self._pools.close(self.pattern, layer)
         choice = Choice(
             layer=layer,
@@ -130,6 +134,7 @@ class StepwiseGreedy:
             settled=contest.settled,
             violations=tuple(sorted(self._pools.violations)),
             missed=self._pools.missed,
+            spared=tuple(sorted(spared)),
         )
         self.pattern = self.pattern.flip(layer)
         self._sums = contest.sums[layer]
