@@ -26,6 +26,7 @@ import torch
 import checkpoints
 from icsearch import checkpoint, greedy, model
 from icsearch.block import Batch
+from icsearch.block_sizes import BLOCK_ELEMENTS, default_batch_size
 from icsearch.bring_up import device_batches
 from icsearch.calibration import load as load_tokens
 from icsearch.model import DsaModel, Layout
@@ -33,7 +34,6 @@ from icsearch.pattern import Pattern
 from icsearch.progress import Quiet
 from icsearch.record import RunRecord, load_run
 from icsearch.requests import CalibrationRequest, GreedyRequest
-from icsearch.run_options import BATCH_TOKENS, BLOCK_ELEMENTS
 from icsearch.states import Keeping, Rehearsal
 from icsearch.statistics import mean_loss, paired_difference, wilson_interval
 from icsearch.strategies import Options, Task, looks_of, make_strategy
@@ -162,7 +162,7 @@ def exact_run(draw: Draw, directory: Path, tokens: Path, threads: int) -> RunRec
         device="cpu",
         num_shared=draw.flips,
         threads=threads,
-        batch_size=max(1, min(BATCH_TOKENS // draw.length, draw.sequences)),
+        batch_size=default_batch_size(draw.length, draw.sequences),
     )
     greedy.greedy(request, Quiet())
     return load_run(draw.folder)

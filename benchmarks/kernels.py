@@ -78,7 +78,7 @@ def stock_forward(directory: str, earliest: bool = False, nudged: bool = False) 
 def our_forward(directory: str) -> Any:
     from icsearch import checkpoint, model
     from icsearch.block import Batch
-    from icsearch.run_options import BLOCK_ELEMENTS
+    from icsearch.block_sizes import BLOCK_ELEMENTS
     from icsearch.sweep import naive_nll
 
     dsa = model.load(checkpoint.open_checkpoint(directory), device="cpu", block_elements=BLOCK_ELEMENTS["cpu"])

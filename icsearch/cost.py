@@ -140,6 +140,28 @@ class ModelShape:
         return query + self.hidden_size * self.latent + key_value + output
 
     @property
+    def expert_weights(self) -> int:
+        """Weights of one expert: gate, up, down."""
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def router_weights(self) -> int:
+        return self.hidden_size * self.routed_experts
+
+    def layer_parameters(self, index: int, with_indexer: bool = True) -> int:
+        """Parameters of a decoder layer, norms included; biases, which the large models have none of, are not."""
+        norms = 2 * self.hidden_size + self.q_lora_rank + self.kv_lora_rank
+        indexer = (self.index_weights + 2 * self.index_head_dim) if with_indexer else 0
+        experts = self.expert_weights * (self.routed_experts + self.shared_experts) + self.router_weights
+        mlp = 3 * self.hidden_size * self.intermediate_size if index < self.dense_layers else experts
+        return self.projection_weights + norms + indexer + mlp
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of the embedding, and of the LM head where it has its own."""
+        return self.vocab_size * self.hidden_size
+
+    @property
     def latent(self) -> int:
         """Values cached per token and layer for core attention."""
         return self.kv_lora_rank + self.qk_rope_head_dim
@@ -242,10 +264,24 @@ class _Pass:
 
 def prefill_work(shape: ModelShape, pattern: Pattern, length: int, widths: Widths | None = None) -> Breakdown:
     """Work of a prefill of `length` tokens, one sequence."""
-    _check_context(length)
-    short = min(length, shape.index_topk)
-    selected = _triangle(short) + (length - short) * shape.index_topk
-    return _work(shape, pattern, _Pass(length, length, _triangle(length), selected), widths or Widths())
+    return _work(shape, pattern, _prefill(shape, length), widths or Widths())
+
+
+def layer_work(shape: ModelShape, index: int, full: bool, length: int, widths: Widths | None = None) -> Breakdown:
+    """Work of one DSA layer on `length` tokens of one sequence, with its own indexer or without; no LM head.
+
+    Dense layers are taken to be the first ones, as they are in DeepSeek-V3.2 and GLM-5.
+    """
+    one, widths = _prefill(shape, length), widths or Widths()
+    return Breakdown(
+        index_projections=_index_projections(shape, one, widths).times(full),
+        index_scores=_index_scores(shape, one, widths).times(full),
+        index_topk=_index_topk(one, widths).times(full),
+        attention=_attention(shape, one, widths),
+        projections=_projections(shape, one, widths),
+        mlp=_dense_mlp(shape, one, widths) if index < shape.dense_layers else _expert_mlp(shape, one, widths),
+        lm_head=Work(),
+    )
 
 
 def decode_work(shape: ModelShape, pattern: Pattern, context: int, widths: Widths | None = None) -> Breakdown:
@@ -253,6 +289,12 @@ def decode_work(shape: ModelShape, pattern: Pattern, context: int, widths: Width
     _check_context(context)
     selected = min(shape.index_topk, context)
     return _work(shape, pattern, _Pass(1, context, context, selected), widths or Widths())
+
+
+def _prefill(shape: ModelShape, length: int) -> _Pass:
+    _check_context(length)
+    short = min(length, shape.index_topk)
+    return _Pass(length, length, _triangle(length), _triangle(short) + (length - short) * shape.index_topk)
 
 
 def _triangle(length: int) -> int:
@@ -307,15 +349,20 @@ def _projections(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
 
 
 def _mlp(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
-    expert = 3 * shape.hidden_size * shape.moe_intermediate_size
-    router = shape.hidden_size * shape.routed_experts
-    active = expert * (shape.experts_per_token + shape.shared_experts) + router
-    touched = min(shape.routed_experts, one.tokens * shape.experts_per_token)
-    read = expert * (touched + shape.shared_experts) + router
+    experts = _expert_mlp(shape, one, widths).times(shape.layers - shape.dense_layers)
+    return _dense_mlp(shape, one, widths).times(shape.dense_layers) + experts
+
+
+def _dense_mlp(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
     dense = 3 * shape.hidden_size * shape.intermediate_size
-    return Work(2 * one.tokens * dense, widths.weights * dense).times(shape.dense_layers) + Work(
-        2 * one.tokens * active, widths.weights * read
-    ).times(shape.layers - shape.dense_layers)
+    return Work(2 * one.tokens * dense, widths.weights * dense)
+
+
+def _expert_mlp(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
+    active = shape.expert_weights * (shape.experts_per_token + shape.shared_experts) + shape.router_weights
+    touched = min(shape.routed_experts, one.tokens * shape.experts_per_token)
+    read = shape.expert_weights * (touched + shape.shared_experts) + shape.router_weights
+    return Work(2 * one.tokens * active, widths.weights * read)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icsearch import plan
+from icsearch import plan, rehearsal
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
 from icsearch.memory_plan import Memory
@@ -92,10 +92,10 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
     flippable = request.flippable(layout.start_pattern)
     kept = _kept(layout, flippable, memory, record)
     options = options_of(record)
-    evaluations, layer_runs = plan.preview(strategy_of(record), record.tokens, count, options.is_lazy)
+    evaluations, layer_runs = rehearsal.preview(strategy_of(record), record.tokens, count, options.is_lazy)
     expected = most = layer_runs + count([layout.start_pattern, *references])
     if options.name == "exact":  # what the others take follows from the losses
-        expected = plan.rehearse(lambda: strategy_of(record), record.tokens, references, kept.keeping, size, along)
+        expected = rehearsal.rehearse(lambda: strategy_of(record), record.tokens, references, kept.keeping, size, along)
     return plan.SearchPlan(
         strategy=options,
         num_layers=len(layout.layer_indices),

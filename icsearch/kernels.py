@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from icsearch import ops
+from icsearch import block_sizes, ops
 from icsearch.errors import ModelError
 
 DENSE = "sdpa"  # transformers' name of the attention that its modules run
@@ -115,7 +115,7 @@ class Blockwise:
 
         def core(selection: torch.Tensor) -> torch.Tensor:
             topk = selection.shape[-1]
-            if not ops.gathering_pays(length, topk, heads, query.shape[-1], value_dim, latent, rope):
+            if not block_sizes.gathering_pays(length, topk, heads, query.shape[-1], value_dim, latent, rope):
                 keys, values = type(owner).expand_kv(owner, key, value)
                 return ops.dense_attention(query, keys, values, selection, scaling, self.block_elements)
             latents = torch.cat([key, value], dim=-1).squeeze(1)  # [B, S, L + R]

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-# Tokens per LM-head product. A constant, not what fits at the moment: the bits of a product follow its shape.
-HEAD_CHUNK_TOKENS = 1024
+from icsearch.block_sizes import HEAD_CHUNK_TOKENS
 
 
 def sequence_nll(

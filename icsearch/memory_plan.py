@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from icsearch import model, plan
+from icsearch.block_sizes import HEAD_CHUNK_TOKENS
 from icsearch.inputs import Inputs
-from icsearch.losses import HEAD_CHUNK_TOKENS
 from icsearch.memory import free_bytes
 from icsearch.model import Layout
 from icsearch.requests import KL, RunRequest

@@ -18,20 +18,14 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-# One gathered number costs about as much as so many multiply-adds of a matrix product (measured on CPU, float32:
-# 1.05 ns against 0.05 ns; see benchmarks/LOG.md). It decides between gathering and dense attention.
-GATHER_COST = 20
+from icsearch.block_sizes import block_size
+
 GROUP, HEAP_RATIO = 4, 64  # where, and in what groups, tokens compete by their highest score first: see `highest`
 
 
 def blocks(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
     """[first, last) cut into ranges of `size`; the last may be smaller."""
     return ((start, min(start + size, last)) for start in range(first, last, size))
-
-
-def block_size(elements_per_query: int, block_elements: int) -> int:
-    """Queries whose buffers hold about `block_elements` numbers; at least 16, so that products stay products."""
-    return max(16, block_elements // elements_per_query)
 
 
 def rotate_interleaved(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -138,17 +132,6 @@ def earliest_top_tokens(scores: torch.Tensor, topk: int) -> torch.Tensor:
     ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     countdown = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
     return (ordered << 32 | countdown).topk(topk, dim=-1).indices.to(torch.int32)
-
-
-def gathering_pays(length: int, topk: int, heads: int, key_dim: int, value_dim: int, latent: int, rope: int) -> bool:
-    """Whether attention over gathered latents costs less than dense attention behind a mask, by multiply-adds.
-
-    Per query: gathering moves topk x (latent + rope) numbers and multiplies topk x (2 latent + rope) per head; dense
-    attention multiplies half the length x (key_dim + value_dim) per head.
-    """
-    gathered = topk * (latent + rope) * GATHER_COST + heads * topk * (2 * latent + rope)
-    dense = heads * length * (key_dim + value_dim) // 2
-    return gathered < dense
 
 
 def gather_attention(

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from icsearch.block_sizes import MIN_BLOCK
 from icsearch.errors import IcsearchError
-from icsearch.pattern import Pattern
-from icsearch.states import Keeping, Rehearsal
-from icsearch.strategies import Options, Strategy
+from icsearch.states import Keeping
+from icsearch.strategies import Options
 from icsearch.strategies.swaps import MAX_SWAPS
 
 FLOAT_BYTES = 4
 INDEX_BYTES = 4
-MIN_BLOCK, BLOCK_BUFFERS = 16, 8  # of the block-wise arithmetic: see ops.block_size
+BLOCK_BUFFERS = 8  # of the block-wise arithmetic
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -105,8 +104,8 @@ class Kept:
 class SearchPlan:
     """The plan that is printed before a run. A layer evaluation is one layer over all sequences.
 
-    `layer_evaluations` is the most that the search can take (see `preview`), `expected_layer_evaluations` what an exact
-    one is likely to take with the states that are kept between steps (see `rehearse`).
+    `layer_evaluations` is the most that the search can take (`rehearsal.preview`), `expected_layer_evaluations` what an
+    exact one is likely to take with the states that are kept between steps (`rehearsal.rehearse`).
     """
 
     strategy: Options
@@ -155,76 +154,6 @@ def plan_kept(keeping: Keeping, shape: BatchShape, sequences: int, room: int) ->
         if spaced.states * entry_bytes <= room:
             return Kept(spaced, room, spaced.states * entry_bytes)
     return Kept(replace(keeping, stride=0), 0, 0)
-
-
-def preview(
-    strategy: Strategy, tokens: Sequence[int], count: Callable[[list[Pattern]], int], in_pools: bool = False
-) -> tuple[int, int]:
-    """(candidate evaluations, layer evaluations) that a search takes at most, played through with made-up losses.
-
-    Sequences do not differ in them, so that a race drops nobody, and from step to step every flip costs more than
-    any did before, so that no older loss rules one out. The last candidate is committed always, which is the most
-    that a search can take: the candidates left then fork off earliest. An exact search takes as many evaluations as
-    that in any case. `in_pools`: a step's candidates come in portions that may turn out otherwise, so each of them is
-    charged with a trunk up to the last F layer.
-    """
-    sequences = layer_runs = 0
-    step, steepness = 1, 2.0 * len(strategy.pattern)
-    strategy.begin([0.0] * len(tokens))
-    while ask := strategy.ask():
-        length = ask.last - ask.first
-        sequences += len(ask.layers) * length
-        longest = strategy.pattern.full_layers[-1:] if in_pools else ()
-        layers = dict.fromkeys((*ask.layers, *longest))
-        layer_runs += count([strategy.pattern.flip(layer) for layer in layers]) * length
-        losses = {layer: step**2 * steepness - layer for layer in ask.layers}
-        told = {layer: [loss * t for t in tokens[ask.first : ask.last]] for layer, loss in losses.items()}
-        step += strategy.tell(told) is not None
-    return sequences // len(tokens), layer_runs // len(tokens)
-
-
-def rehearse(
-    begin: Callable[[], Strategy],
-    tokens: Sequence[int],
-    references: Sequence[Pattern],
-    keeping: Keeping,
-    per_sweep: int,
-    along: Sequence[Pattern] = (),
-) -> int:
-    """Layer evaluations that an exact search with states kept between steps is likely to take.
-
-    It is played through with made-up losses, once committing the first candidate in each step and once the last; the
-    larger number is taken. With everything kept, every pair of candidates costs the layers above the later one once,
-    whichever of them is committed first: a search to the end then takes the same in any order, and a shorter one the
-    most where the first layers are committed. With nothing kept it takes the most where the last ones are. In each
-    sweep, the patterns `along` run beside those that are scored.
-    """
-    return max(_played(begin(), tokens, references, keeping, per_sweep, along, sign) for sign in (1.0, -1.0))
-
-
-def _played(
-    strategy: Strategy,
-    tokens: Sequence[int],
-    references: Sequence[Pattern],
-    keeping: Keeping,
-    per_sweep: int,
-    along: Sequence[Pattern],
-    sign: float,
-) -> int:
-    """Layer evaluations of a search in which a flip costs its layer's number (sign 1), or that much less (-1)."""
-    rehearsal = Rehearsal(keeping, strategy.pattern)
-
-    def sweeps(patterns: Sequence[Pattern]) -> int:
-        chunks = [patterns[start : start + per_sweep] for start in range(0, len(patterns), per_sweep)]
-        return sum(rehearsal.sweep([*chunk, *along], [0]) for chunk in chunks)
-
-    taken = sweeps([strategy.pattern, *references])
-    strategy.begin([0.0] * len(tokens))
-    while ask := strategy.ask():
-        rehearsal.retain(strategy.pattern)
-        taken += sweeps([strategy.pattern.flip(layer) for layer in ask.layers])
-        strategy.tell({layer: [sign * layer * t for t in tokens[ask.first : ask.last]] for layer in ask.layers})
-    return taken
 
 
 def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from icsearch import kernels, model
+from icsearch.block_sizes import BLOCK_ELEMENTS, default_batch_size
 from icsearch.errors import ModelError
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
@@ -17,10 +18,6 @@ from icsearch.requests import PatternRequest, RunRequest
 from icsearch.rundir import part_of
 from icsearch.strategies import split_stages
 
-BATCH_TOKENS = 1024  # default tokens per layer call: small calls keep the reference indexer's tensors in cache
-# Numbers in one buffer of the block-wise arithmetic: on CPU what stays in cache, on CUDA what keeps the device busy.
-BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
-
 
 def run_options(request: RunRequest, inputs: Inputs, existing: Sequence[Event]) -> dict[str, Any]:
     """The options that the bits of a loss follow. Threads of an existing run are taken over unless asked for."""
@@ -29,7 +26,7 @@ def run_options(request: RunRequest, inputs: Inputs, existing: Sequence[Event]) 
     return {
         "dtype": inputs.layout.dtype if request.dtype == "auto" else request.dtype,
         "device": str(model.resolve_device(request.device)),
-        "batch_size": request.batch_size or max(1, min(BATCH_TOKENS // length, sequences)),
+        "batch_size": request.batch_size or default_batch_size(length, sequences),
         "attention": kernels.DENSE,
         "threads": request.threads or recorded,
         **kernel_options(request, inputs.layout, part_of(existing, "options")),

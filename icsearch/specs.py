@@ -13,6 +13,7 @@ from icsearch.errors import PatternError
 from icsearch.pattern import Pattern, PatternFile, load_pattern_file, parse_retention
 from icsearch.resources import published_patterns
 
+REFERENCE_RETENTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 EXPECTED = "full, uniform:1/4, published:NAME, a pattern.json or RUN (RUN@1/2: at that retention), or letters"
 
 
@@ -160,3 +161,18 @@ def _with_unique_names(found: list[NamedPattern]) -> list[NamedPattern]:
         else NamedPattern(f"{named.name} {named.pattern}", named.pattern, named.method, named.in_sample, named.foreign)
         for named in unique
     ]
+
+
+def references(start: Pattern, num_shared: int) -> dict[str, str]:
+    """Uniform patterns to compare with: at 1/2, 1/4, 1/8, and with as many F layers as the search will keep.
+
+    Those that ask F of a native S layer cannot be run and are left out.
+    """
+    kept = Fraction(len(start.full_layers) - num_shared, len(start))
+    found: dict[str, str] = {}
+    for retention in (*REFERENCE_RETENTIONS, kept):
+        pattern = Pattern.uniform(len(start), retention)
+        possible = all(start.is_full(layer) for layer in pattern.full_layers)
+        if possible and pattern.letters not in found.values():
+            found[f"uniform:{retention}"] = pattern.letters
+    return found

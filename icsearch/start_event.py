@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -14,13 +13,11 @@ import transformers
 from icsearch import __version__, calibration, checkpoint
 from icsearch.inputs import Inputs
 from icsearch.journal import JOURNAL_FORMAT, Event
-from icsearch.pattern import Pattern
 from icsearch.requests import PatternRequest
 from icsearch.run_options import pattern_options, run_options
 from icsearch.rundir import part_of
+from icsearch.specs import references
 from icsearch.strategies import split_stages
-
-REFERENCE_RETENTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 
 
 def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
@@ -76,21 +73,6 @@ def pattern_start(request: PatternRequest, inputs: Inputs, existing: Sequence[Ev
     options = {**method, **pattern_options(request, start), **run_options(request, inputs, existing)}
     blocks = [[block.start, block.stop] for block in split_stages(len(start), request.stages)]
     return start_event(inputs, options, references=references(start, options["num_shared"]), blocks=blocks)
-
-
-def references(start: Pattern, num_shared: int) -> dict[str, str]:
-    """Uniform patterns to compare with: at 1/2, 1/4, 1/8, and with as many F layers as the search will keep.
-
-    Those that ask F of a native S layer cannot be run and are left out.
-    """
-    kept = Fraction(len(start.full_layers) - num_shared, len(start))
-    found: dict[str, str] = {}
-    for retention in (*REFERENCE_RETENTIONS, kept):
-        pattern = Pattern.uniform(len(start), retention)
-        possible = all(start.is_full(layer) for layer in pattern.full_layers)
-        if possible and pattern.letters not in found.values():
-            found[f"uniform:{retention}"] = pattern.letters
-    return found
 
 
 def environment(device: str) -> dict[str, Any]:

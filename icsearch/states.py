@@ -18,9 +18,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from icsearch.pattern import SHARED, Pattern
+from icsearch.pattern import FULL, SHARED, Pattern
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LayerRuns:
+    """How often one sweep runs each decoder layer, by role: with its own indexer, and with a selection from before."""
+
+    full: tuple[int, ...]
+    shared: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.full) + sum(self.shared)
 
 
 @dataclass(frozen=True)
@@ -113,12 +125,20 @@ class Rehearsal(StateStore[None]):
 
     def sweep(self, patterns: Iterable[Pattern], batches: Sequence[int]) -> int:
         """Layer runs of one sweep: the nodes of the patterns' tree of prefixes behind what is kept by now."""
+        return self.runs(patterns, batches).total
+
+    def runs(self, patterns: Iterable[Pattern], batches: Sequence[int]) -> LayerRuns:
+        """The layer runs of one sweep, decoder layer by decoder layer."""
         nodes = {
             (index, self.keeping.letters_before(pattern, index + 1))
             for pattern in patterns
             for index in range(self.start(pattern, batches), self.keeping.num_layers)
         }
+        full, shared = [0] * self.keeping.num_layers, [0] * self.keeping.num_layers
+        indexed = set(self.keeping.layer_indices)
         for index, letters in nodes:
+            runs = full if index in indexed and letters[-1] == FULL else shared
+            runs[index] += 1
             for batch in batches:
                 self.put(batch, index + 1, letters, None, 0)
-        return len(nodes)
+        return LayerRuns(tuple(full), tuple(shared))

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "icsearch"
 # What each module may import of the package. Rows are in the order in which data flows.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
+    "block_sizes": set(),
     "files": {"errors"},
     "jsonfile": {"errors", "files"},
     "resources": set(),
@@ -40,10 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": {"errors", "files", "jsonfile", "resources"},
     "memory": {"errors"},
     "slot": {"errors", "pattern"},
-    "ops": set(),
-    "kernels": {"", "errors", "ops"},
+    "ops": {"block_sizes"},
+    "kernels": {"", "block_sizes", "errors", "ops"},
     "model": {"checkpoint", "errors", "kernels", "memory", "pattern", "slot"},
-    "losses": set(),
+    "losses": {"block_sizes"},
     "states": {"pattern"},
     "block": {"model", "pattern", "slot", "states"},
     "sweep": {"block", "errors", "losses", "memory", "model", "pattern", "slot", "states"},
@@ -55,19 +56,20 @@ ALLOWED: dict[str, set[str]] = {
     "lm_eval_bridge": {"errors", "model", "pattern"},
     "strategies": {"pattern", "statistics"},
     "requests": {"errors", "jsonfile", "pattern", "specs", "strategies"},
-    "plan": {"errors", "pattern", "states", "strategies"},
+    "plan": {"block_sizes", "errors", "states", "strategies"},
+    "rehearsal": {"pattern", "states", "strategies"},
     "rundir": {"errors", "files", "journal", "journal_schema", "jsonfile", "record"},
     "search": {"commit", "errors", "journal", "pattern", "record", "refinement", "strategies"},
     "refine": {"errors", "journal", "pattern", "record", "refinement", "search", "strategies"},
     "inputs": {"calibration", "checkpoint", "model", "requests"},
     "run_options": {
-        "errors", "inputs", "journal", "kernels", "model", "pattern", "requests", "rundir", "strategies",
+        "block_sizes", "errors", "inputs", "journal", "kernels", "model", "pattern", "requests", "rundir", "strategies",
     },
     "start_event": {
         "", "calibration", "checkpoint", "inputs", "journal", "pattern", "requests", "run_options", "rundir",
-        "strategies",
+        "specs", "strategies",
     },
-    "memory_plan": {"inputs", "losses", "memory", "model", "plan", "requests"},
+    "memory_plan": {"block_sizes", "inputs", "memory", "model", "plan", "requests"},
     "bring_up": {"block", "calibration", "checkpoint", "model"},
     "prepare": {
         "block", "bring_up", "inputs", "journal", "memory_plan", "model", "record", "requests", "rundir", "search",
@@ -77,8 +79,8 @@ ALLOWED: dict[str, set[str]] = {
         "states", "sweep",
     },
     "greedy": {
-        "inputs", "journal", "memory_plan", "model", "pattern", "plan", "prepare", "record", "refine", "requests",
-        "search", "start_event", "states", "strategies", "sweep_scorer",
+        "inputs", "journal", "memory_plan", "model", "pattern", "plan", "prepare", "record", "refine", "rehearsal",
+        "requests", "search", "start_event", "states", "strategies", "sweep_scorer",
     },
     "baseline": {
         "cosine_dp", "errors", "files", "inputs", "journal", "jsonfile", "model", "pattern", "plan", "prepare",
@@ -106,6 +108,7 @@ ALLOWED: dict[str, set[str]] = {
 
 NO_TORCH = [
     "errors",
+    "block_sizes",
     "resources",
     "files",
     "jsonfile",
@@ -129,6 +132,7 @@ NO_TORCH = [
     "cosine_dp",
     "specs",
     "plan",
+    "rehearsal",
     "requests",
     "rundir",
     "search",

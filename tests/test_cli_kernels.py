@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from icsearch import model
+from icsearch.block_sizes import BLOCK_ELEMENTS
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import IcsearchError, ModelError
 from icsearch.requests import CalibrationRequest, RunRequest
-from icsearch.run_options import BLOCK_ELEMENTS, kernel_options
+from icsearch.run_options import kernel_options
 from test_cli import greedy, refused, run
 
 

@@ -274,3 +274,30 @@ def test_the_papers_81_percent_and_its_speedup_disagree() -> None:
     assert 1 / (1 - 0.81 * removed) == pytest.approx(2.5, abs=0.05)
     assert (1 - 10.7 / 19.5) / removed == pytest.approx(0.61, abs=0.005)
     assert cost.prefill_work(GLM_FLASH_DSA, Pattern.full(47), 200_000).indexer_share == pytest.approx(0.785, abs=0.001)
+
+
+# -- layer by layer ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("letters", ["FFF", "FSS", "FSF"])
+def test_a_prefill_is_its_layers_and_the_head(letters: str) -> None:
+    whole = cost.prefill_work(SMALL, Pattern(letters), 30)
+    layers = [cost.layer_work(SMALL, index, letter == "F", 30) for index, letter in enumerate(letters)]
+    for name in ("index_projections", "index_scores", "index_topk", "attention", "projections", "mlp"):
+        added = sum((getattr(layer, name) for layer in layers), Work())
+        assert added == getattr(whole, name), name
+    assert sum(layer.total.flops for layer in layers) == whole.total.flops - whole.lm_head.flops
+
+
+def test_parameters_are_those_of_the_model() -> None:
+    """Norms included, biases not; an S layer of the checkpoint's own has no indexer."""
+    for name, family in FAMILIES.items():
+        config = family(**SIZES)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        shape = ModelShape.from_config(config.to_dict())
+        found = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
+        assert [shape.layer_parameters(index) for index in range(6)] == found, name
+        indexer = sum(p.numel() for p in model.model.layers[0].self_attn.indexer.parameters())
+        assert shape.layer_parameters(0) - shape.layer_parameters(0, with_indexer=False) == indexer
+        assert shape.embedding_weights == model.lm_head.weight.numel() == model.model.embed_tokens.weight.numel()

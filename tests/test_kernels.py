@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from icsearch import kernels, model, ops
+from icsearch import block_sizes, kernels, model, ops
 from icsearch.block import Batch, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError
@@ -54,7 +54,7 @@ def some_patterns(seed: int = 0) -> list[Pattern]:
 @pytest.fixture(params=["gathered", "dense"])
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both sides of the choice by cost."""
-    monkeypatch.setattr(ops, "gathering_pays", lambda *args: request.param == "gathered")
+    monkeypatch.setattr(block_sizes, "gathering_pays", lambda *args: request.param == "gathered")
     return str(request.param)
 
 

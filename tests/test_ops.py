@@ -178,15 +178,6 @@ def test_dense_attention_equals_the_formula(topk: int, block_elements: int) -> N
     torch.testing.assert_close(output.double(), naive_attention(inputs, 0.3), rtol=1e-5, atol=1e-5)
 
 
-def test_gathering_pays_for_long_inputs_and_few_tokens() -> None:
-    shape = {"heads": 4, "key_dim": 32, "value_dim": 32, "latent": 32, "rope": 16}
-    assert ops.gathering_pays(2048, 32, **shape)
-    assert not ops.gathering_pays(2048, 2000, **shape)
-    assert not ops.gathering_pays(64, 48, **shape)
-    chosen = [ops.gathering_pays(length, 256, **shape) for length in (512, 1024, 4096, 16384)]
-    assert chosen == sorted(chosen)  # once it pays, it does for anything longer
-
-
 class LargestTensor(TorchDispatchMode):
     """Remembers the largest result of any operation."""
 

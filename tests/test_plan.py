@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from icsearch import ops
 from icsearch.errors import IcsearchError
 from icsearch.pattern import Pattern
-from icsearch.plan import MIN_BLOCK, BatchShape, format_bytes, parse_bytes, patterns_per_sweep, preview
+from icsearch.plan import BatchShape, format_bytes, parse_bytes, patterns_per_sweep
+from icsearch.rehearsal import preview
 from icsearch.strategies import Options, Task, looks_of, make_strategy
 
 TOKENS = (30, 31, 29)
@@ -88,11 +88,6 @@ def test_preview_bounds_the_other_strategies_too(name: str, stages: int) -> None
 def test_branch_and_layer_bytes() -> None:
     assert SHAPE.branch_bytes == 2 * 100 * (32 * 2 + 16 * 4)
     assert SHAPE.layer_bytes == 2 * 100**2 * (2 * 4 + 8 + 3 + 2) * 4
-
-
-def test_the_plan_knows_the_smallest_block() -> None:
-    assert ops.block_size(10**6, 1) == ops.block_size(10**6, 2**10) == MIN_BLOCK
-    assert ops.block_size(1, MIN_BLOCK + 1) == MIN_BLOCK + 1
 
 
 def test_budget_decides_how_many_live() -> None:

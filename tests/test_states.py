@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from icsearch import model, plan
+from icsearch import model, plan, rehearsal
 from icsearch.block import Batch, BranchState, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.journal import Event, Journal
@@ -175,7 +175,7 @@ def test_the_rehearsed_search_is_the_dearest(flips: int) -> None:
 
     tokens = (10, 11)
     task = Task(Pattern.full(6), frozenset(), flips, 1, tokens, looks_of(2, 1))
-    most = plan.rehearse(lambda: make_strategy(task), tokens, [], keeping(), 100)
+    most = rehearsal.rehearse(lambda: make_strategy(task), tokens, [], keeping(), 100)
     assert most == taken(min)
     found = {taken(random.Random(seed).choice) for seed in range(100)}
     assert max(found) == most
@@ -335,3 +335,17 @@ def test_several_batches_in_one_wave(dsa: model.DsaModel) -> None:
     again = keeper.sweep(flips, batches)
     assert again.nll == plain.sweep(flips, batches).nll
     assert again.layer_sequences == 2 * SEQUENCES  # each goes on at the entry of the last layer
+
+
+def test_a_rehearsal_tells_the_runs_of_each_layer_by_role() -> None:
+    rehearsal = StateStore(keeping(4, stride=0), Pattern("FFFF")).rehearsal()
+    runs = rehearsal.runs([Pattern("FSFF"), Pattern("FFFS")], [0])
+    assert runs.full == (1, 1, 2, 1)
+    assert runs.shared == (0, 1, 0, 1)
+    assert runs.total == rehearsal.sweep([Pattern("FSFF"), Pattern("FFFS")], [0]) == 7
+
+
+def test_layers_without_an_indexer_share_or_not_they_never_run_one() -> None:
+    mixed = Keeping(3, (0, 2), frozenset({1}))
+    runs = StateStore(mixed, Pattern("FF")).rehearsal().runs([Pattern("FF"), Pattern("FS")], [0])
+    assert (runs.full, runs.shared) == ((1, 0, 1), (0, 1, 1))
