@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 import checkpoints
-from icsearch import checkpoint, greedy, model
+from icsearch import checkpoint, greedy, loading
 from icsearch.block import Batch
 from icsearch.block_sizes import BLOCK_ELEMENTS, default_batch_size
 from icsearch.bring_up import device_batches
 from icsearch.calibration import load as load_tokens
-from icsearch.model import DsaModel, Layout
+from icsearch.layout import Layout, inspect
+from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.progress import Quiet
 from icsearch.record import RunRecord, load_run
@@ -172,9 +173,9 @@ def prepare(draw: Draw, threads: int) -> Bench:
     directory, tokens = checkpoints.prepare(draw.name, draw.length, draw.sequences, WORK, draw.seed)
     record = exact_run(draw, directory, tokens, threads)
     source = checkpoint.open_checkpoint(str(directory))
-    layout = model.inspect(source)
+    layout = inspect(source)
     options = record.start["options"]
-    dsa = model.load(source, device="cpu", block_elements=options.get("block_elements", BLOCK_ELEMENTS["cpu"]))
+    dsa = loading.load(source, device="cpu", block_elements=options.get("block_elements", BLOCK_ELEMENTS["cpu"]))
     return bench_of(record, layout, dsa, device_batches(dsa, load_tokens(tokens), options["batch_size"]), draw.folder)
 
 
@@ -303,7 +304,7 @@ def parse_arguments() -> Any:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(arguments.threads)
-    model.quiet_transformers()
+    loading.quiet_transformers()
     names = arguments.model or ["demo"]
     checkpoints.check_labels(names)
     draws = [

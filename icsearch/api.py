@@ -10,9 +10,11 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from icsearch import model as models
+from icsearch import loading
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import PatternError
+from icsearch.layout import inspect
+from icsearch.model import indexer_owners
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, put_slot, take_slot
 from icsearch.specs import pattern_of
@@ -36,9 +38,9 @@ def load(
     PatternError, before any weight is read, for a pattern that does not fit.
     """
     checkpoint = open_checkpoint(name_or_path, trust_remote_code=trust_remote_code)
-    layout = models.inspect(checkpoint, trust_remote_code)
+    layout = inspect(checkpoint, trust_remote_code)
     fitting = None if pattern is None else _fit(pattern, layout.start_pattern)
-    model = models.load(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code).model
+    model = loading.load(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code).model
     return restore(model) if fitting is None else apply_pattern(model, fitting)
 
 
@@ -80,7 +82,7 @@ def _owners(model: nn.Module) -> list[nn.Module]:
     """The modules whose `indexer` makes a DSA layer's selection, in layer order; none for another kind of model."""
     if not (hasattr(model, "config") and hasattr(model, "get_decoder")):
         return []
-    return [owner for _, owner in models.indexer_owners(model)]
+    return [owner for _, owner in indexer_owners(model)]
 
 
 def _start_pattern(owners: list[nn.Module]) -> Pattern:

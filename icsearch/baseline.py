@@ -20,7 +20,7 @@ from icsearch.files import write_atomically
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
 from icsearch.jsonfile import read_object, strict, write_object
-from icsearch.model import Layout
+from icsearch.layout import Layout
 from icsearch.pattern import Pattern
 from icsearch.prepare import Loaded, Publish, load, opened, publish_nothing
 from icsearch.record import RunRecord

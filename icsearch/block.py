@@ -76,14 +76,14 @@ def count_sequences(wave: Sequence[Batch]) -> int:
 
 
 class LayerBlock:
-    """The decoder layers [first, last) of a model, by default all of them.
+    """The decoder layers [first, last) of a model, by default all that this process has.
 
     Call arguments are captured once per batch shape and kept.
     """
 
     def __init__(self, model: DsaModel, layers: range | None = None) -> None:
         self.model = model
-        self.layers = range(len(model.layers)) if layers is None else layers
+        self.layers = model.held if layers is None else layers
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
 
@@ -107,8 +107,11 @@ class LayerBlock:
         for index in self.layers:
             _keep(index, branches, wave, kept)
             pending, branches = branches + self._open(index, entering.get(index, []), wave, kept), []
-            while pending:  # taken off one by one, so that a branch's old states go as its new ones come
-                branches += self._run_layer(index, pending.pop(0), wave, probe)
+            if not pending:
+                continue  # all branches begin behind: this layer's weights are not needed
+            with self.model.holding(index):
+                while pending:  # taken off one by one, so that a branch's old states go as its new ones come
+                    branches += self._run_layer(index, pending.pop(0), wave, probe)
             layer_runs += len(branches)
             on_layer(len(branches) * count_sequences(wave))
         return branches, layer_runs * count_sequences(wave)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from icsearch import calibration, model
+from icsearch import calibration, loading
 from icsearch.block import Batch, cut_batches
 from icsearch.checkpoint import Checkpoint
 from icsearch.model import DsaModel
@@ -17,12 +17,13 @@ def bring_up(source: Checkpoint, options: dict[str, Any], trust_remote_code: boo
     """Load the weights under these options, in a pipeline those of `layers`; raises ModelError, OutOfMemoryError."""
     torch.set_num_threads(options["threads"])
     make_deterministic(torch.device(options["device"]))
-    return model.load(
+    return loading.load(
         source,
         dtype=options["dtype"],
         device=options["device"],
         trust_remote_code=trust_remote_code,
         block_elements=options.get("block_elements"),
+        layers=layers,
     )
 
 

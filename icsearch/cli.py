@@ -199,7 +199,7 @@ def _display(request: RunRequest, quiet: bool) -> Iterator[Progress]:
 
     listener = make_listener(quiet)
     listener.info(f"loading {request.model} ...")
-    from icsearch.model import quiet_transformers
+    from icsearch.loading import quiet_transformers
 
     quiet_transformers()
     try:

@@ -29,6 +29,12 @@ class OutOfMemoryError(IcsearchError):
     exit_status = 1
 
 
+class ShardError(IcsearchError):
+    """A shard of the checkpoint that could not be read, or was changed, after it had been found whole."""
+
+    exit_status = 1
+
+
 class NonFiniteLossError(IcsearchError):
     """A loss came out NaN or infinite; the message names layer and sequence."""
 

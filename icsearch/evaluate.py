@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from icsearch import cost, model, plan, tasks
+from icsearch import cost, plan, tasks
 from icsearch.errors import IcsearchError
 from icsearch.evaluation import EvalRecord, save_eval
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
 from icsearch.lm_eval_bridge import lm_eval_results
+from icsearch.loading import load_tokenizer
 from icsearch.measure import Timing, measure
 from icsearch.measures import Evaluation, bucket_edges, bucket_tokens
 from icsearch.model import DsaModel
@@ -142,7 +143,7 @@ def _questions(request: EvalRequest, inputs: Inputs) -> Questions:
     """The tasks of each kind; none where none were asked for. Raises TaskError."""
     if not request.tasks:
         return {}
-    tokenizer = model.load_tokenizer(inputs.source, request.calibration.trust_remote_code)
+    tokenizer = load_tokenizer(inputs.source, request.calibration.trust_remote_code)
     length = task_length(request, inputs)
     return {
         kind: tasks.make_tasks(tokenizer, kind, length_tokens=length, count=request.tasks, seed=TASK_SEED)
@@ -184,7 +185,7 @@ def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRe
     if request.measure:
         extras["measured"] = lambda: _timings(measure(loaded.dsa, list(names), request.measure), names)
     if request.lm_eval:
-        tokenizer = model.load_tokenizer(inputs.source, request.calibration.trust_remote_code)
+        tokenizer = load_tokenizer(inputs.source, request.calibration.trust_remote_code)
         extras["lm_eval"] = lambda: lm_eval_results(loaded.dsa, tokenizer, list(names), request.lm_eval)
     return extras
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from icsearch import plan, rehearsal
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
+from icsearch.layout import Layout
 from icsearch.memory_plan import Memory
-from icsearch.model import Layout
 from icsearch.pattern import Pattern
 from icsearch.prepare import Publish, load, opened, publish_nothing
 from icsearch.record import RunRecord

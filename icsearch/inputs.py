@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from icsearch import calibration, checkpoint, model
+from icsearch import calibration, checkpoint, loading
 from icsearch.checkpoint import Checkpoint
-from icsearch.model import Layout
+from icsearch.layout import Layout, inspect
 from icsearch.requests import CalibrationRequest, RunRequest
 
 DEFAULT_NUM_SEQUENCES = 24
@@ -26,7 +26,7 @@ class Inputs:
 def open_model(request: CalibrationRequest) -> tuple[Checkpoint, Layout]:
     """The checkpoint's files and layout."""
     source = checkpoint.open_checkpoint(request.model, trust_remote_code=request.trust_remote_code)
-    return source, model.inspect(source, request.trust_remote_code)
+    return source, inspect(source, request.trust_remote_code)
 
 
 def calibrate(request: CalibrationRequest, out: Path, fresh: bool) -> tuple[calibration.Calibration, bool]:
@@ -59,7 +59,7 @@ def obtain(
     """Batches of a source, and whether they were in `cache` already; `like` others in size where none is asked for."""
     return calibration.obtain(
         request.source,
-        lambda: model.load_tokenizer(source, request.trust_remote_code),
+        lambda: loading.load_tokenizer(source, request.trust_remote_code),
         cache,
         seq_len=request.seq_len,
         num_sequences=request.num_sequences,

@@ -10,6 +10,7 @@ The model's modules stay in charge of projections, norms and RoPE of the attenti
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -200,6 +201,20 @@ def find_rotation(indexer: Any) -> Rotate:
             "the block-wise arithmetic does not choose what this model's own indexers choose: give --kernels reference"
         )
     return best
+
+
+def random_copy(indexer: nn.Module) -> nn.Module:
+    """An indexer of the same make on the CPU, in float32, with random weights: its RoPE layout does not follow them.
+
+    So the layout is known of a model whose weights are on meta, and is the same on every device.
+    """
+    copied = copy.deepcopy(indexer)
+    generator = torch.Generator().manual_seed(0)
+    for module in copied.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            values = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+    return copied.to("cpu")
 
 
 def _probe(indexer: Any) -> tuple[tuple[Any, ...], torch.Tensor]:

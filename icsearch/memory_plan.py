@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from icsearch import model, plan
+from icsearch import plan
 from icsearch.block_sizes import HEAD_CHUNK_TOKENS
 from icsearch.inputs import Inputs
+from icsearch.layout import DTYPES, Layout
 from icsearch.memory import free_bytes
-from icsearch.model import Layout
 from icsearch.requests import KL, RunRequest
 
 NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
@@ -48,7 +48,7 @@ class Memory:
 def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Memory:
     """The budget, by default most of what is free, and what fits; raises IcsearchError where no pattern does."""
     budget = request.memory or int(MEMORY_SHARE * free_bytes(torch.device(options["device"])))
-    weights = inputs.layout.num_parameters * model.DTYPES[options["dtype"]].itemsize
+    weights = inputs.layout.num_parameters * DTYPES[options["dtype"]].itemsize
     shape = batch_shape(inputs.layout, options, inputs.batches.seq_len)
     memory = Memory(budget, weights, shape, plan.patterns_per_sweep(shape, weights, budget))
     if options.get("objective") != KL:
@@ -62,7 +62,7 @@ def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.B
         batch_size=options["batch_size"],
         seq_len=seq_len,
         hidden_size=layout.hidden_size,
-        dtype_bytes=model.DTYPES[options["dtype"]].itemsize,
+        dtype_bytes=DTYPES[options["dtype"]].itemsize,
         index_topk=layout.index_topk,
         index_heads=layout.index_heads,
         index_head_dim=layout.index_head_dim,

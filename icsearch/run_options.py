@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from icsearch import kernels, model
+from icsearch import kernels
 from icsearch.block_sizes import BLOCK_ELEMENTS, default_batch_size
 from icsearch.errors import ModelError
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
-from icsearch.model import Layout
+from icsearch.layout import Layout
+from icsearch.loading import resolve_device
 from icsearch.pattern import Pattern
 from icsearch.requests import PatternRequest, RunRequest
 from icsearch.rundir import part_of
@@ -25,7 +26,7 @@ def run_options(request: RunRequest, inputs: Inputs, existing: Sequence[Event]) 
     recorded = part_of(existing, "options").get("threads") or torch.get_num_threads()
     return {
         "dtype": inputs.layout.dtype if request.dtype == "auto" else request.dtype,
-        "device": str(model.resolve_device(request.device)),
+        "device": str(resolve_device(request.device)),
         "batch_size": request.batch_size or default_batch_size(length, sequences),
         "attention": kernels.DENSE,
         "threads": request.threads or recorded,
@@ -47,7 +48,7 @@ def kernel_options(request: RunRequest, layout: Layout, recorded: dict[str, Any]
         raise ModelError(
             f"--kernels blockwise does not know the layers of a {layout.model_type} model: give auto or reference"
         )
-    device = str(model.resolve_device(request.device))
+    device = str(resolve_device(request.device))
     default = recorded.get("block_elements") or BLOCK_ELEMENTS["cuda" if device.startswith("cuda") else "cpu"]
     return {"kernels": chosen, "block_elements": request.block_elements or default}
 

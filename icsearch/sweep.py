@@ -189,7 +189,8 @@ class Sweeper:
             return "the embedding"
         store = SelectionStore(pattern)
         for index in range(len(self.model.layers)):
-            states = self.model.run_layer(index, states, calls[index], store)
+            with self.model.holding(index):
+                states = self.model.run_layer(index, states, calls[index], store)
             if not torch.isfinite(states[row]).all():
                 return f"decoder layer {index}"
         return "the LM head"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from icsearch import plan
 from icsearch.block import Batch, BranchState
 from icsearch.divergence import KlSweeper
-from icsearch.model import Layout
+from icsearch.layout import Layout
 from icsearch.pattern import Pattern
 from icsearch.prepare import Loaded, Opened
 from icsearch.record import RunRecord

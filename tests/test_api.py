@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import icsearch
 import tiny
 from icsearch.errors import ModelError, PatternError
-from icsearch.model import DsaModel, quiet_transformers
+from icsearch.loading import quiet_transformers
+from icsearch.model import DsaModel
 from icsearch.pattern import Pattern, PatternFile
 from icsearch.slot import IndexerSlot
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from icsearch import model
 from icsearch.block_sizes import BLOCK_ELEMENTS
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import IcsearchError, ModelError
+from icsearch.layout import inspect
 from icsearch.requests import CalibrationRequest, RunRequest
 from icsearch.run_options import kernel_options
 from test_cli import greedy, refused, run
@@ -86,14 +86,14 @@ def request(**more: Any) -> RunRequest:
 
 
 def test_families_without_arithmetic_run_the_reference_modules(glm_checkpoint: Path) -> None:
-    layout = replace(model.inspect(open_checkpoint(str(glm_checkpoint))), has_arithmetic=False)
+    layout = replace(inspect(open_checkpoint(str(glm_checkpoint))), has_arithmetic=False)
     assert kernel_options(request(), layout, {}) == {"kernels": "reference"}
     with pytest.raises(ModelError, match="give auto or reference"):
         kernel_options(request(kernels="blockwise"), layout, {})
 
 
 def test_runs_from_before_the_option_go_on_with_the_reference(glm_checkpoint: Path) -> None:
-    layout = model.inspect(open_checkpoint(str(glm_checkpoint)))
+    layout = inspect(open_checkpoint(str(glm_checkpoint)))
     assert kernel_options(request(), layout, {"threads": 1}) == {"kernels": "reference"}
     new = kernel_options(request(device="cpu"), layout, {})
     assert new == {"kernels": "blockwise", "block_elements": BLOCK_ELEMENTS["cpu"]}

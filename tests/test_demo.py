@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from icsearch import calibration, model
+from icsearch import calibration, loading
 from icsearch.block import cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.greedy import greedy
+from icsearch.layout import inspect
 from icsearch.pattern import Pattern, load_pattern_file
 from icsearch.progress import Quiet
 from icsearch.requests import CalibrationRequest, GreedyRequest
@@ -23,18 +24,18 @@ from icsearch.sweep import Sweeper
 
 GOLDEN = Path(__file__).parent / "data" / "demo_curve.json"
 FIVE_OF_16 = "FFSSSSFSSSSFSFSS"  # what `make results` finds with five layers left
-model.quiet_transformers()
+loading.quiet_transformers()
 
 
 def held_out_losses(patterns: list[Pattern], source_text: str, sequences: int) -> dict[str, list[float]]:
     """NLL sums of each sequence of a built-in source, by pattern."""
     checkpoint = open_checkpoint("demo")
-    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer = loading.load_tokenizer(checkpoint)
     source = parse_source(source_text)
     assert not isinstance(source, calibration.ReadyTokens)
     key = calibration.cache_key(source, calibration.tokenizer_fingerprint(tokenizer), 256, sequences, 0)
     batches = calibration.build(source, tokenizer, key, vocab_size=1024)
-    sweeper = Sweeper(model.load(checkpoint))
+    sweeper = Sweeper(loading.load(checkpoint))
     nll: dict[str, list[float]] = {}
     for batch in cut_batches(torch.from_numpy(batches.input_ids), torch.from_numpy(batches.counted()), 4):
         for letters, sums in sweeper.sweep(patterns, [batch]).nll.items():
@@ -56,7 +57,7 @@ def test_cached_batches_are_those_of_the_recipe() -> None:
     checkpoint = open_checkpoint("demo")
     stored = calibration.load(Path(__file__).parent.parent / "calibration" / "demo")
     source = parse_source("demo")
-    tokenizer = model.load_tokenizer(checkpoint)
+    tokenizer = loading.load_tokenizer(checkpoint)
     fingerprint = calibration.tokenizer_fingerprint(tokenizer)
     assert not isinstance(source, calibration.ReadyTokens)
     key = calibration.cache_key(source, fingerprint, stored.seq_len, stored.num_sequences, 0)
@@ -65,7 +66,7 @@ def test_cached_batches_are_those_of_the_recipe() -> None:
 
 def test_checkpoint_is_small_and_all_full() -> None:
     checkpoint = open_checkpoint("demo")
-    layout = model.inspect(checkpoint)
+    layout = inspect(checkpoint)
     size = sum(path.stat().st_size for path in checkpoint.directory.iterdir())
     assert size < 12_000_000
     assert layout.start_pattern == Pattern.full(layout.num_layers)

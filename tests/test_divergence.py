@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tiny
-from icsearch import model
+from icsearch import loading, model
 from icsearch.block import Batch, BranchState, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.divergence import KlSweeper
@@ -41,7 +41,7 @@ PATTERNS = [Pattern(letters) for letters in ("FFFFFF", "FSFFFF", "FFFSFF", "FSSF
 
 @pytest.fixture(scope="module")
 def dsa(family_checkpoint: Path) -> model.DsaModel:
-    return model.load(open_checkpoint(str(family_checkpoint)))
+    return loading.load(open_checkpoint(str(family_checkpoint)))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_however_it_is_split_the_bits_are_the_same(
 
 
 def test_bfloat16(family_checkpoint: Path, batches: list[Batch]) -> None:
-    dsa = model.load(open_checkpoint(str(family_checkpoint)), dtype="bfloat16")
+    dsa = loading.load(open_checkpoint(str(family_checkpoint)), dtype="bfloat16")
     swept = KlSweeper(dsa, None, keep_full_states=True).sweep(PATTERNS, batches)
     assert swept.nll == Sweeper(dsa).sweep(PATTERNS, batches).nll
     assert swept.kl["FFFFFF"] == [0.0] * SEQUENCES

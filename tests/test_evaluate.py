@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from icsearch import model
+from icsearch import loading, model
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import IcsearchError, JournalError
 from icsearch.evaluation import EvalRecord, load_eval, save_eval, verdict
@@ -30,7 +30,7 @@ TOPK = 8
 
 @pytest.fixture(scope="module")
 def dsa(family_checkpoint: Path) -> model.DsaModel:
-    return model.load(open_checkpoint(str(family_checkpoint)))
+    return loading.load(open_checkpoint(str(family_checkpoint)))
 
 
 def start_event(batches: Any) -> Event:

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from icsearch import block_sizes, kernels, model, ops
+from icsearch import block_sizes, kernels, loading, model, ops
 from icsearch.block import Batch, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError
 from icsearch.kernels import Core
+from icsearch.layout import inspect
 from icsearch.pattern import Pattern
 from icsearch.resources import demo_checkpoint
 from icsearch.slot import SelectionStore
@@ -27,7 +28,7 @@ ROTATIONS = {"glm_moe_dsa": ops.rotate_interleaved, "deepseek_v32": ops.rotate_h
 
 
 def load(directory: Path, block_elements: int | None, dtype: str = "float32") -> model.DsaModel:
-    return model.load(open_checkpoint(str(directory)), dtype=dtype, block_elements=block_elements)
+    return loading.load(open_checkpoint(str(directory)), dtype=dtype, block_elements=block_elements)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +188,7 @@ def test_layouts_of_trained_indexers_are_found() -> None:
 def test_native_shared_layers(tmp_path: Path) -> None:
     types = ["full", "full", "shared", "full", "shared", "shared"]
     checkpoint = tiny.save_checkpoint(tmp_path / "native", indexer_types=types)
-    assert model.inspect(open_checkpoint(str(checkpoint))).has_arithmetic
+    assert inspect(open_checkpoint(str(checkpoint))).has_arithmetic
     reference, blockwise = load(checkpoint, None), load(checkpoint, 2000)
     batches = random_batches()
     for pattern in (blockwise.start_pattern, blockwise.start_pattern.flip(3)):

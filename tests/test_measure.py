@@ -12,8 +12,9 @@ import torch
 from icsearch import measure as module
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError, OutOfMemoryError
+from icsearch.loading import load
 from icsearch.measure import Spread, Timing, measure
-from icsearch.model import DsaModel, load
+from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from tiny import FAMILIES, save_checkpoint
 

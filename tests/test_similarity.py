@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from icsearch import model
+from icsearch import loading, model
 from icsearch.checkpoint import open_checkpoint
 from icsearch.losses import selection_overlap
 from icsearch.pattern import Pattern
@@ -21,7 +21,7 @@ TOPK = 8
 
 @pytest.fixture(scope="module")
 def dsa(family_checkpoint: Path) -> model.DsaModel:
-    return model.load(open_checkpoint(str(family_checkpoint)))
+    return loading.load(open_checkpoint(str(family_checkpoint)))
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])

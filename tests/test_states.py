@@ -12,10 +12,11 @@ import pytest
 import torch
 
 import tiny
-from icsearch import model, plan, rehearsal
+from icsearch import loading, model, plan, rehearsal
 from icsearch.block import Batch, BranchState, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.journal import Event, Journal
+from icsearch.layout import inspect
 from icsearch.memory_plan import batch_shape
 from icsearch.pattern import Pattern
 from icsearch.plan import plan_kept
@@ -188,7 +189,7 @@ def test_the_rehearsed_search_is_the_dearest(flips: int) -> None:
 
 @pytest.fixture(scope="module")
 def dsa(family_checkpoint: Path) -> model.DsaModel:
-    return model.load(open_checkpoint(str(family_checkpoint)))
+    return loading.load(open_checkpoint(str(family_checkpoint)))
 
 
 class Watched(SweepScorer):
@@ -280,7 +281,7 @@ def test_a_resumed_search_has_the_same_bits(dsa: model.DsaModel, tmp_path: Path,
 
 
 def test_bfloat16_has_the_same_bits(family_checkpoint: Path, tmp_path: Path) -> None:
-    dsa, batches = model.load(open_checkpoint(str(family_checkpoint)), dtype="bfloat16"), random_batches()
+    dsa, batches = loading.load(open_checkpoint(str(family_checkpoint)), dtype="bfloat16"), random_batches()
     records = [search(tmp_path / str(s), Watched(dsa, batches, 100, s, 10**9), flips=3) for s in (0, 1)]
     assert outcome(records[0]) == outcome(records[1])
 
@@ -298,7 +299,7 @@ def test_the_planned_states_fit_what_is_really_kept(
     dsa: model.DsaModel, family_checkpoint: Path, tmp_path: Path
 ) -> None:
     """The plan's bytes, given as the budget, leave no state out: the cost is that of unlimited memory."""
-    layout = model.inspect(open_checkpoint(str(family_checkpoint)))
+    layout = inspect(open_checkpoint(str(family_checkpoint)))
     shape = batch_shape(layout, {"batch_size": BATCH, "dtype": "float32"}, LENGTH)
     batches = random_batches()
     for stride in (1, 2):

@@ -12,10 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
 
 import tiny
-from icsearch import model
+from icsearch import loading, model
 from icsearch.block import Batch, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError, NonFiniteLossError, OutOfMemoryError
+from icsearch.layout import inspect
 from icsearch.losses import sequence_nll
 from icsearch.pattern import Pattern
 from icsearch.sweep import Sweeper, naive_nll
@@ -25,7 +26,7 @@ LENGTH = 40
 
 @pytest.fixture(scope="module")
 def dsa(family_checkpoint: Path) -> model.DsaModel:
-    return model.load(open_checkpoint(str(family_checkpoint)))
+    return loading.load(open_checkpoint(str(family_checkpoint)))
 
 
 def random_batches(sequences: int = 5, batch_size: int = 2, length: int = LENGTH, seed: int = 3) -> list[Batch]:
@@ -84,7 +85,7 @@ def test_any_split_into_sweeps_and_waves_gives_the_same_bits(dsa: model.DsaModel
 
 
 def test_layer_runs_are_the_nodes_of_the_tree(dsa: model.DsaModel, family_checkpoint: Path) -> None:
-    layout = model.inspect(open_checkpoint(str(family_checkpoint)))
+    layout = inspect(open_checkpoint(str(family_checkpoint)))
     trunk = Pattern.full(6)
     patterns = [trunk.flip(layer) for layer in (1, 2, 3, 4, 5)]
     by_hand = sum(6 - layer for layer in (1, 2, 3, 4, 5)) + 5  # the trunk runs layers 0 to 4
@@ -99,7 +100,7 @@ def test_judge_native_indexer_types(glm_checkpoint: Path, seed: int) -> None:
     chance = random.Random(seed)
     pattern = Pattern("F" + "".join(chance.choice("FS") for _ in range(5)))
     batches = random_batches(seed=seed)
-    swept = sweep_all(model.load(open_checkpoint(str(glm_checkpoint))), [pattern], [batches])[str(pattern)]
+    swept = sweep_all(loading.load(open_checkpoint(str(glm_checkpoint))), [pattern], [batches])[str(pattern)]
     config = GlmMoeDsaConfig.from_pretrained(glm_checkpoint)
     config.indexer_types = ["full" if letter == "F" else "shared" for letter in str(pattern)]
     native = AutoModelForCausalLM.from_pretrained(glm_checkpoint, config=config, attn_implementation="sdpa").eval()
@@ -187,7 +188,7 @@ def test_shared_first_in_a_pass_is_an_error(dsa: model.DsaModel) -> None:
 
 
 def test_bfloat16_sweep_equals_naive(family_checkpoint: Path) -> None:
-    dsa = model.load(open_checkpoint(str(family_checkpoint)), dtype="bfloat16")
+    dsa = loading.load(open_checkpoint(str(family_checkpoint)), dtype="bfloat16")
     patterns, batches = all_patterns(6)[::7], random_batches()
     swept = sweep_all(dsa, patterns, [batches])
     assert swept == {str(p): naive_nll(dsa, p, batches) for p in patterns}
