@@ -1,7 +1,8 @@
 """An append-only journal of JSON lines. State changes only by writing an event and replaying it.
 
 Each event is one line, written with a single call and fsynced before it counts. A process can die at any
-byte: a torn last line is cut off before the next event is appended, and everything before it is kept.
+byte: a torn last line is cut off before the next event is appended, and everything before it is kept. After a
+power cut, a last line may have its full length and zeros for what never came to the disk: that is torn too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from icsearch.errors import JournalError
+from icsearch.files import naming
 
 JOURNAL_FORMAT = "icsearch.journal/1"
 Event = dict[str, Any]
@@ -28,7 +30,7 @@ class Journal:
         """True once a whole first event is on disk; raises JournalError where the path cannot be read."""
         try:
             with open(self.path, "rb") as file:
-                return file.readline().endswith(b"\n")
+                return _is_whole(file.readline())
         except (FileNotFoundError, NotADirectoryError):
             return False
         except (OSError, ValueError) as error:  # a directory, a name too long, a NUL byte
@@ -41,20 +43,23 @@ class Journal:
     def append(self, event: Event) -> None:
         """Write one event durably. The event counts once this returns."""
         line = json.dumps(event, allow_nan=False, separators=(",", ":")) + "\n"
-        self._cut_torn_tail()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            _write_all(descriptor, line.encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with naming(self.path):
+            self._cut_torn_tail()
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                _write_all(descriptor, line.encode())
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def _whole_events(self) -> Iterator[Event]:
         try:
             data = self.path.read_bytes()
         except (OSError, ValueError) as error:
             raise _unreadable(self.path, error) from None
-        lines = data.split(b"\n")[:-1]  # what follows the last newline is torn
+        *lines, _ = data.split(b"\n")  # what follows the last newline is torn
+        if lines and not _is_whole(lines[-1] + b"\n"):
+            lines.pop()
         for number, line in enumerate(lines, start=1):
             event = self._parse(line, number)
             if number == 1 and event.get("format") != JOURNAL_FORMAT:
@@ -81,7 +86,7 @@ class Journal:
             return
         with open(self.path, "rb+") as file:
             size = file.seek(0, os.SEEK_END)
-            end = _end_of_last_line(file, size)
+            end = _end_of_whole_lines(file, size)
             if end < size:
                 file.truncate(end)
                 os.fsync(file.fileno())
@@ -98,6 +103,19 @@ def _unreadable(path: Path, error: OSError | ValueError) -> JournalError:
 def _refuse_constant(name: str) -> None:
     """NaN and Infinity, which Python's reader takes and the journal never holds."""
     raise ValueError(name)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether a last line was written to its end. JSON has no zero bytes: they stand where nothing came to the disk."""
+    return line.endswith(b"\n") and b"\0" not in line
+
+
+def _end_of_whole_lines(file: Any, size: int) -> int:
+    """Byte offset just behind the last whole line, 0 if there is none."""
+    end = _end_of_last_line(file, size)
+    start = _end_of_last_line(file, end - 1)
+    file.seek(start)
+    return end if _is_whole(file.read(end - start)) else start
 
 
 def _end_of_last_line(file: Any, size: int, block: int = 65536) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from icsearch.errors import JournalError
-from icsearch.files import remove_stale_temporaries, sync_directory
+from icsearch.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory
 from icsearch.journal import Event, Journal
 from icsearch.journal_schema import check_options
 from icsearch.jsonfile import FieldError
@@ -42,16 +43,16 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Hold the directory for this process. The lock dies with its process, however that dies.
 
-        A directory that was made for a run which then never began is not left behind.
+        A directory that was made for a run which then never began is not left behind. Raises JournalError.
         """
         made_now = not self.path.exists()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = (self.path / _LOCK_NAME).open("w")
+            lock = self._take_lock()
         except OSError as error:
+            if is_disk_full(error):
+                raise
             raise JournalError(f"cannot write to {self.path} ({error.strerror}): give another --out") from None
         with lock:
-            self._lock(lock)
             remove_stale_temporaries(self.path)
             try:
                 yield
@@ -59,13 +60,23 @@ class RunDirectory:
                 if made_now:
                     self._remove_if_unused()
 
-    def _lock(self, lock: TextIO) -> None:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise JournalError(
-                f"another icsearch is running in {self.path}: wait for it, or give another --out"
-            ) from None
+    def _take_lock(self) -> TextIO:
+        """The lock file, open and ours.
+
+        A run that never began may have taken file and directory away since it was opened: then again. A fork of this
+        process gives its copy up at once: else it would hold the lock of a run that is dead.
+        """
+        path = self.path / _LOCK_NAME
+        while True:
+            make_directory(self.path)
+            lock = path.open("w")
+            if not _acquire(lock):
+                lock.close()
+                raise JournalError(f"another icsearch is running in {self.path}: wait for it, or give another --out")
+            if _is_at(lock, path):
+                os.register_at_fork(after_in_child=lock.close)
+                return lock
+            lock.close()
 
     def _remove_if_unused(self) -> None:
         with contextlib.suppress(OSError):  # whatever stands in the way is no reason to hide the run's own outcome
@@ -112,6 +123,23 @@ class RunDirectory:
                 f"{self.path} holds a run with other settings ({'; '.join(differences)}): "
                 "repeat its command, give another --out, or start over with --fresh"
             )
+
+
+def _acquire(file: TextIO) -> bool:
+    """Lock an open file; False where another process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether the open file is the one that lies at the path now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def part_of(existing: Sequence[Event], part: str) -> dict[str, Any]:

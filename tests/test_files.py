@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from icsearch.errors import ModelError
-from icsearch.files import remove_stale_temporaries, typed_path, write_atomically
+from icsearch.files import is_disk_full, make_directory, remove_stale_temporaries, typed_path, write_atomically
 
 
 def test_text_of_a_path_that_is_no_utf8(tmp_path: Path) -> None:
@@ -52,3 +53,32 @@ def test_paths_that_may_exist_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert typed_path(str(tmp_path), ModelError) == tmp_path
     (tmp_path / "file").write_text("")
     assert typed_path(str(tmp_path / "file" / "inside"), ModelError) == tmp_path / "file" / "inside"
+
+
+def test_directories_are_made_with_their_parents(tmp_path: Path) -> None:
+    make_directory(tmp_path / "a" / "b")
+    make_directory(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="/file"):
+        make_directory(tmp_path / "file" / "b")
+    with pytest.raises(FileExistsError):
+        make_directory(tmp_path / "file")
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    """As does a limit on the size of files; what was begun is taken away, what was there stays."""
+    target = tmp_path / "report.html"
+    target.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write_atomically(target, "x" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert is_disk_full(caught.value)
+    assert caught.value.filename == str(target)
+    assert os.listdir(tmp_path) == ["report.html"]
+    assert target.read_text() == "old"
+    assert not is_disk_full(FileNotFoundError())

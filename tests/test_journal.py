@@ -58,6 +58,40 @@ def test_torn_tail_longer_than_a_block(tmp_path: Path) -> None:
     assert journal.events() == [START, {"event": "note", "text": "z"}]
 
 
+@settings(max_examples=60, deadline=None)
+@given(first=st.integers(0, 400), size=st.integers(1, 60), ended=st.booleans())
+def test_zeros_in_the_last_event(tmp_path_factory: pytest.TempPathFactory, first: int, size: int, ended: bool) -> None:
+    """What some file systems leave of an event in flight after a power cut: its length, and zeros for a part of it."""
+    events = [START, {"event": "note", "text": "x" * 30}, {"event": "note", "text": "y" * 200}]
+    path = tmp_path_factory.mktemp("zeros") / "journal.jsonl"
+    journal = written(path, events)
+    data = bytearray(path.read_bytes())
+    begin = data.index(b"y" * 200) - len('{"event":"note","text":"')
+    place = min(begin + first, len(data) - 1 - size)
+    data[place : place + size] = bytes(size)
+    path.write_bytes(data if ended else data[:-1])
+    assert journal.events() == events[:2]
+    journal.append({"event": "note", "text": "z"})
+    assert journal.events() == [*events[:2], {"event": "note", "text": "z"}]
+    assert b"\0" not in path.read_bytes()
+
+
+def test_zeros_in_the_first_event_are_no_journal(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    path.write_bytes(bytes(50) + b'"}\n')
+    assert not Journal(path).exists()
+    Journal(path).append(START)
+    assert Journal(path).events() == [START]
+
+
+def test_zeros_before_the_last_event_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    journal = written(path, [START, {"event": "note", "text": "x"}, {"event": "note", "text": "y"}])
+    path.write_bytes(path.read_bytes().replace(b"x", b"\0"))
+    with pytest.raises(JournalError, match="damaged at line 2"):
+        journal.events()
+
+
 def test_nan_is_never_written(tmp_path: Path) -> None:
     journal = written(tmp_path / "j", [START])
     with pytest.raises(ValueError, match="not JSON compliant"):
