@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -36,15 +33,13 @@ from icsearch.cli_options import (
     SeqLen,
     Threads,
 )
-from icsearch.errors import IcsearchError
+from icsearch.endings import Terminated, raise_on_sigterm, run_to_its_end
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from icsearch.requests import PatternRequest, RunRequest
     from icsearch.search import Progress
-
-EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="icsearch",
@@ -204,12 +199,19 @@ def _display(request: RunRequest, quiet: bool) -> Iterator[Progress]:
     quiet_transformers()
     try:
         yield listener
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as ending:
         listener.close()
-        listener.info(f"interrupted; the same command continues {request.out}")
+        listener.info(_to_go_on(ending, request))
         raise
     finally:
         listener.close()
+
+
+def _to_go_on(ending: BaseException, request: RunRequest) -> str:
+    """What to do after a run was ended from outside."""
+    how = "terminated" if isinstance(ending, Terminated) else "interrupted"
+    command = "the same command without --fresh" if request.fresh else "the same command"
+    return f"{how}; {command} continues {request.out}"
 
 
 @app.command("dp-baseline")
@@ -394,36 +396,18 @@ def _print(table: RenderableType, written: str) -> None:
 def main() -> None:
     """Entry point: turn every way to end into one line on stderr and an exit status."""
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a plain terminal is no reason to fail
+    raise_on_sigterm()
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     sys.exit(_run(arguments, debug))
 
 
 def _run(arguments: list[str], debug: bool) -> int:
+    return run_to_its_end(lambda: _call(arguments), debug)
+
+
+def _call(arguments: list[str]) -> object:
     try:
-        status = app(args=arguments, standalone_mode=False)
-        return status if isinstance(status, int) else 0
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush to
-        return EXIT_FAILURE
-    except Exception as error:  # the last line of defence: whatever happens, one line and a status
-        if debug:
-            traceback.print_exc()
-        message, status = _explain(error)
-        print(f"icsearch: {' '.join(message.split())}", file=sys.stderr)
-        return status
-
-
-def _explain(error: Exception) -> tuple[str, int]:
-    """The line for the user and the exit status."""
-    if isinstance(error, typer.Abort):
-        return "aborted", EXIT_INTERRUPTED
-    if isinstance(error, IcsearchError):
-        return str(error), error.exit_status
-    if hasattr(error, "format_message"):  # a usage error of the command-line parser
-        return f"{error.format_message()} (see icsearch --help)", EXIT_BAD_INPUT
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "the disk is full: free some space and repeat the command; it continues where it stopped", EXIT_FAILURE
-    return f"{type(error).__name__}: {error} (--debug shows where)", EXIT_FAILURE
+        return app(args=arguments, standalone_mode=False)
+    except typer.Abort as error:  # the parser takes an EOFError, such as a cut file's, for the end of typed input
+        raise error.__cause__ or error from None

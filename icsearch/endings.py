@@ -1,0 +1,92 @@
+"""How a command ends: whatever happens, one line on stderr and an exit status. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import TextIO
+
+from icsearch.errors import IcsearchError, first_line
+from icsearch.files import is_disk_full
+
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 128 + signal.SIGTERM
+
+
+class Terminated(BaseException):
+    """SIGTERM came: as KeyboardInterrupt, no error that anything but the end of the command should handle."""
+
+
+def raise_on_sigterm() -> None:
+    """From here on SIGTERM, by which schedulers and shut-downs end a process, unwinds it as Ctrl-C does.
+
+    A second one ends it at once. Where SIGTERM is ignored, it stays so.
+    """
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
+
+
+def run_to_its_end(command: Callable[[], object], debug: bool) -> int:
+    """Run a command; every way to end becomes an exit status, and a line on stderr where something went wrong."""
+    try:
+        status = command()
+        sys.stdout.flush()  # what cannot be written fails here, and not after the last line of defence
+        return status if isinstance(status, int) else 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Terminated:
+        return EXIT_TERMINATED
+    except BrokenPipeError:
+        _let_go(sys.stdout)
+        return EXIT_FAILURE
+    except Exception as error:  # the last line of defence: whatever happens, one line and a status
+        message, status = explain(error)
+        _say(f"icsearch: {' '.join(message.split())}", traceback.format_exc() if debug else "")
+        return status
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """The line for the user and the exit status."""
+    if isinstance(error, IcsearchError):
+        return str(error), error.exit_status
+    if hasattr(error, "format_message"):  # a usage error of the command-line parser
+        return f"{error.format_message()} (see icsearch --help)", EXIT_BAD_INPUT
+    if is_disk_full(error):
+        return f"the disk is full ({_where(error)}): free some space and repeat the command; {_GOES_ON}", EXIT_FAILURE
+    if isinstance(error, MemoryError):
+        return f"out of memory ({first_line(error)}): free some and repeat the command; {_GOES_ON}", EXIT_FAILURE
+    return f"{type(error).__name__}: {error} (--debug shows where)", EXIT_FAILURE
+
+
+_GOES_ON = "without --fresh, it continues where it stopped"
+
+
+def _where(error: Exception) -> str:
+    """What the system says, and of which file."""
+    reason, name = getattr(error, "strerror", None), getattr(error, "filename", None)
+    return ", ".join(str(part) for part in (reason, name) if part)
+
+
+def _say(line: str, more: str) -> None:
+    """Write to stderr what went wrong, and let go of a stdout or stderr that takes nothing more."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{more}{line}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # a log on a full disk, a terminal that is gone: there is no other place to say it
+            _let_go(stream)
+
+
+def _let_go(stream: TextIO) -> None:
+    """Nothing can be written there: what the buffer still holds must not fail at the interpreter's end too."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

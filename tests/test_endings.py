@@ -1,0 +1,70 @@
+"""How commands end: one line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+
+from icsearch import cli, endings
+from icsearch.errors import JournalError, OutOfMemoryError
+
+
+def raising(error: BaseException) -> Callable[[], object]:
+    def command() -> object:
+        raise error
+
+    return command
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "run/journal.jsonl")
+GOES_ON = "and repeat the command; without --fresh, it continues where it stopped"
+ENDS: dict[str, tuple[BaseException, int, str]] = {
+    "bad input": (JournalError("no journal: give one"), 2, "no journal: give one"),
+    "failure": (OutOfMemoryError("lower --memory"), 1, "lower --memory"),
+    "full disk": (
+        FULL,
+        1,
+        f"the disk is full (No space left on device, run/journal.jsonl): free some space {GOES_ON}",
+    ),
+    "a library's memory": (MemoryError(), 1, f"out of memory (MemoryError): free some {GOES_ON}"),
+    "anything else": (KeyError("two\nlines"), 1, "KeyError: 'two\\nlines' (--debug shows where)"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_one_line_and_a_status(capsys: pytest.CaptureFixture[str], case: str) -> None:
+    error, status, line = ENDS[case]
+    assert endings.run_to_its_end(raising(error), debug=False) == status
+    assert capsys.readouterr().err == f"icsearch: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(KeyboardInterrupt(), 130), (endings.Terminated(), 143), (BrokenPipeError(), 1)]
+)
+def test_ended_from_outside_says_nothing_more(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int
+) -> None:
+    assert endings.run_to_its_end(raising(error), debug=False) == status
+    assert capsys.readouterr().err == ""
+
+
+def test_a_status_is_passed_on() -> None:
+    assert [endings.run_to_its_end(lambda value=value: value, False) for value in (None, 3)] == [0, 3]  # type: ignore[misc]
+
+
+def test_an_end_of_file_is_not_taken_for_the_end_of_typing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icsearch.export.export", raising_any(EOFError("cut file")))
+    monkeypatch.setattr("icsearch.pattern.load_pattern_file", lambda path: None)
+    assert cli._run(["export", "x.json", "--engine", "vllm"], debug=False) == 1
+    assert capsys.readouterr().err == "\nicsearch: EOFError: cut file (--debug shows where)\n"
+
+
+def raising_any(error: BaseException) -> Callable[..., object]:
+    def call(*arguments: object) -> object:
+        raise error
+
+    return call
