@@ -54,6 +54,8 @@ def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda
             def append(event: Event) -> None:
                 here.run.journal.append(event)
                 record.apply(event)
+                if event["event"] == "note":
+                    listener.info(event["text"])
 
             _measure(request, here.inputs, loaded, questions, record, append, listener)
         document = save_eval(request.out / "eval.json", record)

@@ -40,6 +40,7 @@ class EvalRecord:
     measures: dict[str, dict[int, SequenceMeasures]] = field(default_factory=dict)
     tasks: dict[tuple[str, str], Event] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     layer_sequences: int = 0
     seconds: float = 0.0
     finished: bool = False
@@ -68,6 +69,8 @@ class EvalRecord:
             self.tasks[event["pattern"], event["kind"]] = event
         elif kind == "extra":
             self.extras[event["name"]] = event["value"]
+        elif kind == "note":
+            self.notes.append(event["text"])
         elif kind == "finish":
             self.finished = True
         else:
@@ -201,6 +204,7 @@ class EvalRecord:
                 "layer_evaluations": self.layer_sequences / len(self.start["tokens"]),
                 "seconds": round(self.seconds, 3),
             },
+            **({"notes": self.notes} if self.notes else {}),
             **self.extras,
         }
 

@@ -6,6 +6,7 @@ layer's borrowed selection its own indexer would have chosen.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 
 from icsearch.block import Batch
+from icsearch.errors import OutOfMemoryError
 from icsearch.evaluation import EvalRecord
 from icsearch.journal import Event
 from icsearch.losses import per_sequence, selection_overlap, token_measures
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
+from icsearch.plan import shrunk_note
 from icsearch.sweep import Sweeper
 
 
@@ -57,10 +60,26 @@ class Evaluation:
         self._topk: int = record.start["index_topk"]
 
     def run(self, patterns: Sequence[Pattern], patterns_per_sweep: int) -> None:
-        """Measure every pattern on every batch. The all-F model runs in each sweep: KL needs its states."""
+        """Measure every pattern on every batch. The all-F model runs in each sweep: KL needs its states.
+
+        Where memory runs out, it goes on once with half as many patterns at a time, and notes it in the journal.
+        """
+        others = [pattern for pattern in patterns if pattern != self._dsa.start_pattern]
+        together = min(patterns_per_sweep, len(others))
+        try:
+            self._measure_all(others, max(1, together))
+            return
+        except OutOfMemoryError:
+            if together < 2:
+                raise
+        gc.collect()  # the failed sweep is let go of here, not while its error is still handled
+        self._append({"event": "note", "text": shrunk_note(together, together // 2)})
+        self._measure_all(others, together // 2)
+
+    def _measure_all(self, others: list[Pattern], together: int) -> None:
+        """What is missing, with so many patterns in one sweep beside the all-F model."""
         full = self._dsa.start_pattern
-        others = [pattern for pattern in patterns if pattern != full]
-        chunks = [others[i : i + patterns_per_sweep] for i in range(0, len(others), patterns_per_sweep)] or [[]]
+        chunks = [others[i : i + together] for i in range(0, len(others), together)] or [[]]
         for batch in self._batches:
             for chunk in chunks:
                 missing = [pattern for pattern in [full, *chunk] if not self._known(pattern, batch)]

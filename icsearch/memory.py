@@ -10,6 +10,7 @@ import torch
 from icsearch.errors import OutOfMemoryError, first_line
 
 _CGROUP = Path("/sys/fs/cgroup")
+_CPU_ALLOCATION_FAILED = ("DefaultCPUAllocator", "std::bad_alloc")  # of tensors, of what libraries need beside them
 
 
 def free_bytes(device: torch.device) -> int:
@@ -35,7 +36,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """True for a failed allocation on CPU or CUDA."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _CPU_ALLOCATION_FAILED)
 
 
 def out_of_memory(error: BaseException) -> OutOfMemoryError:

@@ -236,3 +236,11 @@ def format_bytes(size: int) -> str:
             return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
     return f"{value:.1f} TB"
+
+
+def shrunk_note(failed: int, left: int) -> str:
+    """What a run says when memory ran out over `failed` patterns at once and it goes on with `left`."""
+    return (
+        f"memory ran out in a sweep of {failed} patterns; from there on at most {left} at once: the losses are the "
+        "same, the run takes longer"
+    )

@@ -6,15 +6,17 @@ holds is not scored again, and what it committed must be what the strategy commi
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 from icsearch.commit import Commit
-from icsearch.errors import JournalError, PatternError
+from icsearch.errors import JournalError, OutOfMemoryError, PatternError
 from icsearch.journal import Event, Journal
 from icsearch.pattern import Pattern
+from icsearch.plan import shrunk_note
 from icsearch.record import RunRecord
 from icsearch.refinement import HELDOUT_SET
 from icsearch.strategies import Ask, Choice, Strategy
@@ -52,7 +54,10 @@ class Scorer(Protocol):
         """Layer runs x sequences that scoring these patterns on these waves, in this order, will take."""
 
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
-        """Score every pattern on the sequences of one wave."""
+        """Score every pattern on the sequences of one wave. Raises OutOfMemoryError."""
+
+    def shrink(self, patterns: int) -> bool:
+        """Plan for less, after memory ran out over so many patterns; False where the plan cannot be smaller."""
 
 
 class Progress(Protocol):
@@ -135,11 +140,30 @@ class Scoring:
         self.progress.step_started(self._part or step, len(patterns), self._scorer.expected(work))
         for chunk, wave in work:
             started = time.monotonic()
-            scores = self._scorer.score(chunk, wave, self.progress.layer_done)
+            scores = self._scores(chunk, wave)
+            if scores is None:
+                self.score(step, patterns, first, last)  # by the smaller plan, what is still missing
+                return
             event = _losses_event(step, chunk, wave, scores, time.monotonic() - started)
             self.append(event if self._part is None else {**event, "set": self._part})
             self.note(scores.notes)
             self.progress.losses_known(self.record, self._part or step)
+
+    def _scores(self, chunk: list[Pattern], wave: tuple[int, int]) -> Scores | None:
+        """One sweep; None where memory ran out and the plan is smaller now. Raises OutOfMemoryError where it cannot be.
+
+        The bits do not follow from how many patterns run at once, nor from what is kept: the losses stay the same.
+        """
+        try:
+            return self._scorer.score(chunk, wave, self.progress.layer_done)
+        except OutOfMemoryError:
+            if not self._scorer.shrink(len(chunk)):
+                raise
+        gc.collect()  # the failed sweep is let go of here, not while its error is still handled
+        text = shrunk_note(len(chunk), self._scorer.patterns_per_sweep)
+        self.progress.info(text)
+        self.note([text])
+        return None
 
     def note(self, texts: Sequence[str]) -> None:
         """Keep what the reader of the report should know, once."""

@@ -91,6 +91,12 @@ class StateStore(Generic[T]):
         self._states = {node: kept for node, kept in self._states.items() if node[2] in self._useful}
         self.bytes = sum(size for _, size in self._states.values())
 
+    def shrink(self) -> int:
+        """Let go of every state, and keep half as much from here on; returns the bytes that are free now."""
+        freed = self.bytes
+        self._states, self.bytes, self.budget = {}, 0, freed // 2
+        return freed
+
     def wants(self, batch: int, entry: int, letters: str) -> bool:
         """True for a state that is worth keeping and is not there yet."""
         return entry in self.keeping.entries and letters in self._useful and (batch, entry, letters) not in self._states

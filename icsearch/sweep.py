@@ -86,6 +86,10 @@ class Sweeper:
         """Let go of kept states that are of no use to the committed pattern and its flips."""
         self._kept.retain(base)
 
+    def shrink(self) -> int:
+        """Let go of all kept states, and keep half as much from here on; returns the bytes that are free now."""
+        return self._kept.shrink()
+
     def expected(self, work: Iterable[tuple[Sequence[Pattern], Sequence[Batch]]]) -> int:
         """Layer runs x sequences that sweeps of these patterns over these waves, in this order, will take."""
         rehearsal = self._kept.rehearsal()

@@ -25,6 +25,7 @@ class SweepScorer:
         self.patterns_per_sweep = patterns
         self._sweeper = sweeper
         self._batches = {(batch.first, batch.last): batch for batch in batches}
+        self._shrunk = False
 
     @property
     def waves(self) -> Sequence[tuple[int, int]]:
@@ -40,6 +41,14 @@ class SweepScorer:
         with kernel_notes() as notes:
             result = self._sweeper.sweep(patterns, [self._batches[wave]], on_layer)
         return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)), result.kl)
+
+    def shrink(self, patterns: int) -> bool:
+        """Half as many patterns at once as failed, and half of what was kept. Once: after that the plan is no guide."""
+        if self._shrunk:
+            return False
+        self._shrunk, self.patterns_per_sweep = True, max(1, patterns // 2)
+        freed = self._sweeper.shrink()
+        return patterns > 1 or freed > 0
 
 
 def make_scoring(

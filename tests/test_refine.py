@@ -58,6 +58,9 @@ class MadeUp:
 
     def retain(self, base: Pattern) -> None: ...
 
+    def shrink(self, patterns: int) -> bool:
+        return False
+
     def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
         return len(work)
 

@@ -52,6 +52,10 @@ class MadeUp:
     def retain(self, base: Pattern) -> None:
         """Nothing is kept."""
 
+    def shrink(self, patterns: int) -> bool:
+        """The plan is as small as it can be."""
+        return False
+
     def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
         return len(work)
 
