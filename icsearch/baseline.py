@@ -43,6 +43,7 @@ def dp_baseline(request: BaselineRequest, listener: Progress, publish: Publish =
             loaded = load(request, here.inputs, here.start["options"])
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             _compare(request, here.inputs, loaded, make_scoring(here, record, loaded, listener), reused)
+        _save_similarity(request.out, record)
         publish(request.out, record)
         return record
 
@@ -64,7 +65,6 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
     if (measured := record.similarity_sums.numerics) is not None:
         scoring.note(_other_numerics(measured, record.start))
     _measure_similarity(layout, loaded, scoring)
-    _save_similarity(request.out, record)
     if record.chosen is None:
         _choose(request, scoring)
     scoring.score_references(record.pattern)

@@ -10,6 +10,7 @@ Imports no torch: numpy arrays, which `torch.from_numpy` takes as they are.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,8 +25,8 @@ from numpy.typing import NDArray
 
 from icsearch import __version__
 from icsearch.errors import CalibrationError
-from icsearch.files import sync_directory, write_atomically
-from icsearch.jsonfile import read_object, write_object
+from icsearch.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory, write_atomically
+from icsearch.jsonfile import read_object, shown, write_object
 from icsearch.sources import MANIFEST_FILE, TOKENS_FILE, ReadyTokens, TextSource, parse_source
 
 CALIBRATION_FORMAT = "icsearch.calibration/1"
@@ -51,6 +52,10 @@ BATCH_CHARS = 1_000_000
 
 # A tokenizer of transformers. Not imported for its type: that would import the library.
 Tokenizer = Any
+
+
+class DamagedCacheError(CalibrationError):
+    """A file of a calibration that is there and cannot be read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +252,8 @@ def save(calibration: Calibration, directory: Path) -> None:
     """Write tokens and manifest, fsynced, over what is there.
 
     The tokens go away first and come last, so a killed run leaves a directory without tokens, which is built
-    again, and never new tokens with an old manifest. Raises CalibrationError where the disk refuses.
+    again, and never new tokens with an old manifest. Raises CalibrationError where the directory cannot be written
+    to, and OSError where the disk is full.
     """
     from safetensors.numpy import save as to_bytes
 
@@ -255,15 +261,17 @@ def save(calibration: Calibration, directory: Path) -> None:
     if calibration.loss_mask is not None:
         tensors["loss_mask"] = np.ascontiguousarray(calibration.loss_mask)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
+        remove_stale_temporaries(directory)
         (directory / TOKENS_FILE).unlink(missing_ok=True)
         sync_directory(directory)
         write_object(directory / MANIFEST_FILE, calibration.manifest)
         write_atomically(directory / TOKENS_FILE, to_bytes(tensors))
     except OSError as error:
+        if is_disk_full(error):
+            raise
         raise CalibrationError(
-            f"cannot write the calibration to {directory}: {error.strerror or error}; "
-            f"free space or choose another place"
+            f"cannot write the calibration to {directory}: {error.strerror or error}; choose another place"
         ) from None
 
 
@@ -282,7 +290,8 @@ def load(directory: Path) -> Calibration:
         if expected is not None and expected != found:
             raise CalibrationError(
                 f"calibration in {directory} is damaged: its tokens have {name} {_short(found)}, {MANIFEST_FILE} says "
-                f"{_short(expected)}: rebuild with --fresh, or delete {MANIFEST_FILE} if you changed the tokens"
+                f"{_short(expected)}: delete both files to have them made again, or only {MANIFEST_FILE} if you "
+                "changed the tokens"
             )
     return calibration
 
@@ -297,9 +306,9 @@ def _read_tokens(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_] | Non
     except FileNotFoundError:
         raise CalibrationError(f"no file {path}: expected input_ids, int64 [sequences, length]") from None
     except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise CalibrationError(
+        raise DamagedCacheError(
             f"{path} is damaged or cannot be read ({error}): expected input_ids, int64 [sequences, length], in a "
-            f"safetensors file; rebuild with --fresh, or bring the tokens again"
+            f"safetensors file; bring the tokens again, or delete it if icsearch made it: then it is made again"
         ) from None
     if "input_ids" not in tensors:
         raise CalibrationError(
@@ -311,13 +320,14 @@ def _read_tokens(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_] | Non
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    return read_object(
-        path,
-        expected="the description of the tokens beside it",
-        advice="rebuild with --fresh, or delete the file",
-        error=CalibrationError,
-        version=CALIBRATION_FORMAT,
-    )
+    advice = f"delete it if the tokens are your own, and {TOKENS_FILE} too if icsearch made them: it makes them again"
+    expected = "the description of the tokens beside it"
+    manifest = read_object(path, expected=expected, advice=advice, error=DamagedCacheError)
+    if manifest.get("format") != CALIBRATION_FORMAT:
+        raise CalibrationError(
+            f"{path} has format {shown(manifest.get('format'))}: expected {CALIBRATION_FORMAT!r}; {advice}"
+        )
+    return manifest
 
 
 def obtain(
@@ -356,10 +366,12 @@ def obtain(
     _check_request(tokenizer, seq_len, num_sequences)
     fingerprint = tokenizer_fingerprint(tokenizer)
     key = cache_key(source, fingerprint, seq_len, num_sequences, seed)
-    if not rebuild and (cache_dir / TOKENS_FILE).exists():
-        calibration, hit = _cached(cache_dir, key), True
-    else:
-        calibration, hit = build(source, tokenizer, key, vocab_size=limits.vocab_size), False
+
+    def make() -> Calibration:
+        return build(source, tokenizer, key, vocab_size=limits.vocab_size)
+
+    there = not rebuild and (cache_dir / TOKENS_FILE).exists()
+    calibration, hit = _from_cache(cache_dir, key, make) if there else (make(), False)
     check(calibration, limits)
     if not hit:
         save(calibration, cache_dir)
@@ -397,6 +409,29 @@ def cache_key(source: TextSource, tokenizer: str, seq_len: int, num_sequences: i
     """What decides the tokens of a text source; `tokenizer` is its fingerprint."""
     values = (source.fingerprint, source.corpus_version, tokenizer, PACKING, seq_len, num_sequences, seed)
     return dict(zip(KEY, values, strict=True))
+
+
+def _from_cache(cache_dir: Path, key: Mapping[str, Any], make: Callable[[], Calibration]) -> tuple[Calibration, bool]:
+    """The batches of a cache, and True; those of a damaged one made again, and False. Raises CalibrationError.
+
+    What cannot be read is replaced only where the other file says that it was the same.
+    """
+    try:
+        return _cached(cache_dir, key), True
+    except DamagedCacheError:
+        made = make()
+        if _fingerprint_left(cache_dir) != made.fingerprint:
+            raise
+        return made, False
+
+
+def _fingerprint_left(cache_dir: Path) -> object:
+    """The fingerprint that a damaged cache was of, by its manifest or else by its tokens; None by neither."""
+    with contextlib.suppress(DamagedCacheError):
+        return _read_manifest(cache_dir / MANIFEST_FILE).get("fingerprint")
+    with contextlib.suppress(DamagedCacheError):
+        return Calibration(*_read_tokens(cache_dir / TOKENS_FILE)).fingerprint
+    return None
 
 
 def _cached(cache_dir: Path, key: Mapping[str, Any]) -> Calibration:

@@ -548,7 +548,7 @@ def test_own_tokens_with_a_description(tmp_path: Path) -> None:
     with refused("seq_len 4", "says 5"):
         cal.load(directory)
     (directory / "calibration.json").write_text('{"format": "icsearch.calibration/2"}')
-    with refused("icsearch.calibration/2", "icsearch.calibration/1", "--fresh"):
+    with refused("icsearch.calibration/2", "icsearch.calibration/1", "delete it"):
         cal.load(directory)
 
 
@@ -619,34 +619,62 @@ def test_failed_rebuild_leaves_the_cache(tokenizer: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -8])
-def test_cut_cache_is_refused(tokenizer: Any, tmp_path: Path, cut: int) -> None:
-    obtain("demo", tokenizer, tmp_path)
+def test_cut_tokens_are_made_again(tokenizer: Any, tmp_path: Path, cut: int) -> None:
+    """Where the manifest says that they were the same: own tokens, and those of other options, are not overwritten."""
+    whole, _ = obtain("demo", tokenizer, tmp_path)
     path = tmp_path / "calibration.safetensors"
-    path.write_bytes(path.read_bytes()[:cut])
-    with refused("damaged", "--fresh"):
-        obtain("demo", tokenizer, tmp_path)
-    assert not obtain("demo", tokenizer, tmp_path, rebuild=True)[1]
+    data = path.read_bytes()
+    path.write_bytes(data[:cut])
+    with refused("is damaged or cannot be read", "delete it if icsearch made it"):
+        obtain("demo", tokenizer, tmp_path, seed=1)
+    assert path.read_bytes() == data[:cut]
+    again, hit = obtain("demo", tokenizer, tmp_path)
+    assert not hit and again.fingerprint == whole.fingerprint
+    assert path.read_bytes() == data
     assert obtain("demo", tokenizer, tmp_path)[1]
 
 
-def test_changed_tokens_and_broken_manifest_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_cut_manifest_is_made_again(tokenizer: Any, tmp_path: Path) -> None:
+    obtain("demo", tokenizer, tmp_path)
+    manifest = tmp_path / "calibration.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole[:50])
+    with refused("calibration.json is not JSON", "delete it"):
+        obtain("demo", tokenizer, tmp_path, seed=1)
+    assert not obtain("demo", tokenizer, tmp_path)[1]
+    assert manifest.read_text() == whole
+
+
+def test_a_manifest_of_another_version_is_left_alone(tokenizer: Any, tmp_path: Path) -> None:
+    obtain("demo", tokenizer, tmp_path)
+    manifest = tmp_path / "calibration.json"
+    manifest.write_text(manifest.read_text().replace("icsearch.calibration/1", "icsearch.calibration/2"))
+    (tmp_path / "calibration.safetensors").write_bytes(b"other")
+    for _ in range(2):
+        with refused("calibration"):
+            obtain("demo", tokenizer, tmp_path)
+    assert "icsearch.calibration/2" in manifest.read_text()
+
+
+def test_changed_tokens_and_a_broken_manifest_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     obtain("demo", tokenizer, tmp_path)
     path, manifest = tmp_path / "calibration.safetensors", tmp_path / "calibration.json"
     data = bytearray(path.read_bytes())
     data[-8] ^= 1
     path.write_bytes(data)
-    with refused("damaged", "fingerprint", "--fresh"):
+    with refused("damaged", "fingerprint", "delete both files"):
         obtain("demo", tokenizer, tmp_path)
     manifest.write_text(manifest.read_text()[:50])
-    with refused("calibration.json is not JSON", "--fresh"):
+    with refused("calibration.json is not JSON", "delete it"):
         obtain("demo", tokenizer, tmp_path)
     manifest.write_text("[" * 100_000)
-    with refused("calibration.json is nested too deeply", "--fresh"):
+    with refused("calibration.json is nested too deeply", "delete it"):
         obtain("demo", tokenizer, tmp_path)
     manifest.unlink()
     manifest.mkdir()
-    with refused("cannot read", "calibration.json", "--fresh"):
+    with refused("cannot read", "calibration.json", "delete it"):
         obtain("demo", tokenizer, tmp_path)
+    assert path.read_bytes() == bytes(data)
 
 
 def test_killed_between_the_two_files_is_built_again(tokenizer: Any, tmp_path: Path) -> None:
