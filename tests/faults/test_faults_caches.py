@@ -1,0 +1,109 @@
+"""What a run reads of its own that is cut off: it is made again where that can be, else refused in one line."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fault_harness import Case, Commands, has_lines, outcome, whole_lines
+
+
+@pytest.fixture(scope="module")
+def begun(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A greedy run that was killed behind its first losses."""
+    folder = tmp_path_factory.mktemp("begun")
+    running = Commands(folder / "output").start(cases["greedy"].into(folder / "run"))
+    assert running.until(has_lines(folder / "run", 3)).send(signal.SIGKILL).end().status == -signal.SIGKILL
+    return folder / "run"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_journal(path: Path) -> None:
+    """In the middle of its last event."""
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex(b"\n", 0, -1) + 40])
+
+
+def zero_tail(path: Path) -> None:
+    """Zeros in place of a part of the last event, as some file systems leave them after a power cut."""
+    data = path.read_bytes()
+    start = data.rindex(b"\n", 0, -1) + 40
+    path.write_bytes(data[:start] + bytes(len(data) - start - 5) + data[-5:])
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "tokens": ("calibration/calibration.safetensors", cut),
+    "manifest": ("calibration/calibration.json", cut),
+    "journal": ("journal.jsonl", cut_journal),
+    "journal with zeros": ("journal.jsonl", zero_tail),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_cut_file_of_a_run_is_made_again(
+    begun: Path, cases: dict[str, Case], commands: Commands, tmp_path: Path, damage: str
+) -> None:
+    case, out = cases["greedy"], tmp_path / "run"
+    shutil.copytree(begun, out)
+    (out / "journal.jsonl").write_bytes(whole_lines(begun))
+    before = whole_lines(out)
+    name, harm = DAMAGE[damage]
+    harm(out / name)
+    ended = commands.run(case.into(out))
+    assert ended.status == 0, ended.err
+    assert f"continuing {out}" in ended.err
+    events = before.splitlines(keepends=True)
+    kept = events[:-1] if name == "journal.jsonl" else events
+    assert whole_lines(out).startswith(b"".join(kept))
+    assert outcome(out) == case.outcome
+    for file in ("calibration.safetensors", "calibration.json"):
+        assert (out / "calibration" / file).read_bytes() == (case.finished / "calibration" / file).read_bytes()
+
+
+def test_own_tokens_that_are_cut_are_brought_again(
+    cases: dict[str, Case], commands: Commands, tmp_path: Path, glm_checkpoint: Path
+) -> None:
+    """Nobody can make them again but the user; until then the run stays as it is."""
+    own, out = tmp_path / "own", tmp_path / "run"
+    own.mkdir()
+    tokens = own / "calibration.safetensors"
+    shutil.copy(cases["greedy"].finished / "calibration" / "calibration.safetensors", tokens)
+    data = tokens.read_bytes()
+    command = ["greedy", glm_checkpoint, "--calibration", own, "--batch-size", 4, "--threads", 1, "--num-shared", 3]
+    command += ["--out", out]
+    commands.start(command).until(has_lines(out, 3)).send(signal.SIGKILL).end()
+    before = whole_lines(out)
+    cut(tokens)
+    refused = commands.run(command)
+    assert refused.status == 2
+    assert refused.last_line.startswith(f"icsearch: {tokens} is damaged or cannot be read")
+    assert whole_lines(out) == before
+    tokens.write_bytes(data)
+    assert commands.run(command).status == 0
+    assert whole_lines(out).startswith(before)
+    assert outcome(out)["nll"] == cases["greedy"].outcome["nll"]
+
+
+def test_a_cut_similarity_is_refused_and_written_again(
+    cases: dict[str, Case], commands: Commands, tmp_path: Path
+) -> None:
+    case, out = cases["dp-baseline"], tmp_path / "run"
+    shutil.copytree(case.finished, out)
+    for name in ("similarity.npz", "pattern.json", "report.html"):
+        cut(out / name)
+    refused = commands.run([*case.into(tmp_path / "other"), "--similarity", out / "similarity.npz"])
+    assert refused.status == 2
+    assert refused.last_line.startswith(f"icsearch: cannot use {out / 'similarity.npz'}")
+    ended = commands.run(case.into(out))
+    assert ended.status == 0, ended.err
+    with np.load(out / "similarity.npz") as now, np.load(case.finished / "similarity.npz") as then:
+        assert all(np.array_equal(now[name], then[name]) for name in ("cosine", "overlap"))
+    assert outcome(out) == case.outcome

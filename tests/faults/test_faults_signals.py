@@ -1,0 +1,152 @@
+"""Ended from outside in mid-run, and one process a RUN: the same command continues, to the same bits."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fault_harness import Case, Commands, has_lines, outcome, scored_twice, whole_lines
+from icsearch.errors import JournalError
+
+ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGHUP: -signal.SIGHUP, signal.SIGTERM: 143, signal.SIGINT: 130}
+SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("greedy", signal.SIGTERM),
+        pytest.param("greedy", signal.SIGHUP, marks=pytest.mark.slow),
+        ("dp-baseline", signal.SIGKILL),
+        ("eval", signal.SIGKILL),
+        pytest.param("eval", signal.SIGTERM, marks=pytest.mark.slow),
+    ],
+)
+def test_ended_in_the_middle_and_continued(
+    cases: dict[str, Case], commands: Commands, tmp_path: Path, name: str, number: signal.Signals
+) -> None:
+    case, out = cases[name], tmp_path / "run"
+    ended = commands.start(case.into(out)).until(has_lines(out, 3)).send(number).end()
+    assert ended.status == ENDS[number], ended.err
+    assert not (out / "report.html").exists()
+    if number in SAID:
+        assert ended.last_line == f"{SAID[number]}; the same command continues {out}"
+    before = whole_lines(out)
+    again = commands.run(case.into(out))
+    assert again.status == 0, again.err
+    assert f"continuing {out}" in again.err
+    assert whole_lines(out).startswith(before)
+    assert outcome(out) == case.outcome
+    assert not scored_twice(out)
+
+
+def test_what_continues_a_run_that_was_started_over(cases: dict[str, Case], commands: Commands, tmp_path: Path) -> None:
+    """--fresh would start over again."""
+    out = tmp_path / "run"
+    command = [*cases["greedy"].into(out), "--fresh"]
+    ended = commands.start(command).until(has_lines(out, 2)).send(signal.SIGTERM).end()
+    assert ended.last_line == f"terminated; the same command without --fresh continues {out}"
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
+    """A process that is stuck on its way out can still be ended politely."""
+    script = (
+        "import signal, time\nfrom icsearch import endings\n"
+        "def stuck():\n"
+        "    try: print('at work', flush=True), time.sleep(60)\n"
+        "    finally: print('stuck', flush=True), time.sleep(60)\n"
+        "endings.raise_on_sigterm()\nendings.run_to_its_end(stuck, debug=False)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in ("at work\n", "stuck\n"):
+        assert process.stdout.readline() == line
+        process.send_signal(signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM
+
+
+def test_an_ignored_sigterm_stays_ignored() -> None:
+    script = (
+        "import os, signal\nfrom icsearch import endings\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nendings.raise_on_sigterm()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\nprint('still here')"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "still here\n"
+
+
+# --- one process a RUN ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_is_refused_while_the_first_lives(
+    cases: dict[str, Case], commands: Commands, tmp_path: Path
+) -> None:
+    """The first is stopped, so that it lives for sure; then killed, and its lock file is left over."""
+    case, out = cases["greedy"], tmp_path / "run"
+    first = commands.start(case.into(out)).until(has_lines(out, 3)).send(signal.SIGSTOP)
+    before = whole_lines(out)
+    second = commands.run(case.into(out))
+    assert first.alive
+    assert second.status == 2
+    assert second.last_line.startswith(f"icsearch: another icsearch is running in {out}: wait for it")
+    assert whole_lines(out) == before
+    assert first.send(signal.SIGKILL).end().status == -signal.SIGKILL
+    assert (out / ".lock").exists()
+    third = commands.run(case.into(out))
+    assert third.status == 0, third.err
+    assert outcome(out) == case.outcome
+
+
+HOLD_AND_FORK = """
+import os, sys, time
+from pathlib import Path
+from icsearch.rundir import RunDirectory
+with RunDirectory(Path(sys.argv[1])).locked():
+    if not os.fork():
+        print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_fork_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path) -> None:
+    from icsearch.rundir import RunDirectory
+
+    parent = subprocess.Popen(
+        [sys.executable, "-c", HOLD_AND_FORK, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    fork = int(parent.stdout.readline())
+    try:
+        parent.kill()
+        parent.wait()
+        os.kill(fork, 0)  # it lives
+        with RunDirectory(tmp_path / "run").locked():
+            pass
+    finally:
+        os.kill(fork, signal.SIGKILL)
+
+
+def test_a_lock_file_that_goes_away_while_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that never began removes its directory: who opened the file in it just before must not hold a ghost."""
+    from icsearch import rundir
+
+    run, acquire, removed = rundir.RunDirectory(tmp_path / "run"), rundir._acquire, []
+
+    def acquire_late(file: object) -> bool:
+        if not removed:
+            removed.append(True)
+            (tmp_path / "run" / ".lock").unlink()
+            (tmp_path / "run").rmdir()
+        return acquire(file)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rundir, "_acquire", acquire_late)
+    with run.locked():
+        assert (tmp_path / "run" / ".lock").exists()
+        second = rundir.RunDirectory(tmp_path / "run")
+        with pytest.raises(JournalError, match="another icsearch"), second.locked():
+            pass
