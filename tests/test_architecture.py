@@ -107,7 +107,7 @@ ALLOWED: dict[str, set[str]] = {
     "progress": {"record", "refinement", "report", "statistics"},
     "cli_options": set(),
     "cli": {
-        "", "baseline", "cli_options", "errors", "evaluate", "export", "greedy", "inputs", "loading", "pattern",
+        "", "baseline", "cli_options", "endings", "evaluate", "export", "greedy", "inputs", "loading", "pattern",
         "plan", "progress", "report", "requests", "search",
     },
     "api": {"checkpoint", "errors", "layout", "loading", "model", "pattern", "slot", "specs"},
@@ -118,6 +118,7 @@ ALLOWED: dict[str, set[str]] = {
 NO_TORCH = [
     "errors",
     "block_sizes",
+    "endings",
     "resources",
     "files",
     "jsonfile",

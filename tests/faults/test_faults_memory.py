@@ -18,7 +18,8 @@ import torch
 
 import tiny
 from fault_harness import Commands, command, outcome, scored_twice
-from icsearch import model
+from icsearch import loading, model
+from icsearch.block import Batch, BranchState, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import OutOfMemoryError
 from icsearch.inputs import open_model
@@ -32,7 +33,7 @@ from icsearch.requests import CalibrationRequest
 from icsearch.search import Scores, Scoring, Search
 from icsearch.states import Keeping, StateStore
 from icsearch.strategies import make_strategy
-from icsearch.sweep import Batch, BranchState, Sweeper, SweepResult, cut_batches
+from icsearch.sweep import Sweeper, SweepResult
 from icsearch.sweep_scorer import SweepScorer
 from test_search import SEQUENCES, START, MadeUp, run, task
 from test_search import outcome as record_outcome
@@ -103,7 +104,7 @@ class Cramped(Sweeper):
 
 @pytest.fixture(scope="module")
 def dsa(glm_checkpoint: Path) -> model.DsaModel:
-    return model.load(open_checkpoint(str(glm_checkpoint)), dtype="float32")
+    return loading.load(open_checkpoint(str(glm_checkpoint)), dtype="float32")
 
 
 def search(dsa: model.DsaModel, path: Path, most: int, most_kept: int, budget: int = 10**9) -> tuple[RunRecord, Any]:
@@ -156,13 +157,13 @@ def test_what_running_out_of_memory_looks_like() -> None:
 # --- a real limit -----------------------------------------------------------------------------------------------------
 
 
-WIDE = {"hidden_size": 1024, "num_hidden_layers": 6, "first_k_dense_replace": 6}
-BATCH, LENGTH = 8, 128
+WIDE = {"hidden_size": 512, "num_hidden_layers": 6, "first_k_dense_replace": 6}
+BATCH, LENGTH = 32, 128
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """A search whose branches hold 4 MB each, and little else; without --memory and --out."""
+    """A search whose branches hold 8 MB each, and little else; without --memory and --out."""
     checkpoint = tiny.save_checkpoint(tmp_path_factory.mktemp("wide"), **WIDE)
     tokens = tiny.save_tokens(tmp_path_factory.mktemp("wide-tokens"), BATCH, LENGTH)
     fixed = ["--batch-size", BATCH, "--threads", 1, "--num-shared", 1, "--quiet", "--block-elements", 2**17]
@@ -174,7 +175,7 @@ def memory_for(command: Sequence[object], patterns: int) -> int:
     _, layout = open_model(CalibrationRequest(str(command[1]), ""))
     options = {"batch_size": BATCH, "dtype": "float32", "block_elements": 2**17}
     shape = batch_shape(layout, options, LENGTH)
-    assert shape.branch_bytes >= 4 * 2**20
+    assert shape.branch_bytes >= 8 * 2**20
     return layout.num_parameters * 4 + shape.layer_bytes + (patterns + 2) * shape.branch_bytes
 
 
