@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icsearch import __version__
+from icsearch import __version__, cli_plan
 from icsearch.cli_options import (
     SOURCE_HELP,
     STRATEGY_HELP,
@@ -212,6 +212,9 @@ def _to_go_on(ending: BaseException, request: RunRequest) -> str:
     how = "terminated" if isinstance(ending, Terminated) else "interrupted"
     command = "the same command without --fresh" if request.fresh else "the same command"
     return f"{how}; {command} continues {request.out}"
+
+
+app.command("plan")(cli_plan.plan_search)
 
 
 @app.command("dp-baseline")

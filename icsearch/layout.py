@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from icsearch.checkpoint import Checkpoint
+from icsearch.cost import ModelShape
 from icsearch.errors import ModelError, first_line
 from icsearch.fp8 import make_quantizer
 from icsearch.model import DsaModel
@@ -39,7 +40,7 @@ class Layout:
     num_parameters: int
     layer_parameters: tuple[int, ...]  # of each decoder layer
     has_arithmetic: bool  # whether the block-wise arithmetic knows these layers
-    layer_width: int  # numbers per token that a layer's projections hold at once
+    sizes: ModelShape | None  # what the memory of a call follows from; None without the block-wise arithmetic
 
     @property
     def start_pattern(self) -> Pattern:
@@ -91,7 +92,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         num_parameters=_num_parameters(skeleton.model),
         layer_parameters=tuple(_num_parameters(layer) for layer in skeleton.layers),
         has_arithmetic=skeleton.has_arithmetic,
-        layer_width=max(_layer_width(layer) for layer in skeleton.layers),
+        sizes=ModelShape.from_config(text_config.to_dict()) if skeleton.has_arithmetic else None,
     )
 
 
@@ -111,12 +112,6 @@ def cannot_build(checkpoint: Checkpoint, error: Exception) -> ModelError:
         f"transformers cannot build {checkpoint.name} from its config.json ({first_line(error)}): "
         "check the config against the model that it belongs to"
     )
-
-
-def _layer_width(layer: nn.Module) -> int:
-    """Numbers per token that a layer holds at once at most: in and out of all its projections, experts aside."""
-    linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
-    return sum(module.in_features + module.out_features for module in linear)
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from icsearch import plan
-from icsearch.block_sizes import HEAD_CHUNK_TOKENS
+from icsearch.footprint import Call
 from icsearch.inputs import Inputs
 from icsearch.layout import DTYPES, Layout
 from icsearch.memory import free_bytes
 from icsearch.requests import KL, RunRequest
 
-NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
 MEMORY_SHARE = 0.8  # of what is free when the run starts
 
 
@@ -58,18 +57,20 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any]) ->
 
 
 def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.BatchShape:
+    dtype_bytes = DTYPES[options["dtype"]].itemsize
+    batch_size, elements = options["batch_size"], options.get("block_elements")
+    copies = plan.KL_HEAD_COPIES if options.get("objective") == KL else plan.NLL_HEAD_COPIES
+    if elements is not None and layout.sizes is not None:
+        return plan.blockwise_shape(Call(layout.sizes, batch_size, seq_len, dtype_bytes, elements), copies)
     return plan.BatchShape(
-        batch_size=options["batch_size"],
+        batch_size=batch_size,
         seq_len=seq_len,
         hidden_size=layout.hidden_size,
-        dtype_bytes=DTYPES[options["dtype"]].itemsize,
+        dtype_bytes=dtype_bytes,
         index_topk=layout.index_topk,
         index_heads=layout.index_heads,
         index_head_dim=layout.index_head_dim,
         attention_heads=layout.attention_heads,
         vocab_size=layout.vocab_size,
-        head_chunk_tokens=HEAD_CHUNK_TOKENS,
-        block_elements=options.get("block_elements"),
-        layer_width=layout.layer_width,
-        head_copies=KL_HEAD_COPIES if options.get("objective") == KL else NLL_HEAD_COPIES,
+        head_copies=copies,
     )

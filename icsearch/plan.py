@@ -6,15 +6,15 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from icsearch.block_sizes import MIN_BLOCK
 from icsearch.errors import IcsearchError
+from icsearch.footprint import Call, head_bytes
 from icsearch.states import Keeping
 from icsearch.strategies import Options
 from icsearch.strategies.swaps import MAX_SWAPS
 
 FLOAT_BYTES = 4
 INDEX_BYTES = 4
-BLOCK_BUFFERS = 8  # of the block-wise arithmetic
+NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -31,10 +31,8 @@ class BatchShape:
     index_head_dim: int
     attention_heads: int
     vocab_size: int
-    head_chunk_tokens: int
-    block_elements: int | None = None  # of the block-wise arithmetic; None: the reference modules
-    head_copies: int = 2  # float32 numbers per logit of a chunk: the logits and their softmax; more for the KL
-    layer_width: int = 0  # numbers per token that a layer's projections hold at once
+    call: Call | None = None  # of a layer with the block-wise arithmetic; None: the reference modules
+    head_copies: int = NLL_HEAD_COPIES
 
     @property
     def branch_bytes(self) -> int:
@@ -55,14 +53,10 @@ class BatchShape:
 
     @property
     def layer_bytes(self) -> int:
-        """Estimate of what one call takes while it runs: of a layer, or of the LM head if that is more.
-
-        The LM head holds a chunk's logits in the model's type, in float32, and what is computed of them.
-        """
-        chunk = min(self.head_chunk_tokens, self.batch_size * self.seq_len)
-        head = chunk * self.vocab_size * (self.dtype_bytes + self.head_copies * FLOAT_BYTES)
-        layer = self._reference_bytes if self.block_elements is None else self._blockwise_bytes(self.block_elements)
-        return max(layer, head)
+        """Estimate of what one call takes while it runs: of a layer, or of the LM head if that is more."""
+        tokens = self.batch_size * self.seq_len
+        head = head_bytes(tokens, self.hidden_size, self.vocab_size, self.dtype_bytes, self.head_copies)
+        return max(self._reference_bytes if self.call is None else self.call.bytes, head)
 
     @property
     def _reference_bytes(self) -> int:
@@ -73,13 +67,23 @@ class BatchShape:
         per_pair = 2 * self.index_heads + self.index_head_dim + 3 + self.attention_heads
         return pairs * per_pair * FLOAT_BYTES
 
-    def _blockwise_bytes(self, block_elements: int) -> int:
-        """Projections of every token, and a block's buffers: of at least MIN_BLOCK queries, scores of one head, their
-        sum, and the keys that settle ties, as 8 float32 values each.
-        """
-        tokens = self.batch_size * self.seq_len
-        block = max(block_elements, MIN_BLOCK * tokens)
-        return tokens * self.layer_width * self.dtype_bytes + BLOCK_BUFFERS * block * FLOAT_BYTES
+
+def blockwise_shape(call: Call, head_copies: int = NLL_HEAD_COPIES) -> BatchShape:
+    """The shape of a batch whose layers compute with the block-wise arithmetic."""
+    model = call.shape
+    return BatchShape(
+        batch_size=call.batch_size,
+        seq_len=call.seq_len,
+        hidden_size=model.hidden_size,
+        dtype_bytes=call.dtype_bytes,
+        index_topk=model.index_topk,
+        index_heads=model.index_heads,
+        index_head_dim=model.index_head_dim,
+        attention_heads=model.heads,
+        vocab_size=model.vocab_size,
+        call=call,
+        head_copies=head_copies,
+    )
 
 
 @dataclass(frozen=True)

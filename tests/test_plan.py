@@ -25,7 +25,6 @@ SHAPE = BatchShape(
     index_head_dim=8,
     attention_heads=2,
     vocab_size=50,
-    head_chunk_tokens=64,
 )
 
 
@@ -100,7 +99,8 @@ def test_budget_decides_how_many_live() -> None:
 
 def test_a_large_vocabulary_can_be_what_counts() -> None:
     wide = replace(SHAPE, vocab_size=10**6)
-    assert wide.layer_bytes == 64 * 10**6 * (2 + 8)
+    states = 2 * 100 * 32 * 2  # normed
+    assert wide.layer_bytes == states + 2 * 100 * 10**6 * (2 + 8)
 
 
 @pytest.mark.parametrize(

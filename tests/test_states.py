@@ -117,7 +117,6 @@ SHAPE = plan.BatchShape(
     index_head_dim=1,
     attention_heads=1,
     vocab_size=10,
-    head_chunk_tokens=64,
 )
 
 

@@ -1,0 +1,163 @@
+"""A model from its config.json alone: what `icsearch plan` needs to know of it, without weights and without torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from icsearch.cost import ModelShape
+from icsearch.errors import ModelError, first_line
+from icsearch.files import typed_path
+from icsearch.jsonfile import read_object
+from icsearch.pattern import FULL, SHARED, Pattern
+from icsearch.resources import demo_checkpoint
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP8_BYTES = 1
+NATIVE_TYPES = {"full": FULL, "shared": SHARED}
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """What a config.json says: sizes, the start pattern, types, and bytes of each weight on disk.
+
+    `dtype` is the checkpoint's own, which weights are dequantised to where they are stored in FP8.
+    """
+
+    name: str
+    model_type: str
+    shape: ModelShape
+    start: Pattern
+    dtype: str
+    stored_bytes: float  # per parameter of a decoder layer
+    tied: bool  # the LM head is the embedding
+    max_positions: int
+
+    @property
+    def checkpoint(self) -> str:
+        """What a command that needs the weights takes as MODEL."""
+        path = Path(self.name)
+        if path.suffix != ".json":
+            return self.name
+        return str(path.parent) if path.name == "config.json" else "MODEL"
+
+    @property
+    def quantised(self) -> bool:
+        """Whether decoder layers are stored in FP8."""
+        return self.stored_bytes < DTYPE_BYTES[self.dtype]
+
+    @property
+    def outside_parameters(self) -> int:
+        """Embedding, LM head and final norm: what is no decoder layer."""
+        return (1 if self.tied else 2) * self.shape.embedding_weights + self.shape.hidden_size
+
+    def layer_parameters(self, index: int) -> int:
+        """Parameters of a decoder layer; native S layers come without an indexer."""
+        return self.shape.layer_parameters(index, self.start.is_full(index))
+
+    @property
+    def num_parameters(self) -> int:
+        return self.outside_parameters + sum(map(self.layer_parameters, range(self.shape.layers)))
+
+    def stored_layer_bytes(self, index: int) -> float:
+        """Bytes of a decoder layer in the checkpoint."""
+        return self.layer_parameters(index) * self.stored_bytes
+
+    @property
+    def stored_model_bytes(self) -> float:
+        """Bytes of the checkpoint; what is no decoder layer is not quantised."""
+        outside = self.outside_parameters * DTYPE_BYTES[self.dtype]
+        return outside + sum(map(self.stored_layer_bytes, range(self.shape.layers)))
+
+
+def open_model_file(name: str) -> ModelFile:
+    """The model in a config.json: a file, a directory with one, a hub id, or demo. Raises ModelError."""
+    path = _find(name)
+    config = read_object(path, expected="a model's config.json", advice="download it again", error=ModelError)
+    inner = config.get("text_config") or config
+    if not isinstance(inner, dict):
+        raise ModelError(f"{path} has text_config {inner!r}: expected an object; download it again")
+    if not any(key.startswith("index_") for key in inner):
+        raise ModelError(
+            f"{name} is a {config.get('model_type', 'nameless')} model and has no indexers: expected the config.json "
+            "of a DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa"
+        )
+    shape = ModelShape.from_config(config)
+    if shape.dsa_layers != shape.layers:
+        raise ModelError(
+            f"{name} has {shape.dsa_layers} DSA layers among {shape.layers}: only models whose layers all are can be "
+            "planned for, such as deepseek_v32 or glm_moe_dsa"
+        )
+    dtype = str(inner.get("dtype") or inner.get("torch_dtype") or "float32")
+    if dtype not in DTYPE_BYTES:
+        raise ModelError(f"{path} has dtype {dtype!r}: expected {', '.join(DTYPE_BYTES)}; give --dtype, or mend it")
+    return ModelFile(
+        name=name,
+        model_type=str(config.get("model_type", "")),
+        shape=shape,
+        start=_start_pattern(inner, shape.layers),
+        dtype=dtype,
+        stored_bytes=_stored_bytes(config, dtype),
+        tied=bool(inner.get("tie_word_embeddings", False)),
+        max_positions=int(inner.get("max_position_embeddings") or 0),
+    )
+
+
+def _find(name: str) -> Path:
+    if name == "demo":
+        return demo_checkpoint() / "config.json"
+    path = typed_path(name, ModelError)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise ModelError(f"no config.json in {path}: expected a checkpoint directory, or the file itself")
+        return path / "config.json"
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(f"nothing at {path}: expected a directory with config.json, the file, a hub id, or demo")
+    return _download(name)
+
+
+def _download(repo_id: str) -> Path:
+    """The config.json of a hub checkpoint, without anything else of it."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, "config.json"))
+    except Exception as error:  # the hub client raises a dozen kinds: offline, gated, not found
+        raise ModelError(
+            f"no file or directory {repo_id}, and the hub did not deliver its config.json ({first_line(error)}): "
+            "check the name, the network and `hf auth login`, or give a local config.json"
+        ) from error
+
+
+def _start_pattern(config: dict[str, Any], layers: int) -> Pattern:
+    """All F but for native S layers: as listed, else by letters, else by freq and offset, as in transformers."""
+    types = config.get("indexer_types")
+    if types is None and isinstance(letters := config.get("index_topk_pattern"), str):
+        return Pattern.parse(letters, layers)
+    if types is None:
+        frequency, offset = max(config.get("index_topk_freq") or 1, 1), config.get("index_skip_topk_offset") or 2
+        types = ["shared" if max(i - offset + 1, 0) % frequency else "full" for i in range(layers)]
+    if not isinstance(types, list) or len(types) != layers or not set(types) <= set(NATIVE_TYPES):
+        raise ModelError(
+            f"config.json has indexer_types {str(types)[:60]}: expected {layers} times full or shared; use the config "
+            "that belongs to the weights"
+        )
+    return Pattern("".join(NATIVE_TYPES[kind] for kind in types))
+
+
+def _stored_bytes(config: dict[str, Any], dtype: str) -> float:
+    """Bytes of a decoder layer's parameter on disk: FP8 with a float32 scale for each block, or the config's type."""
+    settings = config.get("quantization_config")
+    if not settings:
+        return DTYPE_BYTES[dtype]
+    block = settings.get("weight_block_size") or [128, 128]
+    if settings.get("quant_method") != "fp8" or len(block) != 2:
+        raise ModelError(
+            f"config.json has quant_method {settings.get('quant_method')!r}: expected fp8 in blocks, or no "
+            "quantization_config; convert the checkpoint to bfloat16"
+        )
+    return FP8_BYTES + DTYPE_BYTES["float32"] / (block[0] * block[1])

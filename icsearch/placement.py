@@ -1,0 +1,200 @@
+"""Where a search could run: grids of processes, weights resident or streamed, and whether that fits. No torch.
+
+Every process has one device. `data` of them share the sequences, `pipeline` of them share the layers, in blocks as
+`strategies.split_stages` cuts them. Streamed weights: a layer is brought to the device, all branches of a wave run, it
+goes; the next one is read meanwhile, so two are there at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from icsearch import plan
+from icsearch.block_sizes import BLOCK_ELEMENTS
+from icsearch.devices import Device, Devices
+from icsearch.errors import IcsearchError
+from icsearch.footprint import Call
+from icsearch.modelfile import DTYPE_BYTES, ModelFile
+from icsearch.plan import BatchShape, Kept, format_bytes
+from icsearch.strategies import split_stages
+from icsearch.workload import Workload
+
+RESIDENT, DISK = "none", "disk"  # as --offload has them
+STREAMED_LAYERS = 2  # on the device at once: the one that runs and the one that is read ahead
+PACKETS = 3  # in a pipeline: how often a sweep's branches are on their way between processes, beside those at work
+MEMORY_SHARE = 0.8  # of a device's memory, as a run takes by default of what is free
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One way to place a search: `data` x `pipeline` devices, weights resident or streamed from `offload`."""
+
+    data: int = 1
+    pipeline: int = 1
+    offload: str = RESIDENT
+
+    @property
+    def processes(self) -> int:
+        return self.data * self.pipeline
+
+    @property
+    def streamed(self) -> bool:
+        return self.offload != RESIDENT
+
+    @property
+    def words(self) -> str:
+        """Such as `dp 2 x pp 4 from disk`; resident where nothing is said of weights."""
+        weights = f" from {self.offload}" if self.streamed else ""
+        if self.processes == 1:
+            return f"one device{weights}"
+        shares = {"dp": self.data, "pp": self.pipeline}
+        return " x ".join(f"{name} {count}" for name, count in shares.items() if count > 1) + weights
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is to run and on what: the model, its workload, tokens and type, and the devices."""
+
+    model: ModelFile
+    workload: Workload
+    seq_len: int
+    batch_size: int
+    dtype: str
+    devices: Devices
+
+    @property
+    def device(self) -> Device:
+        return self.devices.device
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def call(self) -> Call:
+        """One layer call: one batch."""
+        elements = BLOCK_ELEMENTS[self.device.kind]
+        return Call(self.model.shape, self.batch_size, self.seq_len, self.dtype_bytes, elements)
+
+    @property
+    def shape(self) -> BatchShape:
+        """One batch, as the plan of a run has it."""
+        return plan.blockwise_shape(self.call)
+
+    @property
+    def budget(self) -> int:
+        """Bytes of a device that a run may take."""
+        return int(MEMORY_SHARE * self.device.memory)
+
+    @property
+    def all_batches(self) -> int:
+        return -(-self.workload.sequences // self.batch_size)
+
+    def batches(self, placement: Placement) -> int:
+        """Batches of the data rank that has most."""
+        return -(-self.all_batches // placement.data)
+
+    def blocks(self, placement: Placement) -> tuple[range, ...]:
+        """The decoder layers of each place in the pipeline."""
+        return split_stages(self.model.shape.layers, placement.pipeline)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A placement with what its fullest device holds, in bytes; `missing` where that is more than its budget.
+
+    `per_sweep` patterns live at once; `wave` batches pass through a layer while its weights are there.
+    """
+
+    placement: Placement
+    budget: int
+    weights: int
+    call: int
+    branch: int
+    per_sweep: int
+    wave: int
+    kept: Kept
+    missing: int = 0
+
+    @property
+    def states(self) -> int:
+        """Live branches, those on their way to other processes included, and states kept between steps."""
+        packets = PACKETS if self.placement.pipeline > 1 else 0
+        live = (self.per_sweep + 1) * (1 + packets) + 1
+        return live * self.wave * self.branch + self.kept.bytes
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.states + self.call
+
+
+def placements(case: Case) -> list[Placement]:
+    """All grids of the devices, and one of them alone; resident before streamed, few places before many."""
+    count = case.devices.count
+    grids = [(count // p, p) for p in range(1, count + 1) if count % p == 0]
+    shapes = list(dict.fromkeys([*grids, (1, 1)]))
+    found = [Placement(data, pipeline, offload) for offload in (RESIDENT, DISK) for data, pipeline in shapes]
+    return [one for one in found if _can_be(case, one)]
+
+
+def _can_be(case: Case, placement: Placement) -> bool:
+    """Whether there are layers for every place and sequences for every data rank."""
+    return case.all_batches >= placement.data and len(case.blocks(placement)) == placement.pipeline
+
+
+def fit(case: Case, placement: Placement) -> Fit:
+    """What a placement takes; `missing` says by how many bytes it does not fit."""
+    shape, weights = case.shape, weight_bytes(case, placement)
+    nothing = Kept(case.workload.keeping(), 0, 0)
+    empty = Fit(placement, case.budget, weights, shape.layer_bytes, shape.branch_bytes, 1, 1, nothing)
+    try:
+        alone = plan.patterns_per_sweep(shape, weights, case.budget)
+    except IcsearchError:
+        return replace(empty, missing=empty.total - case.budget)
+    packets = PACKETS if placement.pipeline > 1 else 0
+    patterns = (alone - packets) // (1 + packets)
+    if patterns < 1:
+        return replace(empty, missing=empty.total - case.budget)
+    most = case.workload.most_patterns
+    if patterns < most:
+        return replace(empty, per_sweep=patterns)
+    full = replace(empty, per_sweep=most)
+    if placement.streamed:
+        live = (full.states - shape.branch_bytes, case.budget - weights - shape.layer_bytes - shape.branch_bytes)
+        return replace(full, wave=max(1, min(case.batches(placement), live[1] // live[0])))
+    return replace(full, kept=_kept(case, placement, case.budget - full.total))
+
+
+def _kept(case: Case, placement: Placement, room: int) -> Kept:
+    """States between steps: of the sequences of a data rank, over the memory of a whole pipeline."""
+    sequences = case.batches(placement) * case.batch_size
+    kept = plan.plan_kept(case.workload.keeping(), case.shape, sequences, room * placement.pipeline)
+    return replace(kept, budget=room, bytes=kept.bytes // placement.pipeline)
+
+
+def weight_bytes(case: Case, placement: Placement) -> int:
+    """Weights on the device that has most of them."""
+    return max(_place_bytes(case, placement, block) for block in case.blocks(placement))
+
+
+def _place_bytes(case: Case, placement: Placement, block: range) -> int:
+    layers = [case.model.layer_parameters(index) for index in block]
+    if placement.streamed:
+        layers = sorted(layers)[-STREAMED_LAYERS:]
+    embedding = case.model.shape.embedding_weights
+    outside = (embedding if block.start == 0 else 0) + (embedding if block.stop == case.model.shape.layers else 0)
+    if case.model.tied and placement.pipeline == 1:
+        outside = embedding
+    return (sum(layers) + outside) * case.dtype_bytes
+
+
+def why_nothing_fits(case: Case, fits: list[Fit]) -> IcsearchError:
+    """What is missing where no placement fits."""
+    least = min(fits, key=lambda one: one.missing)
+    parts = {"weights": least.weights, "a layer call": least.call, "branches": least.states}
+    sizes = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
+    return IcsearchError(
+        f"nothing fits {case.devices.words}, of whose memory {format_bytes(least.budget)} each may be taken "
+        f"({MEMORY_SHARE:.0%}): the least is {format_bytes(least.total)} ({least.placement.words}; {sizes}), which is "
+        f"{format_bytes(least.missing)} too much; plan for more --devices or --device-memory, or a shorter --seq-len"
+    )
