@@ -15,7 +15,10 @@ import pytest
 import torch
 
 import tiny
-from icsearch import cli
+from icsearch import cli, layout
+from icsearch.block_sizes import BLOCK_ELEMENTS
+from icsearch.checkpoint import open_checkpoint
+from icsearch.memory_plan import batch_shape
 
 CSV = Path("curve.csv")
 
@@ -183,11 +186,26 @@ def test_fresh_starts_over(
     assert len(json.loads((copy / "pattern.json").read_text())["steps"]) == 2
 
 
+def budget(checkpoint: Path, candidates: int, kept: int = 0, objective: str = "lm-loss") -> str:
+    """Memory for so many candidates at once beside trunk and output, and `kept` bytes of states between steps."""
+    found = layout.inspect(open_checkpoint(str(checkpoint)))
+    options = {"dtype": "float32", "batch_size": 2, "block_elements": BLOCK_ELEMENTS["cpu"], "objective": objective}
+    shape = batch_shape(found, options, seq_len=40)
+    return f"{found.num_parameters * 4 + shape.layer_bytes + (candidates + 2) * shape.branch_bytes + kept}B"
+
+
 # Room for 3 candidates, for 2, and for all of them with the states of every 2nd layer kept between steps.
-@pytest.mark.parametrize("memory", ["17418608B", "17404608B", "17634608B"])
+@pytest.mark.parametrize(("candidates", "kept"), [(3, 0), (2, 0), (5, 192_000)])
 def test_memory_budget_changes_no_bit(
-    capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path, memory: str
+    capsys: pytest.CaptureFixture[str],
+    finished: Path,
+    glm_checkpoint: Path,
+    tokens: Path,
+    tmp_path: Path,
+    candidates: int,
+    kept: int,
 ) -> None:
+    memory = budget(glm_checkpoint, candidates, kept)
     arguments = greedy(glm_checkpoint, tokens, tmp_path / "run", "--num-shared", 3, "--memory", memory, "--quiet")
     status, _, err = run(capsys, *arguments)
     assert (status, err) == (0, "")
@@ -198,16 +216,17 @@ def test_memory_budget_changes_no_bit(
 
 
 @pytest.mark.parametrize(
-    ("memory", "kept"),
+    ("room", "kept"),
     [
-        ("1GB", "480.0 kB, every layer"),
-        ("17634608B", "192.0 kB, every 2nd layer"),
-        ("17404608B", "nothing: there is no room"),
+        (480_000, "480.0 kB, every layer"),
+        (479_999, "192.0 kB, every 2nd layer"),
+        (0, "nothing: there is no room"),
     ],
 )
 def test_the_plan_says_what_is_kept_between_steps(
-    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path, memory: str, kept: str
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path, room: int, kept: str
 ) -> None:
+    memory = budget(glm_checkpoint, 5, room)
     arguments = greedy(glm_checkpoint, tokens, tmp_path / "run", "--num-shared", 1, "--memory", memory)
     assert f"kept between steps  {kept}" in run(capsys, *arguments)[2]
 
@@ -220,7 +239,7 @@ def test_a_search_by_kl(
     what = ["--num-shared", 3, "--strategy", strategy, "--objective", "kl"]
     for name, memory, row in (
         ("ample", "1GB", "25.6 kB of final states kept"),
-        ("short", "17400608B", "runs along in"),
+        ("short", budget(glm_checkpoint, 1, objective="kl"), "runs along in"),
     ):
         arguments = greedy(glm_checkpoint, tokens, tmp_path / name, *what, "--memory", memory)
         status, out, err = run(capsys, *arguments)
