@@ -76,14 +76,13 @@ def count_sequences(wave: Sequence[Batch]) -> int:
 
 
 class LayerBlock:
-    """The decoder layers [first, last) of a model, by default all that this process has.
+    """The decoder layers of a model that this process has.
 
     Call arguments are captured once per batch shape and kept.
     """
 
-    def __init__(self, model: DsaModel, layers: range | None = None) -> None:
+    def __init__(self, model: DsaModel) -> None:
         self.model = model
-        self.layers = model.held if layers is None else layers
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
 
@@ -104,7 +103,7 @@ class LayerBlock:
         """
         entering = _groups(starts, kept.keeping)
         branches, layer_runs = list(arriving), 0
-        for index in self.layers:
+        for index in self.model.held:
             _keep(index, branches, wave, kept)
             pending, branches = branches + self._open(index, entering.get(index, []), wave, kept), []
             if not pending:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from icsearch.cli_options import (
     BatchSize,
     BlockElements,
     Calibration,
+    DataRanks,
     Device,
     Dtype,
     Fresh,
@@ -26,20 +28,25 @@ from icsearch.cli_options import (
     ModelArgument,
     NumSequences,
     NumShared,
+    PipelineRanks,
     QuietFlag,
     Remote,
     Retention,
     Seed,
     SeqLen,
     Threads,
+    Timeout,
 )
 from icsearch.endings import Terminated, raise_on_sigterm, run_to_its_end
+from icsearch.errors import IcsearchError
+from icsearch.launch import read_launch
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from icsearch.requests import PatternRequest, RunRequest
     from icsearch.search import Progress
+    from icsearch.world import World
 
 app = typer.Typer(
     name="icsearch",
@@ -85,13 +92,18 @@ def calibrate(
 
 @app.command()
 def greedy(
+    context: typer.Context,
     model: ModelArgument,
     calibration: Calibration,
     retention: Retention = None,
     num_shared: NumShared = None,
     stages: Annotated[
-        int, typer.Option(help="Search in this many pipeline blocks in turn; each block's first layer stays F.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Search in this many pipeline blocks in turn; each block's first layer stays F.",
+            show_default="the blocks of --pp, else 1",
+        ),
+    ] = None,
     keep_full: KeepFull = "",
     objective: Annotated[
         str, typer.Option(help="What a flip is judged by: lm-loss, or kl, the KL to the all-F model.")
@@ -128,6 +140,9 @@ def greedy(
             show_default="demo:heldout for --calibration demo",
         ),
     ] = None,
+    dp: DataRanks = None,
+    pp: PipelineRanks = None,
+    timeout: Timeout = 60.0,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[
@@ -160,6 +175,8 @@ def greedy(
         strategy=strategy,
         refine=refine,
         refine_on=refine_on,
+        dp=dp,
+        pp=pp,
         confidence=confidence,
         tie_margin=tie_margin,
         device=device,
@@ -171,20 +188,36 @@ def greedy(
         block_elements=block_elements,
         fresh=fresh,
     )
-    _run_search("greedy", request, quiet)
+    world: World | None = context.obj
+    if world is not None:
+        world.set_timeout(timeout)
+    _run_search("greedy", request, quiet, world)
 
 
-def _run_search(search: str, request: PatternRequest, quiet: bool) -> None:
+def _run_search(search: str, request: PatternRequest, quiet: bool, world: World | None = None) -> None:
     """Run a pattern-finding command of that name with its display around it, and show the result."""
     from icsearch import report
 
     with _display(request, quiet) as listener:
         if search == "greedy":
             from icsearch.greedy import greedy as run
+
+            record = run(request, listener, report.write_results, world)  # type: ignore[arg-type]
         else:
-            from icsearch.baseline import dp_baseline as run  # type: ignore[assignment]
-        record = run(request, listener, report.write_results)  # type: ignore[arg-type]
+            from icsearch.baseline import dp_baseline
+
+            record = dp_baseline(request, listener, report.write_results)  # type: ignore[arg-type]
     _print(report.summary_table(record), f"{request.out / 'pattern.json'}, curve.csv, curve.png, report.html")
+
+
+def _alone(context: typer.Context) -> None:
+    """Refuse to be run by several processes."""
+    world: World | None = context.obj
+    if world is not None:
+        raise IcsearchError(
+            f"icsearch {context.info_name} runs in one process, and {world.size} were started: start it without "
+            "torchrun or accelerate launch"
+        )
 
 
 @contextlib.contextmanager
@@ -219,6 +252,7 @@ app.command("plan")(cli_plan.plan_search)
 
 @app.command("dp-baseline")
 def dp_baseline(
+    context: typer.Context,
     model: ModelArgument,
     calibration: Calibration,
     retention: Retention = None,
@@ -246,6 +280,7 @@ def dp_baseline(
     quiet: QuietFlag = False,
 ) -> None:
     """The baseline that the paper rejects: the pattern of highest cosine similarity, and what it really costs."""
+    _alone(context)
     from icsearch.plan import parse_bytes
     from icsearch.requests import BaselineRequest, CalibrationRequest, parse_layers, parse_share
 
@@ -271,6 +306,7 @@ def dp_baseline(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     model: ModelArgument,
     pattern: Annotated[
         list[str],
@@ -288,9 +324,9 @@ def evaluate(
     task_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a task's prompt.", show_default="as long as the batches")
     ] = None,
-    context: Annotated[
+    context_length: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Context length to estimate the cost at.", show_default="the paper's four"),
+        typer.Option("--context", min=1, help="Length to estimate the cost at.", show_default="the paper's four"),
     ] = None,
     measure: Annotated[
         list[int] | None, typer.Option(min=1, help="Time prefill and decode on this machine at this length.")
@@ -320,6 +356,7 @@ def evaluate(
     quiet: QuietFlag = False,
 ) -> None:
     """Measure patterns against the unmodified model on batches that no search has seen."""
+    _alone(context)
     from icsearch import report
     from icsearch.pattern import parse_retention
     from icsearch.plan import parse_bytes
@@ -333,7 +370,7 @@ def evaluate(
         force=force,
         tasks=tasks,
         task_length=task_length,
-        contexts=tuple(context or ()),
+        contexts=tuple(context_length or ()),
         measure=tuple(measure or ()),
         lm_eval=tuple(name.strip() for name in lm_eval.split(",") if name.strip()),
         device=device,
@@ -406,11 +443,21 @@ def main() -> None:
 
 
 def _run(arguments: list[str], debug: bool) -> int:
-    return run_to_its_end(lambda: _call(arguments), debug)
+    return run_to_its_end(lambda: _start(arguments, debug), debug)
 
 
-def _call(arguments: list[str]) -> object:
+def _start(arguments: list[str], debug: bool) -> object:
+    """In this process, or in all that a launcher such as torchrun has started."""
+    launch = read_launch(os.environ)
+    if launch.size == 1:
+        return _call(arguments)
+    from icsearch.processes import run_together
+
+    return run_together(launch, lambda world: _call(arguments, world), debug)
+
+
+def _call(arguments: list[str], world: World | None = None) -> object:
     try:
-        return app(args=arguments, standalone_mode=False)
+        return app(args=arguments, standalone_mode=False, obj=world)
     except typer.Abort as error:  # the parser takes an EOFError, such as a cut file's, for the end of typed input
         raise error.__cause__ or error from None

@@ -67,3 +67,30 @@ STRATEGY_HELP = (
     "memory, a sweep reads every layer anyway, so prefer race. "
     "race+lazy: lazy chooses whom a race is run among. The committed losses are exact in all of them."
 )
+
+DataRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--dp",
+        min=1,
+        metavar="D",
+        help="Of several processes (torchrun -m icsearch ...), so many share the sequences.",
+        show_default="all, if the weights fit in each one's share of memory",
+    ),
+]
+PipelineRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--pp",
+        min=1,
+        metavar="P",
+        help="Of several processes, so many share the layers, a contiguous block each. --dp x --pp is their number.",
+        show_default="1, or as many as the weights need",
+    ),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        min=5, metavar="SECONDS", help="Several processes: end the run when one gives no sign of life for so long."
+    ),
+]

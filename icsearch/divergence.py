@@ -24,14 +24,8 @@ class KlSweeper(Sweeper):
     The NLL has the bits of a sweep without KL. `keep_full_states`: all batches' final states have room in memory.
     """
 
-    def __init__(
-        self,
-        model: DsaModel,
-        kept: StateStore[BranchState] | None,
-        keep_full_states: bool,
-        layers: range | None = None,
-    ) -> None:
-        super().__init__(model, kept, layers)
+    def __init__(self, model: DsaModel, kept: StateStore[BranchState] | None, keep_full_states: bool) -> None:
+        super().__init__(model, kept)
         self._keep_full_states = keep_full_states
         self._full_states: dict[int, torch.Tensor] = {}  # by first sequence: [B, T, D] after the final norm
 

@@ -119,7 +119,7 @@ def make_case(request: PlanRequest) -> Case:
         start=model.start,
         flippable=frozenset(request.flippable(model.start)),
         num_shared=flips,
-        stages=request.stages,
+        stages=request.num_stages,
         sequences=sequences,
         keep_full=tuple(sorted(request.keep_full)),
     )

@@ -7,29 +7,37 @@ from collections.abc import Sequence
 from icsearch import plan, rehearsal
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
+from icsearch.launch import grids, pipeline_blocks
 from icsearch.layout import Layout
 from icsearch.memory_plan import Memory
 from icsearch.pattern import Pattern
-from icsearch.prepare import Publish, load, opened, publish_nothing
+from icsearch.prepare import Publish, load, load_together, opened, publish_nothing
 from icsearch.record import RunRecord
 from icsearch.refine import SwapRefinement
 from icsearch.requests import KL, GreedyRequest
+from icsearch.rundir import part_of
 from icsearch.search import Progress, Search
 from icsearch.start_event import pattern_start
 from icsearch.states import Keeping
 from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy, testing_looks
 from icsearch.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring
+from icsearch.world import World
 
 
-def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
+def greedy(
+    request: GreedyRequest, listener: Progress, publish: Publish = publish_nothing, world: World | None = None
+) -> RunRecord:
     """Search, or continue, or return the finished run in `request.out`. Raises IcsearchError for bad input.
 
-    `publish` writes the results, while the directory is still ours.
+    `publish` writes the results, while the directory is still ours. With `world`, this is rank 0 of a run of several
+    processes, and has the others do their part.
     """
+    grids(world.size if world else 1, request.dp, request.pp)  # refused before anything is read
     with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
         record = RunRecord.replay(here.existing)
         if not record.finished:
-            loaded = load(request, here.inputs, here.start["options"])
+            request = request.settled(here.start["options"])
+            loaded = load_together(request, here, world) if world else load(request, here.inputs, here.start["options"])
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             search_plan = _plan(request, here.inputs.layout, loaded.memory, record)
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
@@ -50,6 +58,7 @@ def greedy(request: GreedyRequest, listener: Progress, publish: Publish = publis
 
 
 def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    request = request.settled(part_of(existing, "options"))
     method = {"method": "greedy", "strategy": request.strategy, "objective": request.objective}
     if request.refine is not None:  # only then: runs of earlier versions have no such option, and go on
         method["refine"] = request.refine
@@ -113,12 +122,25 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
         full_state_bytes=memory.full_states,
         kept=kept,
         heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
+        processes=_processes(request, memory, record),
     )
 
 
 def _kept(layout: Layout, flippable: Sequence[int], memory: Memory, record: RunRecord) -> plan.Kept:
     """Live branches come first, as many as one step has; the states kept between steps get what is left."""
     most = max(len(flippable), 1 + len(record.references))
-    room = memory.spare - min(memory.patterns_per_sweep, most) * memory.shape.branch_bytes
     keeping = Keeping(layout.num_layers, layout.layer_indices, frozenset(flippable))
-    return plan.plan_kept(keeping, memory.shape, len(record.tokens), room)
+    share = memory.share
+    sequences = share.sequences(len(record.tokens), memory.shape.batch_size)
+    blocks = pipeline_blocks(layout.num_layers, layout.layer_indices, share.grid.pipeline)
+    return plan.plan_kept(keeping, memory.shape, sequences, memory.beside(most), blocks)
+
+
+def _processes(request: GreedyRequest, memory: Memory, record: RunRecord) -> str:
+    """Who computes, in words; nothing where one process does."""
+    grid, stages = memory.share.grid, record.start["options"]["stages"]
+    if grid.size == 1:
+        return ""
+    if stages == request.pp and stages > 1:
+        return f"{grid.words}; searched in {stages} stages, their blocks of layers (--stages 1: all layers together)"
+    return grid.words

@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from icsearch import plan
+from icsearch.errors import IcsearchError
 from icsearch.footprint import Call
 from icsearch.inputs import Inputs
+from icsearch.launch import IN_FLIGHT, Grid, Launch, pipeline_blocks
 from icsearch.layout import DTYPES, Layout
 from icsearch.memory import free_bytes
 from icsearch.requests import KL, RunRequest
 
 MEMORY_SHARE = 0.8  # of what is free when the run starts
+PACKETS = 1 + IN_FLIGHT  # in a pipeline: one that has come, and those that are on their way to the next process
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's share of a run: of the sequences, of the layers, and of the memory that it runs in."""
+
+    grid: Grid = field(default_factory=Grid)
+    neighbours: int = 1  # processes that run in the same memory
+
+    def sequences(self, total: int, batch_size: int) -> int:
+        """The most that a data rank has of so many sequences, in whole batches."""
+        batches = -(-total // batch_size)
+        return min(total, -(-batches // self.grid.data) * batch_size)
+
+    def parameters(self, layout: Layout) -> int:
+        """The most that one process has: its layers, and what lies before and behind all of them."""
+        outside = layout.num_parameters - sum(layout.layer_parameters)
+        blocks = pipeline_blocks(layout.num_layers, layout.layer_indices, self.grid.pipeline)
+        return outside + max(sum(layout.layer_parameters[index] for index in block) for block in blocks)
+
+    @property
+    def packets(self) -> int:
+        """How often the branches of a sweep are there beside those at work."""
+        return PACKETS if self.grid.pipeline > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -29,6 +57,7 @@ class Memory:
     shape: plan.BatchShape
     patterns_per_sweep: int  # how many patterns may live at once beside the trunk
     full_states: int = 0
+    share: Share = field(default_factory=Share)
 
     @property
     def spare(self) -> int:
@@ -36,24 +65,50 @@ class Memory:
         fixed = self.weights + self.full_states + self.shape.layer_bytes
         return self.budget - fixed - 2 * self.shape.branch_bytes
 
+    def beside(self, patterns: int) -> int:
+        """What so many patterns in one sweep leave of `spare`."""
+        packets = self.share.packets
+        return self.spare - (min(patterns, self.patterns_per_sweep) * (1 + packets) + packets) * self.shape.branch_bytes
+
     def for_kl(self, full_states: int) -> Memory:
         """The final states of the unmodified model come first; where they do not fit, it runs along in each sweep."""
-        left = (self.spare - full_states) // self.shape.branch_bytes
+        packets = self.share.packets
+        left = ((self.spare - full_states) // self.shape.branch_bytes - packets) // (1 + packets)
         if left >= 1:
             return replace(self, full_states=full_states, patterns_per_sweep=left)
         return replace(self, patterns_per_sweep=max(1, self.patterns_per_sweep - 1))
 
 
-def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Memory:
+def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], share: Share | None = None) -> Memory:
     """The budget, by default most of what is free, and what fits; raises IcsearchError where no pattern does."""
-    budget = request.memory or int(MEMORY_SHARE * free_bytes(torch.device(options["device"])))
-    weights = inputs.layout.num_parameters * DTYPES[options["dtype"]].itemsize
+    share = share or Share()
+    free = free_bytes(torch.device(options["device"]))
+    budget = request.memory or int(MEMORY_SHARE * free / share.neighbours)
+    weights = share.parameters(inputs.layout) * DTYPES[options["dtype"]].itemsize
     shape = batch_shape(inputs.layout, options, inputs.batches.seq_len)
-    memory = Memory(budget, weights, shape, plan.patterns_per_sweep(shape, weights, budget))
+    patterns = plan.patterns_per_sweep(shape, weights, budget, share.packets)
+    memory = Memory(budget, weights, shape, patterns, share=share)
     if options.get("objective") != KL:
         return memory
-    sequences = inputs.batches.num_sequences + (inputs.heldout.num_sequences if inputs.heldout else 0)
-    return memory.for_kl(sequences * shape.final_bytes)
+    sets = [one.num_sequences for one in (inputs.batches, inputs.heldout) if one]
+    return memory.for_kl(sum(share.sequences(total, shape.batch_size) for total in sets) * shape.final_bytes)
+
+
+def plan_share(
+    request: RunRequest, inputs: Inputs, options: dict[str, Any], launch: Launch, wanted: Iterable[Grid]
+) -> Memory:
+    """The memory of a process under the first of these grids in which one pattern at least fits.
+
+    Raises IcsearchError where none does.
+    """
+    neighbours = launch.neighbours(torch.cuda.device_count() if options["device"].startswith("cuda") else 1)
+    refusals = []
+    for grid in wanted:
+        try:
+            return plan_memory(request, inputs, options, Share(grid, neighbours))
+        except IcsearchError as error:
+            refusals.append(error)
+    raise refusals[-1]
 
 
 def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.BatchShape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,6 +129,7 @@ class SearchPlan:
     full_state_bytes: int
     kept: Kept
     heldout_sequences: int = 0  # of a refinement; 0 where there is none
+    processes: str = ""  # who computes, where several processes do
 
     @property
     def moves(self) -> int:
@@ -135,28 +137,36 @@ class SearchPlan:
         return (self.candidates - self.num_shared) * self.num_shared
 
 
-def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int) -> int:
-    """How many candidates may live at once beside the trunk; raises IcsearchError where not even one fits."""
+def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int, packets: int = 0) -> int:
+    """How many candidates may live at once beside the trunk; raises IcsearchError where not even one fits.
+
+    `packets`: how often the branches of a sweep may be on their way between processes beside those at work.
+    """
     branches = (memory_bytes - weight_bytes - shape.layer_bytes) // shape.branch_bytes
-    if branches < 3:  # the trunk, a candidate, and the layer output that is just being made
-        needed = shape.layer_bytes + 3 * shape.branch_bytes
+    least = 3 + 2 * packets  # the trunk, a candidate, and the layer output that is just being made; the first two sent
+    if branches < least:
+        needed = shape.layer_bytes + least * shape.branch_bytes
         raise IcsearchError(
             f"memory budget {format_bytes(memory_bytes)} is too small: {format_bytes(weight_bytes)} of weights and "
             f"about {format_bytes(needed)} for one candidate; raise --memory, or lower --batch-size or --seq-len"
         )
-    return int(branches) - 2
+    return (int(branches) - 2 - packets) // (1 + packets)
 
 
-def plan_kept(keeping: Keeping, shape: BatchShape, sequences: int, room: int) -> Kept:
+def plan_kept(
+    keeping: Keeping, shape: BatchShape, sequences: int, room: int, blocks: Sequence[range] | None = None
+) -> Kept:
     """The states of every k-th layer entry, with the smallest k for which all that are of use fit into `room` bytes.
 
-    Decided before the run, from numbers alone: it changes what a run costs, never its bits.
+    `blocks`: the decoder layers of each process of a pipeline, of which every one has that room. Decided before the
+    run, from numbers alone: it changes what a run costs, never its bits.
     """
     entry_bytes = shape.branch_bytes // shape.batch_size * sequences
     for stride in range(1, keeping.num_layers):
         spaced = replace(keeping, stride=stride)
-        if spaced.states * entry_bytes <= room:
-            return Kept(spaced, room, spaced.states * entry_bytes)
+        most = max(spaced.states_in(block) for block in blocks or [range(keeping.num_layers)])
+        if most * entry_bytes <= room:
+            return Kept(spaced, room, most * entry_bytes)
     return Kept(replace(keeping, stride=0), 0, 0)
 
 
@@ -168,6 +178,7 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
     branches = min(plan.branches_per_sweep, plan.candidates) + 1
     return [
         *model_rows(start),
+        *([("processes", plan.processes)] if plan.processes else []),
         ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
         ("evaluations", f"{most}{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
         (

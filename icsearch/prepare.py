@@ -13,14 +13,19 @@ from typing import Any
 
 from icsearch.block import Batch
 from icsearch.bring_up import bring_up, device_batches
+from icsearch.crew import Crew
 from icsearch.inputs import Inputs, obtain, obtain_heldout, open_model
 from icsearch.journal import Event
-from icsearch.memory_plan import Memory, plan_memory
+from icsearch.launch import grids, pipeline_blocks
+from icsearch.member import CALIBRATION, HELDOUT
+from icsearch.memory_plan import Memory, plan_memory, plan_share
 from icsearch.model import DsaModel
+from icsearch.muster import check_ready, lead_in, load_order
 from icsearch.record import RunRecord
-from icsearch.requests import RunRequest
+from icsearch.requests import GreedyRequest, RunRequest
 from icsearch.rundir import RunDirectory
 from icsearch.search import Progress
+from icsearch.world import World
 
 # Writes the results of a run into its directory.
 Publish = Callable[[Path, RunRecord], object]
@@ -73,6 +78,8 @@ class Loaded:
     batches: list[Batch]
     memory: Memory
     heldout: list[Batch]
+    crew: Crew | None = None  # in a run of several processes
+    notes: tuple[str, ...] = ()
 
 
 def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded:
@@ -82,3 +89,17 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded
     size = options["batch_size"]
     heldout = [] if inputs.heldout is None else device_batches(dsa, inputs.heldout, size)
     return Loaded(dsa, device_batches(dsa, inputs.batches, size), memory, heldout)
+
+
+def load_together(request: GreedyRequest, here: Opened, world: World) -> Loaded:
+    """As `load`, by all processes of a run: what each of them gets follows from the grid that they make."""
+    inputs, options = here.inputs, here.start["options"]
+    memory = plan_share(request, inputs, options, world.launch, grids(world.size, request.dp, request.pp))
+    grid = memory.share.grid
+    layers = pipeline_blocks(inputs.layout.num_layers, inputs.layout.layer_indices, grid.pipeline)
+    sets = {CALIBRATION: inputs.batches, **({HELDOUT: inputs.heldout} if inputs.heldout else {})}
+    order = load_order(grid, layers, inputs.source, request.calibration.trust_remote_code, options, sets)
+    member, dsa = lead_in(world, order, inputs.source, sets)
+    notes = check_ready(world, here.start)
+    batches = {name: member.batches_of(name) for name in sets}
+    return Loaded(dsa, batches[CALIBRATION], memory, batches.get(HELDOUT, []), Crew(world, grid, member), tuple(notes))

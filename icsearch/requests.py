@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from icsearch.errors import IcsearchError, PatternError
 from icsearch.jsonfile import shown
+from icsearch.launch import pipeline_blocks
 from icsearch.pattern import Pattern, num_full, parse_retention
 from icsearch.specs import Target, resolve_specs
 from icsearch.strategies import DEFAULT_CONFIDENCE, STRATEGIES, Options, split_stages
@@ -22,6 +23,7 @@ MIN_BLOCK_ELEMENTS = 2**10
 REFINEMENTS = ("swaps",)
 DEMO_HELDOUT = {"demo": "demo:heldout", "demo:calibration": "demo:heldout"}  # what is held out of the built-in corpus
 DEFAULT_RETENTION = Fraction(1, 4)
+RequestT = TypeVar("RequestT", bound="PatternRequest")
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,23 @@ class PatternRequest(RunRequest):
 
     retention: Fraction | None = None
     num_shared: int | None = None
-    stages: int = 1
+    stages: int | None = None
     keep_full: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.retention is not None and self.num_shared is not None:
             raise IcsearchError("--retention and --num-shared both say how far to go: give one of them")
+
+    @property
+    def num_stages(self) -> int:
+        """Pipeline blocks that are searched in turn."""
+        return 1 if self.stages is None else self.stages
+
+    def settled(self: RequestT, recorded: dict[str, Any]) -> RequestT:
+        """With the stages of an existing run, unless others are asked for."""
+        known = recorded.get("stages")
+        return self if self.stages is not None or known is None else replace(self, stages=known)
 
     def check(self, start: Pattern) -> None:
         self.resolve_num_shared(start)
@@ -106,7 +118,7 @@ class PatternRequest(RunRequest):
 
     def flippable(self, start: Pattern) -> list[int]:
         """The layers that a search may flip."""
-        blocks = split_stages(len(start), self.stages)
+        blocks = split_stages(len(start), self.num_stages)
         kept = {0} | self.keep_full | {block.start for block in blocks}
         return [layer for layer in start.full_layers if layer not in kept]
 
@@ -117,12 +129,12 @@ class PatternRequest(RunRequest):
                 raise PatternError(f"--keep-full names layer {layer}: expected DSA layers 0 to {total - 1}")
             if not start.is_full(layer):
                 raise PatternError(f"--keep-full names layer {layer}, which the checkpoint itself shares: leave it out")
-        if not 1 <= self.stages <= total:
-            raise PatternError(f"--stages {self.stages} is out of range: give 1 to {total} for {total} DSA layers")
-        blocks = split_stages(total, self.stages)
-        if len(blocks) != self.stages:
+        if not 1 <= self.num_stages <= total:
+            raise PatternError(f"--stages {self.num_stages} is out of range: give 1 to {total} for {total} DSA layers")
+        blocks = split_stages(total, self.num_stages)
+        if len(blocks) != self.num_stages:
             raise PatternError(
-                f"--stages {self.stages} cuts {total} DSA layers into {len(blocks)} blocks of {len(blocks[0])}: "
+                f"--stages {self.num_stages} cuts {total} DSA layers into {len(blocks)} blocks of {len(blocks[0])}: "
                 f"give --stages {len(blocks)}, or a number that divides them better"
             )
 
@@ -151,6 +163,8 @@ class GreedyRequest(PatternRequest):
     tie_margin: float | None = None
     refine: str | None = None
     refine_on: str | None = None
+    dp: int | None = None
+    pp: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,6 +172,16 @@ class GreedyRequest(PatternRequest):
         _check_choice("--strategy", self.strategy, STRATEGIES)
         self._check_race()
         self._check_refinement()
+
+    @property
+    def num_stages(self) -> int:
+        """As many as the blocks of a pipeline that was asked for; one chosen for lack of memory changes nothing."""
+        return (self.pp or 1) if self.stages is None else self.stages
+
+    def check(self, start: Pattern) -> None:
+        pipeline_blocks(len(start), range(len(start)), self.pp or 1)
+        known = self if self.stages is not None else replace(self, stages=1)  # a run that goes on may have others
+        known.resolve_num_shared(start)
 
     @property
     def heldout_source(self) -> str | None:

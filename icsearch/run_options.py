@@ -56,9 +56,9 @@ def kernel_options(request: RunRequest, layout: Layout, recorded: dict[str, Any]
 def pattern_options(request: PatternRequest, start: Pattern) -> dict[str, Any]:
     """How many layers are shared, and which never; layers that stay F anyway are left out of `keep_full`."""
     num_shared = request.resolve_num_shared(start)  # first: it checks the stages too
-    anyway = {block.start for block in split_stages(len(start), request.stages)}
+    anyway = {block.start for block in split_stages(len(start), request.num_stages)}
     return {
         "num_shared": num_shared,
-        "stages": request.stages,
+        "stages": request.num_stages,
         "keep_full": sorted(request.keep_full - anyway),
     }

@@ -53,6 +53,9 @@ class Scorer(Protocol):
     def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
         """Layer runs x sequences that scoring these patterns on these waves, in this order, will take."""
 
+    def announce(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> None:
+        """Hear what `score` will be asked for next, in this order: several processes get their work ahead."""
+
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
         """Score every pattern on the sequences of one wave. Raises OutOfMemoryError."""
 
@@ -138,6 +141,7 @@ class Scoring:
             return
         self._scorer.retain(self.record.pattern)
         self.progress.step_started(self._part or step, len(patterns), self._scorer.expected(work))
+        self._scorer.announce(work)
         for chunk, wave in work:
             started = time.monotonic()
             scores = self._scores(chunk, wave)

@@ -71,7 +71,7 @@ def pattern_start(request: PatternRequest, inputs: Inputs, existing: Sequence[Ev
     """The first event of a run that looks for a pattern."""
     start = inputs.layout.start_pattern
     options = {**method, **pattern_options(request, start), **run_options(request, inputs, existing)}
-    blocks = [[block.start, block.stop] for block in split_stages(len(start), request.stages)]
+    blocks = [[block.start, block.stop] for block in split_stages(len(start), request.num_stages)]
     return start_event(inputs, options, references=references(start, options["num_shared"]), blocks=blocks)
 
 

@@ -55,8 +55,13 @@ class Keeping:
     @property
     def states(self) -> int:
         """How many states of one batch there can be at once: the base's, and those of each flip behind its layer."""
+        return self.states_in(range(self.num_layers))
+
+    def states_in(self, layers: range) -> int:
+        """As `states`, of those at the entries of these decoder layers."""
         flips = [self.layer_indices[layer] for layer in self.flippable]
-        return sum(1 + sum(1 for layer in flips if layer < entry) for entry in self.entries)
+        entries = [entry for entry in self.entries if entry in layers]
+        return sum(1 + sum(1 for layer in flips if layer < entry) for entry in entries)
 
     def letters_before(self, pattern: Pattern, entry: int) -> str:
         """The letters that the state at the entry of a decoder layer follows from."""

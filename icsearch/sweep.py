@@ -67,16 +67,14 @@ def kernel_notes() -> Iterator[set[str]]:
 
 
 class Sweeper:
-    """Runs sweeps of one model; in a pipeline, `layers` are those that this process holds, by default all.
+    """Runs sweeps of one model, or in a pipeline this process's part of them: the layers that its model holds.
 
     With `kept`, which belongs to one set of batches, a sweep goes on from earlier ones' states and keeps new ones.
     """
 
-    def __init__(
-        self, model: DsaModel, kept: StateStore[BranchState] | None = None, layers: range | None = None
-    ) -> None:
+    def __init__(self, model: DsaModel, kept: StateStore[BranchState] | None = None) -> None:
         self.model = model
-        self.block = LayerBlock(model, layers)
+        self.block = LayerBlock(model)
         self._nothing: StateStore[BranchState] = StateStore(
             Keeping(len(model.layers), tuple(model.layer_indices)), model.start_pattern
         )
@@ -187,6 +185,8 @@ class Sweeper:
             )
 
     def _first_nonfinite_layer(self, batch: Batch, pattern: Pattern, row: int) -> str:
+        if len(self.model.held) < len(self.model.layers):
+            return "a layer of the pipeline (without --pp, the layer is found)"
         calls = self.calls_for(batch)
         states = self.model.embed(batch.input_ids)
         if not torch.isfinite(states[row]).all():

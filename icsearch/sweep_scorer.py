@@ -8,11 +8,13 @@ from icsearch import plan
 from icsearch.block import Batch, BranchState
 from icsearch.divergence import KlSweeper
 from icsearch.layout import Layout
+from icsearch.ledger import Ledger
+from icsearch.member import CALIBRATION, HELDOUT
 from icsearch.pattern import Pattern
 from icsearch.prepare import Loaded, Opened
 from icsearch.record import RunRecord
 from icsearch.requests import KL
-from icsearch.search import Progress, Scores, Scoring
+from icsearch.search import Progress, Scorer, Scores, Scoring
 from icsearch.start_event import environment_notes
 from icsearch.states import Keeping, StateStore
 from icsearch.sweep import Sweeper, kernel_notes
@@ -37,6 +39,9 @@ class SweepScorer:
     def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
         return self._sweeper.expected([(patterns, [self._batches[wave]]) for patterns, wave in work])
 
+    def announce(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> None:
+        """One process begins with nothing before it is asked to."""
+
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
         with kernel_notes() as notes:
             result = self._sweeper.sweep(patterns, [self._batches[wave]], on_layer)
@@ -60,23 +65,29 @@ def make_scoring(
     """
     layout = here.inputs.layout
     kept = kept or _keep_nothing(layout)
-    scorer = _scorer(loaded, loaded.batches, kept, record)
+    scorer = _scorer(loaded, CALIBRATION, loaded.batches, kept, record)
     scoring = Scoring(here.run.journal, record, scorer, listener)
-    scoring.note(environment_notes(here.existing, here.start))
+    scoring.note([*environment_notes(here.existing, here.start), *loaded.notes])
     return scoring
 
 
-def heldout_scorer(here: Opened, record: RunRecord, loaded: Loaded) -> SweepScorer:
+def heldout_scorer(here: Opened, record: RunRecord, loaded: Loaded) -> Scorer:
     """Scores the held-out sequences of a refinement; few patterns ever come there, and no states are kept."""
-    return _scorer(loaded, loaded.heldout, _keep_nothing(here.inputs.layout), record)
+    return _scorer(loaded, HELDOUT, loaded.heldout, _keep_nothing(here.inputs.layout), record)
 
 
-def _scorer(loaded: Loaded, batches: Sequence[Batch], kept: plan.Kept, record: RunRecord) -> SweepScorer:
-    """Measures what the run's objective needs."""
+def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept, record: RunRecord) -> Scorer:
+    """Measures what the run's objective needs; by all processes of the run, where it has several."""
+    by_kl, keep_full_states = record.start["options"]["objective"] == KL, loaded.memory.full_states > 0
+    if loaded.crew is not None:
+        full = loaded.dsa.start_pattern if by_kl else None
+        ledger = Ledger(kept.keeping, record.pattern, full, keep_full_states)
+        ranges = [(batch.first, batch.last) for batch in batches]
+        return loaded.crew.scorer(name, ledger, ranges, loaded.memory.patterns_per_sweep)
     store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
     sweeper = Sweeper(loaded.dsa, store)
-    if record.start["options"]["objective"] == KL:
-        sweeper = KlSweeper(loaded.dsa, store, keep_full_states=loaded.memory.full_states > 0)
+    if by_kl:
+        sweeper = KlSweeper(loaded.dsa, store, keep_full_states)
     return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep)
 
 

@@ -59,6 +59,9 @@ class MadeUp:
     def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
         return len(work)
 
+    def announce(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> None:
+        """Nothing is begun before it is asked for."""
+
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
         if self._left == 0:
             raise Killed

@@ -1,0 +1,182 @@
+"""All processes of a run, as rank 0 leads them: its orders, and a scorer that has them do each wave together.
+
+A wave is one batch for each data rank. Waves are ordered ahead, so that no process waits for rank 0 to ask; in a
+pipeline several are on their way at once. Losses come back as sums per sequence, and are put together in sequence
+order: they are those of one process, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from icsearch.launch import Grid
+from icsearch.ledger import Ledger
+from icsearch.member import Member, Order, losses_message
+from icsearch.pattern import Pattern
+from icsearch.search import Scores
+from icsearch.world import World
+
+Range = tuple[int, int]  # sequences [first, last)
+Work = Sequence[tuple[Sequence[Pattern], Range]]
+
+
+class Crew:
+    """Rank 0's hold of the others: they do what they are told, in that order, as rank 0 does its own part."""
+
+    def __init__(self, world: World, grid: Grid, member: Member) -> None:
+        self.world = world
+        self.grid = grid
+        self.member = member
+        self._items = 0
+
+    def next_item(self) -> int:
+        """A number for a sweep, by which its branches and losses are found."""
+        self._items += 1
+        return self._items
+
+    @property
+    def ahead(self) -> int:
+        """Waves that are given out beyond the one whose losses are waited for."""
+        return 2 * self.grid.pipeline
+
+    def scorer(self, name: str, ledger: Ledger, batches: Sequence[Range], patterns: int) -> CrewScorer:
+        """Scores one set of sequences, cut into these batches, so many patterns at a time."""
+        order: Order = {
+            "do": "set up",
+            "set": name,
+            "num_layers": ledger.keeping.num_layers,
+            "layer_indices": list(ledger.keeping.layer_indices),
+            "flippable": sorted(ledger.keeping.flippable),
+            "stride": ledger.keeping.stride,
+            "base": ledger.base.letters,
+            "kl": ledger.full is not None,
+            "keep_full_states": ledger.keep_full_states,
+        }
+        self.world.tell(order)
+        self.member.set_up(order)
+        return CrewScorer(self, name, ledger, batches, patterns)
+
+
+@dataclass
+class _Flight:
+    """A wave that was given out: the order, and of rank 0's own part what it took and what came of it."""
+
+    patterns: list[Pattern]
+    wave: Range
+    order: Order
+    begun: bool = False
+    own_layers: int = 0
+    own: dict[str, Any] | None = None
+
+
+class CrewScorer:
+    """The layer sweep by several processes as the search sees it."""
+
+    def __init__(self, crew: Crew, name: str, ledger: Ledger, batches: Sequence[Range], patterns: int) -> None:
+        self.patterns_per_sweep = patterns
+        self._crew = crew
+        self._name = name
+        self._ledger = ledger
+        size = crew.grid.data
+        groups = [list(batches[first : first + size]) for first in range(0, len(batches), size)]
+        self._batches = {(group[0][0], group[-1][1]): group for group in groups}
+        self._coming: deque[tuple[Sequence[Pattern], Range]] = deque()
+        self._flights: deque[_Flight] = deque()
+
+    @property
+    def waves(self) -> Sequence[Range]:
+        return list(self._batches)
+
+    def retain(self, base: Pattern) -> None:
+        if base == self._ledger.base:
+            return
+        self._ledger.retain(base)
+        order = {"do": "retain", "set": self._name, "base": base.letters}
+        self._crew.world.tell(order)
+        self._crew.member.retain(order)
+
+    def expected(self, work: Work) -> int:
+        ahead = self._ledger.copy()
+        return sum(
+            ahead.sweep(patterns, [batch[0]]).layer_runs * (batch[1] - batch[0])
+            for patterns, wave in work
+            for batch in self._batches[wave]
+        )
+
+    def announce(self, work: Work) -> None:
+        """What `score` will be asked for next: processes begin with it before they are."""
+        if self._flights:
+            raise RuntimeError("sweeps that were given out have not been waited for")
+        self._coming = deque(work)
+
+    def shrink(self, patterns: int) -> bool:
+        """Memory that runs out in one of several processes ends the run; it goes on with a smaller plan."""
+        return False
+
+    def score(self, patterns: Sequence[Pattern], wave: Range, on_layer: Callable[[int], None]) -> Scores:
+        if not self._flights and not self._coming:
+            self._coming.append((patterns, wave))
+        self._give_out()
+        self._do_own(on_layer)
+        flight = self._flights.popleft()
+        if (flight.patterns, flight.wave) != (list(patterns), wave):
+            raise RuntimeError(f"asked to score {wave}, but {flight.wave} was announced")
+        return self._collect(flight, on_layer)
+
+    def _give_out(self) -> None:
+        """Keep the processes supplied."""
+        while self._coming and len(self._flights) <= self._crew.ahead:
+            patterns, wave = self._coming.popleft()
+            starts = [self._ledger.sweep(patterns, [batch[0]]) for batch in self._batches[wave]]
+            shares: list[dict[str, Any] | None] = [
+                {"batches": [batch[0]], "starts": start.entries}
+                for batch, start in zip(self._batches[wave], starts, strict=True)
+            ]
+            order: Order = {
+                "do": "sweep",
+                "item": self._crew.next_item(),
+                "set": self._name,
+                "asked": [pattern.letters for pattern in patterns],
+                "shares": shares + [None] * (self._crew.grid.data - len(shares)),
+            }
+            self._crew.world.tell(order)
+            self._flights.append(_Flight(list(patterns), wave, order))
+
+    def _do_own(self, on_layer: Callable[[int], None]) -> None:
+        """Rank 0's part: of the wave that is waited for; as the head of a pipeline, of all that are given out."""
+        wanted = list(self._flights)[: 1 if self._crew.grid.pipeline == 1 else None]
+        for flight in wanted:
+            if not flight.begun:
+                flight.begun = True
+                self._do_part(flight, on_layer)
+
+    def _do_part(self, flight: _Flight, on_layer: Callable[[int], None]) -> None:
+        def count(layer_sequences: int) -> None:
+            flight.own_layers += layer_sequences
+            on_layer(layer_sequences)
+
+        done = self._crew.member.sweep(flight.order, count)
+        flight.own = None if done is None else losses_message(done)
+
+    def _collect(self, flight: _Flight, on_layer: Callable[[int], None]) -> Scores:
+        """The sums of all pipelines, in sequence order."""
+        item, grid = flight.order["item"], self._crew.grid
+        found = []
+        for data_rank in range(len(self._batches[flight.wave])):
+            if data_rank == 0 and flight.own is not None:
+                found.append(flight.own)
+                continue
+            last = grid.last_rank(data_rank)
+            found.append(self._crew.world.take(f"losses/{item}/{data_rank}", f"losses from rank {last}"))
+        done = sum(part["layer_sequences"] for part in found)
+        on_layer(done - flight.own_layers)
+        notes = sorted({note for part in found for note in part["notes"]})
+        return Scores(_joined(found, "nll"), done, tuple(notes), _joined(found, "kl"))
+
+
+def _joined(parts: Sequence[dict[str, Any]], name: str) -> dict[str, list[float]]:
+    """Sums by letters over consecutive sequences, put one behind the other."""
+    return {letters: [value for part in parts for value in part[name][letters]] for letters in parts[0][name]}
