@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import resource
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import pytest
 import torch
 
 import tiny
-from fault_harness import Commands, command, outcome, scored_twice
-from icsearch import loading, model
+from fault_harness import Case, Commands, command, outcome, scored_twice
+from icsearch import cli, loading, measures, model
 from icsearch.block import Batch, BranchState, cut_batches
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import OutOfMemoryError
@@ -33,7 +34,7 @@ from icsearch.requests import CalibrationRequest
 from icsearch.search import Scores, Scoring, Search
 from icsearch.states import Keeping, StateStore
 from icsearch.strategies import make_strategy
-from icsearch.sweep import Sweeper, SweepResult
+from icsearch.sweep import Sweeper
 from icsearch.sweep_scorer import SweepScorer
 from test_search import SEQUENCES, START, MadeUp, run, task
 from test_search import outcome as record_outcome
@@ -90,16 +91,17 @@ class Cramped(Sweeper):
 
     most, most_kept = 10**9, 10**9
 
-    def sweep(
-        self,
-        patterns: Iterable[Pattern],
-        wave: Sequence[Batch],
-        on_layer: Callable[[int], None] = lambda layer_sequences: None,
-    ) -> SweepResult:
-        patterns = list(patterns)
-        if len(patterns) > self.most or len(self._kept) > self.most_kept:
+    def advance(self, starts: Mapping[Pattern, int], *more: Any, **others: Any) -> Any:
+        self._allocate(len(starts))
+        return super().advance(starts, *more, **others)
+
+    def run(self, patterns: Sequence[Pattern], *more: Any, **others: Any) -> int:
+        self._allocate(len(patterns))
+        return super().run(patterns, *more, **others)
+
+    def _allocate(self, patterns: int) -> None:
+        if patterns > self.most or len(self._kept) > self.most_kept:
             raise out_of_memory(torch.OutOfMemoryError("made up"))
-        return super().sweep(patterns, wave, on_layer)
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +148,21 @@ def test_a_lone_pattern_cannot_be_halved(dsa: model.DsaModel) -> None:
     assert not SweepScorer(Sweeper(dsa, store), [batch], 100).shrink(1)
 
 
+def test_an_evaluation_shrinks_too(
+    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case, out = cases["eval"], tmp_path / "run"
+    monkeypatch.setattr(Cramped, "most", 2)
+    monkeypatch.setattr(measures, "Sweeper", Cramped)
+    assert cli._run([*map(str, case.into(out))], debug=True) == 0
+    note = f"{GONE.format(2, 1)}: the losses are the same, the run takes longer"
+    assert notes(out / "journal.jsonl") == [note]
+    assert note in " ".join(capsys.readouterr().err.split())
+    found = outcome(out)
+    assert found["eval.json"].pop("notes") == [note]
+    assert found == case.outcome
+
+
 def test_what_running_out_of_memory_looks_like() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**62, dtype=torch.uint8)
@@ -157,13 +174,13 @@ def test_what_running_out_of_memory_looks_like() -> None:
 # --- a real limit -----------------------------------------------------------------------------------------------------
 
 
-WIDE = {"hidden_size": 512, "num_hidden_layers": 6, "first_k_dense_replace": 6}
-BATCH, LENGTH = 32, 128
+WIDE = {"hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 6, "first_k_dense_replace": 6}
+BATCH, LENGTH = 16, 128
 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    """A search whose branches hold 8 MB each, and little else; without --memory and --out."""
+    """A search whose branches hold 4 MB each, and little else; without --memory and --out."""
     checkpoint = tiny.save_checkpoint(tmp_path_factory.mktemp("wide"), **WIDE)
     tokens = tiny.save_tokens(tmp_path_factory.mktemp("wide-tokens"), BATCH, LENGTH)
     fixed = ["--batch-size", BATCH, "--threads", 1, "--num-shared", 1, "--quiet", "--block-elements", 2**17]
@@ -175,12 +192,13 @@ def memory_for(command: Sequence[object], patterns: int) -> int:
     _, layout = open_model(CalibrationRequest(str(command[1]), ""))
     options = {"batch_size": BATCH, "dtype": "float32", "block_elements": 2**17}
     shape = batch_shape(layout, options, LENGTH)
-    assert shape.branch_bytes >= 8 * 2**20
+    assert shape.branch_bytes >= 4 * 2**20
     return layout.num_parameters * 4 + shape.layer_bytes + (patterns + 2) * shape.branch_bytes
 
 
 def steady_allocator() -> None:
-    """Large tensors are mapped and given back one by one, so that the address space follows from what is alive."""
+    """The address space follows from what is alive: large tensors are given back at once, threads have small stacks."""
+    threading.stack_size(2**18)
     libc = ctypes.CDLL(None)
     mmap_threshold, arena_max = -3, -8  # M_MMAP_THRESHOLD, M_ARENA_MAX
     assert libc.mallopt(mmap_threshold, 2**21)
@@ -211,7 +229,7 @@ def test_a_real_limit_on_memory(wide: list[object], commands: Commands, tmp_path
     assert ended.status == 0, ended.err
     enough, branch = int((tmp_path / "peak").read_text()), BATCH * LENGTH * WIDE["hidden_size"] * 4
     arguments = [*wide, *many, "--out", tmp_path / "run"]
-    too_little = commands.run(arguments, partial(limited, enough - branch // 2))
+    too_little = commands.run(arguments, partial(limited, enough - branch))
     assert too_little.status == 1, too_little.err
     assert too_little.last_line.startswith("icsearch: out of memory (")
     assert "the run continues where it stopped" in too_little.last_line

@@ -2,61 +2,87 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from fault_harness import Case, Commands, count_operations, kill_at_operation, outcome, scored_twice, whole_lines
+from fault_harness import (
+    Case,
+    Commands,
+    command,
+    count_operations,
+    kill_at_operation,
+    outcome,
+    scored_twice,
+    whole_lines,
+)
 
-SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+ENDS = {signal.SIGKILL: -signal.SIGPROF, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 
-def disturbed(case: Case, commands: Commands, out: Path, seed: int, seconds: float) -> int:
-    """Signals at random moments, each time a little later on average, until a run ends; returns how many it took."""
-    chance, signals = random.Random(seed), 0
-    while True:
-        known = whole_lines(out)
-        running = commands.start(case.into(out))
-        ends = time.monotonic() + chance.uniform(0, seconds) * (1 + signals / 4)
-        running.until(lambda ends=ends: time.monotonic() >= ends)  # type: ignore[misc]
-        if not running.alive:
-            break
-        running.send(chance.choice(SIGNALS))
-        running.end()
-        signals += 1
+def end_after(seconds: float, number: int) -> None:
+    """End this process once it has worked so long: wherever it is, or with a signal that it catches."""
+    if number != signal.SIGKILL:
+        signal.signal(signal.SIGPROF, lambda *_: os.kill(os.getpid(), number))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def timed(arguments: Sequence[str], into: Path) -> None:
+    """The command in this process; then the seconds that it worked go into a file."""
+    try:
+        command(arguments)
+    finally:
+        into.write_text(str(time.process_time()))
+
+
+def seconds_of(case: Case, commands: Commands, tmp_path: Path) -> float:
+    """How long a command works from nothing to its end."""
+    arguments = [*map(str, case.into(tmp_path / "timed"))]
+    assert commands.call(partial(timed, arguments, tmp_path / "seconds")).end().status == 0
+    return float((tmp_path / "seconds").read_text())
+
+
+def disturbed(case: Case, commands: Commands, out: Path, chance: random.Random, longest: float) -> int:
+    """The command, ended again and again after a random time up to `longest`; how often, before it came to its end.
+
+    Each time may be longer than the one before by a quarter, or else it might never get there.
+    """
+    for ended in range(100):
+        known, number = whole_lines(out), chance.choice([*ENDS])
+        moment = chance.uniform(0.01, longest * 1.25**ended)
+        status = commands.run(case.into(out), partial(end_after, moment, number)).status
         assert whole_lines(out).startswith(known)
-    assert running.end().status == 0
-    return signals
+        if status == 0:
+            return ended
+        assert status == ENDS[number]
+    raise AssertionError("it never came to its end")
 
 
-def seconds_of(case: Case, commands: Commands, out: Path) -> float:
-    started = time.monotonic()
-    assert commands.run(case.into(out)).status == 0
-    return time.monotonic() - started
-
-
-def test_signals_at_random_moments(cases: dict[str, Case], commands: Commands, tmp_path: Path) -> None:
-    case = cases["greedy"]
-    seconds = seconds_of(case, commands, tmp_path / "whole")
-    assert disturbed(case, commands, tmp_path / "run", seed=7, seconds=seconds / 2) >= 1
+def test_ended_at_random_moments(cases: dict[str, Case], commands: Commands, tmp_path: Path) -> None:
+    case, chance = cases["greedy"], random.Random(7)
+    seconds = seconds_of(case, commands, tmp_path)
+    assert disturbed(case, commands, tmp_path / "run", chance, longest=seconds / 2) >= 1
     assert outcome(tmp_path / "run") == case.outcome
     assert not scored_twice(tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["greedy", "dp-baseline", "eval"])
-def test_signals_at_many_random_moments(cases: dict[str, Case], commands: Commands, tmp_path: Path, name: str) -> None:
-    case = cases[name]
-    seconds, total = seconds_of(case, commands, tmp_path / "whole"), 0
-    for seed in range(6):
-        total += disturbed(case, commands, tmp_path / f"run{seed}", seed, seconds / 4)
-        assert outcome(tmp_path / f"run{seed}") == case.outcome
-    assert total >= 12
+def test_ended_at_many_random_moments(cases: dict[str, Case], commands: Commands, tmp_path: Path, name: str) -> None:
+    case, total = cases[name], 0
+    seconds = seconds_of(case, commands, tmp_path)
+    for seed in range(8):
+        out = tmp_path / f"run{seed}"
+        total += disturbed(case, commands, out, random.Random(seed), longest=seconds / 2)
+        assert outcome(out) == case.outcome
+    assert total >= 16
 
 
 # --- before each operation on a file ----------------------------------------------------------------------------------
