@@ -16,6 +16,8 @@ from icsearch.files import is_disk_full
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 128 + signal.SIGTERM
 
+_GOES_ON = "without --fresh, it continues where it stopped"
+
 
 class Terminated(BaseException):
     """SIGTERM came: as KeyboardInterrupt, no error that anything but the end of the command should handle."""
@@ -45,12 +47,12 @@ def run_to_its_end(command: Callable[[], object], debug: bool) -> int:
         return EXIT_INTERRUPTED
     except Terminated:
         return EXIT_TERMINATED
-    except BrokenPipeError:
-        _let_go(sys.stdout)
+    except BrokenPipeError:  # whoever read the output went away, and wants to hear no more
+        _say("")
         return EXIT_FAILURE
     except Exception as error:  # the last line of defence: whatever happens, one line and a status
         message, status = explain(error)
-        _say(f"icsearch: {' '.join(message.split())}", traceback.format_exc() if debug else "")
+        _say(f"{traceback.format_exc() if debug else ''}icsearch: {' '.join(message.split())}\n")
         return status
 
 
@@ -67,18 +69,15 @@ def explain(error: Exception) -> tuple[str, int]:
     return f"{type(error).__name__}: {error} (--debug shows where)", EXIT_FAILURE
 
 
-_GOES_ON = "without --fresh, it continues where it stopped"
-
-
 def _where(error: Exception) -> str:
     """What the system says, and of which file."""
     reason, name = getattr(error, "strerror", None), getattr(error, "filename", None)
     return ", ".join(str(part) for part in (reason, name) if part)
 
 
-def _say(line: str, more: str) -> None:
+def _say(what: str) -> None:
     """Write to stderr what went wrong, and let go of a stdout or stderr that takes nothing more."""
-    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{more}{line}\n")):
+    for stream, text in ((sys.stdout, ""), (sys.stderr, what)):
         try:
             stream.write(text)
             stream.flush()

@@ -14,7 +14,7 @@ from typing import Any
 from icsearch import results
 from icsearch.errors import IcsearchError
 from icsearch.evaluation import load_eval
-from icsearch.files import write_atomically
+from icsearch.files import is_disk_full, write_atomically
 from icsearch.record import RunRecord, load_run
 from icsearch.report.eval_terminal import eval_table
 from icsearch.report.eval_view import EvalRow, EvalView, view_eval
@@ -125,6 +125,8 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     try:
         write_atomically(out, page)
     except OSError as error:
+        if is_disk_full(error):
+            raise
         raise ReportError(f"cannot write {out}: {error.strerror or error}") from None
 
 

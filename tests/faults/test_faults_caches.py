@@ -69,19 +69,18 @@ def test_a_cut_file_of_a_run_is_made_again(
 
 
 def test_own_tokens_that_are_cut_are_brought_again(
-    cases: dict[str, Case], commands: Commands, tmp_path: Path, glm_checkpoint: Path
+    begun: Path, cases: dict[str, Case], commands: Commands, tmp_path: Path, glm_checkpoint: Path
 ) -> None:
-    """Nobody can make them again but the user; until then the run stays as it is."""
-    own, out = tmp_path / "own", tmp_path / "run"
-    own.mkdir()
-    tokens = own / "calibration.safetensors"
-    shutil.copy(cases["greedy"].finished / "calibration" / "calibration.safetensors", tokens)
+    """The same tokens as ready ones: nobody but the user can make them again; until then the run stays as it is."""
+    case, own, out = cases["greedy"], tmp_path / "own", tmp_path / "run"
+    own.mkdir(), out.mkdir()
+    tokens, before = own / "calibration.safetensors", whole_lines(begun)
+    (out / "journal.jsonl").write_bytes(before)
+    shutil.copy(case.finished / "calibration" / "calibration.safetensors", tokens)
     data = tokens.read_bytes()
-    command = ["greedy", glm_checkpoint, "--calibration", own, "--batch-size", 4, "--threads", 1, "--num-shared", 3]
-    command += ["--out", out]
-    commands.start(command).until(has_lines(out, 3)).send(signal.SIGKILL).end()
-    before = whole_lines(out)
     cut(tokens)
+    fixed = ["--batch-size", 4, "--threads", 1, "--num-shared", 3]
+    command = ["greedy", glm_checkpoint, "--calibration", own, *fixed, "--out", out]
     refused = commands.run(command)
     assert refused.status == 2
     assert refused.last_line.startswith(f"icsearch: {tokens} is damaged or cannot be read")
@@ -89,7 +88,7 @@ def test_own_tokens_that_are_cut_are_brought_again(
     tokens.write_bytes(data)
     assert commands.run(command).status == 0
     assert whole_lines(out).startswith(before)
-    assert outcome(out)["nll"] == cases["greedy"].outcome["nll"]
+    assert outcome(out) == case.outcome
 
 
 def test_a_cut_similarity_is_refused_and_written_again(

@@ -167,3 +167,17 @@ def test_a_log_on_a_full_disk(cases: dict[str, Case], streams: tuple[str, ...]) 
     if "stderr" not in streams:
         assert ran.stderr.splitlines()[-1].startswith(FULL)
         assert "Exception" not in ran.stderr  # at the interpreter's end
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_went_away(cases: dict[str, Case], stream: str) -> None:
+    """As in `icsearch ... | head -0`: nothing is said any more, on either stream."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [cases["greedy"].finished / "pattern.json" if stream == "stdout" else "none.json", "--engine", "vllm"]
+    outputs: dict[str, int] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer}
+    ran = subprocess.run([sys.executable, "-m", "icsearch", "export", *map(str, words)], text=True, **outputs)
+    os.close(writer)
+    assert ran.returncode == (1 if stream == "stdout" else 2)
+    assert "Exception" not in (ran.stderr or "")
+    assert not ran.stdout
