@@ -234,7 +234,7 @@ def _display(request: RunRequest, quiet: bool) -> Iterator[Progress]:
         yield listener
     except (KeyboardInterrupt, Terminated) as ending:
         listener.close()
-        listener.info(_to_go_on(ending, request))
+        typer.echo(_to_go_on(ending, request), err=True)
         raise
     finally:
         listener.close()

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -376,26 +374,6 @@ def test_second_process_on_a_run_is_refused(
 
     with RunDirectory(tmp_path / "run").locked():
         assert "another icsearch is running" in refused(capsys, *greedy(glm_checkpoint, tokens, tmp_path / "run"))
-
-
-def test_interrupt_is_130_and_continues(finished: Path, glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = subprocess_command(greedy(glm_checkpoint, tokens, out, "--num-shared", 3))
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
-    while process.poll() is None and not (out / "journal.jsonl").exists():
-        time.sleep(0.0005)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert same_result(out, finished)
 
 
 def test_debug_shows_the_traceback(glm_checkpoint: Path) -> None:

@@ -21,6 +21,7 @@ SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
     ("name", "number"),
     [
         ("greedy", signal.SIGTERM),
+        ("greedy", signal.SIGINT),
         pytest.param("greedy", signal.SIGHUP, marks=pytest.mark.slow),
         ("dp-baseline", signal.SIGKILL),
         ("eval", signal.SIGKILL),
@@ -46,10 +47,11 @@ def test_ended_in_the_middle_and_continued(
 
 
 def test_what_continues_a_run_that_was_started_over(cases: dict[str, Case], commands: Commands, tmp_path: Path) -> None:
-    """--fresh would start over again."""
+    """--fresh would start over again. It is said however quiet the run is."""
     out = tmp_path / "run"
-    command = [*cases["greedy"].into(out), "--fresh"]
+    command = [*cases["greedy"].into(out), "--fresh", "--quiet"]
     ended = commands.start(command).until(has_lines(out, 2)).send(signal.SIGTERM).end()
+    assert ended.err.count("\n") == 1
     assert ended.last_line == f"terminated; the same command without --fresh continues {out}"
 
 
