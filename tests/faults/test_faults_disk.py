@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from fault_harness import Case, Commands, command_in_fork, outcome, scored_twice, whole_lines
+from fault_harness import Case, Commands, Ended, command_in_fork, outcome, scored_twice, whole_lines
 
 FULL = "icsearch: the disk is full"
 NO_MOUNT = 77  # exit status of a process that may not mount anything
@@ -33,55 +33,41 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dp-baseline", "
 
 
 @pytest.mark.parametrize("name", ["greedy", *SLOW])
-def test_full_while_journaling(cases: dict[str, Case], commands: Commands, tmp_path: Path, name: str) -> None:
-    """The journal's file may grow no further, in the middle of an event behind the first."""
+def test_files_that_may_not_grow(cases: dict[str, Case], commands: Commands, tmp_path: Path, name: str) -> None:
+    """One run under three limits: too low for its tokens, for its journal, for its results; then under none."""
     case, out = cases[name], tmp_path / "run"
-    data = whole_lines(case.finished)
-    first = data.index(b"\n") + 1
-    size = first + (len(data) - first) // 2
-    shutil.copytree(case.finished / "calibration", out / "calibration")
-    ended = commands.run(case.into(out), partial(limit_file_size, size))
-    assert ended.status == 1, ended.err
-    assert ended.last_line.startswith(FULL)
-    assert str(out / "journal.jsonl") in ended.last_line
-    assert (out / "journal.jsonl").stat().st_size == size
-    before = whole_lines(out)
-    assert 0 < len(before) <= size
-    assert commands.run(case.into(out)).status == 0
-    assert whole_lines(out).startswith(before)
-    assert outcome(out) == case.outcome
+    journal, data = out / "journal.jsonl", whole_lines(case.finished)
+    torn = data.index(b"\n") + 1 + (len(data) - data.index(b"\n")) // 2  # in the middle of the events behind the first
+    page = (case.finished / "report.html").stat().st_size // 2
+    assert page > len(data)
 
+    failed_at(commands.run(case.into(out), partial(limit_file_size, 1000)), out / "calibration")
+    assert not journal.exists()
+    shutil.copytree(case.finished / "calibration", out / "calibration", dirs_exist_ok=True)
 
-def test_full_while_writing_results(cases: dict[str, Case], commands: Commands, tmp_path: Path) -> None:
-    """The journal fits, the picture of the curve does not."""
-    case, out = cases["greedy"], tmp_path / "run"
-    journal, picture = ((case.finished / name).stat().st_size for name in ("journal.jsonl", "curve.png"))
-    assert journal < picture // 2
-    ended = commands.run(case.into(out), partial(limit_file_size, picture // 2))
-    assert ended.status == 1, ended.err
-    assert ended.last_line.startswith(FULL)
-    assert str(out / "curve.png") in ended.last_line
+    failed_at(commands.run(case.into(out), partial(limit_file_size, torn)), journal)
+    assert journal.stat().st_size == torn
+    known = whole_lines(out)
+    assert 0 < len(known) <= torn
+
+    failed_at(commands.run(case.into(out), partial(limit_file_size, page)), out)
     before = whole_lines(out)
-    assert before.endswith(b"\n") and b'"finish"' in before
+    assert before.startswith(known)
+    assert b'"finish"' in before
     assert not (out / "report.html").exists()
     assert not list(out.glob(".*.tmp"))
+
     again = commands.run(case.into(out))
     assert again.status == 0, again.err
     assert "is finished" in again.err
     assert whole_lines(out) == before
-    assert (out / "report.html").exists()
     assert outcome(out) == case.outcome
 
 
-def test_full_while_the_calibration_is_written(cases: dict[str, Case], commands: Commands, tmp_path: Path) -> None:
-    case, out = cases["greedy"], tmp_path / "run"
-    ended = commands.run(case.into(out), partial(limit_file_size, 1000))
+def failed_at(ended: Ended, place: Path) -> None:
+    """A full disk is one line that names the file, and exit status 1."""
     assert ended.status == 1, ended.err
-    assert ended.last_line.startswith(FULL)
-    assert "calibration" in ended.last_line
-    assert not (out / "calibration" / "calibration.safetensors").exists()
-    assert commands.run(case.into(out)).status == 0
-    assert outcome(out) == case.outcome
+    assert ended.last_line.startswith(f"{FULL} (File too large, {place}")
 
 
 # --- a small disk -----------------------------------------------------------------------------------------------------

@@ -176,6 +176,7 @@ def test_what_running_out_of_memory_looks_like() -> None:
 
 WIDE = {"hidden_size": 512, "intermediate_size": 8, "num_hidden_layers": 6, "first_k_dense_replace": 6}
 BATCH, LENGTH = 16, 128
+BRANCH = BATCH * LENGTH * WIDE["hidden_size"] * 4  # bytes of its hidden states
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +193,7 @@ def memory_for(command: Sequence[object], patterns: int) -> int:
     _, layout = open_model(CalibrationRequest(str(command[1]), ""))
     options = {"batch_size": BATCH, "dtype": "float32", "block_elements": 2**17}
     shape = batch_shape(layout, options, LENGTH)
-    assert shape.branch_bytes >= 4 * 2**20
+    assert shape.branch_bytes >= BRANCH >= 4 * 2**20
     return layout.num_parameters * 4 + shape.layer_bytes + (patterns + 2) * shape.branch_bytes
 
 
@@ -221,22 +222,39 @@ def with_peak(arguments: Sequence[str], into: Path) -> None:
         into.write_text(str(int(kilobytes) * 1024))
 
 
-def test_a_real_limit_on_memory(wide: list[object], commands: Commands, tmp_path: Path) -> None:
-    """5 patterns at once do not fit, 2 do; with less, the run ends in one line and goes on when there is more."""
-    few, many = (["--memory", memory_for(wide, patterns)] for patterns in (2, 5))
-    alone = [*map(str, [*wide, *few, "--out", tmp_path / "few"])]
-    ended = commands.call(partial(with_peak, alone, tmp_path / "peak")).end()
+@pytest.fixture(scope="module")
+def roomy(wide: list[object], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """The search with room for 2 patterns at once, and the largest address space that it had."""
+    folder = tmp_path_factory.mktemp("roomy")
+    arguments = [*map(str, [*wide, "--memory", memory_for(wide, 2), "--out", folder / "run"])]
+    ended = Commands(folder / "output").call(partial(with_peak, arguments, folder / "peak")).end()
     assert ended.status == 0, ended.err
-    enough, branch = int((tmp_path / "peak").read_text()), BATCH * LENGTH * WIDE["hidden_size"] * 4
-    arguments = [*wide, *many, "--out", tmp_path / "run"]
-    too_little = commands.run(arguments, partial(limited, enough - branch))
-    assert too_little.status == 1, too_little.err
-    assert too_little.last_line.startswith("icsearch: out of memory (")
-    assert "the run continues where it stopped" in too_little.last_line
-    ended = commands.run(arguments, partial(limited, enough + 3 * branch // 2))
+    return folder / "run", int((folder / "peak").read_text())
+
+
+def test_a_real_limit_on_memory(
+    wide: list[object], roomy: tuple[Path, int], commands: Commands, tmp_path: Path
+) -> None:
+    """The plan has room for 5 patterns at once, the process for 3."""
+    arguments, out = [*wide, "--memory", memory_for(wide, 5), "--out", tmp_path / "run"], tmp_path / "run"
+    ended = commands.run(arguments, partial(limited, roomy[1] + 3 * BRANCH // 2))
     assert ended.status == 0, ended.err
-    assert {text.split(":")[0] for text in notes(tmp_path / "run" / "journal.jsonl")} <= {
-        GONE.format(patterns, patterns // 2) for patterns in (4, 5)
-    }
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "few")
-    assert not scored_twice(tmp_path / "run")
+    said = {text.split(":")[0] for text in notes(out / "journal.jsonl")}
+    assert len(said) == 1
+    assert said <= {GONE.format(patterns, patterns // 2) for patterns in (4, 5)}
+    assert outcome(out) == outcome(roomy[0])
+    assert not scored_twice(out)
+
+
+@pytest.mark.slow
+def test_a_limit_that_half_does_not_fit_under_either(
+    wide: list[object], roomy: tuple[Path, int], commands: Commands, tmp_path: Path
+) -> None:
+    arguments, out = [*wide, "--memory", memory_for(wide, 5), "--out", tmp_path / "run"], tmp_path / "run"
+    ended = commands.run(arguments, partial(limited, roomy[1] - BRANCH))
+    assert ended.status == 1, ended.err
+    assert ended.last_line.startswith("icsearch: out of memory (")
+    assert "the run continues where it stopped" in ended.last_line
+    assert len(notes(out / "journal.jsonl")) == 1
+    assert commands.run(arguments).status == 0
+    assert outcome(out) == outcome(roomy[0])
