@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from icsearch import plan
+from icsearch.block import cut_waves
 from icsearch.cosine_dp import solve
 from icsearch.errors import IcsearchError
 from icsearch.files import write_atomically
@@ -26,9 +27,9 @@ from icsearch.prepare import Loaded, Publish, load, opened, publish_nothing
 from icsearch.record import RunRecord
 from icsearch.requests import BaselineRequest
 from icsearch.search import Progress, Scoring
-from icsearch.similarity import SimilaritySweep, similarity_event
+from icsearch.similarity import SimilaritySweep, similarity_events
 from icsearch.start_event import pattern_start
-from icsearch.sweep_scorer import count_in_sweeps, make_scoring
+from icsearch.sweep_scorer import count_in_sweeps, make_scoring, weight_rows
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
 _NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "block_elements", "threads")
@@ -58,7 +59,8 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
     record, layout = scoring.record, inputs.layout
     patterns = [record.start_pattern, *map(Pattern, record.references.values())]
     runs = layout.num_layers + count_in_sweeps(layout, patterns, loaded.memory.patterns_per_sweep)
-    scoring.progress.planned(plan.model_rows(record.start), runs * len(record.tokens), record.layer_sequences)
+    rows = [*plan.model_rows(record.start), *weight_rows(loaded, len(patterns))]
+    scoring.progress.planned(rows, runs * len(record.tokens), record.layer_sequences)
     if not record.similarity_sums.sequences:
         for event in reused:
             scoring.append(event)
@@ -72,14 +74,16 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
 
 
 def _measure_similarity(layout: Layout, loaded: Loaded, scoring: Scoring) -> None:
-    """Batch by batch, what the journal does not hold yet."""
-    keep_on_cpu = loaded.memory.shape.selections_bytes(len(layout.layer_indices)) > loaded.memory.spare
-    sweep = SimilaritySweep(loaded.dsa, layout.index_topk, keep_on_cpu)
+    """Wave by wave, what the journal does not hold yet."""
+    memory, of_batch = loaded.memory, loaded.memory.shape.selections_bytes(len(layout.layer_indices))
+    per_wave = min(memory.batches_per_wave, max(1, memory.spare // of_batch))
+    sweep = SimilaritySweep(loaded.dsa, layout.index_topk, keep_on_cpu=of_batch > memory.spare)
     left = [batch for batch in loaded.batches if batch.first >= scoring.record.similarity_sums.sequences]
     if left:
         scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))
-    for batch in left:
-        scoring.append(similarity_event(sweep, batch, scoring.progress.layer_done))
+    for wave in cut_waves(left, per_wave):
+        for event in similarity_events(sweep, wave, scoring.progress.layer_done):
+            scoring.append(event)
 
 
 def _choose(request: BaselineRequest, scoring: Scoring) -> None:

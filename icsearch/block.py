@@ -70,6 +70,11 @@ def cut_batches(input_ids: torch.Tensor, counted: torch.Tensor, batch_size: int)
     ]
 
 
+def cut_waves(batches: Sequence[Batch], per_wave: int) -> list[list[Batch]]:
+    """Consecutive batches that go through the layers together, so many at a time. The last wave may be smaller."""
+    return [list(batches[first : first + per_wave]) for first in range(0, len(batches), per_wave)]
+
+
 def count_sequences(wave: Sequence[Batch]) -> int:
     """Sequences of all batches of a wave."""
     return sum(len(batch.input_ids) for batch in wave)

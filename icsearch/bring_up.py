@@ -11,10 +11,20 @@ from icsearch import calibration, loading
 from icsearch.block import Batch, cut_batches
 from icsearch.checkpoint import Checkpoint
 from icsearch.model import DsaModel
+from icsearch.weights import RESIDENT
 
 
-def bring_up(source: Checkpoint, options: dict[str, Any], trust_remote_code: bool, layers: range | None) -> DsaModel:
-    """Load the weights under these options, in a pipeline those of `layers`; raises ModelError, OutOfMemoryError."""
+def bring_up(
+    source: Checkpoint,
+    options: dict[str, Any],
+    trust_remote_code: bool,
+    layers: range | None,
+    offload: str = RESIDENT,
+) -> DsaModel:
+    """Load the weights under these options, in a pipeline those of `layers`; raises ModelError, OutOfMemoryError.
+
+    `offload` says where they rest while the model runs.
+    """
     torch.set_num_threads(options["threads"])
     make_deterministic(torch.device(options["device"]))
     return loading.load(
@@ -24,6 +34,7 @@ def bring_up(source: Checkpoint, options: dict[str, Any], trust_remote_code: boo
         trust_remote_code=trust_remote_code,
         block_elements=options.get("block_elements"),
         layers=layers,
+        offload=offload,
     )
 
 

@@ -28,6 +28,7 @@ from icsearch.cli_options import (
     ModelArgument,
     NumSequences,
     NumShared,
+    Offload,
     PipelineRanks,
     QuietFlag,
     Remote,
@@ -157,6 +158,7 @@ def greedy(
     threads: Threads = None,
     kernels: Kernels = "auto",
     block_elements: BlockElements = None,
+    offload: Offload = "auto",
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -186,6 +188,7 @@ def greedy(
         threads=threads,
         kernels=kernels,
         block_elements=block_elements,
+        offload=offload,
         fresh=fresh,
     )
     world: World | None = context.obj
@@ -276,6 +279,7 @@ def dp_baseline(
     threads: Threads = None,
     kernels: Kernels = "auto",
     block_elements: BlockElements = None,
+    offload: Offload = "auto",
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -299,6 +303,7 @@ def dp_baseline(
         threads=threads,
         kernels=kernels,
         block_elements=block_elements,
+        offload=offload,
         fresh=fresh,
     )
     _run_search("dp-baseline", request, quiet)
@@ -352,6 +357,7 @@ def evaluate(
     threads: Threads = None,
     kernels: Kernels = "auto",
     block_elements: BlockElements = None,
+    offload: Offload = "auto",
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
 ) -> None:
@@ -380,6 +386,7 @@ def evaluate(
         threads=threads,
         kernels=kernels,
         block_elements=block_elements,
+        offload=offload,
         fresh=fresh,
     )
     with _display(request, quiet) as listener:

@@ -53,6 +53,13 @@ BlockElements = Annotated[
         help="Numbers in one buffer of the block-wise kernels; the bits follow it.", show_default="2^19, on CUDA 2^26"
     ),
 ]
+Offload = Annotated[
+    str,
+    typer.Option(
+        help="Where the weights of layers rest: auto (on the device if they fit, else the nearest place that they fit "
+        "into), none (on the device), cpu, disk (read from the shards, layer by layer). The bits do not follow from it."
+    ),
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")]
 
 STRATEGY_HELP = (

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from icsearch import cost, plan, tasks
+from icsearch.block import cut_waves
 from icsearch.errors import IcsearchError
 from icsearch.evaluation import EvalRecord, save_eval
 from icsearch.inputs import Inputs
@@ -27,7 +28,7 @@ from icsearch.run_options import run_options
 from icsearch.search import Progress
 from icsearch.specs import NamedPattern, Target, resolve_specs
 from icsearch.start_event import start_event
-from icsearch.sweep_scorer import count_in_sweeps
+from icsearch.sweep_scorer import count_in_sweeps, weight_notes, weight_rows
 
 # Writes an event to the journal and lets the record take it in.
 Append = Callable[[Event], None]
@@ -49,6 +50,7 @@ def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda
             _check_extras(request, here.inputs)  # all that can be refused is, before anything heavy
             questions = _questions(request, here.inputs)
             loaded = load(request, here.inputs, here.start["options"])
+            _check_whole_forwards(request, loaded)
             record = EvalRecord.replay(here.run.open(here.start, here.existing))
 
             def append(event: Event) -> None:
@@ -116,9 +118,14 @@ def _measure(
     layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
     patterns = list(dict.fromkeys(Pattern(one["pattern"]) for one in record.start["patterns"]))
     total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
-    listener.planned(plan.model_rows(record.start), total, record.layer_sequences)
+    rows = [*plan.model_rows(record.start), *weight_rows(loaded, len(patterns))]
+    listener.planned(rows, total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
-    Evaluation(loaded.dsa, loaded.batches, record, append, listener.layer_done).run(patterns, per_sweep)
+    for text in weight_notes(loaded):
+        if text not in record.notes:
+            append({"event": "note", "text": text})
+    waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)
+    Evaluation(loaded.dsa, waves, record, append, listener.layer_done).run(patterns, per_sweep)
     _run_tasks(questions, loaded.dsa, patterns, record, append, listener)
     for name, compute in _extras(request, inputs, loaded, record).items():
         if name not in record.extras:
@@ -139,6 +146,17 @@ def _check_extras(request: EvalRequest, inputs: Inputs) -> None:
         )
     if request.lm_eval and importlib.util.find_spec("lm_eval") is None:
         raise IcsearchError("--lm-eval needs lm-evaluation-harness: pip install 'icsearch[lm-eval]'")
+
+
+def _check_whole_forwards(request: EvalRequest, loaded: Loaded) -> None:
+    """Refuse what runs token by token where each token would read all weights; raises IcsearchError."""
+    asked = {"--tasks": request.tasks, "--measure": request.measure, "--lm-eval": request.lm_eval}
+    if loaded.dsa.weights.streamed and any(asked.values()):
+        option = next(name for name, value in asked.items() if value)
+        raise IcsearchError(
+            f"{option} runs the model token by token, and each token would read all weights, which are streamed from "
+            f"{loaded.memory.offload.where}: leave it out, or give --offload none"
+        )
 
 
 def _questions(request: EvalRequest, inputs: Inputs) -> Questions:

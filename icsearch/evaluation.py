@@ -43,6 +43,7 @@ class EvalRecord:
     notes: list[str] = field(default_factory=list)
     layer_sequences: int = 0
     seconds: float = 0.0
+    weight_bytes: int = 0
     finished: bool = False
 
     @classmethod
@@ -91,6 +92,7 @@ class EvalRecord:
                 )
         self.layer_sequences += event["layer_sequences"]
         self.seconds += event["seconds"]
+        self.weight_bytes += event.get("weight_bytes") or 0
 
     @property
     def tokens(self) -> list[int]:
@@ -203,6 +205,7 @@ class EvalRecord:
             "cost": {
                 "layer_evaluations": self.layer_sequences / len(self.start["tokens"]),
                 "seconds": round(self.seconds, 3),
+                **({"weight_bytes": self.weight_bytes} if self.weight_bytes else {}),
             },
             **({"notes": self.notes} if self.notes else {}),
             **self.extras,

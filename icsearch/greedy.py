@@ -11,7 +11,7 @@ from icsearch.launch import grids, pipeline_blocks
 from icsearch.layout import Layout
 from icsearch.memory_plan import Memory
 from icsearch.pattern import Pattern
-from icsearch.prepare import Publish, load, load_together, opened, publish_nothing
+from icsearch.prepare import Loaded, Publish, load, load_together, opened, publish_nothing
 from icsearch.record import RunRecord
 from icsearch.refine import SwapRefinement
 from icsearch.requests import KL, GreedyRequest
@@ -20,7 +20,7 @@ from icsearch.search import Progress, Search
 from icsearch.start_event import pattern_start
 from icsearch.states import Keeping
 from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy, testing_looks
-from icsearch.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring
+from icsearch.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring, weight_rows
 from icsearch.world import World
 
 
@@ -39,7 +39,7 @@ def greedy(
             request = request.settled(here.start["options"])
             loaded = load_together(request, here, world) if world else load(request, here.inputs, here.start["options"])
             record = RunRecord.replay(here.run.open(here.start, here.existing))
-            search_plan = _plan(request, here.inputs.layout, loaded.memory, record)
+            search_plan = _plan(request, here.inputs.layout, loaded, record)
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
             total = search_plan.expected_layer_evaluations * len(record.tokens)
             listener.planned(plan.rows(search_plan, here.start), total, record.layer_sequences)
@@ -89,8 +89,8 @@ def options_of(record: RunRecord) -> Options:
     return Options(recorded["strategy"], confidence, recorded.get("tie_margin"))
 
 
-def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRecord) -> plan.SearchPlan:
-    size = memory.patterns_per_sweep
+def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRecord) -> plan.SearchPlan:
+    memory, size = loaded.memory, loaded.memory.patterns_per_sweep
     by_kl = record.start["options"]["objective"] == KL
     along = [layout.start_pattern] if by_kl and not memory.full_states else []
 
@@ -115,7 +115,7 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
         expected_layer_evaluations=expected,
         naive_layer_evaluations=(evaluations + 1 + len(references)) * layout.num_layers,
         branches_per_sweep=size,
-        branch_bytes=memory.shape.branch_bytes,
+        branch_bytes=memory.branch_bytes,
         layer_bytes=memory.shape.layer_bytes,
         weight_bytes=memory.weights,
         memory_bytes=memory.budget,
@@ -123,6 +123,7 @@ def _plan(request: GreedyRequest, layout: Layout, memory: Memory, record: RunRec
         kept=kept,
         heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
         processes=_processes(request, memory, record),
+        weight_rows=tuple(weight_rows(loaded, len(flippable))),
     )
 
 

@@ -41,6 +41,7 @@ START_FIELDS = {
     "references": OBJECT,
     "tokens": list_of(whole(1)),
     "refine_on": optional(OBJECT),
+    "checkpoint_bytes": optional(whole(0)),
 }
 # Options of any run, evaluations too; earlier versions have fewer.
 RUN_OPTION_FIELDS = {
@@ -113,7 +114,7 @@ def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
     flipped = list_of(whole(1, num_layers - 1))
     waves = Kind(f"a range within 0 to {sequences}", lambda value: _is_range(value, sequences))
     triangle = Kind("a lower triangle of numbers", lambda value: _is_triangle(value, num_layers))
-    cost = {"layer_sequences": whole(0), "seconds": DURATION}
+    cost = {"layer_sequences": whole(0), "seconds": DURATION, "weight_bytes": optional(whole(0))}
     return {
         "losses": {
             "step": whole(0),

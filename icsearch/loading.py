@@ -15,7 +15,7 @@ from icsearch.layout import DTYPES, cannot_build, load_config
 from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.model import DsaModel
 from icsearch.reader import Reader
-from icsearch.weights import DISK, RESIDENT, LayerWeights, StreamedWeights
+from icsearch.weights import CPU, DISK, RESIDENT, LayerWeights, StreamedWeights
 
 
 def load(
@@ -32,8 +32,8 @@ def load(
 
     With `layers`, a contiguous range of decoder layers, only those are read, the embedding where layer 0 is among
     them, final norm and LM head where the last one is; the rest stays on meta. `offload` says where the weights of
-    decoder layers rest: `none`, on the device; `disk`, in the checkpoint. What is no decoder layer always stays on
-    the device: embedding and LM head are small against the layers, and every wave needs them.
+    decoder layers rest: `none`, on the device; `cpu`, in CPU memory; `disk`, in the checkpoint. What is no decoder
+    layer always stays on the device: embedding and LM head are small against the layers, and every wave needs them.
     """
     place = resolve_device(device)
     with _out_of_memory_named():
@@ -48,6 +48,10 @@ def _layer_weights(reader: Reader, held: range, offload: str) -> LayerWeights:
     """The decoder layers: read now, or when they are wanted."""
     if offload == DISK:
         return StreamedWeights(held, reader.read_layer, reader.drop_layer, reader.bytes_read)
+    if offload == CPU:
+        for index in held:
+            reader.park_layer(index)
+        return StreamedWeights(held, reader.fetch_layer, reader.drop_layer, reader.bytes_moved)
     for index in held:
         reader.read_layer(index)
     return LayerWeights(held, reader.bytes_read)

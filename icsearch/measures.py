@@ -40,19 +40,19 @@ def bucket_tokens(counted: torch.Tensor, edges: Sequence[int]) -> list[list[int]
 
 
 class Evaluation:
-    """Measures what is missing of a record, batch by batch; each event is on disk before it counts."""
+    """Measures what is missing of a record, wave by wave; each event is on disk before it counts."""
 
     def __init__(
         self,
         dsa: DsaModel,
-        batches: Sequence[Batch],
+        waves: Sequence[Sequence[Batch]],
         record: EvalRecord,
         append: Callable[[Event], None],
         on_layer: Callable[[int], None],
     ) -> None:
         self._dsa = dsa
         self._sweeper = Sweeper(dsa)
-        self._batches = batches
+        self._waves = waves
         self._record = record
         self._append = append
         self._on_layer = on_layer
@@ -60,7 +60,7 @@ class Evaluation:
         self._topk: int = record.start["index_topk"]
 
     def run(self, patterns: Sequence[Pattern], patterns_per_sweep: int) -> None:
-        """Measure every pattern on every batch. The all-F model runs in each sweep: KL needs its states.
+        """Measure every pattern on every wave. The all-F model runs in each sweep: KL needs its states.
 
         Where memory runs out, it goes on once with half as many patterns at a time, and notes it in the journal.
         """
@@ -80,36 +80,40 @@ class Evaluation:
         """What is missing, with so many patterns in one sweep beside the all-F model."""
         full = self._dsa.start_pattern
         chunks = [others[i : i + together] for i in range(0, len(others), together)] or [[]]
-        for batch in self._batches:
+        for wave in self._waves:
             for chunk in chunks:
-                missing = [pattern for pattern in [full, *chunk] if not self._known(pattern, batch)]
+                missing = [pattern for pattern in [full, *chunk] if not self._known(pattern, wave)]
                 if missing:
-                    self._append(self._measure([full, *(p for p in missing if p != full)], batch))
+                    self._append(self._measure([full, *(p for p in missing if p != full)], wave))
 
-    def _known(self, pattern: Pattern, batch: Batch) -> bool:
+    def _known(self, pattern: Pattern, wave: Sequence[Batch]) -> bool:
         known = self._record.measures.get(pattern.letters, {})
-        return all(sequence in known for sequence in range(batch.first, batch.last))
+        return all(sequence in known for sequence in range(wave[0].first, wave[-1].last))
 
-    def _measure(self, patterns: list[Pattern], batch: Batch) -> Event:
-        started = time.monotonic()
+    def _measure(self, patterns: list[Pattern], wave: Sequence[Batch]) -> Event:
+        started, before = time.monotonic(), self._dsa.weights.bytes_read
         overlap: dict[str, dict[str, list[float]]] = {pattern.letters: {} for pattern in patterns}
-        tables: dict[str, dict[str, Any]] = {}
+        tables: dict[str, dict[str, list[Any]]] = {}
 
         def probe(_: Batch, running: Sequence[Pattern], position: int, borrowed: Any, own: Any) -> None:
             sums = self._overlap_sums(borrowed, own)
             for pattern in running:
-                overlap[pattern.letters][str(position)] = sums
+                overlap[pattern.letters].setdefault(str(position), []).extend(sums)
 
-        def reduce(_: Batch, states: dict[str, torch.Tensor]) -> None:
-            tables.update(self._tables(batch, states))
+        def reduce(batch: Batch, states: dict[str, torch.Tensor]) -> None:
+            for letters, table in self._tables(batch, states).items():
+                for name, values in table.items():
+                    tables.setdefault(letters, {}).setdefault(name, []).extend(values)
 
-        layer_sequences = self._sweeper.run(patterns, [batch], reduce, self._on_layer, probe)
+        layer_sequences = self._sweeper.run(patterns, wave, reduce, self._on_layer, probe)
+        read = self._dsa.weights.bytes_read - before
         return {
             "event": "measures",
-            "sequences": [batch.first, batch.last],
+            "sequences": [wave[0].first, wave[-1].last],
             "patterns": {letters: {**table, "overlap": overlap[letters]} for letters, table in tables.items()},
             "layer_sequences": layer_sequences,
             "seconds": round(time.monotonic() - started, 3),
+            **({"weight_bytes": read} if read else {}),
         }
 
     def _overlap_sums(self, borrowed: torch.Tensor, own: torch.Tensor) -> list[float]:

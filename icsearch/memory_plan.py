@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from icsearch import plan
+from icsearch import offload, plan
 from icsearch.errors import IcsearchError
 from icsearch.footprint import Call
 from icsearch.inputs import Inputs
 from icsearch.launch import IN_FLIGHT, Grid, Launch, pipeline_blocks
 from icsearch.layout import DTYPES, Layout
 from icsearch.memory import free_bytes
-from icsearch.requests import KL, RunRequest
+from icsearch.offload import NO_OFFLOAD, Offload, WeightSizes
+from icsearch.requests import KL, PatternRequest, RunRequest
+from icsearch.weights import CPU, DISK, RESIDENT
 
 MEMORY_SHARE = 0.8  # of what is free when the run starts
 PACKETS = 1 + IN_FLIGHT  # in a pipeline: one that has come, and those that are on their way to the next process
@@ -53,22 +56,29 @@ class Memory:
     """
 
     budget: int
-    weights: int
+    weights: int  # on the device at once
     shape: plan.BatchShape
     patterns_per_sweep: int  # how many patterns may live at once beside the trunk
     full_states: int = 0
     share: Share = field(default_factory=Share)
+    batches_per_wave: int = 1  # how many batches go through the layers together
+    offload: Offload = NO_OFFLOAD
+
+    @property
+    def branch_bytes(self) -> int:
+        """One branch's states, of all batches of a wave."""
+        return self.shape.branch_bytes * self.batches_per_wave
 
     @property
     def spare(self) -> int:
         """What weights, kept final states, one layer call and two branches leave."""
         fixed = self.weights + self.full_states + self.shape.layer_bytes
-        return self.budget - fixed - 2 * self.shape.branch_bytes
+        return self.budget - fixed - 2 * self.branch_bytes
 
     def beside(self, patterns: int) -> int:
         """What so many patterns in one sweep leave of `spare`."""
         packets = self.share.packets
-        return self.spare - (min(patterns, self.patterns_per_sweep) * (1 + packets) + packets) * self.shape.branch_bytes
+        return self.spare - (min(patterns, self.patterns_per_sweep) * (1 + packets) + packets) * self.branch_bytes
 
     def for_kl(self, full_states: int) -> Memory:
         """The final states of the unmodified model come first; where they do not fit, it runs along in each sweep."""
@@ -78,20 +88,56 @@ class Memory:
             return replace(self, full_states=full_states, patterns_per_sweep=left)
         return replace(self, patterns_per_sweep=max(1, self.patterns_per_sweep - 1))
 
+    def in_waves(self, patterns: int, batches: int, along: int) -> Memory:
+        """As much of so many patterns and batches in one pass as there is room for, `along` patterns in each beside."""
+        room = (self.budget - self.weights - self.full_states - self.shape.layer_bytes) // self.shape.branch_bytes
+        together, wave = offload.plan_waves(room, patterns, batches, 2 + along)
+        return replace(self, patterns_per_sweep=together, batches_per_wave=wave)
+
+    def passes(self, patterns: int, sequences: int) -> int:
+        """How often scoring so many patterns on so many sequences goes through the layers."""
+        waves = -(-sequences // (self.shape.batch_size * self.batches_per_wave))
+        return waves * -(-patterns // self.patterns_per_sweep)
+
 
 def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], share: Share | None = None) -> Memory:
     """The budget, by default most of what is free, and what fits; raises IcsearchError where no pattern does."""
     share = share or Share()
-    free = free_bytes(torch.device(options["device"]))
-    budget = request.memory or int(MEMORY_SHARE * free / share.neighbours)
-    weights = share.parameters(inputs.layout) * DTYPES[options["dtype"]].itemsize
+    device = torch.device(options["device"])
+    budget = request.memory or int(MEMORY_SHARE * free_bytes(device) / share.neighbours)
     shape = batch_shape(inputs.layout, options, inputs.batches.seq_len)
-    patterns = plan.patterns_per_sweep(shape, weights, budget, share.packets)
-    memory = Memory(budget, weights, shape, patterns, share=share)
-    if options.get("objective") != KL:
+    chosen = _choose_offload(request, inputs, options, partial(_fits, shape, budget), share)
+    patterns = plan.patterns_per_sweep(shape, chosen.device_bytes, budget, share.packets)
+    memory = Memory(budget, chosen.device_bytes, shape, patterns, share=share, offload=chosen)
+    by_kl = options.get("objective") == KL
+    if by_kl:
+        sets = [one.num_sequences for one in (inputs.batches, inputs.heldout) if one]
+        memory = memory.for_kl(sum(share.sequences(total, shape.batch_size) for total in sets) * shape.final_bytes)
+    if not chosen.streamed:
         return memory
-    sets = [one.num_sequences for one in (inputs.batches, inputs.heldout) if one]
-    return memory.for_kl(sum(share.sequences(total, shape.batch_size) for total in sets) * shape.final_bytes)
+    batches = -(-inputs.batches.num_sequences // shape.batch_size)
+    along = int(by_kl and not memory.full_states)
+    return memory.in_waves(_most_patterns(request, inputs.layout, options), batches, along)
+
+
+def _fits(shape: plan.BatchShape, budget: int, weights: int) -> bool:
+    return plan.room_for_branches(shape, weights, budget) >= plan.FEWEST_BRANCHES
+
+
+def _choose_offload(
+    request: RunRequest, inputs: Inputs, options: dict[str, Any], fits: Callable[[int], bool], share: Share
+) -> Offload:
+    """Where weights rest. Several processes share the layers instead, and keep theirs on the device."""
+    sizes = weight_sizes(inputs, options)
+    if share.grid.size == 1:
+        on_cpu = torch.device(options["device"]).type == "cpu"
+        return offload.choose(request.offload, on_cpu, sizes, fits, free_bytes(torch.device("cpu")))
+    if request.offload in (CPU, DISK):
+        raise IcsearchError(
+            f"--offload {request.offload} is for one process: several share the layers instead (--pp); leave it out"
+        )
+    weights = share.parameters(inputs.layout) * DTYPES[options["dtype"]].itemsize
+    return Offload(RESIDENT, f"{plan.format_bytes(weights)} in each process", weights)
 
 
 def plan_share(
@@ -109,6 +155,20 @@ def plan_share(
         except IcsearchError as error:
             refusals.append(error)
     raise refusals[-1]
+
+
+def weight_sizes(inputs: Inputs, options: dict[str, Any]) -> WeightSizes:
+    """Of the weights as the model computes with them."""
+    layout, width = inputs.layout, DTYPES[options["dtype"]].itemsize
+    layers = tuple(number * width for number in layout.layer_parameters)
+    return WeightSizes(layout.num_parameters * width - sum(layers), layers, inputs.source.num_bytes)
+
+
+def _most_patterns(request: RunRequest, layout: Layout, options: dict[str, Any]) -> int:
+    """How many patterns are scored together at most: the flips of a step, or those that an evaluation names."""
+    if isinstance(request, PatternRequest):
+        return len(request.flippable(layout.start_pattern))
+    return len(options.get("patterns", ())) or 1
 
 
 def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.BatchShape:

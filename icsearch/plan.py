@@ -16,6 +16,7 @@ from icsearch.strategies.swaps import MAX_SWAPS
 FLOAT_BYTES = 4
 INDEX_BYTES = 4
 NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
+FEWEST_BRANCHES = 3  # the trunk, a candidate, and the layer output that is just being made
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -130,6 +131,7 @@ class SearchPlan:
     kept: Kept
     heldout_sequences: int = 0  # of a refinement; 0 where there is none
     processes: str = ""  # who computes, where several processes do
+    weight_rows: tuple[tuple[str, str], ...] = ()  # where weights rest, in words
 
     @property
     def moves(self) -> int:
@@ -137,20 +139,25 @@ class SearchPlan:
         return (self.candidates - self.num_shared) * self.num_shared
 
 
+def room_for_branches(shape: BatchShape, weight_bytes: int, memory_bytes: int) -> int:
+    """How many branches there is room for beside the weights and one layer call."""
+    return (memory_bytes - weight_bytes - shape.layer_bytes) // shape.branch_bytes
+
+
 def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int, packets: int = 0) -> int:
     """How many candidates may live at once beside the trunk; raises IcsearchError where not even one fits.
 
     `packets`: how often the branches of a sweep may be on their way between processes beside those at work.
     """
-    branches = (memory_bytes - weight_bytes - shape.layer_bytes) // shape.branch_bytes
-    least = 3 + 2 * packets  # the trunk, a candidate, and the layer output that is just being made; the first two sent
+    branches = room_for_branches(shape, weight_bytes, memory_bytes)
+    least = FEWEST_BRANCHES + 2 * packets  # trunk and candidate may be on their way, too
     if branches < least:
         needed = shape.layer_bytes + least * shape.branch_bytes
         raise IcsearchError(
             f"memory budget {format_bytes(memory_bytes)} is too small: {format_bytes(weight_bytes)} of weights and "
             f"about {format_bytes(needed)} for one candidate; raise --memory, or lower --batch-size or --seq-len"
         )
-    return (int(branches) - 2 - packets) // (1 + packets)
+    return (branches - 2 - packets) // (1 + packets)
 
 
 def plan_kept(
@@ -179,6 +186,7 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *model_rows(start),
         *([("processes", plan.processes)] if plan.processes else []),
+        *plan.weight_rows,
         ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
         ("evaluations", f"{most}{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
         (

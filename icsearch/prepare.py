@@ -25,6 +25,8 @@ from icsearch.record import RunRecord
 from icsearch.requests import GreedyRequest, RunRequest
 from icsearch.rundir import RunDirectory
 from icsearch.search import Progress
+from icsearch.shards import read_rate
+from icsearch.weights import DISK
 from icsearch.world import World
 
 # Writes the results of a run into its directory.
@@ -80,15 +82,19 @@ class Loaded:
     heldout: list[Batch]
     crew: Crew | None = None  # in a run of several processes
     notes: tuple[str, ...] = ()
+    bytes_per_second: float | None = None  # of reading streamed weights, as measured when the run started
 
 
 def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded:
     """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError."""
     memory = plan_memory(request, inputs, options)
-    dsa = bring_up(inputs.source, options, request.calibration.trust_remote_code, None)
+    remote = request.calibration.trust_remote_code
+    dsa = bring_up(inputs.source, options, remote, None, memory.offload.where)
     size = options["batch_size"]
     heldout = [] if inputs.heldout is None else device_batches(dsa, inputs.heldout, size)
-    return Loaded(dsa, device_batches(dsa, inputs.batches, size), memory, heldout)
+    rate = read_rate(inputs.source.shards) if memory.offload.where == DISK else None
+    batches = device_batches(dsa, inputs.batches, size)
+    return Loaded(dsa, batches, memory, heldout, bytes_per_second=rate)
 
 
 def load_together(request: GreedyRequest, here: Opened, world: World) -> Loaded:

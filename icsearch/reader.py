@@ -6,6 +6,8 @@ the weights have the same bits, and lie in memory alike, whichever it is.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +39,8 @@ class Reader:
         self._tied = check_rehearsed(checkpoint, model, self._conversion.rehearse(self._shards))
         self._of_layer, self._outside = self._sorted()
         self._known_finite: set[int] = set()
+        self._parked: dict[int, dict[str, torch.Tensor]] = {}
+        self._moved = 0
 
     def _sorted(self) -> tuple[list[list[str]], dict[str, str]]:
         """The checkpoint's tensors that make each layer, and the others that are of use, with the parameter of each."""
@@ -56,21 +60,48 @@ class Reader:
         """Bytes of weights read from the shards so far."""
         return self._shards.bytes_read
 
+    def bytes_moved(self) -> int:
+        """Bytes of parked weights brought to the device so far."""
+        return self._moved
+
     def read_layer(self, index: int) -> None:
         """Read one decoder layer's weights, and bring them to the device."""
+        self._read(index)
+        with self._beside():
+            self.layers[index].to(self._device)
+
+    def _read(self, index: int) -> None:
+        """Read one decoder layer's weights; the first time, look whether all are finite."""
         self._conversion.fill({name: self._shards[name] for name in self._of_layer[index]})
         if index not in self._known_finite:
             check_finite(self._checkpoint, self.layers[index].state_dict(prefix=f"{layer_prefix(self.model)}{index}."))
             self._known_finite.add(index)
-        self.place(self.layers[index])
 
-    def place(self, module: nn.Module) -> None:
-        """Bring a module's weights to the device; on CUDA beside what computes there."""
+    def park_layer(self, index: int) -> None:
+        """Read one decoder layer's weights, and keep them in CPU memory until `fetch_layer` wants them."""
+        self._read(index)
+        self._parked[index] = self.layers[index].state_dict()
+        self.drop_layer(index)
+
+    def fetch_layer(self, index: int) -> None:
+        """Bring one parked decoder layer to the device."""
+        from accelerate.utils import set_module_tensor_to_device
+
+        with self._beside():
+            for name, tensor in self._parked[index].items():
+                set_module_tensor_to_device(
+                    self.layers[index], name, self._device, tensor, tensor.dtype, clear_cache=False
+                )
+                self._moved += tensor.nbytes
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Within the block, what is brought to a CUDA device comes beside what computes there; then it is all there."""
         if self._stream is None:
-            module.to(self._device)
+            yield
             return
         with torch.cuda.stream(self._stream):
-            module.to(self._device)
+            yield
         self._stream.synchronize()
 
     def drop_layer(self, index: int) -> None:

@@ -30,7 +30,8 @@ class RunRecord:
     patterns scored in a step (step 0: the start pattern and the uniform references), and `scored[step]` counts them
     times the sequences that each was scored on there. `known_at_commit[step][layer]` is the number of sequences that
     each candidate was scored on when the step was committed: a refinement may score it on more. `heldout` is the same
-    of the held-out sequences that a refinement confirms on: its losses, and nothing else.
+    of the held-out sequences that a refinement confirms on: its losses, and nothing else. `weight_bytes[step]` is what
+    was read of streamed weights in a step.
     """
 
     start: Event = field(default_factory=dict)
@@ -46,6 +47,7 @@ class RunRecord:
     heldout: RunRecord | None = None
     layer_sequences: int = 0
     seconds: float = 0.0
+    weight_bytes: dict[int, int] = field(default_factory=dict)
     finished: bool = False
     _fields: dict[str, dict[str, Kind]] = field(default_factory=dict, repr=False)
     known_at_commit: dict[int, dict[int, int]] = field(default_factory=dict)
@@ -83,7 +85,7 @@ class RunRecord:
             self._apply_start(event)
         elif self.heldout is not None and _is_heldout(event):
             self.heldout.apply(_as_own(event))
-            self._add_cost(event)
+            self._add_cost(event, REFINING)
         else:
             self._apply_later(event)
 
@@ -172,7 +174,7 @@ class RunRecord:
         asked = self.asked.setdefault(step, [])
         asked += [letters for letters in dict.fromkeys(event["patterns"]) if letters not in asked]
         self.scored[step] = self.scored.get(step, 0) + len(event["patterns"]) * (last - first)
-        self._add_cost(event)
+        self._add_cost(event, step)
 
     def _apply_commit(self, event: Event) -> None:
         commit = Commit.from_event(event)
@@ -184,9 +186,10 @@ class RunRecord:
         """The tables that losses go to, by the name of their sums in an event."""
         return {"nll": self.nll, "kl": self.kl} if self.by_kl else {"nll": self.nll}
 
-    def _add_cost(self, event: Event) -> None:
+    def _add_cost(self, event: Event, step: int = 0) -> None:
         self.layer_sequences += event["layer_sequences"]
         self.seconds += event["seconds"]
+        self.weight_bytes[step] = self.weight_bytes.get(step, 0) + (event.get("weight_bytes") or 0)
 
     @property
     def by_kl(self) -> bool:

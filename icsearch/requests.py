@@ -14,11 +14,13 @@ from icsearch.launch import pipeline_blocks
 from icsearch.pattern import Pattern, num_full, parse_retention
 from icsearch.specs import Target, resolve_specs
 from icsearch.strategies import DEFAULT_CONFIDENCE, STRATEGIES, Options, split_stages
+from icsearch.weights import CPU, DISK, RESIDENT
 
 KL = "kl"
 OBJECTIVES = ("lm-loss", KL)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KERNELS = ("auto", "blockwise", "reference")
+OFFLOADS = ("auto", RESIDENT, CPU, DISK)
 MIN_BLOCK_ELEMENTS = 2**10
 REFINEMENTS = ("swaps",)
 DEMO_HELDOUT = {"demo": "demo:heldout", "demo:calibration": "demo:heldout"}  # what is held out of the built-in corpus
@@ -52,10 +54,12 @@ class RunRequest:
     fresh: bool = False
     kernels: str = "auto"
     block_elements: int | None = None
+    offload: str = "auto"
 
     def __post_init__(self) -> None:
         _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--kernels", self.kernels, KERNELS)
+        _check_choice("--offload", self.offload, OFFLOADS)
         if self.block_elements is not None and self.kernels == "reference":
             raise IcsearchError("--block-elements belongs to the block-wise kernels: leave it out, or --kernels")
         if self.block_elements is not None and self.block_elements < MIN_BLOCK_ELEMENTS:

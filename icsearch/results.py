@@ -23,6 +23,20 @@ def cost(record: RunRecord) -> dict[str, Any]:
         "naive_layer_evaluations": _naive_patterns(record) * record.start["decoder_layers"],
         "seconds": round(record.seconds, 3),
         **({"refinement_evaluations": _number(refined)} if record.refinement else {}),
+        **weights_read(record),
+    }
+
+
+def weights_read(record: RunRecord) -> dict[str, Any]:
+    """Bytes of streamed weights that were read, in all and in a committed step on average; nothing where none were."""
+    total = sum(record.weight_bytes.values())
+    if not total:
+        return {}
+    steps = [record.weight_bytes.get(commit.step, 0) for commit in record.commits]
+    return {
+        "weight_bytes": total,
+        "weight_bytes_per_step": round(sum(steps) / len(steps)) if steps else None,
+        "checkpoint_bytes": record.start.get("checkpoint_bytes"),
     }
 
 

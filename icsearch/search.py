@@ -27,13 +27,14 @@ class Scores:
     """Losses of one sweep: `nll[letters]` per sequence of the wave, in nats, and the layer runs x sequences.
 
     `notes` is what the reader of the report should know, such as a kernel without a deterministic form; `kl` is as
-    `nll`, of the KL to the unmodified model, where the objective needs it.
+    `nll`, of the KL to the unmodified model, where the objective needs it; `weight_bytes` is what was read of weights.
     """
 
     nll: dict[str, list[float]]
     layer_sequences: int
     notes: tuple[str, ...] = ()
     kl: dict[str, list[float]] = field(default_factory=dict)
+    weight_bytes: int = 0
 
 
 class Scorer(Protocol):
@@ -287,4 +288,5 @@ def _losses_event(
         **({"kl": [scores.kl[pattern.letters] for pattern in patterns]} if scores.kl else {}),
         "layer_sequences": scores.layer_sequences,
         "seconds": round(seconds, 3),
+        **({"weight_bytes": scores.weight_bytes} if scores.weight_bytes else {}),
     }

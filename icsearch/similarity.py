@@ -10,8 +10,9 @@ Both are means over the queries that see more than index_topk tokens: below that
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from icsearch.errors import IcsearchError
 from icsearch.journal import Event
 from icsearch.kernels import Core
 from icsearch.losses import selection_overlap
-from icsearch.model import DsaModel
+from icsearch.model import DsaModel, LayerCall
 from icsearch.slot import SelectionStore
 from icsearch.sweep import Sweeper
 
@@ -40,6 +41,19 @@ class SimilaritySums:
     layer_sequences: int
 
 
+@dataclass
+class _Pass:
+    """One batch on its way through the layers: its states, the selections so far, and the sums of each layer."""
+
+    batch: Batch
+    calls: list[LayerCall]
+    states: torch.Tensor
+    store: SelectionStore
+    earlier: list[torch.Tensor] = field(default_factory=list)
+    cosine: Triangle = field(default_factory=list)
+    overlap: Triangle = field(default_factory=list)
+
+
 class SimilaritySweep:
     """Runs the unmodified model layer by layer, and each DSA layer's core attention under all earlier selections."""
 
@@ -48,29 +62,42 @@ class SimilaritySweep:
         self._sweeper = Sweeper(dsa)
         self._topk = index_topk
         self._keep_on_cpu = keep_on_cpu
+        self.weights = dsa.weights
 
-    @torch.inference_mode()
     def run(self, batch: Batch, on_layer: Callable[[int], None] = lambda layer_sequences: None) -> SimilaritySums:
         """Both triangles' sums for one batch; raises IcsearchError where a similarity is not finite."""
-        cosine: Triangle = []
-        overlap: Triangle = []
-        earlier: list[torch.Tensor] = []
+        return self.run_wave([batch], on_layer)[0]
 
-        def observe(output: torch.Tensor, selection: torch.Tensor, core: Core) -> None:
-            cosine.append([self._cosine(output, core(self._restore(one))) for one in earlier])
-            overlap.append([self._overlap(selection, self._restore(one)) for one in earlier])
-            earlier.append(self._keep(selection, batch.input_ids.shape[1]))
+    @torch.inference_mode()
+    def run_wave(
+        self, wave: Sequence[Batch], on_layer: Callable[[int], None] = lambda layer_sequences: None
+    ) -> list[SimilaritySums]:
+        """As `run`, of each of these batches in one pass over the layers."""
+        passes = [self._begin(batch) for batch in wave]
+        for index in range(len(self._dsa.layers)):
+            with self._dsa.holding(index):
+                for one in passes:
+                    with self._dsa.observed(partial(self._observe, one)):
+                        one.states = self._dsa.run_layer(index, one.states, one.calls[index], one.store)
+                    on_layer(len(one.batch.input_ids))
+        return [self._sums(one) for one in passes]
 
+    def _begin(self, batch: Batch) -> _Pass:
         # Captured before observing: the reference's mask is made under its own name only.
         calls, states = self._sweeper.calls_for(batch), self._dsa.embed(batch.input_ids)
-        store = SelectionStore(self._dsa.start_pattern)
-        with self._dsa.observed(observe):
-            for index in range(len(self._dsa.layers)):
-                states = self._dsa.run_layer(index, states, calls[index], store)
-                on_layer(len(batch.input_ids))
-        self._check(cosine, batch)
-        sequences, length = batch.input_ids.shape
-        return SimilaritySums(cosine, overlap, sequences * (length - self._topk), len(self._dsa.layers) * sequences)
+        return _Pass(batch, calls, states, SelectionStore(self._dsa.start_pattern))
+
+    def _observe(self, one: _Pass, output: torch.Tensor, selection: torch.Tensor, core: Core) -> None:
+        """A DSA layer's own core attention, and what it would be under each earlier selection."""
+        one.cosine.append([self._cosine(output, core(self._restore(kept))) for kept in one.earlier])
+        one.overlap.append([self._overlap(selection, self._restore(kept)) for kept in one.earlier])
+        one.earlier.append(self._keep(selection, one.batch.input_ids.shape[1]))
+
+    def _sums(self, one: _Pass) -> SimilaritySums:
+        self._check(one.cosine, one.batch)
+        sequences, length = one.batch.input_ids.shape
+        queries, runs = sequences * (length - self._topk), sequences * len(self._dsa.layers)
+        return SimilaritySums(one.cosine, one.overlap, queries, runs)
 
     def _cosine(self, own: torch.Tensor, other: torch.Tensor) -> float:
         """[B, T, H, D] outputs to the summed cosine over the choosing queries, per token over concatenated heads."""
@@ -102,19 +129,26 @@ def smallest_index_type(length: int) -> torch.dtype:
     return next(t for t in (torch.uint8, torch.int16, torch.int32) if torch.iinfo(t).max >= length - 1)
 
 
-def similarity_event(sweep: SimilaritySweep, batch: Batch, on_layer: Callable[[int], None]) -> Event:
-    """One batch measured, as the journal keeps it."""
-    started = time.monotonic()
-    sums = sweep.run(batch, on_layer)
-    return {
-        "event": "similarity",
-        "sequences": [batch.first, batch.last],
-        "cosine": sums.cosine,
-        "overlap": sums.overlap,
-        "queries": sums.queries,
-        "layer_sequences": sums.layer_sequences,
-        "seconds": round(time.monotonic() - started, 3),
-    }
+def similarity_events(sweep: SimilaritySweep, wave: Sequence[Batch], on_layer: Callable[[int], None]) -> list[Event]:
+    """The batches of a wave measured, as the journal keeps them: each by itself, so that waves change no sum."""
+    started, before = time.monotonic(), sweep.weights.bytes_read
+    measured = sweep.run_wave(wave, on_layer)
+    seconds, read = time.monotonic() - started, sweep.weights.bytes_read - before
+    events: list[Event] = [
+        {
+            "event": "similarity",
+            "sequences": [batch.first, batch.last],
+            "cosine": sums.cosine,
+            "overlap": sums.overlap,
+            "queries": sums.queries,
+            "layer_sequences": sums.layer_sequences,
+            "seconds": round(seconds / len(wave), 3),
+        }
+        for batch, sums in zip(wave, measured, strict=True)
+    ]
+    if read:
+        events[0]["weight_bytes"] = read
+    return events
 
 
 @torch.inference_mode()

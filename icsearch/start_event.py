@@ -37,6 +37,7 @@ def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
             "wrapper_config": layout.wrapper_config,
             "num_hidden_layers": layout.num_layers,
         },
+        "checkpoint_bytes": source.num_bytes,
         "calibration": _identity(batches, source.name),
         "environment": environment(options["device"]),
         "num_layers": len(layout.layer_indices),

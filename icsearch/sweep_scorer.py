@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from icsearch import plan
-from icsearch.block import Batch, BranchState
+from icsearch import offload, plan
+from icsearch.block import Batch, BranchState, cut_waves
 from icsearch.divergence import KlSweeper
 from icsearch.layout import Layout
 from icsearch.ledger import Ledger
@@ -21,31 +21,34 @@ from icsearch.sweep import Sweeper, kernel_notes
 
 
 class SweepScorer:
-    """The layer sweep as the search sees it. Resident weights: one batch is one wave."""
+    """The layer sweep as the search sees it. Resident weights: one batch is one wave; streamed ones: as many as fit."""
 
-    def __init__(self, sweeper: Sweeper, batches: Sequence[Batch], patterns: int) -> None:
+    def __init__(self, sweeper: Sweeper, batches: Sequence[Batch], patterns: int, batches_per_wave: int = 1) -> None:
         self.patterns_per_sweep = patterns
         self._sweeper = sweeper
-        self._batches = {(batch.first, batch.last): batch for batch in batches}
+        self._waves = {(wave[0].first, wave[-1].last): wave for wave in cut_waves(batches, batches_per_wave)}
         self._shrunk = False
 
     @property
     def waves(self) -> Sequence[tuple[int, int]]:
-        return list(self._batches)
+        return list(self._waves)
 
     def retain(self, base: Pattern) -> None:
         self._sweeper.retain(base)
 
     def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
-        return self._sweeper.expected([(patterns, [self._batches[wave]]) for patterns, wave in work])
+        return self._sweeper.expected([(patterns, self._waves[wave]) for patterns, wave in work])
 
     def announce(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> None:
         """One process begins with nothing before it is asked to."""
 
     def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
+        weights = self._sweeper.model.weights
+        before = weights.bytes_read
         with kernel_notes() as notes:
-            result = self._sweeper.sweep(patterns, [self._batches[wave]], on_layer)
-        return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)), result.kl)
+            result = self._sweeper.sweep(patterns, self._waves[wave], on_layer)
+        read = weights.bytes_read - before
+        return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)), result.kl, read)
 
     def shrink(self, patterns: int) -> bool:
         """Half as many patterns at once as failed, and half of what was kept. Once: after that the plan is no guide."""
@@ -67,7 +70,7 @@ def make_scoring(
     kept = kept or _keep_nothing(layout)
     scorer = _scorer(loaded, CALIBRATION, loaded.batches, kept, record)
     scoring = Scoring(here.run.journal, record, scorer, listener)
-    scoring.note([*environment_notes(here.existing, here.start), *loaded.notes])
+    scoring.note([*environment_notes(here.existing, here.start), *loaded.notes, *weight_notes(loaded)])
     return scoring
 
 
@@ -88,7 +91,20 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept
     sweeper = Sweeper(loaded.dsa, store)
     if by_kl:
         sweeper = KlSweeper(loaded.dsa, store, keep_full_states)
-    return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep)
+    return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep, loaded.memory.batches_per_wave)
+
+
+def weight_rows(loaded: Loaded, patterns: int) -> list[tuple[str, str]]:
+    """The plan's rows on weights, for steps of so many patterns at most."""
+    passes = loaded.memory.passes(patterns, sum(len(batch.input_ids) for batch in loaded.batches))
+    return offload.rows(loaded.memory.offload, passes, loaded.bytes_per_second)
+
+
+def weight_notes(loaded: Loaded) -> list[str]:
+    """Where the losses came from, as far as it is not the usual: the bits do not follow from it."""
+    if not loaded.memory.offload.streamed:
+        return []
+    return [f"weights were streamed layer by layer (--offload {loaded.memory.offload.where}): the same bits"]
 
 
 def _keep_nothing(layout: Layout) -> plan.Kept:

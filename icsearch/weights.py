@@ -24,7 +24,7 @@ class LayerWeights:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights that were read from the checkpoint so far."""
+        """Bytes of weights that were read from the checkpoint so far, or brought from where they rest."""
         return self._read()
 
     @contextlib.contextmanager

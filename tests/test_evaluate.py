@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from icsearch import loading, model
+from icsearch.block import cut_waves
 from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import IcsearchError, JournalError
 from icsearch.evaluation import EvalRecord, load_eval, save_eval, verdict
@@ -64,10 +65,10 @@ def start_event(batches: Any) -> Event:
     }
 
 
-def evaluated(dsa: model.DsaModel, per_sweep: int = 10, batches: Any = None) -> EvalRecord:
+def evaluated(dsa: model.DsaModel, per_sweep: int = 10, batches: Any = None, per_wave: int = 1) -> EvalRecord:
     batches = batches or random_batches()
     record = EvalRecord.replay([start_event(batches)])
-    evaluation = Evaluation(dsa, batches, record, record.apply, lambda n: None)
+    evaluation = Evaluation(dsa, cut_waves(batches, per_wave), record, record.apply, lambda n: None)
     evaluation.run([Pattern(p) for p in PATTERNS], per_sweep)
     return record
 
@@ -103,8 +104,9 @@ def test_buckets_add_up(dsa: model.DsaModel) -> None:
 
 
 @pytest.mark.parametrize("per_sweep", [1, 2])
-def test_splits_change_no_bit(dsa: model.DsaModel, per_sweep: int) -> None:
-    assert evaluated(dsa, per_sweep).measures == evaluated(dsa).measures
+@pytest.mark.parametrize("per_wave", [1, 2, 9])
+def test_splits_change_no_bit(dsa: model.DsaModel, per_sweep: int, per_wave: int) -> None:
+    assert evaluated(dsa, per_sweep, per_wave=per_wave).measures == evaluated(dsa).measures
 
 
 def test_borrowed_overlap_is_that_of_the_layers_own_choice(dsa: model.DsaModel) -> None:
@@ -125,18 +127,22 @@ def test_borrowed_overlap_is_that_of_the_layers_own_choice(dsa: model.DsaModel) 
     assert all(0 <= value <= 40 - TOPK for value in found[0].overlap.values())
 
 
-def test_resumed_behind_any_event(dsa: model.DsaModel) -> None:
-    batches, events = random_batches(), []
+@pytest.mark.parametrize("per_wave", [1, 2])
+def test_resumed_behind_any_event(dsa: model.DsaModel, per_wave: int) -> None:
+    """In other waves, too: what is known is not measured again unless it shares a wave with what is not."""
+    batches = random_batches()
+    events: list[Event] = []
     record = EvalRecord.replay([start_event(batches)])
+    patterns = [Pattern(letters) for letters in PATTERNS]
 
     def append(event: Event) -> None:
         events.append(json.loads(json.dumps(event)))
         record.apply(event)
 
-    Evaluation(dsa, batches, record, append, lambda n: None).run([Pattern(p) for p in PATTERNS], 2)
+    Evaluation(dsa, cut_waves(batches, 1), record, append, lambda n: None).run(patterns, 2)
     for known in range(len(events)):
         resumed = EvalRecord.replay([start_event(batches), *events[:known]])
-        Evaluation(dsa, batches, resumed, resumed.apply, lambda n: None).run([Pattern(p) for p in PATTERNS], 2)
+        Evaluation(dsa, cut_waves(batches, per_wave), resumed, resumed.apply, lambda n: None).run(patterns, 2)
         assert resumed.measures == record.measures
 
 

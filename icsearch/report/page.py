@@ -19,6 +19,7 @@ from icsearch.report.heatmap import HeatPicture, heat_picture, scale_of
 from icsearch.report.parts import Fact, Provenance, Tile, provenance, value_and_error
 from icsearch.report.prediction import SimilaritySection, similarity_section
 from icsearch.report.refined import RefinementSection, refinement_section
+from icsearch.report.streaming import weights_sentence
 from icsearch.report.view import Point, Reference, RunView, Tie, headline, kink_sentence
 
 if TYPE_CHECKING:
@@ -311,6 +312,8 @@ def _cost_facts(view: RunView) -> list[Fact]:
     if run > 0 and not view.by_similarity:
         facts.append(Fact("naive / done", f"{naive / run:.2f}×", "calculated"))
     facts.append(Fact("time spent scoring", numbers.duration(cost["seconds"]), "measured"))
+    if read := weights_sentence(view.record):
+        facts.append(Fact("weights read", read, "counted"))
     return facts
 
 

@@ -9,6 +9,7 @@ from icsearch.record import RunRecord
 from icsearch.report import numbers
 from icsearch.report.choices import what_was_left_out
 from icsearch.report.refined import RefinementSection, refinement_section
+from icsearch.report.streaming import weights_sentence
 from icsearch.report.view import Point, RunView, headline, kink_sentence, view_run
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def summary_table(record: RunRecord) -> RenderableType:
         parts.append(Text("=n: n other layers were within one standard error of the one chosen", style="dim"))
     if left_out := what_was_left_out(record):
         parts.append(Text(left_out, style="dim"))
+    if read := weights_sentence(record):
+        parts.append(Text(f"Weights read: {read}", style="dim"))
     parts.append(Text("In-sample: measured on the batches searched on. Confirm with icsearch eval.", style="dim"))
     return Group(*parts)
 
