@@ -43,12 +43,15 @@ class Conversion:
             weight_mapping=mapping,
         )
 
-    def fill(self, tensors: Tensors) -> Any:
-        """Convert these tensors and set the parameters and buffers that they make, on the CPU; what transformers says.
+    def fill(self, tensors: Tensors) -> None:
+        """Convert these tensors and set the parameters and buffers that they make, on the CPU.
 
-        Tensors that make one parameter together must come together.
+        Tensors that make one parameter together must come together. Raises RuntimeError where a conversion fails that
+        went well in rehearsal, as it does when memory runs out.
         """
-        return self._apply(tensors, "cpu")
+        errors = self._apply(tensors, "cpu").conversion_errors
+        for name, text in errors.items():
+            raise RuntimeError(f"{_reason(text)}, while {name} was made")
 
     def rehearse(self, shards: Shards) -> Any:
         """Convert all tensors without their data; afterwards every parameter on meta has the type that it will have."""
@@ -116,7 +119,8 @@ def check_rehearsed(checkpoint: Checkpoint, model: Any, info: Any) -> set[str]:
 
 def _reason(text: str) -> str:
     """What went wrong, of what transformers says of it: a traceback, the message, and what was being made."""
-    return text.rsplit("\nError", 1)[0].strip().splitlines()[-1]
+    lines = text.rsplit("\nError", 1)[0].strip().splitlines()
+    return next((line for line in lines if "DefaultCPUAllocator" in line), lines[-1])
 
 
 def _has_no_use(name: str, config: Any, checkpoint: Checkpoint) -> bool:

@@ -40,13 +40,15 @@ SIZES: dict[str, Any] = {
 FAMILIES = {"glm_moe_dsa": GlmMoeDsaConfig, "deepseek_v32": DeepseekV32Config}
 
 
-def save_checkpoint(directory: Path, family: str = "glm_moe_dsa", seed: int = 0, **changes: Any) -> Path:
+def save_checkpoint(
+    directory: Path, family: str = "glm_moe_dsa", seed: int = 0, shard_size: str | None = None, **changes: Any
+) -> Path:
     """A random checkpoint with a tokenizer, as a directory that transformers loads."""
     torch.manual_seed(seed)
     config = FAMILIES[family](**{**SIZES, **changes})
     model = AutoModelForCausalLM.from_config(config)
-    shard_size = "40KB" if changes.get("num_hidden_layers", 0) > 6 else "5GB"
-    model.save_pretrained(directory, max_shard_size=shard_size)
+    small = "40KB" if changes.get("num_hidden_layers", 0) > 6 else "5GB"
+    model.save_pretrained(directory, max_shard_size=shard_size or small)
     save_tokenizer(directory)
     return directory
 
