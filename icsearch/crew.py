@@ -146,12 +146,19 @@ class CrewScorer:
             self._flights.append(_Flight(list(patterns), wave, order))
 
     def _do_own(self, on_layer: Callable[[int], None]) -> None:
-        """Rank 0's part: of the wave that is waited for; as the head of a pipeline, of all that are given out."""
-        wanted = list(self._flights)[: 1 if self._crew.grid.pipeline == 1 else None]
-        for flight in wanted:
+        """Rank 0's part of the wave that is waited for; as the head of a pipeline, of those behind it meanwhile."""
+        first = self._flights[0]
+        for flight in self._flights:
+            if flight is not first and (self._crew.grid.pipeline == 1 or self._is_done(first)):
+                return
             if not flight.begun:
                 flight.begun = True
                 self._do_part(flight, on_layer)
+
+    def _is_done(self, flight: _Flight) -> bool:
+        """Whether the losses of all pipelines have come."""
+        data_ranks = range(len(self._batches[flight.wave]))
+        return self._crew.world.has([_losses_key(flight, data_rank) for data_rank in data_ranks])
 
     def _do_part(self, flight: _Flight, on_layer: Callable[[int], None]) -> None:
         def count(layer_sequences: int) -> None:
@@ -163,18 +170,22 @@ class CrewScorer:
 
     def _collect(self, flight: _Flight, on_layer: Callable[[int], None]) -> Scores:
         """The sums of all pipelines, in sequence order."""
-        item, grid = flight.order["item"], self._crew.grid
+        grid = self._crew.grid
         found = []
         for data_rank in range(len(self._batches[flight.wave])):
             if data_rank == 0 and flight.own is not None:
                 found.append(flight.own)
                 continue
             last = grid.last_rank(data_rank)
-            found.append(self._crew.world.take(f"losses/{item}/{data_rank}", f"losses from rank {last}"))
+            found.append(self._crew.world.take(_losses_key(flight, data_rank), f"losses from rank {last}"))
         done = sum(part["layer_sequences"] for part in found)
         on_layer(done - flight.own_layers)
         notes = sorted({note for part in found for note in part["notes"]})
         return Scores(_joined(found, "nll"), done, tuple(notes), _joined(found, "kl"))
+
+
+def _losses_key(flight: _Flight, data_rank: int) -> str:
+    return f"losses/{flight.order['item']}/{data_rank}"
 
 
 def _joined(parts: Sequence[dict[str, Any]], name: str) -> dict[str, list[float]]:

@@ -67,6 +67,10 @@ class World:
         self._store.delete_key(key)
         return message
 
+    def has(self, keys: list[str]) -> bool:
+        """Whether all of these messages have come."""
+        return bool(self._store.check(keys))
+
     def tell(self, order: dict[str, Any]) -> None:
         """Rank 0: an order for every other process, each of which takes its own in turn."""
         for rank in self.others:

@@ -50,7 +50,10 @@ def free_port() -> int:
 
 
 class Ranks:
-    """The processes of one run, without a launcher; each writes to a file of its own."""
+    """The processes of one run, without a launcher; each writes to a file of its own.
+
+    `limits` are set on single ranks before they begin; `folders` is where each of them begins.
+    """
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class Ranks:
         arguments: Sequence[object],
         logs: Path,
         limits: dict[int, Callable[[], None]] | None = None,
+        folders: Sequence[Path] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = [logs / f"rank{rank}.log" for rank in range(processes)]
@@ -73,6 +77,7 @@ class Ranks:
                         stdout=file,
                         stderr=subprocess.STDOUT,
                         preexec_fn=(limits or {}).get(rank),
+                        cwd=folders[rank] if folders else None,
                     )
                 )
 

@@ -161,7 +161,7 @@ def test_commands_for_one_process_refuse_several(
     ("processes", "how", "more"),
     [
         (4, ["--pp", 2], ["--stages", 1]),
-        (4, ["--pp", 4], ["--stages", 1, "--objective", "kl", "--memory", "2MB"]),
+        (4, ["--pp", 4], ["--stages", 1, "--objective", "kl", "--memory", "3.5MB", "--block-elements", 1024]),
         (2, ["--pp", 2], ["--stages", 2, "--strategy", "race"]),
         (4, ["--dp", 2, "--pp", 2], ["--stages", 1, "--strategy", "race+lazy", "--objective", "kl"]),
         (3, ["--dp", 3], ["--stages", 4, "--strategy", "lazy"]),
@@ -236,6 +236,29 @@ def test_interrupted_and_continued(deeper: Path, longer: Path, whole: Path, tmp_
     with Ranks(2, greedy(deeper, longer, out, "--dp", 2), tmp_path / "logs") as ranks:
         assert ranks.wait() == [0, 0]
     assert_same(out, whole)
+
+
+@pytest.mark.slow
+def test_another_checkpoint_on_another_machine_is_refused(tokens: Path, tmp_path: Path) -> None:
+    """Each rank starts in a folder of its own, and finds other weights under the same name."""
+    folders = [tmp_path / "here", tmp_path / "there"]
+    for seed, folder in enumerate(folders):
+        tiny.save_checkpoint(folder / "model", seed=seed)
+    command = greedy(Path("model"), tokens, tmp_path / "run")
+    with Ranks(2, command, tmp_path / "logs", folders=folders) as ranks:
+        assert_refused(ranks, "rank 1 has another checkpoint under the name model than rank 0")
+    assert not (tmp_path / "run" / "journal.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_machine_lacks_is_named(tokens: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "here", tmp_path / "there"]
+    folders[1].mkdir()
+    tiny.save_checkpoint(folders[0] / "model")
+    command = greedy(Path("model"), tokens, tmp_path / "run")
+    with Ranks(2, command, tmp_path / "logs", folders=folders) as ranks:
+        assert ranks.wait() == [2, 2]
+        assert "rank 1 failed: no checkpoint at model" in ranks.complaints(0)[0]
 
 
 @pytest.mark.slow
