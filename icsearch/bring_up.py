@@ -27,10 +27,12 @@ def bring_up(
     """
     torch.set_num_threads(options["threads"])
     make_deterministic(torch.device(options["device"]))
+    # By its number: a thread of its own, such as one that reads weights ahead, would take `cuda` for the first one.
+    device = f"cuda:{torch.cuda.current_device()}" if options["device"] == "cuda" else options["device"]
     return loading.load(
         source,
         dtype=options["dtype"],
-        device=options["device"],
+        device=device,
         trust_remote_code=trust_remote_code,
         block_elements=options.get("block_elements"),
         layers=layers,

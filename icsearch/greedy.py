@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from icsearch import plan, rehearsal
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
-from icsearch.launch import grids, pipeline_blocks
+from icsearch.launch import check_device, grids, pipeline_blocks
 from icsearch.layout import Layout
 from icsearch.memory_plan import Memory
 from icsearch.pattern import Pattern
@@ -32,7 +32,9 @@ def greedy(
     `publish` writes the results, while the directory is still ours. With `world`, this is rank 0 of a run of several
     processes, and has the others do their part.
     """
-    grids(world.size if world else 1, request.dp, request.pp)  # refused before anything is read
+    size = world.size if world else 1
+    grids(size, request.dp, request.pp)  # refused before anything is read
+    check_device(request.device, size)
     with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
         record = RunRecord.replay(here.existing)
         if not record.finished:

@@ -109,6 +109,14 @@ def _started(size: int) -> str:
     return "this is one" if size == 1 else f"{size} were started"
 
 
+def check_device(device: str, size: int) -> None:
+    """Refuse one GPU for several processes; raises IcsearchError."""
+    if size > 1 and device.startswith("cuda:"):
+        raise IcsearchError(
+            f"--device {device} is one device, and {size} processes were started: give cuda, and each takes its own"
+        )
+
+
 def pipeline_blocks(num_layers: int, layer_indices: Sequence[int], pipeline: int) -> list[range]:
     """The decoder layers of each place in a pipeline: the blocks of as many stages (IndexCache, pipeline split).
 

@@ -193,9 +193,3 @@ def _backend(launch: Launch) -> str:
         return "gloo"
     torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
     return "cpu:gloo,cuda:nccl" if has_own_gpu(launch) else "gloo"
-
-
-def check_device(device: str, launch: Launch) -> None:
-    """Refuse a single GPU for several processes; raises IcsearchError."""
-    if device.startswith("cuda:"):
-        raise IcsearchError(f"--device {device} with {launch.size} processes: give cuda, and each takes its own GPU")

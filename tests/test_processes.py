@@ -137,7 +137,7 @@ def test_bad_input_is_one_line_and_exit_2_on_every_rank(glm_checkpoint: Path, to
     [
         (["--pp", 2, "--stages", 5], "--stages 5 cuts 6 DSA layers into 3 blocks"),
         (["--memory", "1KB"], "memory budget 1.0 kB is too small"),
-        (["--device", "cuda:7"], "cuda"),
+        (["--device", "cuda:0"], "--device cuda:0 is one device, and 2 processes were started"),
     ],
 )
 def test_more_bad_input(glm_checkpoint: Path, tokens: Path, tmp_path: Path, arguments: list[object], text: str) -> None:
