@@ -182,6 +182,8 @@ class Watch:
             except DistError as error:
                 self._learn(End(EXIT_FAILURE, self.rank, f"{self._where} is gone ({_first_line(error)})"))
                 return
+            except MemoryError:  # this thread must live for as long as it takes to tell the others
+                self._proposed = End(EXIT_FAILURE, self.rank, f"rank {self.rank} failed: out of memory"), 0.0
             self._changed.wait(BEAT)
             self._changed.clear()
 

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -55,21 +55,31 @@ class World:
     def others(self) -> list[int]:
         return [rank for rank in range(self.size) if rank != self.rank]
 
+    @contextlib.contextmanager
+    def _store_at_hand(self) -> Iterator[Any]:
+        """The store; where it does not answer, the process that keeps it is gone."""
+        try:
+            yield self._store
+        except distributed.DistError as error:
+            raise self.watch.lost(0, f"its store, or its launcher's: {str(error).splitlines()[0]}") from None
+
     def post(self, key: str, message: Any) -> None:
         """Leave a JSON message for whoever takes it. Numbers arrive bit for bit."""
-        self._store.set(key, json.dumps(message))
+        with self._store_at_hand() as store:
+            store.set(key, json.dumps(message))
 
     def take(self, key: str, what: str) -> Any:
         """Wait for a message, and take it away. `what` is said where it never comes; raises what ends the run."""
-        with self.watch.waiting(what):
-            look_for(self._store, [key], self.watch.check)
-        message = json.loads(self._store.get(key))
-        self._store.delete_key(key)
+        with self.watch.waiting(what), self._store_at_hand() as store:
+            look_for(store, [key], self.watch.check)
+            message = json.loads(store.get(key))
+            store.delete_key(key)
         return message
 
     def has(self, keys: list[str]) -> bool:
         """Whether all of these messages have come."""
-        return bool(self._store.check(keys))
+        with self._store_at_hand() as store:
+            return bool(store.check(keys))
 
     def tell(self, order: dict[str, Any]) -> None:
         """Rank 0: an order for every other process, each of which takes its own in turn."""
@@ -101,7 +111,7 @@ class World:
         """End the run for all processes; rank 0 waits for them, since the store may live in it."""
         end = self.watch.declare(status, text)
         with contextlib.suppress(distributed.DistError, TimeoutError):
-            self.post(f"bye/{self.rank}", end.status)
+            self._store.set(f"bye/{self.rank}", json.dumps(end.status))
             if self.rank == 0:
                 look_for(self._store, [f"bye/{rank}" for rank in self.others], _patience(GRACE - 1))
         self.watch.close()

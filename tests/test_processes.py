@@ -263,17 +263,23 @@ def test_a_checkpoint_that_one_machine_lacks_is_named(tokens: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_out_of_memory_on_one_rank_names_it(deeper: Path, tmp_path: Path) -> None:
-    """An address space that is enough to load, and not for a layer call of the reference modules on long sequences."""
-    tokens = tiny.save_tokens(tmp_path / "long", sequences=40, length=500)
-    command = greedy(deeper, tokens, tmp_path / "run", "--dp", 2, "--kernels", "reference", "--batch-size", 20)
-    with Ranks(2, command, tmp_path / "logs", {1: _limit_address_space}) as ranks:
+    """An address space somewhat smaller than what layer calls of the reference modules on long sequences have taken."""
+    tokens = tiny.save_tokens(tmp_path / "long", sequences=16, length=500)
+    long_calls = ["--dp", 2, "--kernels", "reference", "--batch-size", 8]
+    with Ranks(2, greedy(deeper, tokens, tmp_path / "free", *long_calls), tmp_path / "logs") as ranks:
+        ranks.wait_for_lines(tmp_path / "free" / "journal.jsonl", 2)
+        status = Path(f"/proc/{ranks.processes[1].pid}/status").read_text()
+        (kilobytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmPeak"))
+    limit = int(kilobytes) * 1024 - (100 << 20)  # one call takes 8 x 500^2 x 25 x 4 bytes = 200 MB
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+    command = greedy(deeper, tokens, tmp_path / "run", *long_calls)
+    with Ranks(2, command, tmp_path / "logs", {1: limited}) as ranks:
         assert ranks.wait() == [1, 1]
         for rank in range(2):
             (line,) = ranks.complaints(rank)
             assert "rank 1" in line
             assert "out of memory" in line
             assert "--memory" in line
-
-
-def _limit_address_space() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
