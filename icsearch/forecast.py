@@ -199,7 +199,7 @@ class Course:
         return -(-self.case.batches(self.fit.placement) // self.fit.wave)
 
     @cached_property
-    def blocks(self) -> tuple[range, ...]:
+    def blocks(self) -> list[range]:
         return self.case.blocks(self.fit.placement)
 
     def weight_bytes(self, sweeps: Sequence[Sweep]) -> float:

@@ -123,6 +123,8 @@ def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRec
         memory_bytes=memory.budget,
         full_state_bytes=memory.full_states,
         kept=kept,
+        program_bytes=memory.program,
+        packets=memory.share.packets,
         heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
         processes=_processes(request, memory, record),
         weight_rows=tuple(weight_rows(loaded, len(flippable))),

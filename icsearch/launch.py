@@ -75,6 +75,11 @@ class Grid:
         return data_rank * self.pipeline + self.pipeline - 1
 
     @property
+    def packets(self) -> int:
+        """How often a sweep's branches are there beside those at work: come, or on their way to the next process."""
+        return 1 + IN_FLIGHT if self.pipeline > 1 else 0
+
+    @property
     def words(self) -> str:
         """Such as `4 processes: 2 share the sequences, each with 2 that share the layers`."""
         if self.size == 1:

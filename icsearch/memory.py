@@ -22,6 +22,11 @@ def free_bytes(device: torch.device) -> int:
     return available if allowed is None else min(available, allowed)
 
 
+def resident_bytes() -> int:
+    """What this process has in CPU memory now."""
+    return int(psutil.Process().memory_info().rss)
+
+
 def _cgroup_allowance() -> int | None:
     """What a container's limit leaves (control groups, version 2), or None where there is no limit."""
     try:

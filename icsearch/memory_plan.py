@@ -13,15 +13,14 @@ from icsearch import offload, plan
 from icsearch.errors import IcsearchError
 from icsearch.footprint import Call
 from icsearch.inputs import Inputs
-from icsearch.launch import IN_FLIGHT, Grid, Launch, pipeline_blocks
+from icsearch.launch import Grid, Launch, pipeline_blocks
 from icsearch.layout import DTYPES, Layout
-from icsearch.memory import free_bytes
+from icsearch.memory import free_bytes, resident_bytes
 from icsearch.offload import NO_OFFLOAD, Offload, WeightSizes
 from icsearch.requests import KL, PatternRequest, RunRequest
 from icsearch.weights import CPU, DISK, RESIDENT
 
 MEMORY_SHARE = 0.8  # of what is free when the run starts
-PACKETS = 1 + IN_FLIGHT  # in a pipeline: one that has come, and those that are on their way to the next process
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Share:
     @property
     def packets(self) -> int:
         """How often the branches of a sweep are there beside those at work."""
-        return PACKETS if self.grid.pipeline > 1 else 0
+        return self.grid.packets
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Memory:
     share: Share = field(default_factory=Share)
     batches_per_wave: int = 1  # how many batches go through the layers together
     offload: Offload = NO_OFFLOAD
+    program: int = 0  # measured: what the program itself had taken before the weights came; on CUDA not counted
 
     @property
     def branch_bytes(self) -> int:
@@ -108,7 +108,8 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], sh
     shape = batch_shape(inputs.layout, options, inputs.batches.seq_len)
     chosen = _choose_offload(request, inputs, options, partial(_fits, shape, budget), share)
     patterns = plan.patterns_per_sweep(shape, chosen.device_bytes, budget, share.packets)
-    memory = Memory(budget, chosen.device_bytes, shape, patterns, share=share, offload=chosen)
+    program = 0 if device.type == "cuda" else resident_bytes()
+    memory = Memory(budget, chosen.device_bytes, shape, patterns, share=share, offload=chosen, program=program)
     by_kl = options.get("objective") == KL
     if by_kl:
         sets = [one.num_sequences for one in (inputs.batches, inputs.heldout) if one]

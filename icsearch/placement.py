@@ -14,6 +14,7 @@ from icsearch.block_sizes import BLOCK_ELEMENTS
 from icsearch.devices import Device, Devices
 from icsearch.errors import IcsearchError
 from icsearch.footprint import Call
+from icsearch.launch import Grid, pipeline_blocks
 from icsearch.modelfile import DTYPE_BYTES, ModelFile
 from icsearch.plan import BatchShape, Kept, format_bytes
 from icsearch.strategies import split_stages
@@ -21,7 +22,6 @@ from icsearch.workload import Workload
 
 RESIDENT, DISK = "none", "disk"  # as --offload has them
 STREAMED_LAYERS = 2  # on the device at once: the one that runs and the one that is read ahead
-PACKETS = 3  # in a pipeline: how often a sweep's branches are on their way between processes, beside those at work
 MEMORY_SHARE = 0.8  # of a device's memory, as a run takes by default of what is free
 
 
@@ -36,6 +36,10 @@ class Placement:
     @property
     def processes(self) -> int:
         return self.data * self.pipeline
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.data, self.pipeline)
 
     @property
     def streamed(self) -> bool:
@@ -94,9 +98,10 @@ class Case:
         """Batches of the data rank that has most."""
         return -(-self.all_batches // placement.data)
 
-    def blocks(self, placement: Placement) -> tuple[range, ...]:
-        """The decoder layers of each place in the pipeline."""
-        return split_stages(self.model.shape.layers, placement.pipeline)
+    def blocks(self, placement: Placement) -> list[range]:
+        """The decoder layers of each place in the pipeline; raises IcsearchError where there are not as many."""
+        layers = self.model.shape.layers
+        return pipeline_blocks(layers, range(layers), placement.pipeline)
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class Fit:
     @property
     def states(self) -> int:
         """Live branches, those on their way to other processes included, and states kept between steps."""
-        packets = PACKETS if self.placement.pipeline > 1 else 0
+        packets = self.placement.grid.packets
         live = (self.per_sweep + 1) * (1 + packets) + 1
         return live * self.wave * self.branch + self.kept.bytes
 
@@ -139,7 +144,8 @@ def placements(case: Case) -> list[Placement]:
 
 def _can_be(case: Case, placement: Placement) -> bool:
     """Whether there are layers for every place and sequences for every data rank."""
-    return case.all_batches >= placement.data and len(case.blocks(placement)) == placement.pipeline
+    blocks = split_stages(case.model.shape.layers, placement.pipeline)
+    return case.all_batches >= placement.data and len(blocks) == placement.pipeline
 
 
 def fit(case: Case, placement: Placement) -> Fit:
@@ -148,12 +154,8 @@ def fit(case: Case, placement: Placement) -> Fit:
     nothing = Kept(case.workload.keeping(), 0, 0)
     empty = Fit(placement, case.budget, weights, shape.layer_bytes, shape.branch_bytes, 1, 1, nothing)
     try:
-        alone = plan.patterns_per_sweep(shape, weights, case.budget)
+        patterns = plan.patterns_per_sweep(shape, weights, case.budget, placement.grid.packets)
     except IcsearchError:
-        return replace(empty, missing=empty.total - case.budget)
-    packets = PACKETS if placement.pipeline > 1 else 0
-    patterns = (alone - packets) // (1 + packets)
-    if patterns < 1:
         return replace(empty, missing=empty.total - case.budget)
     most = case.workload.most_patterns
     if patterns < most:
@@ -166,10 +168,9 @@ def fit(case: Case, placement: Placement) -> Fit:
 
 
 def _kept(case: Case, placement: Placement, room: int) -> Kept:
-    """States between steps: of the sequences of a data rank, over the memory of a whole pipeline."""
+    """States between steps: of the sequences of a data rank, in the memory of each process of its pipeline."""
     sequences = case.batches(placement) * case.batch_size
-    kept = plan.plan_kept(case.workload.keeping(), case.shape, sequences, room * placement.pipeline)
-    return replace(kept, budget=room, bytes=kept.bytes // placement.pipeline)
+    return plan.plan_kept(case.workload.keeping(), case.shape, sequences, room, case.blocks(placement))
 
 
 def weight_bytes(case: Case, placement: Placement) -> int:

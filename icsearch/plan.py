@@ -132,6 +132,19 @@ class SearchPlan:
     heldout_sequences: int = 0  # of a refinement; 0 where there is none
     processes: str = ""  # who computes, where several processes do
     weight_rows: tuple[tuple[str, str], ...] = ()  # where weights rest, in words
+    program_bytes: int = 0  # measured: taken before the weights came
+    packets: int = 0  # of several processes: see `patterns_per_sweep`
+
+    @property
+    def live_branches(self) -> int:
+        """Candidates of a sweep and the trunk, at work and on their way, and the layer output that is being made."""
+        return (min(self.branches_per_sweep, self.candidates) + 1) * (1 + self.packets) + 1
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimate of the most that the process has at once."""
+        states = self.live_branches * self.branch_bytes + self.kept.bytes + self.full_state_bytes
+        return self.program_bytes + self.weight_bytes + self.layer_bytes + states
 
     @property
     def moves(self) -> int:
@@ -200,9 +213,16 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_bytes(plan.layer_bytes)} in a layer, of {format_bytes(plan.memory_bytes)} (estimate)",
         ),
         ("kept between steps", plan.kept.words),
+        ("peak", _peak_words(plan)),
         *_objective_rows(plan, start),
         *_refinement_rows(plan),
     ]
+
+
+def _peak_words(plan: SearchPlan) -> str:
+    """What the process is expected to have at once; on CUDA the device."""
+    program = f"; {format_bytes(plan.program_bytes)} of it is the program itself" if plan.program_bytes else ""
+    return f"about {format_bytes(plan.peak_bytes)} in all (estimate{program})"
 
 
 def _objective_rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:

@@ -85,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
     "rehearsal": {"pattern", "states", "strategies"},
     "workload": {"pattern", "rehearsal", "specs", "states", "strategies"},
     "placement": {
-        "block_sizes", "devices", "errors", "footprint", "modelfile", "plan", "strategies", "workload",
+        "block_sizes", "devices", "errors", "footprint", "launch", "modelfile", "plan", "strategies", "workload",
     },
     "forecast": {
         "block_sizes", "devices", "errors", "layer_time", "modelfile", "placement", "rehearsal", "requests",

@@ -1,0 +1,312 @@
+"""The plan's hours against measured ones: constants fitted on some layer calls, checked on others and on searches.
+
+Every measurement is a process of its own on one thread: CPU seconds of a layer call with its own indexer and without,
+of a dense layer and of one with experts, and of the LM head, on random checkpoints of several shapes; the smallest of
+some repeats. The constants (`layer_time.Efficiency`) are fitted on the shapes and lengths in FITTED, by least squares
+of relative errors. Then whole greedy searches are run, and their CPU seconds compared with the plan's hours.
+
+Usage: python benchmarks/forecast.py [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+import checkpoints
+from icsearch.block_sizes import BLOCK_ELEMENTS
+from icsearch.devices import DEVICES
+from icsearch.footprint import Call
+from icsearch.layer_time import KINDS, CallWork, Efficiency, head_call, layer_call
+from icsearch.modelfile import open_model_file
+from measuring import RESULTS, WORK, Clock, Json, Results, machine, run_child, write_json
+from memory import LAYERS, SHAPES
+
+FORMAT = "icsearch.bench.forecast/1"
+CPU = DEVICES["cpu"]
+FITTED = (
+    "small:512:4", "small:2048:1", "small:8192:1", "wide:1024:1", "wide:4096:1", "experts:1024:1", "experts:4096:1",
+    "latents:1024:1", "latents:4096:1", "words:1024:1",
+)  # fmt: skip
+HELD_OUT = (
+    "small:1024:1", "small:4096:1", "small:16384:1", "wide:2048:1", "wide:8192:1", "experts:512:4", "experts:2048:1",
+    "latents:2048:1", "latents:8192:1", "words:2048:1", "heavy:1024:1", "heavy:2048:1",
+)  # fmt: skip
+SEARCHES = ("small:1024:4:2", "wide:2048:2:2", "experts:1024:2:1", "latents:2048:2:1")  # shape:length:sequences:flips
+DENSE, EXPERTS = 1, LAYERS - 1  # a layer of each kind
+
+
+# --- in a process of its own -------------------------------------------------------------------------------------
+
+
+def child(spec: Json) -> Json:
+    import torch
+
+    torch.set_num_threads(spec["threads"])
+    return search(spec) if spec["what"] == "search" else calls(spec)
+
+
+def calls(spec: Json) -> Json:
+    """CPU seconds of one layer call of each kind and role, and of the LM head."""
+    import torch
+
+    from icsearch import loading
+    from icsearch.checkpoint import open_checkpoint
+    from icsearch.losses import sequence_nll
+    from icsearch.pattern import Pattern
+    from icsearch.slot import SelectionStore
+
+    dsa = loading.load(open_checkpoint(spec["model"]), device="cpu", block_elements=BLOCK_ELEMENTS["cpu"])
+    ids = torch.randint(dsa.config.vocab_size, (spec["batch_size"], spec["length"]))
+    counted = torch.ones_like(ids, dtype=torch.bool)
+    seconds = {}
+    with torch.inference_mode():
+        arguments, states = dsa.capture_calls(ids), dsa.embed(ids)
+        first = SelectionStore(Pattern("F" * LAYERS))
+        states = dsa.run_layer(0, states, arguments[0], first)
+        for index, role in [(i, role) for i in sorted({DENSE, EXPERTS}) for role in "FS"]:
+            pattern = Pattern("F" + role * (LAYERS - 1))
+
+            def run(index: int = index, pattern: Pattern = pattern) -> object:
+                store = SelectionStore(pattern, first.selection)
+                return dsa.run_layer(index, states, arguments[index], store)
+
+            seconds[f"{index}{role}"] = fastest(run, spec["repeats"])
+        seconds["head"] = fastest(
+            lambda: sequence_nll(dsa.final_norm(states), dsa.lm_head, ids, counted), spec["repeats"]
+        )
+    return {"seconds": seconds}
+
+
+def fastest(run: Callable[[], object], repeats: int) -> float:
+    """CPU seconds: the machine may be busy. The first one is warm-up."""
+    run()
+    found = []
+    for _ in range(repeats):
+        started = time.process_time()
+        run()
+        found.append(time.process_time() - started)
+    return min(found)
+
+
+def search(spec: Json) -> Json:
+    """CPU seconds of a greedy search, from its first sweep to its last loss."""
+    from icsearch.greedy import greedy
+    from icsearch.progress import Quiet
+    from icsearch.requests import CalibrationRequest, GreedyRequest
+
+    class Listener(Quiet):
+        started = 0.0
+
+        def planned(self, *arguments: object) -> None:
+            self.started = time.process_time()
+
+    listener = Listener()
+    request = GreedyRequest(
+        CalibrationRequest(spec["model"], spec["tokens"]),
+        out=Path(spec["out"]),
+        num_shared=spec["flips"],
+        batch_size=1,
+        threads=spec["threads"],
+        fresh=True,
+    )
+    record = greedy(request, listener)
+    runs = record.layer_sequences / len(record.tokens)
+    return {"seconds": time.process_time() - listener.started, "layer_evaluations": runs}
+
+
+# --- the parent --------------------------------------------------------------------------------------------------
+
+
+def model_of(name: str) -> Path:
+    return checkpoints.random_checkpoint(WORK / f"memory-{name}", LAYERS, **SHAPES[name])
+
+
+def measure_calls(results: Results, case: str, repeats: int, threads: int, clock: Clock) -> None:
+    key, expected = ("calls", case), 20.0
+    if results.find(key):
+        clock.skip(expected)
+        return
+    name, length, batch = case.split(":")
+    spec: Json = {"what": "calls", "model": str(model_of(name)), "length": int(length), "batch_size": int(batch)}
+    results.add(key, clock.run(case, expected, lambda: run_child("forecast.py", {**spec, "repeats": repeats}, threads)))
+
+
+def measure_search(results: Results, case: str, threads: int, clock: Clock) -> None:
+    key, expected = ("search", case), 60.0
+    if results.find(key):
+        clock.skip(expected)
+        return
+    name, length, sequences, flips = case.split(":")
+    vocabulary = SHAPES[name].get("vocab_size", checkpoints.SIZES["vocab_size"])
+    tokens = checkpoints.random_tokens(WORK / f"forecast-{case}", int(sequences), int(length), vocabulary)
+    spec: Json = {"what": "search", "model": str(model_of(name)), "tokens": str(tokens), "flips": int(flips)}
+    spec["out"] = str(WORK / f"forecast-run-{case}")
+    results.add(key, clock.run(f"search {case}", expected, lambda: run_child("forecast.py", spec, threads)))
+
+
+def works_of(case: str) -> dict[str, CallWork]:
+    """The parts of every call that a case measures."""
+    name, length, batch = case.split(":")
+    call = Call(open_model_file(str(model_of(name))).shape, int(batch), int(length), 4, BLOCK_ELEMENTS["cpu"])
+    layers = {f"{i}{role}": layer_call(call, i, role == "F") for i in {DENSE, EXPERTS} for role in "FS"}
+    return {**layers, "head": head_call(call)}
+
+
+def least_seconds(work: CallWork) -> list[float]:
+    """By kind of work, with the device's peak numbers; then the number of launches."""
+    sums = dict.fromkeys(KINDS, 0.0)
+    for part in work.parts:
+        sums[part.kind] += part.least_seconds(CPU, work.dtype_bytes)
+    return [*sums.values(), float(work.launches)]
+
+
+def fit(rows: Sequence[tuple[list[float], float]]) -> Efficiency:
+    """The constants with the smallest squared relative errors: 1 / efficiency and the seconds of a launch, above 0."""
+    matrix = np.array([[value / seconds for value in least] for least, seconds in rows])
+    solution = nonnegative_least_squares(matrix, np.ones(len(rows)))
+    efficiencies = {kind: float(1 / max(x, 1e-6)) for kind, x in zip(KINDS, solution, strict=False)}
+    return Efficiency(**efficiencies, launch=float(solution[-1]))
+
+
+def nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray, rounds: int = 20000) -> np.ndarray:
+    """argmin |A x - b| over x >= 0, one coordinate after the other until it stands still."""
+    scale = np.linalg.norm(matrix, axis=0)
+    scale[scale == 0] = 1
+    scaled, x = matrix / scale, np.zeros(matrix.shape[1])
+    residual = target.copy()
+    for _ in range(rounds):
+        before = x.copy()
+        for column in range(len(x)):
+            step = max(-x[column], float(scaled[:, column] @ residual))
+            x[column] += step
+            residual -= step * scaled[:, column]
+        if np.abs(x - before).max() < 1e-10:
+            break
+    return x / scale
+
+
+def compared(results: Results, cases: Sequence[str], efficiency: Efficiency) -> list[Json]:
+    """Each measured call beside its estimate."""
+    rows = []
+    for case in cases:
+        line = results.find(("calls", case))
+        if line is None:
+            continue
+        for name, work in works_of(case).items():
+            estimate, seconds = work.seconds(CPU, efficiency), line["seconds"][name]
+            rows.append({"case": case, "call": name, "seconds": seconds, "estimate": estimate})
+    return [{**row, "error": row["estimate"] / row["seconds"] - 1} for row in rows]
+
+
+def searches(results: Results, efficiency: Efficiency) -> list[Json]:
+    """Each measured search beside its plan."""
+    from icsearch.devices import Devices
+    from icsearch.forecast import Clock as PlanClock
+    from icsearch.forecast import Course, PlanRequest, make_case
+    from icsearch.placement import Placement
+    from icsearch.placement import fit as fitted
+    from icsearch.requests import CalibrationRequest
+    from icsearch.workload import layer_evaluations
+
+    rows = []
+    for case in SEARCHES:
+        line = results.find(("search", case))
+        if line is None:
+            continue
+        name, length, sequences, flips = case.split(":")
+        calibration = CalibrationRequest(str(model_of(name)), "", int(length), int(sequences))
+        from dataclasses import replace
+
+        device = replace(CPU, memory=8 * 10**9, node_read_rate=1e15)  # loading is not measured
+        request = PlanRequest(calibration, out=Path(), num_shared=int(flips), batch_size=1, devices=Devices(1, device))
+        planned = make_case(request)
+        place = fitted(planned, Placement())
+        sweeps = planned.workload.likely(place.per_sweep, place.kept.keeping)
+        seconds = Course(planned, place, PlanClock(planned, efficiency)).seconds(sweeps)
+        rows.append(
+            {
+                "case": case,
+                "seconds": line["seconds"],
+                "estimate": seconds,
+                "layer_evaluations": line["layer_evaluations"],
+                "planned_layer_evaluations": layer_evaluations(sweeps),
+                "error": seconds / line["seconds"] - 1,
+            }
+        )
+    return rows
+
+
+def summarise(results: Results) -> Json:
+    measured = [
+        (least_seconds(work), line["seconds"][name])
+        for case in FITTED
+        if (line := results.find(("calls", case))) is not None
+        for name, work in works_of(case).items()
+    ]
+    efficiency = fit(measured)
+    groups = {
+        "fitted": compared(results, FITTED, efficiency),
+        "held out": compared(results, HELD_OUT, efficiency),
+        "searches": searches(results, efficiency),
+    }
+    errors = {
+        name: {
+            "median": statistics.median(abs(row["error"]) for row in rows),
+            "largest": max(abs(row["error"]) for row in rows),
+            "calls": len(rows),
+        }
+        for name, rows in groups.items()
+        if rows
+    }
+    return {
+        "format": FORMAT,
+        **results.origin(),
+        "efficiency": asdict(efficiency),
+        "errors": errors,
+        **{name.replace(" ", "_"): rows for name, rows in groups.items()},
+    }
+
+
+def table(document: Json) -> str:
+    """Markdown."""
+    lines = ["| | measured | median error | largest error |", "|---|---|---|---|"]
+    for name, one in document["errors"].items():
+        lines.append(f"| {name} | {one['calls']} | {one['median']:.0%} | {one['largest']:.0%} |")
+    lines += ["", "| search (shape:tokens:sequences:flips) | CPU seconds | estimate | error |", "|---|---|---|---|"]
+    for row in document["searches"]:
+        lines.append(f"| {row['case']} | {row['seconds']:.1f} | {row['estimate']:.1f} | {row['error']:+.0%} |")
+    lines += ["", *(f"{name}={value:.3g}," for name, value in document["efficiency"].items())]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "forecast.jsonl")
+    parser.add_argument("--fresh", action="store_true", help="discard what --out holds")
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(child(json.loads(arguments.child))))
+        return
+    results = Results.open(arguments.out, machine(1), arguments.fresh)
+    clock = Clock(20.0 * len(FITTED + HELD_OUT) + 60.0 * len(SEARCHES))
+    for case in FITTED + HELD_OUT:
+        measure_calls(results, case, arguments.repeats, 1, clock)
+    for case in SEARCHES:
+        measure_search(results, case, 1, clock)
+    document = summarise(results)
+    write_json(arguments.out.with_suffix(".json"), document)
+    print(table(document))
+
+
+if __name__ == "__main__":
+    main()
