@@ -30,12 +30,12 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cases(glm_checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """greedy, dp-baseline and eval on a tiny checkpoint and 12 sequences of 40 tokens, run to their ends."""
     calibration = ("--calibration", text, "--seq-len", 40, "--num-sequences", 12)
-    common = (glm_checkpoint, *calibration, "--batch-size", 4, "--threads", 1)
+    common = (glm_checkpoint, *calibration, "--threads", 1)
     folder = tmp_path_factory.mktemp("undisturbed")
     arguments: dict[str, tuple[object, ...]] = {
-        "greedy": ("greedy", *common, "--num-shared", 3),
-        "dp-baseline": ("dp-baseline", *common, "--num-shared", 3),
-        "eval": ("eval", *common, "--pattern", "uniform:1/2", "--pattern", "FFSFFS"),
+        "greedy": ("greedy", *common, "--batch-size", 4, "--num-shared", 3),
+        "dp-baseline": ("dp-baseline", *common, "--batch-size", 2, "--num-shared", 3),
+        "eval": ("eval", *common, "--batch-size", 2, "--pattern", "uniform:1/2", "--pattern", "FFSFFS"),
     }
     made = {name: Case(words, folder / name) for name, words in arguments.items()}
     commands = Commands(folder / "output")
