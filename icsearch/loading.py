@@ -72,6 +72,8 @@ def _empty_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) ->
                 config, dtype=wanted, attn_implementation=DENSE, trust_remote_code=trust_remote_code
             )
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise cannot_build(checkpoint, error) from error
     for one in (model.config, model.config.get_text_config()):
         if hasattr(one, "quantization_config"):

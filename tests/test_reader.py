@@ -13,10 +13,11 @@ import tiny
 from icsearch import loading
 from icsearch.block import cut_batches
 from icsearch.checkpoint import open_checkpoint
+from icsearch.errors import OutOfMemoryError
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.sweep import Sweeper, naive_nll
-from icsearch.weights import DISK
+from icsearch.weights import CPU, DISK
 
 loading.quiet_transformers()
 SHARDED = {"num_hidden_layers": 8}  # tiny.save_checkpoint cuts these into shards of 40 kB
@@ -168,3 +169,32 @@ def test_nan_in_a_streamed_layer_is_refused_when_it_comes(tmp_path: Path) -> Non
         pass
     with pytest.raises(ModelError, match=r"1 of \d+ values of model.layers.4.mlp.experts.gate_up_proj"), dsa.holding(4):
         pass
+
+
+def test_layers_that_rest_in_cpu_memory_are_resident_ones(sharded: Path) -> None:
+    """On a CPU device nothing is gained by it, but the order of things is that of any device."""
+    resident, parked = load(sharded, dtype="bfloat16"), load(sharded, dtype="bfloat16", offload=CPU)
+    assert all(parameter.is_meta for layer in parked.layers for parameter in layer.parameters())
+    for _ in range(2):
+        for index, layer in enumerate(parked.layers):
+            with parked.holding(index):
+                assert differing(tensors_of(layer), tensors_of(resident.layers[index])) == []
+                assert not any(parameter.requires_grad for parameter in layer.parameters())
+            assert all(parameter.is_meta for parameter in layer.parameters())
+    assert parked.weights.bytes_read == 2 * sum(one.nbytes for one in tensors_of(resident.decoder.layers).values())
+
+
+def test_memory_that_runs_out_in_a_conversion_is_an_error(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps such an error for its report, and leaves the parameter as it was: on meta, here."""
+    from transformers.core_model_loading import MergeModulelist
+
+    def full(self: Any, tensors: dict[str, list[torch.Tensor]], *args: Any, **more: Any) -> Any:
+        if next(iter(tensors.values()))[0].is_meta:
+            return merge(self, tensors, *args, **more)
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 1 byte")
+
+    merge = MergeModulelist.convert
+    monkeypatch.setattr(MergeModulelist, "convert", full)
+    with pytest.raises(OutOfMemoryError, match="can't allocate memory: 1 byte") as caught:
+        load(sharded)
+    assert "\n" not in str(caught.value)

@@ -174,6 +174,7 @@ EVENT_DAMAGE: dict[str, tuple[int, dict[str, Any]]] = {
     "a pattern of another length": (2, {"patterns": ["FFFFFF", "FSFSFS", "FSSFSS", "FS"]}),
     "a later step": (2, {"step": 2}),
     "seconds a text": (2, {"seconds": "1"}),
+    "weights read below zero": (2, {"weight_bytes": -1}),
     "a step out of turn": (8, {"step": 2}),
     "a layer out of range": (8, {"layer": 6}),
     "layer 0": (8, {"layer": 0}),
@@ -191,6 +192,20 @@ def test_damaged_later_event(case: str) -> None:
     events[line - 1] = {**events[line - 1], **change}
     with pytest.raises(JournalError, match=f"journal line {line} is damaged"):
         RunRecord.replay(events)
+
+
+def test_other_waves_overlap_and_weights_read_are_counted() -> None:
+    """Losses of a wave that another run began in parts: the sums are those of either, the reading is that of both."""
+    events = fixture_events()
+    expected = RunRecord.replay(events)
+    assert expected.weight_bytes.get(0, 0) == 0 and "weight_bytes" not in cost(expected)
+    first, second = events[1], events[2]
+    assert first["sequences"] == [0, 2] and second["sequences"] == [2, 4] and first["patterns"] == second["patterns"]
+    nll = [[*one, *other] for one, other in zip(first["nll"], second["nll"], strict=True)]
+    both = {**first, "sequences": [0, 4], "nll": nll, "weight_bytes": 1000}
+    found = RunRecord.replay([events[0], first, both, *events[3:]])
+    assert (found.nll, found.pattern, found.steps()) == (expected.nll, expected.pattern, expected.steps())
+    assert found.weight_bytes[0] == 1000 and cost(found)["weight_bytes"] == 1000
 
 
 def test_a_journal_that_does_not_begin_with_start() -> None:
