@@ -17,14 +17,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from icsearch.block_sizes import default_batch_size
-from icsearch.devices import CPU, Devices
+from icsearch.devices import CPU as DEVICE_CPU
+from icsearch.devices import Devices
 from icsearch.errors import IcsearchError
 from icsearch.layer_time import CallWork, Efficiency, efficiency_of, head_call, layer_call
 from icsearch.modelfile import open_model_file
-from icsearch.placement import MEMORY_SHARE, Case, Fit, fit, placements, why_nothing_fits
+from icsearch.offload import pass_bytes
+from icsearch.placement import MEMORY_SHARE, Case, Fit, fit, placements, weight_sizes, why_nothing_fits
 from icsearch.rehearsal import Sweep
 from icsearch.requests import PatternRequest
 from icsearch.strategies import STRATEGIES
+from icsearch.weights import DISK
 from icsearch.workload import MEASURED_SHARES, Plays, Workload, layer_evaluations
 
 DEFAULT_SEQUENCES = 24
@@ -80,8 +83,9 @@ class Plan:
 
     @property
     def best(self) -> tuple[Fit, Forecast]:
-        """The fastest placement; exact, unless that takes more than `PATIENCE` hours."""
-        fastest = min(self.forecasts, key=lambda one: self.forecasts[one][0].hours)
+        """The fastest placement that can be had; exact, unless that takes more than `PATIENCE` hours."""
+        available = [one for one in self.forecasts if one.placement.available]
+        fastest = min(available, key=lambda one: self.forecasts[one][0].hours)
         exact = self.forecasts[fastest][0]
         if exact.hours <= PATIENCE:
             return fastest, exact
@@ -95,7 +99,7 @@ def make_plan(request: PlanRequest) -> Plan:
     efficiency, basis = efficiency_of(case.device)
     fits = [fit(case, one) for one in placements(case)]
     fitting = [one for one in fits if not one.missing]
-    if not fitting:
+    if not any(one.placement.available for one in fitting):
         raise why_nothing_fits(case, fits)
     clock, plays = Clock(case, efficiency), Plays(case.workload)
     forecasts = {one: forecast(case, one, clock, plays) for one in fitting}
@@ -204,21 +208,23 @@ class Course:
 
     def weight_bytes(self, sweeps: Sequence[Sweep]) -> float:
         """Bytes of weights that all processes read: a checkpoint for each data rank, or for each of its waves."""
-        model, placement = self.case.model, self.fit.placement
+        placement, sizes = self.fit.placement, weight_sizes(self.case)
         if not placement.streamed:
-            return model.stored_model_bytes * placement.data
-        layers = sum(model.stored_layer_bytes(index) for index in range(model.shape.layers))
-        return layers * placement.data * self.waves * len(sweeps)
+            return float(sizes.on_disk * placement.data)
+        one_pass = pass_bytes(placement.offload, sizes)
+        return float(one_pass * placement.data * self.waves * len(sweeps))
 
     def seconds(self, sweeps: Sequence[Sweep], share: float = 1.0) -> float:
         """Of the whole search, with loading; `share` of the layer runs are made."""
         return self._loading() + sum(self._sweep(sweep, share) for sweep in sweeps)
 
     def _loading(self) -> float:
-        """Resident weights come once. All processes read the same disks."""
-        if self.fit.placement.streamed:
+        """Weights that rest on the device or in CPU memory come once. All processes read the same disks."""
+        placement, model, device = self.fit.placement, self.case.model, self.case.device
+        if placement.offload == DISK:
             return 0.0
-        return self.case.model.stored_model_bytes * self.fit.placement.data / self.case.device.node_read_rate
+        converting = model.stored_model_bytes / placement.pipeline / device.convert_rate if model.quantised else 0.0
+        return model.stored_model_bytes * placement.data / device.node_read_rate + converting
 
     def _sweep(self, sweep: Sweep, share: float) -> float:
         pace = max(self._place(sweep, share, place) for place in range(len(self.blocks)))
@@ -245,14 +251,17 @@ class Course:
 
         A checkpoint that the CPU memory holds is read from the page cache.
         """
+        return [self._from_disk(block) + self._over_the_link(block) for block in self.blocks]
+
+    def _from_disk(self, block: range) -> float:
         model, device, placement = self.case.model, self.case.device, self.fit.placement
+        if placement.offload != DISK:
+            return 0.0
+        stored = sum(model.stored_layer_bytes(index) for index in block)
         cached = model.stored_model_bytes <= MEMORY_SHARE * device.node_memory
-        read_rate = (device.node_cached_rate if cached else device.node_read_rate) / placement.processes
-        seconds = []
-        for block in self.blocks:
-            stored = sum(model.stored_layer_bytes(index) for index in block)
-            converting = stored / device.convert_rate if model.quantised else 0.0
-            computed = sum(model.layer_parameters(index) for index in block) * self.case.dtype_bytes
-            sending = 0.0 if device.kind == CPU else computed / device.link
-            seconds.append(stored / read_rate + converting + sending)
-        return seconds
+        rate = (device.node_cached_rate if cached else device.node_read_rate) / placement.processes
+        return stored / rate + (stored / device.convert_rate if model.quantised else 0.0)
+
+    def _over_the_link(self, block: range) -> float:
+        computed = sum(weight_sizes(self.case).layers[index] for index in block)
+        return 0.0 if self.case.device.kind == DEVICE_CPU else computed / self.case.device.link

@@ -74,10 +74,15 @@ def choose(requested: str, on_cpu: bool, sizes: WeightSizes, fits: Callable[[int
     return _streamed(DISK, f"{weights} do not fit into memory", on_cpu, sizes)
 
 
+def pass_bytes(where: str, sizes: WeightSizes) -> int:
+    """What a pass through all layers reads."""
+    return sizes.on_disk if where == DISK else sum(sizes.layers)
+
+
 def _streamed(where: str, why: str, on_cpu: bool, sizes: WeightSizes) -> Offload:
     at_once = _ON_DEVICE + (_CONVERTING if on_cpu else 0)
-    read = sizes.on_disk if where == DISK else sum(sizes.layers)
-    return Offload(where, why, sizes.outside + at_once * max(sizes.layers), read)
+    device_bytes = sizes.outside + at_once * max(sizes.layers)
+    return Offload(where, why, device_bytes, pass_bytes(where, sizes))
 
 
 def plan_waves(room: int, patterns: int, batches: int, beside: int = 2) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Where a search could run: grids of processes, weights resident or streamed, and whether that fits. No torch.
 
-Every process has one device. `data` of them share the sequences, `pipeline` of them share the layers, in blocks as
-`strategies.split_stages` cuts them. Streamed weights: a layer is brought to the device, all branches of a wave run, it
-goes; the next one is read meanwhile, so two are there at once.
+Every process has one device. `data` of them share the sequences, `pipeline` of them share the layers, in the blocks of
+`launch.pipeline_blocks`. Weights are resident, or streamed layer by layer from CPU memory or disk (`offload`). A run of
+several processes does not stream today; such placements are worked out too, and marked as not available.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from dataclasses import dataclass, replace
 
 from icsearch import plan
 from icsearch.block_sizes import BLOCK_ELEMENTS
+from icsearch.devices import CPU as DEVICE_CPU
 from icsearch.devices import Device, Devices
 from icsearch.errors import IcsearchError
 from icsearch.footprint import Call
 from icsearch.launch import Grid, pipeline_blocks
 from icsearch.modelfile import DTYPE_BYTES, ModelFile
+from icsearch.offload import SHARE_OF_CPU, WeightSizes, choose, plan_waves
 from icsearch.plan import BatchShape, Kept, format_bytes
 from icsearch.strategies import split_stages
+from icsearch.weights import CPU, DISK, RESIDENT
 from icsearch.workload import Workload
 
-RESIDENT, DISK = "none", "disk"  # as --offload has them
-STREAMED_LAYERS = 2  # on the device at once: the one that runs and the one that is read ahead
+OFFLOADS = (RESIDENT, CPU, DISK)
 MEMORY_SHARE = 0.8  # of a device's memory, as a run takes by default of what is free
 
 
@@ -44,6 +46,11 @@ class Placement:
     @property
     def streamed(self) -> bool:
         return self.offload != RESIDENT
+
+    @property
+    def available(self) -> bool:
+        """Whether a run can be started so today."""
+        return self.processes == 1 or not self.streamed
 
     @property
     def words(self) -> str:
@@ -138,18 +145,19 @@ def placements(case: Case) -> list[Placement]:
     count = case.devices.count
     grids = [(count // p, p) for p in range(1, count + 1) if count % p == 0]
     shapes = list(dict.fromkeys([*grids, (1, 1)]))
-    found = [Placement(data, pipeline, offload) for offload in (RESIDENT, DISK) for data, pipeline in shapes]
+    found = [Placement(data, pipeline, offload) for offload in OFFLOADS for data, pipeline in shapes]
     return [one for one in found if _can_be(case, one)]
 
 
 def _can_be(case: Case, placement: Placement) -> bool:
     """Whether there are layers for every place and sequences for every data rank."""
     blocks = split_stages(case.model.shape.layers, placement.pipeline)
-    return case.all_batches >= placement.data and len(blocks) == placement.pipeline
+    needless = placement.offload == CPU and case.device.kind == DEVICE_CPU  # its memory is CPU memory
+    return case.all_batches >= placement.data and len(blocks) == placement.pipeline and not needless
 
 
 def fit(case: Case, placement: Placement) -> Fit:
-    """What a placement takes; `missing` says by how many bytes it does not fit."""
+    """What a placement takes; `missing` says by how many bytes it does not fit on the device, or into CPU memory."""
     shape, weights = case.shape, weight_bytes(case, placement)
     nothing = Kept(case.workload.keeping(), 0, 0)
     empty = Fit(placement, case.budget, weights, shape.layer_bytes, shape.branch_bytes, 1, 1, nothing)
@@ -157,13 +165,14 @@ def fit(case: Case, placement: Placement) -> Fit:
         patterns = plan.patterns_per_sweep(shape, weights, case.budget, placement.grid.packets)
     except IcsearchError:
         return replace(empty, missing=empty.total - case.budget)
+    if short := missing_cpu_bytes(case, placement):
+        return replace(empty, missing=short)
     most = case.workload.most_patterns
-    if patterns < most:
-        return replace(empty, per_sweep=patterns)
-    full = replace(empty, per_sweep=most)
     if placement.streamed:
-        live = (full.states - shape.branch_bytes, case.budget - weights - shape.layer_bytes - shape.branch_bytes)
-        return replace(full, wave=max(1, min(case.batches(placement), live[1] // live[0])))
+        room = plan.room_for_branches(shape, weights, case.budget) // (1 + placement.grid.packets)
+        together, wave = plan_waves(room, most, case.batches(placement))
+        return replace(empty, per_sweep=together, wave=wave)
+    full = replace(empty, per_sweep=min(patterns, most))
     return replace(full, kept=_kept(case, placement, case.budget - full.total))
 
 
@@ -173,25 +182,32 @@ def _kept(case: Case, placement: Placement, room: int) -> Kept:
     return plan.plan_kept(case.workload.keeping(), case.shape, sequences, room, case.blocks(placement))
 
 
+def weight_sizes(case: Case) -> WeightSizes:
+    """Of the weights as the model computes with them, and of the checkpoint."""
+    model, width = case.model, case.dtype_bytes
+    layers = tuple(model.layer_parameters(index) * width for index in range(model.shape.layers))
+    return WeightSizes(model.outside_parameters * width, layers, round(model.stored_model_bytes))
+
+
 def weight_bytes(case: Case, placement: Placement) -> int:
-    """Weights on the device that has most of them."""
-    return max(_place_bytes(case, placement, block) for block in case.blocks(placement))
-
-
-def _place_bytes(case: Case, placement: Placement, block: range) -> int:
-    layers = [case.model.layer_parameters(index) for index in block]
+    """Weights on the device of the process that has most of them, as a run counts them."""
+    sizes = weight_sizes(case)
     if placement.streamed:
-        layers = sorted(layers)[-STREAMED_LAYERS:]
-    embedding = case.model.shape.embedding_weights
-    outside = (embedding if block.start == 0 else 0) + (embedding if block.stop == case.model.shape.layers else 0)
-    if case.model.tied and placement.pipeline == 1:
-        outside = embedding
-    return (sum(layers) + outside) * case.dtype_bytes
+        on_cpu = case.device.kind == DEVICE_CPU
+        return choose(DISK, on_cpu, sizes, lambda weights: False, 0).device_bytes
+    return sizes.outside + max(sum(sizes.layers[index] for index in block) for block in case.blocks(placement))
+
+
+def missing_cpu_bytes(case: Case, placement: Placement) -> int:
+    """By how much the node's CPU memory is too small for the weights that rest there: one copy for each data rank."""
+    if placement.offload != CPU:
+        return 0
+    return max(0, weight_sizes(case).total * placement.data - int(SHARE_OF_CPU * case.device.node_memory))
 
 
 def why_nothing_fits(case: Case, fits: list[Fit]) -> IcsearchError:
     """What is missing where no placement fits."""
-    least = min(fits, key=lambda one: one.missing)
+    least = min((one for one in fits if one.placement.available), key=lambda one: one.missing)
     parts = {"weights": least.weights, "a layer call": least.call, "branches": least.states}
     sizes = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
     return IcsearchError(

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from icsearch import __version__
 from icsearch.forecast import Forecast, Plan
-from icsearch.placement import RESIDENT, Fit
+from icsearch.placement import Fit
 from icsearch.plan import format_bytes
 from icsearch.strategies import STRATEGIES
+from icsearch.weights import RESIDENT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -89,7 +90,8 @@ def _placement(plan: Plan, one: Fit) -> dict[str, Any]:
         "kept_stride": one.kept.keeping.stride,
     }
     forecasts = {each.strategy: _numbers(each) for each in plan.forecasts.get(one, ())}
-    return {**_grid(one), "fits": not one.missing, "memory": memory, **running, "strategies": forecasts}
+    fits = {"fits": not one.missing, "available": one.placement.available}
+    return {**_grid(one), **fits, "memory": memory, **running, "strategies": forecasts}
 
 
 def _numbers(forecast: Forecast) -> dict[str, Any]:
@@ -165,7 +167,7 @@ def _memory_table(plan: Plan) -> RenderableType:
     for one in plan.fits:
         verdict = str(one.per_sweep) if not one.missing else f"none: {format_bytes(one.missing)} too much"
         sizes = (one.weights, one.states, one.call, one.total)
-        found.add_row(one.placement.words, *map(format_bytes, sizes), verdict)
+        found.add_row(_words(one), *map(format_bytes, sizes), verdict)
     return found
 
 
@@ -178,7 +180,7 @@ def _hours_table(plan: Plan) -> RenderableType:
         exact = forecasts[0]
         read = format_bytes(round(exact.weight_bytes_per_step)) if one.placement.streamed else "once"
         hours = (_number(each.hours) for each in forecasts)
-        found.add_row(one.placement.words, read, _number(exact.hours_per_step), *hours)
+        found.add_row(_words(one), read, _number(exact.hours_per_step), *hours)
     return found
 
 
@@ -202,6 +204,10 @@ def _table(title: str) -> Table:
     return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
 
 
+def _words(one: Fit) -> str:
+    return one.placement.words + ("" if one.placement.available else " *")
+
+
 def _number(value: float) -> str:
     """Two digits, or all before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
@@ -213,5 +219,6 @@ def _notes(plan: Plan) -> RenderableType:
     return Text(
         "exact: its likely course, by rehearsal. The others: exact's times the share of layer evaluations that was "
         "measured on two 24-layer checkpoints; yours follows from its losses.\n"
+        "* not available: several processes do not stream weights today.\n"
         f"Hours: max(FLOPs / rate, bytes / bandwidth) / efficiency; efficiency {plan.basis}: an order of magnitude."
     )

@@ -85,13 +85,14 @@ ALLOWED: dict[str, set[str]] = {
     "rehearsal": {"pattern", "states", "strategies"},
     "workload": {"pattern", "rehearsal", "specs", "states", "strategies"},
     "placement": {
-        "block_sizes", "devices", "errors", "footprint", "launch", "modelfile", "plan", "strategies", "workload",
+        "block_sizes", "devices", "errors", "footprint", "launch", "modelfile", "offload", "plan", "strategies",
+        "weights", "workload",
     },
     "forecast": {
-        "block_sizes", "devices", "errors", "layer_time", "modelfile", "placement", "rehearsal", "requests",
-        "strategies", "workload",
+        "block_sizes", "devices", "errors", "layer_time", "modelfile", "offload", "placement", "rehearsal", "requests",
+        "strategies", "weights", "workload",
     },
-    "plan_report": {"", "forecast", "placement", "plan", "strategies"},
+    "plan_report": {"", "forecast", "placement", "plan", "strategies", "weights"},
     "rundir": {"errors", "files", "journal", "journal_schema", "jsonfile", "record"},
     "search": {"commit", "errors", "journal", "pattern", "plan", "record", "refinement", "strategies"},
     "refine": {"errors", "journal", "pattern", "record", "refinement", "search", "strategies"},
