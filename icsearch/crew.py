@@ -1,8 +1,8 @@
 """All processes of a run, as rank 0 leads them: its orders, and a scorer that has them do each wave together.
 
-A wave is one batch for each data rank. Waves are ordered ahead, so that no process waits for rank 0 to ask; in a
-pipeline several are on their way at once. Losses come back as sums per sequence, and are put together in sequence
-order: they are those of one process, bit for bit.
+A wave is one batch for each data rank, or as many as fit where weights are streamed. Waves are ordered ahead, so that
+no process waits for rank 0 to ask; in a pipeline several are on their way at once. Losses come back as sums per
+sequence, and are put together in sequence order: they are those of one process, bit for bit.
 """
 
 from __future__ import annotations
@@ -42,8 +42,10 @@ class Crew:
         """Waves that are given out beyond the one whose losses are waited for."""
         return 2 * self.grid.pipeline
 
-    def scorer(self, name: str, ledger: Ledger, batches: Sequence[Range], patterns: int) -> CrewScorer:
-        """Scores one set of sequences, cut into these batches, so many patterns at a time."""
+    def scorer(
+        self, name: str, ledger: Ledger, batches: Sequence[Range], patterns: int, batches_per_share: int = 1
+    ) -> CrewScorer:
+        """Scores one set of sequences, cut into these batches, so many patterns and batches at a time."""
         order: Order = {
             "do": "set up",
             "set": name,
@@ -57,7 +59,8 @@ class Crew:
         }
         self.world.tell(order)
         self.member.set_up(order)
-        return CrewScorer(self, name, ledger, batches, patterns)
+        shares = [batches[i : i + batches_per_share] for i in range(0, len(batches), batches_per_share)]
+        return CrewScorer(self, name, ledger, shares, patterns)
 
 
 @dataclass
@@ -75,20 +78,20 @@ class _Flight:
 class CrewScorer:
     """The layer sweep by several processes as the search sees it."""
 
-    def __init__(self, crew: Crew, name: str, ledger: Ledger, batches: Sequence[Range], patterns: int) -> None:
+    def __init__(self, crew: Crew, name: str, ledger: Ledger, shares: Sequence[Sequence[Range]], patterns: int) -> None:
         self.patterns_per_sweep = patterns
         self._crew = crew
         self._name = name
         self._ledger = ledger
         size = crew.grid.data
-        groups = [list(batches[first : first + size]) for first in range(0, len(batches), size)]
-        self._batches = {(group[0][0], group[-1][1]): group for group in groups}
+        waves = [shares[first : first + size] for first in range(0, len(shares), size)]
+        self._shares = {(wave[0][0][0], wave[-1][-1][1]): wave for wave in waves}  # one for each data rank
         self._coming: deque[tuple[Sequence[Pattern], Range]] = deque()
         self._flights: deque[_Flight] = deque()
 
     @property
     def waves(self) -> Sequence[Range]:
-        return list(self._batches)
+        return list(self._shares)
 
     def retain(self, base: Pattern) -> None:
         if base == self._ledger.base:
@@ -101,9 +104,9 @@ class CrewScorer:
     def expected(self, work: Work) -> int:
         ahead = self._ledger.copy()
         return sum(
-            ahead.sweep(patterns, [batch[0]]).layer_runs * (batch[1] - batch[0])
+            ahead.sweep(patterns, _firsts(share)).layer_runs * (share[-1][1] - share[0][0])
             for patterns, wave in work
-            for batch in self._batches[wave]
+            for share in self._shares[wave]
         )
 
     def announce(self, work: Work) -> None:
@@ -130,10 +133,9 @@ class CrewScorer:
         """Keep the processes supplied."""
         while self._coming and len(self._flights) <= self._crew.ahead:
             patterns, wave = self._coming.popleft()
-            starts = [self._ledger.sweep(patterns, [batch[0]]) for batch in self._batches[wave]]
             shares: list[dict[str, Any] | None] = [
-                {"batches": [batch[0]], "starts": start.entries}
-                for batch, start in zip(self._batches[wave], starts, strict=True)
+                {"batches": _firsts(share), "starts": self._ledger.sweep(patterns, _firsts(share)).entries}
+                for share in self._shares[wave]
             ]
             order: Order = {
                 "do": "sweep",
@@ -157,7 +159,7 @@ class CrewScorer:
 
     def _is_done(self, flight: _Flight) -> bool:
         """Whether the losses of all pipelines have come."""
-        data_ranks = range(len(self._batches[flight.wave]))
+        data_ranks = range(len(self._shares[flight.wave]))
         return self._crew.world.has([_losses_key(flight, data_rank) for data_rank in data_ranks])
 
     def _do_part(self, flight: _Flight, on_layer: Callable[[int], None]) -> None:
@@ -172,7 +174,7 @@ class CrewScorer:
         """The sums of all pipelines, in sequence order."""
         grid = self._crew.grid
         found = []
-        for data_rank in range(len(self._batches[flight.wave])):
+        for data_rank in range(len(self._shares[flight.wave])):
             if data_rank == 0 and flight.own is not None:
                 found.append(flight.own)
                 continue
@@ -181,7 +183,13 @@ class CrewScorer:
         done = sum(part["layer_sequences"] for part in found)
         on_layer(done - flight.own_layers)
         notes = sorted({note for part in found for note in part["notes"]})
-        return Scores(_joined(found, "nll"), done, tuple(notes), _joined(found, "kl"))
+        read = sum(part["bytes_read"] for part in found)
+        return Scores(_joined(found, "nll"), done, tuple(notes), _joined(found, "kl"), read)
+
+
+def _firsts(share: Sequence[Range]) -> list[int]:
+    """The first sequence of each batch, by which processes know it."""
+    return [first for first, _ in share]
 
 
 def _losses_key(flight: _Flight, data_rank: int) -> str:

@@ -73,12 +73,14 @@ class Member:
         starts = {Pattern(letters): entry for letters, entry in share["starts"].items()}
         sweeper = self._sweepers[order["set"]]
         before = self._wire.receive(order["item"]) if self._place else Packet([], 0)
+        weights = self._dsa.weights
+        read = before.bytes_read - weights.bytes_read
         with kernel_notes() as notes:
             branches, taken = sweeper.advance(starts, wave, self._heeding(on_layer), before.branches)
             taken += before.layer_sequences
             asked = [Pattern(letters) for letters in order["asked"]]
             result = sweeper.measure(asked, wave, branches, taken) if self._is_last else None
-        packet = Packet(branches, taken, tuple(sorted({*before.notes, *notes})))
+        packet = Packet(branches, taken, read + weights.bytes_read, tuple(sorted({*before.notes, *notes})))
         if result is not None:
             return result, packet
         self._wire.send(order["item"], packet)
@@ -101,5 +103,6 @@ def losses_message(done: Measured) -> dict[str, Any]:
         "nll": result.nll,
         "kl": result.kl,
         "layer_sequences": packet.layer_sequences,
+        "bytes_read": packet.bytes_read,
         "notes": list(packet.notes),
     }

@@ -17,10 +17,10 @@ from icsearch.launch import Grid, Launch, pipeline_blocks
 from icsearch.layout import DTYPES, Layout
 from icsearch.memory import free_bytes, resident_bytes
 from icsearch.offload import NO_OFFLOAD, Offload, WeightSizes
-from icsearch.requests import KL, PatternRequest, RunRequest
-from icsearch.weights import CPU, DISK, RESIDENT
+from icsearch.requests import AUTO, KL, PatternRequest, RunRequest
 
 MEMORY_SHARE = 0.8  # of what is free when the run starts
+WAVES_PER_PLACE = 2  # where layers are streamed in a pipeline: with fewer its processes wait for one another
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,25 @@ class Share:
 
     grid: Grid = field(default_factory=Grid)
     neighbours: int = 1  # processes that run in the same memory
+    on_machine: int = 1  # processes on the same machine
 
     def sequences(self, total: int, batch_size: int) -> int:
         """The most that a data rank has of so many sequences, in whole batches."""
-        batches = -(-total // batch_size)
-        return min(total, -(-batches // self.grid.data) * batch_size)
+        return min(total, self.batches(-(-total // batch_size)) * batch_size)
 
-    def parameters(self, layout: Layout) -> int:
-        """The most that one process has: its layers, and what lies before and behind all of them."""
-        outside = layout.num_parameters - sum(layout.layer_parameters)
+    def batches(self, total: int) -> int:
+        """The most that a data rank has of so many batches."""
+        return -(-total // self.grid.data)
+
+    def batches_per_wave(self, total: int) -> int:
+        """The most of so many that may go through streamed layers together: a pipeline wants some waves at once."""
+        mine = self.batches(total)
+        return mine if self.grid.pipeline == 1 else max(1, mine // (WAVES_PER_PLACE * self.grid.pipeline))
+
+    def layer_parameters(self, layout: Layout) -> tuple[int, ...]:
+        """Of each layer of the largest block."""
         blocks = pipeline_blocks(layout.num_layers, layout.layer_indices, self.grid.pipeline)
-        return outside + max(sum(layout.layer_parameters[index] for index in block) for block in blocks)
+        return max((tuple(layout.layer_parameters[index] for index in block) for block in blocks), key=sum)
 
     @property
     def packets(self) -> int:
@@ -91,12 +99,12 @@ class Memory:
     def in_waves(self, patterns: int, batches: int, along: int) -> Memory:
         """As much of so many patterns and batches in one pass as there is room for, `along` patterns in each beside."""
         room = (self.budget - self.weights - self.full_states - self.shape.layer_bytes) // self.shape.branch_bytes
-        together, wave = offload.plan_waves(room, patterns, batches, 2 + along)
+        together, wave = offload.plan_waves(room // (1 + self.share.packets), patterns, batches, 2 + along)
         return replace(self, patterns_per_sweep=together, batches_per_wave=wave)
 
     def passes(self, patterns: int, sequences: int) -> int:
         """How often scoring so many patterns on so many sequences goes through the layers."""
-        waves = -(-sequences // (self.shape.batch_size * self.batches_per_wave))
+        waves = -(-sequences // (self.shape.batch_size * self.batches_per_wave * self.share.grid.data))
         return waves * -(-patterns // self.patterns_per_sweep)
 
 
@@ -116,7 +124,7 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], sh
         memory = memory.for_kl(sum(share.sequences(total, shape.batch_size) for total in sets) * shape.final_bytes)
     if not chosen.streamed:
         return memory
-    batches = -(-inputs.batches.num_sequences // shape.batch_size)
+    batches = share.batches_per_wave(-(-inputs.batches.num_sequences // shape.batch_size))
     along = int(by_kl and not memory.full_states)
     return memory.in_waves(_most_patterns(request, inputs.layout, options), batches, along)
 
@@ -128,17 +136,13 @@ def _fits(shape: plan.BatchShape, budget: int, weights: int) -> bool:
 def _choose_offload(
     request: RunRequest, inputs: Inputs, options: dict[str, Any], fits: Callable[[int], bool], share: Share
 ) -> Offload:
-    """Where weights rest. Several processes share the layers instead, and keep theirs on the device."""
-    sizes = weight_sizes(inputs, options)
+    """Where weights rest: those of one process, of several the one that has most."""
+    on_cpu = torch.device(options["device"]).type == "cpu"
+    free = free_bytes(torch.device("cpu")) // share.on_machine
+    chosen = offload.choose(request.offload, on_cpu, weight_sizes(inputs, options, share), fits, free)
     if share.grid.size == 1:
-        on_cpu = torch.device(options["device"]).type == "cpu"
-        return offload.choose(request.offload, on_cpu, sizes, fits, free_bytes(torch.device("cpu")))
-    if request.offload in (CPU, DISK):
-        raise IcsearchError(
-            f"--offload {request.offload} is for one process: several share the layers instead (--pp); leave it out"
-        )
-    weights = share.parameters(inputs.layout) * DTYPES[options["dtype"]].itemsize
-    return Offload(RESIDENT, f"{plan.format_bytes(weights)} in each process", weights)
+        return chosen
+    return replace(chosen, why=f"{chosen.why}, in each process", pass_bytes=chosen.pass_bytes * share.grid.size)
 
 
 def plan_share(
@@ -146,23 +150,32 @@ def plan_share(
 ) -> Memory:
     """The memory of a process under the first of these grids in which one pattern at least fits.
 
-    Raises IcsearchError where none does.
+    Weights are streamed only where no grid can keep them, or where that is asked for. Raises IcsearchError where no
+    grid does.
     """
     neighbours = launch.neighbours(torch.cuda.device_count() if options["device"].startswith("cuda") else 1)
-    refusals = []
+    refusals, streamed = [], []
     for grid in wanted:
         try:
-            return plan_memory(request, inputs, options, Share(grid, neighbours))
+            memory = plan_memory(request, inputs, options, Share(grid, neighbours, launch.local_size))
         except IcsearchError as error:
             refusals.append(error)
+            continue
+        if request.offload != AUTO or not memory.offload.streamed:
+            return memory
+        streamed.append(memory)
+    if streamed:
+        return streamed[0]
     raise refusals[-1]
 
 
-def weight_sizes(inputs: Inputs, options: dict[str, Any]) -> WeightSizes:
-    """Of the weights as the model computes with them."""
+def weight_sizes(inputs: Inputs, options: dict[str, Any], share: Share | None = None) -> WeightSizes:
+    """Of the weights as the model computes with them, of one process's share: all that lies outside, and its layers."""
     layout, width = inputs.layout, DTYPES[options["dtype"]].itemsize
-    layers = tuple(number * width for number in layout.layer_parameters)
-    return WeightSizes(layout.num_parameters * width - sum(layers), layers, inputs.source.num_bytes)
+    outside = layout.num_parameters - sum(layout.layer_parameters)
+    layers = tuple(number * width for number in (share or Share()).layer_parameters(layout))
+    part = sum(layers) / (sum(layout.layer_parameters) * width)
+    return WeightSizes(outside * width, layers, int(inputs.source.num_bytes * part))
 
 
 def _most_patterns(request: RunRequest, layout: Layout, options: dict[str, Any]) -> int:

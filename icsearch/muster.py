@@ -29,6 +29,7 @@ def load_order(
     trust_remote_code: bool,
     options: dict[str, Any],
     sets: Mapping[str, Calibration],
+    offload: str,
 ) -> Order:
     """What every process must know to load its part."""
     return {
@@ -38,6 +39,7 @@ def load_order(
         "model": source.name,
         "trust_remote_code": trust_remote_code,
         "options": options,
+        "offload": offload,
         "sets": {name: list(batches.input_ids.shape) for name, batches in sets.items()},
     }
 
@@ -92,7 +94,7 @@ def _make_member(
         tensors[name] = world.broadcast(ids), world.broadcast(counted)
     grid = Grid(*order["grid"])
     layers = range(*order["blocks"][grid.place(world.rank)])
-    dsa = bring_up(source, order["options"], order["trust_remote_code"], layers)
+    dsa = bring_up(source, order["options"], order["trust_remote_code"], layers, order["offload"])
     size = order["options"]["batch_size"]
     batches = {
         name: cut_batches(ids.to(dsa.device), counted.to(dsa.device), size) for name, (ids, counted) in tensors.items()

@@ -104,8 +104,17 @@ def load_together(request: GreedyRequest, here: Opened, world: World) -> Loaded:
     grid = memory.share.grid
     layers = pipeline_blocks(inputs.layout.num_layers, inputs.layout.layer_indices, grid.pipeline)
     sets = {CALIBRATION: inputs.batches, **({HELDOUT: inputs.heldout} if inputs.heldout else {})}
-    order = load_order(grid, layers, inputs.source, request.calibration.trust_remote_code, options, sets)
+    remote, where = request.calibration.trust_remote_code, memory.offload.where
+    order = load_order(grid, layers, inputs.source, remote, options, sets, where)
     member, dsa = lead_in(world, order, inputs.source, sets)
     notes = check_ready(world, here.start)
     batches = {name: member.batches_of(name) for name in sets}
-    return Loaded(dsa, batches[CALIBRATION], memory, batches.get(HELDOUT, []), Crew(world, grid, member), tuple(notes))
+    return Loaded(
+        dsa,
+        batches[CALIBRATION],
+        memory,
+        batches.get(HELDOUT, []),
+        Crew(world, grid, member),
+        tuple(notes),
+        read_rate(inputs.source.shards) if where == DISK else None,
+    )

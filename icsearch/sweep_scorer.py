@@ -86,7 +86,8 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept
         full = loaded.dsa.start_pattern if by_kl else None
         ledger = Ledger(kept.keeping, record.pattern, full, keep_full_states)
         ranges = [(batch.first, batch.last) for batch in batches]
-        return loaded.crew.scorer(name, ledger, ranges, loaded.memory.patterns_per_sweep)
+        memory = loaded.memory
+        return loaded.crew.scorer(name, ledger, ranges, memory.patterns_per_sweep, memory.batches_per_wave)
     store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
     sweeper = Sweeper(loaded.dsa, store)
     if by_kl:

@@ -28,6 +28,7 @@ class Packet:
 
     branches: list[Branch]
     layer_sequences: int
+    bytes_read: int = 0  # of weights, from the checkpoint
     notes: tuple[str, ...] = ()
 
 
@@ -110,7 +111,7 @@ def _pack(packet: Packet) -> tuple[dict[str, Any], list[torch.Tensor]]:
         for branch in packet.branches
     ]
     shapes = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors]
-    others = {"layer_sequences": packet.layer_sequences, "notes": list(packet.notes)}
+    others = {name: getattr(packet, name) for name in ("layer_sequences", "bytes_read", "notes")}
     return {"branches": branches, "tensors": shapes, **others}, tensors
 
 
@@ -123,4 +124,4 @@ def _unpack(header: dict[str, Any], tensors: list[torch.Tensor]) -> Packet:
         )
         for branch in header["branches"]
     ]
-    return Packet(branches, header["layer_sequences"], tuple(header["notes"]))
+    return Packet(branches, header["layer_sequences"], header["bytes_read"], tuple(header["notes"]))

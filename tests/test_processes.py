@@ -179,6 +179,37 @@ def test_every_strategy_in_every_grid(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("grid", [["--dp", 2], ["--pp", 2, "--stages", 1]])
+def test_streamed_weights_in_every_process(
+    deeper: Path, longer: Path, whole: Path, tmp_path: Path, grid: list[object]
+) -> None:
+    """Each process reads the layers of its block, once for each wave; a wave has batches for all of them."""
+    out = tmp_path / "run"
+    with Ranks(2, greedy(deeper, longer, out, *grid, "--offload", "disk"), tmp_path / "logs") as ranks:
+        assert ranks.wait() == [0, 0], ranks.said(0)
+    assert same_result(out, whole)
+    assert losses(out) == losses(whole)
+    events = [json.loads(line) for line in (out / "journal.jsonl").read_text().splitlines()]
+    read = [event["weight_bytes"] for event in events if event["event"] == "losses"]
+    layers = _layer_bytes(deeper)
+    if grid[0] == "--dp":
+        assert read[0] == 2 * layers  # both read all layers
+    else:
+        assert read[0] == layers  # each read half of them
+
+
+def _layer_bytes(checkpoint: Path) -> int:
+    """What the shards hold of decoder layers."""
+    found = 0
+    for shard in checkpoint.glob("*.safetensors"):
+        with shard.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        spans = [entry["data_offsets"] for name, entry in header.items() if ".layers." in name]
+        found += sum(last - first for first, last in spans)
+    return found
+
+
+@pytest.mark.slow
 def test_through_accelerate(deeper: Path, longer: Path, whole: Path, tmp_path: Path) -> None:
     done = launched(accelerate(2), greedy(deeper, longer, tmp_path / "run"))
     assert done.returncode == 0, done.stderr

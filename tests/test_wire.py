@@ -25,7 +25,7 @@ def branches() -> list[Branch]:
 
 
 def test_packed_and_unpacked() -> None:
-    packet = Packet(branches(), 12, ("a note",))
+    packet = Packet(branches(), 12, 34, ("a note",))
     header, tensors = _pack(packet)
     assert len(tensors) == 6 + 2  # shared selections go once
     header = json.loads(json.dumps(header))
@@ -33,7 +33,7 @@ def test_packed_and_unpacked() -> None:
         (shape, str(t.dtype)) for t, (shape, _) in zip(tensors, header["tensors"], strict=True)
     ]
     found = _unpack(header, [tensor.clone() for tensor in tensors])
-    assert (found.layer_sequences, found.notes) == (12, ("a note",))
+    assert (found.layer_sequences, found.bytes_read, found.notes) == (12, 34, ("a note",))
     for one, other in zip(found.branches, packet.branches, strict=True):
         assert one.patterns == other.patterns
         assert all(map(torch.equal, one.hidden_states, other.hidden_states))
