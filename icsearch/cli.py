@@ -458,7 +458,7 @@ def _start(arguments: list[str], debug: bool) -> object:
     launch = read_launch(os.environ)
     if launch.size == 1:
         return _call(arguments)
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read by torch when it starts; its C++ stacks say less than we
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # when torch starts it reads this: no C++ stacks
     from icsearch.processes import run_together
 
     return run_together(launch, lambda world: _call(arguments, world), debug)

@@ -20,11 +20,12 @@ import agreement  # noqa: E402
 import edge_ties  # noqa: E402
 import kernels as forward_benchmark  # noqa: E402
 import measuring  # noqa: E402
+import processes as processes_benchmark  # noqa: E402
 import search as search_benchmark  # noqa: E402
 import stock  # noqa: E402
 import tables  # noqa: E402
 import variants  # noqa: E402
-from icsearch import ops  # noqa: E402
+from icsearch import cli, ops  # noqa: E402
 from icsearch.results import cost  # noqa: E402
 from icsearch.strategies import Options  # noqa: E402
 
@@ -262,3 +263,62 @@ def test_parse_options_of_agreement() -> None:
 
 def test_tiny_is_what_the_counts_assume() -> None:
     assert (tiny.SIZES["num_hidden_layers"], tiny.SIZES["index_topk"]) == (6, 8)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_layouts_are_read_and_named() -> None:
+    layout = processes_benchmark.parse_layout("dp=2,pp=3,stages=3")
+    assert (layout.data, layout.pipeline, layout.stages, layout.size) == (2, 3, 3, 6)
+    assert (layout.name, layout.alone.name, processes_benchmark.Layout().name) == (
+        "dp=2,pp=3,stages=3",
+        "stages=3",
+        "one",
+    )
+    for text in ("dp", "dp=0", "tp=2", "dp=2;pp=2"):
+        with pytest.raises(SystemExit, match="expected such as"):
+            processes_benchmark.parse_layout(text)
+
+
+def test_one_process_and_several_take_turns() -> None:
+    layouts = [processes_benchmark.parse_layout(name) for name in ("dp=2", "pp=2,stages=2", "pp=2")]
+    names = [(layout.name, repeat) for layout, repeat in processes_benchmark.runs_of(layouts, 2)]
+    one = ["one", "dp=2", "pp=2", "stages=2", "pp=2,stages=2"]
+    assert names == [(name, repeat) for repeat in range(2) for name in one]
+
+
+def test_what_the_blocks_of_a_pipeline_allow() -> None:
+    """4 layers, 1 flip: candidates 1 to 3 run 3, 2 and 1 layers, 1 of them in the first block and 5 in the second."""
+    bound = processes_benchmark.pipeline_bound
+    assert bound(["FSFF"], processes_benchmark.Layout(pipeline=2)) == pytest.approx(6 / 5)
+    assert bound(["FSFF"], processes_benchmark.Layout()) == 1
+    # In 2 stages: candidate 1 runs layers 1 to 3, then candidate 3 runs layer 3.
+    assert bound(["FSFF", "FSFS"], processes_benchmark.Layout(pipeline=2, stages=2)) == pytest.approx(4 / 3)
+
+
+def test_the_summary_of_several_processes(tmp_path: Path) -> None:
+    """Ratios are taken within a repeat, and a loss that differs in one bit shows."""
+    case, layout = processes_benchmark.parse_case("demo:64:2:1"), processes_benchmark.parse_layout("dp=2")
+    results = measuring.Results.open(tmp_path / "processes.jsonl", MACHINE)
+    for name, seconds in (("one", (10.0, 12.0, 11.0)), ("dp=2", (5.0, 7.5, 5.5))):
+        for repeat, value in enumerate(seconds):
+            line = {"seconds": value, "whole_seconds": value + 5, "layer_evaluations": 3.0, "patterns": ["FSFF"]}
+            sums = {"FSFF": {"0": 1.5 if (name, repeat) != ("dp=2", 2) else 1.5000000000000002}}
+            results.add((case.name, name, repeat), {**line, "sums": sums})
+    document = processes_benchmark.summarise(case, [layout], 3, results)
+    one, several = document["rows"]
+    assert "times_as_fast" not in one
+    assert several["times_as_fast"] == {"min": 1.6, "median": 2.0, "max": 2.0, "repeats": 3}
+    assert (several["efficiency"], several["bound"], several["same_bits"]) == (1.0, 2.0, False)
+    assert "| dp=2 | 5.5 | 2.00 (1.60 to 2.00) | 100% of 2.00 | 100% | NO |" in processes_benchmark.table(document)
+
+
+def test_what_a_run_of_several_processes_leaves(glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = ["greedy", glm_checkpoint, "--calibration", tokens, "--out", out, "--num-shared", 2, "--threads", 1]
+    assert cli._run([*map(str, arguments), "--quiet"], debug=True) == 0
+    found = processes_benchmark.read_run(out)
+    assert len(found["patterns"]) == 2
+    assert all(list(sums) == ["0", "1", "2", "3", "4"] for sums in found["sums"].values())
+    assert found["seconds"] > 0
