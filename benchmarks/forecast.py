@@ -15,17 +15,23 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 import checkpoints
 from icsearch.block_sizes import BLOCK_ELEMENTS
-from icsearch.devices import DEVICES
+from icsearch.devices import DEVICES, Devices
 from icsearch.footprint import Call
+from icsearch.forecast import Clock as PlanClock
+from icsearch.forecast import Course, PlanRequest, make_case
 from icsearch.layer_time import KINDS, CallWork, Efficiency, head_call, layer_call
 from icsearch.modelfile import open_model_file
+from icsearch.placement import Placement
+from icsearch.placement import fit as fit_placement
+from icsearch.requests import CalibrationRequest
+from icsearch.workload import layer_evaluations
 from measuring import RESULTS, WORK, Clock, Json, Results, machine, run_child, write_json
 from memory import LAYERS, SHAPES
 
@@ -100,7 +106,7 @@ def search(spec: Json) -> Json:
     """CPU seconds of a greedy search, from its first sweep to its last loss."""
     from icsearch.greedy import greedy
     from icsearch.progress import Quiet
-    from icsearch.requests import CalibrationRequest, GreedyRequest
+    from icsearch.requests import GreedyRequest
 
     class Listener(Quiet):
         started = 0.0
@@ -169,11 +175,13 @@ def least_seconds(work: CallWork) -> list[float]:
 
 
 def fit(rows: Sequence[tuple[list[float], float]]) -> Efficiency:
-    """The constants with the smallest squared relative errors: 1 / efficiency and the seconds of a launch, above 0."""
+    """The constants with the smallest squared relative errors; no efficiency is above 1."""
     matrix = np.array([[value / seconds for value in least] for least, seconds in rows])
-    solution = nonnegative_least_squares(matrix, np.ones(len(rows)))
-    efficiencies = {kind: float(1 / max(x, 1e-6)) for kind, x in zip(KINDS, solution, strict=False)}
-    return Efficiency(**efficiencies, launch=float(solution[-1]))
+    least = np.array([1.0] * len(KINDS) + [0.0])  # of 1 / efficiency, and of the seconds of a launch
+    solution = least + nonnegative_least_squares(matrix, np.ones(len(rows)) - matrix @ least)
+    return Efficiency(
+        **{kind: float(1 / x) for kind, x in zip(KINDS, solution, strict=False)}, launch=float(solution[-1])
+    )
 
 
 def nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray, rounds: int = 20000) -> np.ndarray:
@@ -208,14 +216,6 @@ def compared(results: Results, cases: Sequence[str], efficiency: Efficiency) -> 
 
 def searches(results: Results, efficiency: Efficiency) -> list[Json]:
     """Each measured search beside its plan."""
-    from icsearch.devices import Devices
-    from icsearch.forecast import Clock as PlanClock
-    from icsearch.forecast import Course, PlanRequest, make_case
-    from icsearch.placement import Placement
-    from icsearch.placement import fit as fitted
-    from icsearch.requests import CalibrationRequest
-    from icsearch.workload import layer_evaluations
-
     rows = []
     for case in SEARCHES:
         line = results.find(("search", case))
@@ -223,12 +223,10 @@ def searches(results: Results, efficiency: Efficiency) -> list[Json]:
             continue
         name, length, sequences, flips = case.split(":")
         calibration = CalibrationRequest(str(model_of(name)), "", int(length), int(sequences))
-        from dataclasses import replace
-
         device = replace(CPU, memory=8 * 10**9, node_read_rate=1e15)  # loading is not measured
         request = PlanRequest(calibration, out=Path(), num_shared=int(flips), batch_size=1, devices=Devices(1, device))
         planned = make_case(request)
-        place = fitted(planned, Placement())
+        place = fit_placement(planned, Placement())
         sweeps = planned.workload.likely(place.per_sweep, place.kept.keeping)
         seconds = Course(planned, place, PlanClock(planned, efficiency)).seconds(sweeps)
         rows.append(

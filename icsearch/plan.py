@@ -15,6 +15,10 @@ from icsearch.strategies.swaps import MAX_SWAPS
 
 FLOAT_BYTES = 4
 INDEX_BYTES = 4
+# glibc gives a tensor pages of its own from 32 MB on; smaller ones share a heap, and what is freed between them stays
+# with the process. Measured by benchmarks/memory.py: about a third of what they hold. Pages for each tensor alone
+# (MALLOC_MMAP_THRESHOLD_) meet the plan within 3% without it, but layers take 1.2 to 2 times as long.
+LARGEST_IN_HEAP, HEAP_SHARE = 2**25, 0.35
 NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
 FEWEST_BRANCHES = 3  # the trunk, a candidate, and the layer output that is just being made
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -133,6 +137,7 @@ class SearchPlan:
     processes: str = ""  # who computes, where several processes do
     weight_rows: tuple[tuple[str, str], ...] = ()  # where weights rest, in words
     program_bytes: int = 0  # measured: taken before the weights came
+    tensor_bytes: int = 0  # of the hidden states of one batch
     packets: int = 0  # of several processes: see `patterns_per_sweep`
 
     @property
@@ -143,8 +148,18 @@ class SearchPlan:
     @property
     def peak_bytes(self) -> int:
         """Estimate of the most that the process has at once."""
+        return self.program_bytes + self.weight_bytes + self._working_bytes + self.heap_bytes
+
+    @property
+    def _working_bytes(self) -> int:
         states = self.live_branches * self.branch_bytes + self.kept.bytes + self.full_state_bytes
-        return self.program_bytes + self.weight_bytes + self.layer_bytes + states
+        return self.layer_bytes + states
+
+    @property
+    def heap_bytes(self) -> int:
+        """On the CPU, what the C library's heap holds between tensors: see HEAP_SHARE."""
+        in_heap = self.program_bytes > 0 and self.tensor_bytes < LARGEST_IN_HEAP
+        return int(HEAP_SHARE * self._working_bytes) if in_heap else 0
 
     @property
     def moves(self) -> int:
@@ -221,8 +236,9 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _peak_words(plan: SearchPlan) -> str:
     """What the process is expected to have at once; on CUDA the device."""
-    program = f"; {format_bytes(plan.program_bytes)} of it is the program itself" if plan.program_bytes else ""
-    return f"about {format_bytes(plan.peak_bytes)} in all (estimate{program})"
+    parts = {"the program itself": plan.program_bytes, "lost between tensors": plan.heap_bytes}
+    told = [f"{format_bytes(size)} {name}" for name, size in parts.items() if size]
+    return f"about {format_bytes(plan.peak_bytes)} in all{', with ' if told else ''}{' and '.join(told)} (estimate)"
 
 
 def _objective_rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +19,10 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import agreement  # noqa: E402
 import edge_ties  # noqa: E402
+import forecast as forecast_benchmark  # noqa: E402
 import kernels as forward_benchmark  # noqa: E402
 import measuring  # noqa: E402
+import memory as memory_benchmark  # noqa: E402
 import processes as processes_benchmark  # noqa: E402
 import search as search_benchmark  # noqa: E402
 import stock  # noqa: E402
@@ -322,3 +325,30 @@ def test_what_a_run_of_several_processes_leaves(glm_checkpoint: Path, tokens: Pa
     assert len(found["patterns"]) == 2
     assert all(list(sums) == ["0", "1", "2", "3", "4"] for sums in found["sums"].values())
     assert found["seconds"] > 0
+
+
+# --- the plan and its memory
+
+
+def test_the_fit_finds_constants_that_are_there() -> None:
+    """Made-up seconds from known constants, with kinds that never occur and a launch that takes no time."""
+    chance = random.Random(0)
+    known = dict.fromkeys(forecast_benchmark.KINDS, 1.0) | {"mlp": 0.25, "scores": 0.5}
+    rows = []
+    for _ in range(40):
+        least = {kind: chance.random() for kind in known} | {"dense_attention": 0.0}
+        seconds = sum(least[kind] / known[kind] for kind in known)
+        rows.append(([*least.values(), chance.randrange(100)], seconds))
+    fitted = forecast_benchmark.fit(rows)
+    assert {kind: fitted.of(kind) for kind in known} == pytest.approx(known, rel=1e-3)
+    assert fitted.launch == pytest.approx(0, abs=1e-6)
+
+
+def test_the_memory_benchmark_reads_the_plan() -> None:
+    rows = {
+        "peak": "about 1.8 GB in all, with 368.2 MB the program itself and 12.0 MB lost between tensors (estimate)",
+        "memory": "8.1 MB weights + ...",
+        "kept between steps": "nothing",
+    }
+    found = memory_benchmark.planned_bytes(rows)
+    assert (found["planned_bytes"], found["program_bytes"]) == (1_800_000_000, 368_200_000)
