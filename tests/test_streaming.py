@@ -15,16 +15,12 @@ import pytest
 
 import tiny
 from icsearch.checkpoint import open_checkpoint
-from icsearch.errors import IcsearchError
 from icsearch.greedy import greedy as search
-from icsearch.inputs import Inputs, obtain, open_model
-from icsearch.launch import Grid
 from icsearch.layout import inspect
-from icsearch.memory_plan import Share, batch_shape, plan_memory
+from icsearch.memory_plan import batch_shape
 from icsearch.progress import Quiet
 from icsearch.reader import Reader
 from icsearch.requests import CalibrationRequest, GreedyRequest
-from icsearch.run_options import run_options
 from test_cli import greedy, refused, run, same_result
 from test_cli_eval import baseline, evaluation
 
@@ -236,16 +232,3 @@ def test_cpu_memory_on_a_cpu_device_is_no_other_place(
     assert status == 0
     assert "resident: --offload cpu is what a CPU device does anyway" in " ".join(err.split())
     assert all("weight_bytes" not in event for event in losses(tmp_path))
-
-
-def test_several_processes_keep_their_layers(deep: Path, tokens: Path, tmp_path: Path) -> None:
-    request = GreedyRequest(CalibrationRequest(str(deep), str(tokens)), tmp_path, batch_size=2, threads=1)
-    source, layout = open_model(request.calibration)
-    inputs = Inputs(source, layout, obtain(request.calibration, source, layout, tmp_path, fresh=False)[0])
-    options = {**run_options(request, inputs, []), "objective": "lm-loss"}
-    two = Share(Grid(1, 2), neighbours=2)
-    memory = plan_memory(request, inputs, options, two)
-    assert not memory.offload.streamed and memory.weights == 4 * two.parameters(layout)
-    for where in ("cpu", "disk"):
-        with pytest.raises(IcsearchError, match=f"--offload {where} is for one process"):
-            plan_memory(replace(request, offload=where), inputs, options, two)
