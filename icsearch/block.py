@@ -17,6 +17,7 @@ import torch
 
 from icsearch.model import DsaModel, LayerCall
 from icsearch.pattern import Pattern
+from icsearch.resting import OnDevice
 from icsearch.slot import SelectionStore
 from icsearch.states import Keeping, StateStore
 
@@ -83,11 +84,12 @@ def count_sequences(wave: Sequence[Batch]) -> int:
 class LayerBlock:
     """The decoder layers of a model that this process has.
 
-    Call arguments are captured once per batch shape and kept.
+    Call arguments are captured once per batch shape and kept. `resting`: where states are between layer calls.
     """
 
-    def __init__(self, model: DsaModel) -> None:
+    def __init__(self, model: DsaModel, resting: OnDevice | None = None) -> None:
         self.model = model
+        self.resting = resting or OnDevice()
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
 
@@ -127,7 +129,7 @@ class LayerBlock:
         branches = []
         for group in groups:
             if index == 0:
-                embedded = [self.model.embed(batch.input_ids) for batch in wave]
+                embedded = [self.resting.lay(self.model.embed(batch.input_ids)) for batch in wave]
                 branches.append(Branch(group, embedded, [None] * len(wave)))
                 continue
             letters = kept.keeping.letters_before(group[0], index)
@@ -152,12 +154,15 @@ class LayerBlock:
     ) -> Branch:
         hidden_states, selections = [], []
         for states, selection, batch in zip(branch.hidden_states, branch.selections, wave, strict=True):
-            store = SelectionStore(patterns[0], selection)
+            here = self.resting.take(selection)
+            store = SelectionStore(patterns[0], here)
             if probe is not None:
                 store.probe = partial(probe, batch, patterns)
             call = self.calls_for(batch)[index]
-            hidden_states.append(self.model.run_layer(index, states, call, store))
-            selections.append(store.selection)
+            output = self.model.run_layer(index, self.resting.take(states), call, store)
+            hidden_states.append(self.resting.lay(output))
+            # an S layer borrows what rests already
+            selections.append(selection if store.selection is here else self.resting.lay(store.selection))
         return Branch(patterns, hidden_states, selections)
 
     def calls_for(self, batch: Batch) -> list[LayerCall]:

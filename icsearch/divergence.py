@@ -14,6 +14,7 @@ from icsearch.block import Batch, BranchState
 from icsearch.losses import per_sequence, token_measures
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
+from icsearch.resting import OnDevice
 from icsearch.states import StateStore
 from icsearch.sweep import Sweeper
 
@@ -24,8 +25,14 @@ class KlSweeper(Sweeper):
     The NLL has the bits of a sweep without KL. `keep_full_states`: all batches' final states have room in memory.
     """
 
-    def __init__(self, model: DsaModel, kept: StateStore[BranchState] | None, keep_full_states: bool) -> None:
-        super().__init__(model, kept)
+    def __init__(
+        self,
+        model: DsaModel,
+        kept: StateStore[BranchState] | None,
+        keep_full_states: bool,
+        resting: OnDevice | None = None,
+    ) -> None:
+        super().__init__(model, kept, resting)
         self._keep_full_states = keep_full_states
         self._full_states: dict[int, torch.Tensor] = {}  # by first sequence: [B, T, D] after the final norm
 
@@ -60,7 +67,7 @@ class KlSweeper(Sweeper):
     def _reference(self, batch: Batch, states: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if batch.first in self._full_states:
             return self._full_states[batch.first]
-        reference = self.model.final_norm(states[self.model.start_pattern.letters])
+        reference = self.normed(states[self.model.start_pattern.letters])
         if self._keep_full_states:
             self._full_states[batch.first] = reference
         return reference
@@ -69,7 +76,7 @@ class KlSweeper(Sweeper):
         self, hidden_states: torch.Tensor, reference: torch.Tensor, batch: Batch, pattern: Pattern
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, T, D] states of the last layer to NLL and KL sums, float64 [B] each; raises NonFiniteLossError."""
-        normed = self.model.final_norm(hidden_states)
+        normed = self.normed(hidden_states)
         nll, kl, _ = token_measures(normed, reference, self.model.lm_head, batch.input_ids)
         sums = per_sequence(nll, batch.counted), per_sequence(kl, batch.counted)
         for values in sums:

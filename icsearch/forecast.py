@@ -32,7 +32,7 @@ from icsearch.workload import MEASURED_SHARES, Plays, Workload, layer_evaluation
 
 DEFAULT_SEQUENCES = 24
 SECONDS_AN_HOUR = 3600.0
-PATIENCE = 24.0  # hours: above that, a strategy that takes fewer evaluations is recommended
+PATIENCE = 24.0  # hours: above that, another strategy than exact is recommended
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,13 @@ class Plan:
 
     @property
     def best(self) -> tuple[Fit, Forecast]:
-        """The fastest placement that can be had; exact, unless that takes more than `PATIENCE` hours."""
+        """The fastest placement that can be had; exact, or above `PATIENCE` hours the strategy of the fewest hours."""
         available = [one for one in self.forecasts if one.placement.available]
         fastest = min(available, key=lambda one: self.forecasts[one][0].hours)
         exact = self.forecasts[fastest][0]
         if exact.hours <= PATIENCE:
             return fastest, exact
-        wanted = "race" if fastest.placement.streamed else "race+lazy"
-        return fastest, next(one for one in self.forecasts[fastest] if one.strategy == wanted)
+        return fastest, min(self.forecasts[fastest], key=lambda one: one.hours)
 
 
 def make_plan(request: PlanRequest) -> Plan:

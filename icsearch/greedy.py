@@ -124,6 +124,7 @@ def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRec
         full_state_bytes=memory.full_states,
         kept=kept,
         program_bytes=memory.program,
+        resting=memory.resting,
         tensor_bytes=memory.shape.final_bytes * memory.shape.batch_size,
         packets=memory.share.packets,
         heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,

@@ -18,6 +18,7 @@ from icsearch.layout import DTYPES, Layout
 from icsearch.memory import free_bytes, resident_bytes
 from icsearch.offload import NO_OFFLOAD, Offload, WeightSizes
 from icsearch.requests import AUTO, KL, PatternRequest, RunRequest
+from icsearch.weights import CPU
 
 MEMORY_SHARE = 0.8  # of what is free when the run starts
 WAVES_PER_PLACE = 2  # where layers are streamed in a pipeline: with fewer its processes wait for one another
@@ -70,6 +71,7 @@ class Memory:
     share: Share = field(default_factory=Share)
     batches_per_wave: int = 1  # how many batches go through the layers together
     offload: Offload = NO_OFFLOAD
+    resting: int = 0  # CPU memory for branch states, where the device has no room for them; 0: they are on the device
     program: int = 0  # measured: what the program itself had taken before the weights came; on CUDA not counted
 
     @property
@@ -79,7 +81,9 @@ class Memory:
 
     @property
     def spare(self) -> int:
-        """What weights, kept final states, one layer call and two branches leave."""
+        """What weights, kept final states, one layer call and two branches leave; for states that rest, CPU memory."""
+        if self.resting:
+            return self.resting - 2 * self.branch_bytes
         fixed = self.weights + self.full_states + self.shape.layer_bytes
         return self.budget - fixed - 2 * self.branch_bytes
 
@@ -95,6 +99,17 @@ class Memory:
         if left >= 1:
             return replace(self, full_states=full_states, patterns_per_sweep=left)
         return replace(self, patterns_per_sweep=max(1, self.patterns_per_sweep - 1))
+
+    def rest_in_cpu(self, room: int, patterns: int, batches: int) -> Memory:
+        """With branch states in so many bytes of CPU memory, where that lets more of the patterns live at once.
+
+        The device then holds three states of one batch: what a layer call starts from, makes, and has made.
+        """
+        together, wave = offload.plan_waves(room // self.shape.branch_bytes, patterns, batches, 2)
+        if self.patterns_per_sweep >= patterns or together <= self.patterns_per_sweep:
+            return self
+        wave = wave if self.offload.streamed else 1
+        return replace(self, resting=room, patterns_per_sweep=together, batches_per_wave=wave)
 
     def in_waves(self, patterns: int, batches: int, along: int) -> Memory:
         """As much of so many patterns and batches in one pass as there is room for, `along` patterns in each beside."""
@@ -122,11 +137,15 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], sh
     if by_kl:
         sets = [one.num_sequences for one in (inputs.batches, inputs.heldout) if one]
         memory = memory.for_kl(sum(share.sequences(total, shape.batch_size) for total in sets) * shape.final_bytes)
-    if not chosen.streamed:
+    batches = -(-inputs.batches.num_sequences // shape.batch_size)
+    patterns = _most_patterns(request, inputs.layout, options)
+    if chosen.streamed:
+        memory = memory.in_waves(patterns, batches, int(by_kl and not memory.full_states))
+    if device.type != "cuda" or share.grid.size > 1 or not isinstance(request, PatternRequest):
         return memory
-    batches = share.batches_per_wave(-(-inputs.batches.num_sequences // shape.batch_size))
-    along = int(by_kl and not memory.full_states)
-    return memory.in_waves(_most_patterns(request, inputs.layout, options), batches, along)
+    taken = sum(weight_sizes(inputs, options).layers) if chosen.where == CPU else 0
+    room = int(offload.SHARE_OF_CPU * free_bytes(torch.device("cpu"))) - taken
+    return memory.rest_in_cpu(room, patterns, batches)
 
 
 def _fits(shape: plan.BatchShape, budget: int, weights: int) -> bool:

@@ -138,6 +138,7 @@ class SearchPlan:
     weight_rows: tuple[tuple[str, str], ...] = ()  # where weights rest, in words
     program_bytes: int = 0  # measured: taken before the weights came
     tensor_bytes: int = 0  # of the hidden states of one batch
+    resting: int = 0  # CPU memory for branch states; 0: they are on the device
     packets: int = 0  # of several processes: see `patterns_per_sweep`
 
     @property
@@ -152,6 +153,8 @@ class SearchPlan:
 
     @property
     def _working_bytes(self) -> int:
+        if self.resting:
+            return self.layer_bytes + self.full_state_bytes + FEWEST_BRANCHES * self.branch_bytes
         states = self.live_branches * self.branch_bytes + self.kept.bytes + self.full_state_bytes
         return self.layer_bytes + states
 
@@ -227,10 +230,21 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
             f"{format_bytes(plan.weight_bytes)} weights + {branches} branches x {format_bytes(plan.branch_bytes)} + "
             f"{format_bytes(plan.layer_bytes)} in a layer, of {format_bytes(plan.memory_bytes)} (estimate)",
         ),
+        *_resting_rows(plan),
         ("kept between steps", plan.kept.words),
         ("peak", _peak_words(plan)),
         *_objective_rows(plan, start),
         *_refinement_rows(plan),
+    ]
+
+
+def _resting_rows(plan: SearchPlan) -> list[tuple[str, str]]:
+    """Branch states that the device has no room for."""
+    if not plan.resting:
+        return []
+    states = format_bytes(plan.live_branches * plan.branch_bytes)
+    return [
+        ("branch states", f"in pinned CPU memory: {states} of {format_bytes(plan.resting)}; one at a time moves in")
     ]
 
 

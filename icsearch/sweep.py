@@ -28,6 +28,7 @@ from icsearch.losses import sequence_nll
 from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.model import DsaModel, LayerCall
 from icsearch.pattern import Pattern
+from icsearch.resting import OnDevice
 from icsearch.slot import SelectionStore
 from icsearch.states import Keeping, StateStore
 
@@ -70,11 +71,14 @@ class Sweeper:
     """Runs sweeps of one model, or in a pipeline this process's part of them: the layers that its model holds.
 
     With `kept`, which belongs to one set of batches, a sweep goes on from earlier ones' states and keeps new ones.
+    `resting` says where states are between layer calls.
     """
 
-    def __init__(self, model: DsaModel, kept: StateStore[BranchState] | None = None) -> None:
+    def __init__(
+        self, model: DsaModel, kept: StateStore[BranchState] | None = None, resting: OnDevice | None = None
+    ) -> None:
         self.model = model
-        self.block = LayerBlock(model)
+        self.block = LayerBlock(model, resting)
         self._nothing: StateStore[BranchState] = StateStore(
             Keeping(len(model.layers), tuple(model.layer_indices)), model.start_pattern
         )
@@ -169,10 +173,14 @@ class Sweeper:
 
     def _nll(self, hidden_states: torch.Tensor, batch: Batch, pattern: Pattern) -> list[float]:
         """The last layer's [B, T, D] states to one NLL sum per sequence; raises NonFiniteLossError."""
-        normed = self.model.final_norm(hidden_states)
+        normed = self.normed(hidden_states)
         nll = sequence_nll(normed, self.model.lm_head, batch.input_ids, batch.counted)
         self.check_finite(nll, batch, pattern)
         return [float(value) for value in nll]
+
+    def normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The last layer's states, wherever they rest, behind the final norm and on the device."""
+        return self.model.final_norm(self.block.resting.take(hidden_states))
 
     def check_finite(self, nll: torch.Tensor, batch: Batch, pattern: Pattern) -> None:
         """Raise NonFiniteLossError with layer and sequence named, unless all of the [B] sums are finite."""

@@ -14,6 +14,7 @@ from icsearch.pattern import Pattern
 from icsearch.prepare import Loaded, Opened
 from icsearch.record import RunRecord
 from icsearch.requests import KL
+from icsearch.resting import InCpuMemory, OnDevice
 from icsearch.search import Progress, Scorer, Scores, Scoring
 from icsearch.start_event import environment_notes
 from icsearch.states import Keeping, StateStore
@@ -89,9 +90,10 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept
         memory = loaded.memory
         return loaded.crew.scorer(name, ledger, ranges, memory.patterns_per_sweep, memory.batches_per_wave)
     store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
-    sweeper = Sweeper(loaded.dsa, store)
+    resting = InCpuMemory(loaded.dsa.device) if loaded.memory.resting else OnDevice()
+    sweeper = Sweeper(loaded.dsa, store, resting)
     if by_kl:
-        sweeper = KlSweeper(loaded.dsa, store, keep_full_states)
+        sweeper = KlSweeper(loaded.dsa, store, keep_full_states, resting)
     return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep, loaded.memory.batches_per_wave)
 
 

@@ -53,9 +53,10 @@ ALLOWED: dict[str, set[str]] = {
     "loading": {"checkpoint", "errors", "kernels", "layout", "memory", "model", "reader", "weights"},
     "losses": {"block_sizes"},
     "states": {"pattern"},
-    "block": {"model", "pattern", "slot", "states"},
-    "sweep": {"block", "errors", "losses", "memory", "model", "pattern", "slot", "states"},
-    "divergence": {"block", "losses", "model", "pattern", "states", "sweep"},
+    "resting": set(),
+    "block": {"model", "pattern", "resting", "slot", "states"},
+    "sweep": {"block", "errors", "losses", "memory", "model", "pattern", "resting", "slot", "states"},
+    "divergence": {"block", "losses", "model", "pattern", "resting", "states", "sweep"},
     "similarity": {"block", "errors", "journal", "kernels", "losses", "model", "slot", "sweep"},
     "measure": {"errors", "memory", "model", "pattern"},
     "tasks": {"calibration", "corpus", "errors", "statistics"},
@@ -116,7 +117,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "sweep_scorer": {
         "block", "divergence", "layout", "ledger", "member", "offload", "pattern", "plan", "prepare", "record",
-        "requests", "search", "start_event", "states", "sweep",
+        "requests", "resting", "search", "start_event", "states", "sweep",
     },
     "greedy": {
         "inputs", "journal", "launch", "layout", "memory_plan", "pattern", "plan", "prepare", "record", "refine",

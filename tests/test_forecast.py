@@ -117,7 +117,7 @@ def test_faster_devices_take_less() -> None:
 
 def test_exact_is_recommended_where_there_is_time() -> None:
     assert demo().best[1].strategy == "exact"
-    assert make_plan(plan_request(stages=4)).best[1].strategy == "race"  # streamed
+    assert make_plan(plan_request(stages=4)).best[1].strategy == "race+lazy"
 
 
 @pytest.mark.parametrize(

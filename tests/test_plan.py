@@ -10,8 +10,9 @@ import pytest
 
 from icsearch.errors import IcsearchError
 from icsearch.pattern import Pattern
-from icsearch.plan import BatchShape, format_bytes, parse_bytes, patterns_per_sweep
+from icsearch.plan import HEAP_SHARE, BatchShape, Kept, SearchPlan, format_bytes, parse_bytes, patterns_per_sweep
 from icsearch.rehearsal import preview
+from icsearch.states import Keeping
 from icsearch.strategies import Options, Task, looks_of, make_strategy
 
 TOKENS = (30, 31, 29)
@@ -125,3 +126,27 @@ def test_sizes_for_people() -> None:
         "18.0 GB",
         "7.0 TB",
     ]
+
+
+def search_plan(**changes: object) -> SearchPlan:
+    """A plan of made-up numbers: 3 candidates, states of 10 bytes, 1000 in a layer."""
+    numbers = {
+        "strategy": Options(), "num_layers": 4, "candidates": 3, "num_shared": 1, "candidate_evaluations": 3,
+        "layer_evaluations": 9, "expected_layer_evaluations": 9, "naive_layer_evaluations": 12,
+        "branches_per_sweep": 2, "branch_bytes": 10, "layer_bytes": 1000, "weight_bytes": 500, "memory_bytes": 10**6,
+        "full_state_bytes": 0, "kept": Kept(Keeping(4, (0, 1, 2, 3)), 0, 70),
+    }  # fmt: skip
+    return SearchPlan(**{**numbers, **changes})  # type: ignore[arg-type]
+
+
+def test_the_peak_is_what_lives_at_once() -> None:
+    assert search_plan().peak_bytes == 500 + 1000 + 4 * 10 + 70  # two candidates, the trunk, an output
+    assert search_plan(packets=3).peak_bytes == 500 + 1000 + (3 * 4 + 1) * 10 + 70
+    on_cpu = search_plan(program_bytes=300, tensor_bytes=2**20)
+    assert on_cpu.heap_bytes == int(HEAP_SHARE * 1110)
+    assert on_cpu.peak_bytes == 300 + 500 + 1110 + on_cpu.heap_bytes
+    assert search_plan(program_bytes=300, tensor_bytes=2**25).heap_bytes == 0  # tensors with pages of their own
+
+
+def test_states_that_rest_in_cpu_memory_leave_three_on_the_device() -> None:
+    assert search_plan(resting=10**5).peak_bytes == 500 + 1000 + 3 * 10

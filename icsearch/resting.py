@@ -1,0 +1,39 @@
+"""Where branch states rest while no layer works on them: where they were computed, or in CPU memory.
+
+A state moves in before a layer call and its successor out behind it, as copies, which changes no bit. On CUDA what
+rests in CPU memory is pinned, so that copies run at the link's rate; they are waited for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class OnDevice:
+    """States stay where they were computed."""
+
+    def lay(self, value: Any) -> Any:
+        """A state behind a layer call: hidden states, a selection of any family, or None."""
+        return value
+
+    def take(self, value: Any) -> Any:
+        """A resting state on the device, for a layer call."""
+        return value
+
+
+class InCpuMemory(OnDevice):
+    """States rest in CPU memory; selections that are no tensors stay as they are."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def lay(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        pinned = self._device.type == "cuda"
+        return torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pinned).copy_(value)
+
+    def take(self, value: Any) -> Any:
+        return value.to(self._device) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,114 @@
+"""Branch states in CPU memory: moved in and out around every layer call, with the same bits. No GPU: see `Device`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import tiny
+from icsearch import loading, plan
+from icsearch.block import Batch, cut_batches
+from icsearch.checkpoint import open_checkpoint
+from icsearch.divergence import KlSweeper
+from icsearch.footprint import Call
+from icsearch.memory_plan import Memory
+from icsearch.model import DsaModel
+from icsearch.modelfile import open_model_file
+from icsearch.offload import Offload
+from icsearch.pattern import Pattern
+from icsearch.resting import InCpuMemory, OnDevice
+from icsearch.states import Keeping, StateStore
+from icsearch.sweep import Sweeper
+from icsearch.weights import DISK
+
+PATTERNS = [Pattern(letters) for letters in ("FFFFFF", "FSFFFF", "FFFSFF", "FFFFSS", "FSSSSS")]
+CPU = torch.device("cpu")
+
+
+class Device(InCpuMemory):
+    """Stands for a device apart: what is taken is a copy, and only copies may enter and leave a layer call."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.resting: set[int] = set()
+        self.moved = 0
+
+    def lay(self, value: Any) -> Any:
+        laid = super().lay(value)
+        if isinstance(laid, torch.Tensor):
+            assert laid.data_ptr() != value.data_ptr()
+            self.resting.add(laid.data_ptr())
+            self.moved += 1
+        return laid
+
+    def take(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            assert value.data_ptr() in self.resting
+            return value.clone()
+        return value
+
+
+@pytest.fixture(scope="module", params=["deepseek_v32", "glm_moe_dsa"])
+def dsa(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> DsaModel:
+    directory = tiny.save_checkpoint(tmp_path_factory.mktemp("model"), request.param)
+    return loading.load(open_checkpoint(str(directory)), device="cpu", block_elements=2**12)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Batch]:
+    ids = torch.randint(tiny.VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(1))
+    return cut_batches(ids, torch.ones_like(ids, dtype=torch.bool), 2)
+
+
+def test_a_sweep_of_resting_states_has_the_same_bits(dsa: DsaModel, batches: list[Batch]) -> None:
+    device = Device()
+    assert Sweeper(dsa, None, device).sweep(PATTERNS, batches) == Sweeper(dsa).sweep(PATTERNS, batches)
+    # hidden states once for each batch, at the embedding and behind each of the layer runs; selections of F layers
+    letters = [str(pattern) for pattern in PATTERNS]
+    nodes = {text[: end + 1] for text in letters for end in range(6)}
+    assert device.moved == len(batches) * (1 + len(nodes) + sum(node[-1] == "F" for node in nodes))
+
+
+def test_the_kl_of_resting_states_has_the_same_bits(dsa: DsaModel, batches: list[Batch]) -> None:
+    resting = KlSweeper(dsa, None, True, Device()).sweep(PATTERNS, batches)
+    assert resting == KlSweeper(dsa, None, True).sweep(PATTERNS, batches)
+
+
+def test_kept_states_rest_too(dsa: DsaModel, batches: list[Batch]) -> None:
+    keeping = Keeping(6, tuple(range(6)), frozenset(range(1, 6)), 1)
+    device, base = Device(), Pattern.full(6)
+    kept = Sweeper(dsa, StateStore(keeping, base, 10**9), device)
+    kept.sweep([base], batches)
+    flips = [base.flip(layer) for layer in range(1, 6)]
+    again = kept.sweep(flips, batches)
+    assert again.nll == Sweeper(dsa).sweep(flips, batches).nll
+    assert again.layer_sequences < Sweeper(dsa).sweep(flips, batches).layer_sequences
+
+
+def test_on_the_device_nothing_moves() -> None:
+    states = torch.zeros(2)
+    assert OnDevice().lay(states) is states and OnDevice().take(states) is states
+    assert InCpuMemory(CPU).lay(None) is None and InCpuMemory(CPU).take("other") == "other"
+
+
+def memory(patterns: int, **changes: Any) -> Memory:
+    shape = plan.blockwise_shape(Call(open_model_file("demo").shape, 1, 256, 4, 2**19))
+    return Memory(budget=10**9, weights=0, shape=shape, patterns_per_sweep=patterns, **changes)
+
+
+def test_states_rest_in_cpu_memory_where_that_lets_more_live() -> None:
+    branch = memory(2).shape.branch_bytes
+    rested = memory(2).rest_in_cpu(12 * branch, patterns=15, batches=4)
+    assert (rested.resting, rested.patterns_per_sweep, rested.batches_per_wave) == (12 * branch, 8, 1)  # 2 sweeps of 8
+    assert rested.spare == 10 * branch
+    assert memory(2).rest_in_cpu(100 * branch, patterns=15, batches=4).patterns_per_sweep == 15
+    assert memory(15).rest_in_cpu(100 * branch, patterns=15, batches=4).resting == 0  # all live on the device
+    assert memory(2).rest_in_cpu(3 * branch, patterns=15, batches=4).resting == 0  # CPU memory is smaller
+
+
+def test_streamed_weights_make_longer_waves_of_resting_states() -> None:
+    branch = memory(2).shape.branch_bytes
+    streamed = memory(2, offload=Offload(DISK, "", 0, 1))
+    assert streamed.rest_in_cpu(70 * branch, patterns=15, batches=4).batches_per_wave == 4
