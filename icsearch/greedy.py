@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from icsearch import plan, rehearsal
 from icsearch.inputs import Inputs
@@ -21,7 +22,9 @@ from icsearch.start_event import pattern_start
 from icsearch.states import Keeping
 from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy, testing_looks
 from icsearch.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring, weight_rows
-from icsearch.world import World
+
+if TYPE_CHECKING:
+    from icsearch.world import World
 
 
 def greedy(

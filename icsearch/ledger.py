@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from icsearch.pattern import Pattern
 from icsearch.states import Keeping, Rehearsal
 
+CALIBRATION, HELDOUT = "calibration", "heldout"  # the sets of sequences that a run scores
+
 
 @dataclass(frozen=True)
 class Start:

@@ -21,7 +21,6 @@ from icsearch.world import World, has_own_gpu
 
 Order = dict[str, Any]
 Measured = tuple[SweepResult, Packet]
-CALIBRATION, HELDOUT = "calibration", "heldout"  # the sets of sequences that a run scores
 UNLIMITED = 2**62  # bytes: what is kept is decided by rank 0, by the plan
 
 

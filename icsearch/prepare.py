@@ -9,25 +9,26 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icsearch.block import Batch
 from icsearch.bring_up import bring_up, device_batches
-from icsearch.crew import Crew
 from icsearch.inputs import Inputs, obtain, obtain_heldout, open_model
 from icsearch.journal import Event
 from icsearch.launch import grids, pipeline_blocks
-from icsearch.member import CALIBRATION, HELDOUT
+from icsearch.ledger import CALIBRATION, HELDOUT
 from icsearch.memory_plan import Memory, plan_memory, plan_share
 from icsearch.model import DsaModel
-from icsearch.muster import check_ready, lead_in, load_order
 from icsearch.record import RunRecord
 from icsearch.requests import GreedyRequest, RunRequest
 from icsearch.rundir import RunDirectory
 from icsearch.search import Progress
 from icsearch.shards import read_rate
 from icsearch.weights import DISK
-from icsearch.world import World
+
+if TYPE_CHECKING:
+    from icsearch.crew import Crew
+    from icsearch.world import World
 
 # Writes the results of a run into its directory.
 Publish = Callable[[Path, RunRecord], object]
@@ -99,6 +100,9 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded
 
 def load_together(request: GreedyRequest, here: Opened, world: World) -> Loaded:
     """As `load`, by all processes of a run: what each of them gets follows from the grid that they make."""
+    from icsearch.crew import Crew  # torch.distributed, which one process can do without
+    from icsearch.muster import check_ready, lead_in, load_order
+
     inputs, options = here.inputs, here.start["options"]
     memory = plan_share(request, inputs, options, world.launch, grids(world.size, request.dp, request.pp))
     grid = memory.share.grid

@@ -8,8 +8,7 @@ from icsearch import offload, plan
 from icsearch.block import Batch, BranchState, cut_waves
 from icsearch.divergence import KlSweeper
 from icsearch.layout import Layout
-from icsearch.ledger import Ledger
-from icsearch.member import CALIBRATION, HELDOUT
+from icsearch.ledger import CALIBRATION, HELDOUT, Ledger
 from icsearch.pattern import Pattern
 from icsearch.prepare import Loaded, Opened
 from icsearch.record import RunRecord

@@ -112,7 +112,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "bring_up": {"block", "calibration", "checkpoint", "loading", "model", "weights"},
     "prepare": {
-        "block", "bring_up", "crew", "inputs", "journal", "launch", "member", "memory_plan", "model", "muster",
+        "block", "bring_up", "crew", "inputs", "journal", "launch", "ledger", "memory_plan", "model", "muster",
         "record", "requests", "rundir", "search", "shards", "weights", "world",
     },
     "sweep_scorer": {
