@@ -8,40 +8,53 @@ from __future__ import annotations
 
 import io
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from icsearch import plan
-from icsearch.block import cut_waves
+from icsearch.block import Batch, cut_waves
 from icsearch.cosine_dp import solve
 from icsearch.errors import IcsearchError
 from icsearch.files import write_atomically
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
 from icsearch.jsonfile import read_object, strict, write_object
+from icsearch.launch import check_device, grids
 from icsearch.layout import Layout
 from icsearch.pattern import Pattern
-from icsearch.prepare import Loaded, Publish, load, opened, publish_nothing
+from icsearch.prepare import Loaded, Publish, load_together, opened, publish_nothing
 from icsearch.record import RunRecord
 from icsearch.requests import BaselineRequest
 from icsearch.search import Progress, Scoring
 from icsearch.similarity import SimilaritySweep, similarity_events
 from icsearch.start_event import pattern_start
-from icsearch.sweep_scorer import count_in_sweeps, make_scoring, weight_rows
+from icsearch.sweep_scorer import count_in_sweeps, make_scoring, process_rows, weight_rows
+from icsearch.wave_jobs import COMPARE
+
+if TYPE_CHECKING:
+    from icsearch.world import World
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
 _NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "block_elements", "threads")
 
 
-def dp_baseline(request: BaselineRequest, listener: Progress, publish: Publish = publish_nothing) -> RunRecord:
-    """Find the pattern of highest similarity, and its loss. Raises IcsearchError for bad input."""
+def dp_baseline(
+    request: BaselineRequest, listener: Progress, publish: Publish = publish_nothing, world: World | None = None
+) -> RunRecord:
+    """Find the pattern of highest similarity, and its loss. Raises IcsearchError for bad input.
+
+    With `world`, this is rank 0 of a run of several processes, which share the sequences.
+    """
+    wanted = grids(world.size if world else 1, None, 1)
+    check_device(request.device, wanted[0].size)
     with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
         reused = [_read_similarity(request.similarity, here.start)] if request.similarity else []
         record = RunRecord.replay(here.existing)
         if not record.finished:
-            loaded = load(request, here.inputs, here.start["options"])
+            loaded = load_together(request, here, world, wanted)
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             _compare(request, here.inputs, loaded, make_scoring(here, record, loaded, listener), reused)
         _save_similarity(request.out, record)
@@ -59,7 +72,7 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
     record, layout = scoring.record, inputs.layout
     patterns = [record.start_pattern, *map(Pattern, record.references.values())]
     runs = layout.num_layers + count_in_sweeps(layout, patterns, loaded.memory.patterns_per_sweep)
-    rows = [*plan.model_rows(record.start), *weight_rows(loaded, len(patterns))]
+    rows = [*plan.model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
     scoring.progress.planned(rows, runs * len(record.tokens), record.layer_sequences)
     if not record.similarity_sums.sequences:
         for event in reused:
@@ -77,13 +90,27 @@ def _measure_similarity(layout: Layout, loaded: Loaded, scoring: Scoring) -> Non
     """Wave by wave, what the journal does not hold yet."""
     memory, of_batch = loaded.memory, loaded.memory.shape.selections_bytes(len(layout.layer_indices))
     per_wave = min(memory.batches_per_wave, max(1, memory.spare // of_batch))
-    sweep = SimilaritySweep(loaded.dsa, layout.index_topk, keep_on_cpu=of_batch > memory.spare)
+    shared = {"index_topk": layout.index_topk, "keep_on_cpu": of_batch > memory.spare}
     left = [batch for batch in loaded.batches if batch.first >= scoring.record.similarity_sums.sequences]
     if left:
         scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))
-    for wave in cut_waves(left, per_wave):
-        for event in similarity_events(sweep, wave, scoring.progress.layer_done):
+    waves = cut_waves(left, per_wave)
+    for events in _similarities(loaded, shared, waves, scoring.progress.layer_done):
+        for event in events:
             scoring.append(event)
+
+
+def _similarities(
+    loaded: Loaded, shared: dict[str, Any], waves: Sequence[Sequence[Batch]], on_layer: Callable[[int], None]
+) -> Iterator[list[Event]]:
+    """The events of each wave, by one process or by all."""
+    if loaded.crew is not None:
+        items = [{"batches": [batch.first for batch in wave]} for wave in waves]
+        yield from loaded.crew.do_jobs(COMPARE, shared, items, on_layer)
+        return
+    sweep = SimilaritySweep(loaded.dsa, shared["index_topk"], shared["keep_on_cpu"])
+    for wave in waves:
+        yield similarity_events(sweep, wave, on_layer)
 
 
 def _choose(request: BaselineRequest, scoring: Scoring) -> None:

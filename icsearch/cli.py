@@ -39,7 +39,6 @@ from icsearch.cli_options import (
     Timeout,
 )
 from icsearch.endings import Terminated, raise_on_sigterm, run_to_its_end
-from icsearch.errors import IcsearchError
 from icsearch.launch import read_launch
 
 if TYPE_CHECKING:
@@ -191,10 +190,7 @@ def greedy(
         offload=offload,
         fresh=fresh,
     )
-    world: World | None = context.obj
-    if world is not None:
-        world.set_timeout(timeout)
-    _run_search("greedy", request, quiet, world)
+    _run_search("greedy", request, quiet, _world(context, timeout))
 
 
 def _run_search(search: str, request: PatternRequest, quiet: bool, world: World | None = None) -> None:
@@ -209,18 +205,16 @@ def _run_search(search: str, request: PatternRequest, quiet: bool, world: World 
         else:
             from icsearch.baseline import dp_baseline
 
-            record = dp_baseline(request, listener, report.write_results)  # type: ignore[arg-type]
+            record = dp_baseline(request, listener, report.write_results, world)  # type: ignore[arg-type]
     _print(report.summary_table(record), f"{request.out / 'pattern.json'}, curve.csv, curve.png, report.html")
 
 
-def _alone(context: typer.Context) -> None:
-    """Refuse to be run by several processes."""
+def _world(context: typer.Context, timeout: float) -> World | None:
+    """The processes of this run, where a launcher has started several; they hear of the time-out."""
     world: World | None = context.obj
     if world is not None:
-        raise IcsearchError(
-            f"icsearch {context.info_name} runs in one process, and {world.size} were started: start it without "
-            "torchrun or accelerate launch"
-        )
+        world.set_timeout(timeout)
+    return world
 
 
 @contextlib.contextmanager
@@ -277,6 +271,7 @@ def dp_baseline(
     batch_size: BatchSize = None,
     memory: Memory = None,
     threads: Threads = None,
+    timeout: Timeout = 60.0,
     kernels: Kernels = "auto",
     block_elements: BlockElements = None,
     offload: Offload = "auto",
@@ -284,7 +279,6 @@ def dp_baseline(
     quiet: QuietFlag = False,
 ) -> None:
     """The baseline that the paper rejects: the pattern of highest cosine similarity, and what it really costs."""
-    _alone(context)
     from icsearch.plan import parse_bytes
     from icsearch.requests import BaselineRequest, CalibrationRequest, parse_layers, parse_share
 
@@ -306,7 +300,7 @@ def dp_baseline(
         offload=offload,
         fresh=fresh,
     )
-    _run_search("dp-baseline", request, quiet)
+    _run_search("dp-baseline", request, quiet, _world(context, timeout))
 
 
 @app.command("eval")
@@ -355,6 +349,7 @@ def evaluate(
     batch_size: BatchSize = None,
     memory: Memory = None,
     threads: Threads = None,
+    timeout: Timeout = 60.0,
     kernels: Kernels = "auto",
     block_elements: BlockElements = None,
     offload: Offload = "auto",
@@ -362,7 +357,6 @@ def evaluate(
     quiet: QuietFlag = False,
 ) -> None:
     """Measure patterns against the unmodified model on batches that no search has seen."""
-    _alone(context)
     from icsearch import report
     from icsearch.pattern import parse_retention
     from icsearch.plan import parse_bytes
@@ -389,10 +383,11 @@ def evaluate(
         offload=offload,
         fresh=fresh,
     )
+    world = _world(context, timeout)
     with _display(request, quiet) as listener:
         from icsearch.evaluate import evaluate as run
 
-        document = run(request, listener, report.write_eval_results)
+        document = run(request, listener, report.write_eval_results, world)
     _print(report.eval_table(document), f"{request.out / 'eval.json'}, eval.csv, report.html")
 
 

@@ -7,13 +7,15 @@ sequence, and are put together in sequence order: they are those of one process,
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from icsearch.journal import Event
 from icsearch.launch import Grid
-from icsearch.ledger import Ledger
+from icsearch.ledger import CALIBRATION, Ledger
 from icsearch.member import Member, Order, losses_message
 from icsearch.pattern import Pattern
 from icsearch.search import Scores
@@ -61,6 +63,36 @@ class Crew:
         self.member.set_up(order)
         shares = [batches[i : i + batches_per_share] for i in range(0, len(batches), batches_per_share)]
         return CrewScorer(self, name, ledger, shares, patterns)
+
+    def do_jobs(
+        self, job: str, shared: dict[str, Any], items: Sequence[dict[str, Any]], on_layer: Callable[[int], None]
+    ) -> Iterator[list[Event]]:
+        """The events of each item, one for each wave and in this order; so many at a time as there are data ranks.
+
+        `shared` are the arguments of all. Seconds are those of the wall: the first event of a round has them.
+        """
+        size, started = self.grid.data, time.monotonic()
+        rounds = [list(items[first : first + size]) for first in range(0, len(items), size)]
+        orders = [self._job_order(job, shared, some) for some in rounds]
+        told = 0
+        for number, order in enumerate(orders):
+            for coming in orders[told : number + 2]:  # one round ahead, so that nobody waits for the next one
+                self.world.tell(coming)
+                told += 1
+            found = [self.member.do_job(order, on_layer) or []]
+            for rank in range(1, len(rounds[number])):
+                found.append(self.world.take(f"events/{order['item']}/{rank}", f"results from rank {rank}"))
+                on_layer(sum(event["layer_sequences"] for event in found[-1]))
+            events = [event for several in found for event in several]
+            for event, seconds in zip(events, [time.monotonic() - started, *[0.0] * len(events)], strict=False):
+                event["seconds"] = round(seconds, 3)
+            started = time.monotonic()
+            yield from found
+
+    def _job_order(self, job: str, shared: dict[str, Any], items: Sequence[dict[str, Any]]) -> Order:
+        idle = [None] * (self.grid.data - len(items))
+        order: Order = {"do": "job", "job": job, "item": self.next_item(), "set": CALIBRATION, "shared": shared}
+        return {**order, "items": [*items, *idle]}
 
 
 @dataclass

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,19 +16,24 @@ from icsearch.errors import IcsearchError
 from icsearch.evaluation import EvalRecord, save_eval
 from icsearch.inputs import Inputs
 from icsearch.journal import Event
+from icsearch.launch import check_device, grids
 from icsearch.lm_eval_bridge import lm_eval_results
 from icsearch.loading import load_tokenizer
 from icsearch.measure import Timing, measure
-from icsearch.measures import Evaluation, bucket_edges, bucket_tokens
+from icsearch.measures import Evaluation, Share, Work, bucket_edges, bucket_tokens
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
-from icsearch.prepare import Loaded, load, opened
+from icsearch.prepare import Loaded, load_together, opened
 from icsearch.requests import EvalRequest
 from icsearch.run_options import run_options
 from icsearch.search import Progress
 from icsearch.specs import NamedPattern, Target, resolve_specs
 from icsearch.start_event import start_event
-from icsearch.sweep_scorer import count_in_sweeps, weight_notes, weight_rows
+from icsearch.sweep_scorer import count_in_sweeps, process_rows, weight_notes, weight_rows
+from icsearch.wave_jobs import MEASURE
+
+if TYPE_CHECKING:
+    from icsearch.world import World
 
 # Writes an event to the journal and lets the record take it in.
 Append = Callable[[Event], None]
@@ -42,14 +47,24 @@ TASK_SEED = 0
 ROOM_TO_WRITE = 16  # tokens decoded behind a prompt
 
 
-def evaluate(request: EvalRequest, listener: Progress, publish: Publish = lambda out, document: None) -> dict[str, Any]:
-    """Measure, or continue, or return the finished evaluation in `request.out`; the content of eval.json."""
+def evaluate(
+    request: EvalRequest,
+    listener: Progress,
+    publish: Publish = lambda out, document: None,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Measure, or continue, or return the finished evaluation in `request.out`; the content of eval.json.
+
+    With `world`, this is rank 0 of a run of several processes, which share the sequences; all else it does alone.
+    """
+    wanted = grids(world.size if world else 1, None, 1)
+    check_device(request.device, wanted[0].size)
     with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
         record = EvalRecord.replay(here.existing)
         if not record.finished:
             _check_extras(request, here.inputs)  # all that can be refused is, before anything heavy
             questions = _questions(request, here.inputs)
-            loaded = load(request, here.inputs, here.start["options"])
+            loaded = load_together(request, here, world, wanted)
             _check_whole_forwards(request, loaded)
             record = EvalRecord.replay(here.run.open(here.start, here.existing))
 
@@ -118,20 +133,39 @@ def _measure(
     layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
     patterns = list(dict.fromkeys(Pattern(one["pattern"]) for one in record.start["patterns"]))
     total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
-    rows = [*plan.model_rows(record.start), *weight_rows(loaded, len(patterns))]
+    rows = [*plan.model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
     listener.planned(rows, total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
     for text in weight_notes(loaded):
         if text not in record.notes:
             append({"event": "note", "text": text})
     waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)
-    Evaluation(loaded.dsa, waves, record, append, listener.layer_done).run(patterns, per_sweep)
+    several = _shared_by(loaded, record, listener)
+    Evaluation(loaded.dsa, waves, record, append, listener.layer_done, several).run(patterns, per_sweep)
     _run_tasks(questions, loaded.dsa, patterns, record, append, listener)
     for name, compute in _extras(request, inputs, loaded, record).items():
         if name not in record.extras:
             listener.info(f"{name.replace('_', ' ')} ...")
             append({"event": "extra", "name": name, "value": compute()})
     append({"event": "finish"})
+
+
+def _shared_by(loaded: Loaded, record: EvalRecord, listener: Progress) -> Share | None:
+    """Has all processes of the run measure; None where there is one."""
+    crew = loaded.crew
+    if crew is None:
+        return None
+    shared = {name: record.start[name] for name in ("bucket_edges", "index_topk")}
+
+    def measure_all(work: Sequence[Work]) -> Iterator[Event]:
+        items = [
+            {"batches": [batch.first for batch in wave], "patterns": [pattern.letters for pattern in patterns]}
+            for patterns, wave in work
+        ]
+        for events in crew.do_jobs(MEASURE, shared, items, listener.layer_done):
+            yield from events
+
+    return measure_all
 
 
 def _check_extras(request: EvalRequest, inputs: Inputs) -> None:

@@ -12,7 +12,7 @@ from icsearch.launch import check_device, grids, pipeline_blocks
 from icsearch.layout import Layout
 from icsearch.memory_plan import Memory
 from icsearch.pattern import Pattern
-from icsearch.prepare import Loaded, Publish, load, load_together, opened, publish_nothing
+from icsearch.prepare import Loaded, Publish, load_together, opened, publish_nothing
 from icsearch.record import RunRecord
 from icsearch.refine import SwapRefinement
 from icsearch.requests import KL, GreedyRequest
@@ -36,13 +36,13 @@ def greedy(
     processes, and has the others do their part.
     """
     size = world.size if world else 1
-    grids(size, request.dp, request.pp)  # refused before anything is read
+    wanted = grids(size, request.dp, request.pp)  # refused before anything is read
     check_device(request.device, size)
     with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
         record = RunRecord.replay(here.existing)
         if not record.finished:
             request = request.settled(here.start["options"])
-            loaded = load_together(request, here, world) if world else load(request, here.inputs, here.start["options"])
+            loaded = load_together(request, here, world, wanted)
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             search_plan = _plan(request, here.inputs.layout, loaded, record)
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -39,8 +39,17 @@ def bucket_tokens(counted: torch.Tensor, edges: Sequence[int]) -> list[list[int]
     return [[int(row[a:b].sum()) for a, b in pairwise(edges)] for row in counted]
 
 
+# Patterns to measure, the all-F model first, and the wave to measure them on.
+Work = tuple[list[Pattern], Sequence[Batch]]
+# Has several processes do such work; one event for each, in this order.
+Share = Callable[[Sequence[Work]], Iterator[Event]]
+
+
 class Evaluation:
-    """Measures what is missing of a record, wave by wave; each event is on disk before it counts."""
+    """Measures what is missing of a record, wave by wave; each event is on disk before it counts.
+
+    `several` has other processes share the work.
+    """
 
     def __init__(
         self,
@@ -49,15 +58,14 @@ class Evaluation:
         record: EvalRecord,
         append: Callable[[Event], None],
         on_layer: Callable[[int], None],
+        several: Share | None = None,
     ) -> None:
         self._dsa = dsa
-        self._sweeper = Sweeper(dsa)
         self._waves = waves
         self._record = record
         self._append = append
         self._on_layer = on_layer
-        self._edges: list[int] = record.start["bucket_edges"]
-        self._topk: int = record.start["index_topk"]
+        self._several = several
 
     def run(self, patterns: Sequence[Pattern], patterns_per_sweep: int) -> None:
         """Measure every pattern on every wave. The all-F model runs in each sweep: KL needs its states.
@@ -70,7 +78,7 @@ class Evaluation:
             self._measure_all(others, max(1, together))
             return
         except OutOfMemoryError:
-            if together < 2:
+            if together < 2 or self._several is not None:
                 raise
         gc.collect()  # the failed sweep is let go of here, not while its error is still handled
         self._append({"event": "note", "text": shrunk_note(together, together // 2)})
@@ -78,19 +86,43 @@ class Evaluation:
 
     def _measure_all(self, others: list[Pattern], together: int) -> None:
         """What is missing, with so many patterns in one sweep beside the all-F model."""
+        for event in (self._several or self._alone)(list(self._missing(others, together))):
+            self._append(event)
+
+    def _missing(self, others: list[Pattern], together: int) -> Iterator[Work]:
+        """Waves, and what the record lacks of them: the all-F model, which is known once it was measured, first."""
         full = self._dsa.start_pattern
         chunks = [others[i : i + together] for i in range(0, len(others), together)] or [[]]
         for wave in self._waves:
+            known = self._known(full, wave)
             for chunk in chunks:
-                missing = [pattern for pattern in [full, *chunk] if not self._known(pattern, wave)]
-                if missing:
-                    self._append(self._measure([full, *(p for p in missing if p != full)], wave))
+                missing = [pattern for pattern in chunk if not self._known(pattern, wave)]
+                if missing or not known:
+                    known = True
+                    yield [full, *missing], wave
+
+    def _alone(self, work: Sequence[Work]) -> Iterator[Event]:
+        """By this process."""
+        measures = WaveMeasures(self._dsa, self._record.start["bucket_edges"], self._record.start["index_topk"])
+        for patterns, wave in work:
+            yield measures.event(patterns, wave, self._on_layer)
 
     def _known(self, pattern: Pattern, wave: Sequence[Batch]) -> bool:
         known = self._record.measures.get(pattern.letters, {})
         return all(sequence in known for sequence in range(wave[0].first, wave[-1].last))
 
-    def _measure(self, patterns: list[Pattern], wave: Sequence[Batch]) -> Event:
+
+class WaveMeasures:
+    """Measures patterns against the all-F model, a wave at a time; buckets are cut at the positions `edges`."""
+
+    def __init__(self, dsa: DsaModel, edges: Sequence[int], index_topk: int) -> None:
+        self._dsa = dsa
+        self._sweeper = Sweeper(dsa)
+        self._edges = edges
+        self._topk = index_topk
+
+    def event(self, patterns: Sequence[Pattern], wave: Sequence[Batch], on_layer: Callable[[int], None]) -> Event:
+        """What the journal keeps of a wave. The all-F model must be among the patterns: KL needs its states."""
         started, before = time.monotonic(), self._dsa.weights.bytes_read
         overlap: dict[str, dict[str, list[float]]] = {pattern.letters: {} for pattern in patterns}
         tables: dict[str, dict[str, list[Any]]] = {}
@@ -105,7 +137,7 @@ class Evaluation:
                 for name, values in table.items():
                     tables.setdefault(letters, {}).setdefault(name, []).extend(values)
 
-        layer_sequences = self._sweeper.run(patterns, wave, reduce, self._on_layer, probe)
+        layer_sequences = self._sweeper.run(patterns, wave, reduce, on_layer, probe)
         read = self._dsa.weights.bytes_read - before
         return {
             "event": "measures",

@@ -11,11 +11,13 @@ from typing import Any
 
 from icsearch.block import Batch, BranchState
 from icsearch.divergence import KlSweeper
+from icsearch.journal import Event
 from icsearch.launch import Grid
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.states import Keeping, StateStore
 from icsearch.sweep import Sweeper, SweepResult, kernel_notes
+from icsearch.wave_jobs import JOBS
 from icsearch.wire import Packet, Wire
 from icsearch.world import World, has_own_gpu
 
@@ -84,6 +86,14 @@ class Member:
             return result, packet
         self._wire.send(order["item"], packet)
         return None
+
+    def do_job(self, order: Order, on_layer: Callable[[int], None] = lambda _: None) -> list[Event] | None:
+        """This process's part of a job: its wave, if there is one for it. Every process must hold all layers."""
+        own = order["items"][self.data_rank]
+        if own is None:
+            return None
+        wave = [self._batches[order["set"]][first] for first in own["batches"]]
+        return JOBS[order["job"]](self._dsa, order["shared"], own, wave, self._heeding(on_layer))
 
     def _heeding(self, on_layer: Callable[[int], None]) -> Callable[[int], None]:
         """Between two layers this process hears what ends the run."""

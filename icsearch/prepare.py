@@ -6,7 +6,7 @@ Nothing of an earlier run is touched before all of that has gone well.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,12 @@ from icsearch.block import Batch
 from icsearch.bring_up import bring_up, device_batches
 from icsearch.inputs import Inputs, obtain, obtain_heldout, open_model
 from icsearch.journal import Event
-from icsearch.launch import grids, pipeline_blocks
+from icsearch.launch import Grid, pipeline_blocks
 from icsearch.ledger import CALIBRATION, HELDOUT
 from icsearch.memory_plan import Memory, plan_memory, plan_share
 from icsearch.model import DsaModel
 from icsearch.record import RunRecord
-from icsearch.requests import GreedyRequest, RunRequest
+from icsearch.requests import RunRequest
 from icsearch.rundir import RunDirectory
 from icsearch.search import Progress
 from icsearch.shards import read_rate
@@ -98,13 +98,18 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded
     return Loaded(dsa, batches, memory, heldout, bytes_per_second=rate)
 
 
-def load_together(request: GreedyRequest, here: Opened, world: World) -> Loaded:
-    """As `load`, by all processes of a run: what each of them gets follows from the grid that they make."""
+def load_together(request: RunRequest, here: Opened, world: World | None, wanted: Sequence[Grid]) -> Loaded:
+    """As `load`, by all processes of a run: what each of them gets follows from the grid that they make.
+
+    That is the first of those wanted in which the weights fit. Without a world, this process is the only one.
+    """
+    if world is None:
+        return load(request, here.inputs, here.start["options"])
     from icsearch.crew import Crew  # torch.distributed, which one process can do without
     from icsearch.muster import check_ready, lead_in, load_order
 
     inputs, options = here.inputs, here.start["options"]
-    memory = plan_share(request, inputs, options, world.launch, grids(world.size, request.dp, request.pp))
+    memory = plan_share(request, inputs, options, world.launch, wanted)
     grid = memory.share.grid
     layers = pipeline_blocks(inputs.layout.num_layers, inputs.layout.layer_indices, grid.pipeline)
     sets = {CALIBRATION: inputs.batches, **({HELDOUT: inputs.heldout} if inputs.heldout else {})}

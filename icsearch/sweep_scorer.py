@@ -96,6 +96,11 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept
     return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep, loaded.memory.batches_per_wave)
 
 
+def process_rows(loaded: Loaded) -> list[tuple[str, str]]:
+    """The plan's row on processes, where there are several."""
+    return [] if loaded.crew is None else [("processes", loaded.crew.grid.words)]
+
+
 def weight_rows(loaded: Loaded, patterns: int) -> list[tuple[str, str]]:
     """The plan's rows on weights, for steps of so many patterns at most."""
     passes = loaded.memory.passes(patterns, sum(len(batch.input_ids) for batch in loaded.batches))

@@ -20,5 +20,8 @@ def serve(world: World) -> None:
             member.set_up(order)
         elif order["do"] == "retain":
             member.retain(order)
+        elif order["do"] == "job":
+            if (events := member.do_job(order)) is not None:
+                world.post(f"events/{order['item']}/{member.data_rank}", events)
         elif (done := member.sweep(order)) is not None:
             world.post(f"losses/{order['item']}/{member.data_rank}", losses_message(done))

@@ -68,8 +68,11 @@ ALLOWED: dict[str, set[str]] = {
     "watch": {"endings", "errors"},
     "world": {"errors", "launch", "watch"},
     "wire": {"block", "errors", "launch", "pattern", "world"},
-    "member": {"block", "divergence", "launch", "model", "pattern", "states", "sweep", "wire", "world"},
-    "crew": {"launch", "ledger", "member", "pattern", "search", "world"},
+    "wave_jobs": {"block", "journal", "measures", "model", "pattern", "similarity"},
+    "member": {
+        "block", "divergence", "journal", "launch", "model", "pattern", "states", "sweep", "wave_jobs", "wire", "world",
+    },
+    "crew": {"journal", "launch", "ledger", "member", "pattern", "search", "world"},
     "muster": {
         "block", "bring_up", "calibration", "checkpoint", "errors", "launch", "member", "model", "start_event", "world",
     },
@@ -124,13 +127,14 @@ ALLOWED: dict[str, set[str]] = {
         "rehearsal", "requests", "rundir", "search", "start_event", "states", "strategies", "sweep_scorer", "world",
     },
     "baseline": {
-        "block", "cosine_dp", "errors", "files", "inputs", "journal", "jsonfile", "layout", "pattern", "plan",
-        "prepare", "record", "requests", "search", "similarity", "start_event", "sweep_scorer",
+        "block", "cosine_dp", "errors", "files", "inputs", "journal", "jsonfile", "launch", "layout", "pattern",
+        "plan", "prepare", "record", "requests", "search", "similarity", "start_event", "sweep_scorer", "wave_jobs",
+        "world",
     },
     "evaluate": {
-        "block", "cost", "errors", "evaluation", "inputs", "journal", "lm_eval_bridge", "loading", "measure",
-        "measures", "model", "pattern", "plan", "prepare", "requests", "run_options", "search", "specs", "start_event",
-        "sweep_scorer", "tasks",
+        "block", "cost", "errors", "evaluation", "inputs", "journal", "launch", "lm_eval_bridge", "loading",
+        "measure", "measures", "model", "pattern", "plan", "prepare", "requests", "run_options", "search", "specs",
+        "start_event", "sweep_scorer", "tasks", "wave_jobs", "world",
     },
     "report": {
         "commit", "errors", "evaluation", "export", "files", "pattern", "plan", "record", "refinement", "results",

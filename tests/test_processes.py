@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,15 +146,43 @@ def test_more_bad_input(glm_checkpoint: Path, tokens: Path, tmp_path: Path, argu
         assert_refused(ranks, text)
 
 
+def _without_seconds(event: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in event.items() if name not in ("seconds", "time")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["eval", "dp-baseline"])
-def test_commands_for_one_process_refuse_several(
-    glm_checkpoint: Path, tokens: Path, tmp_path: Path, command: str
-) -> None:
-    more = ["--pattern", "full"] if command == "eval" else []
-    arguments = [command, glm_checkpoint, "--calibration", tokens, "--out", tmp_path / "run", *more]
-    with Ranks(2, arguments, tmp_path / "logs") as ranks:
-        assert_refused(ranks, f"icsearch {command} runs in one process, and 2 were started")
+@pytest.mark.parametrize("more", [[], ["--offload", "disk"]])
+def test_an_evaluation_by_several(glm_checkpoint: Path, tokens: Path, tmp_path: Path, more: list[object]) -> None:
+    """The journal is that of one process, event for event, but for how long each took."""
+    patterns = ["--pattern", "uniform:1/2", "--pattern", "FSSFSS", "--pattern", "full"]
+    fixed = ["--batch-size", 2, "--threads", 1, "--timeout", TIMEOUT, "--quiet", *patterns]
+    one, two = (["eval", glm_checkpoint, "--calibration", tokens, "--out", tmp_path / name, *fixed] for name in "ab")
+    alone(one)
+    with Ranks(2, [*two, *more], tmp_path / "logs") as ranks:
+        assert ranks.wait() == [0, 0], ranks.said(0)
+        assert ranks.said(1) == ""
+    rows = [json.loads((tmp_path / name / "eval.json").read_text())["rows"] for name in "ab"]
+    assert rows[0] == rows[1]
+    if not more:
+        assert events(tmp_path / "a") == events(tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_a_baseline_by_several(glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
+    fixed = ["--batch-size", 2, "--threads", 1, "--timeout", TIMEOUT, "--quiet", "--num-shared", 3]
+    one, two = (["dp-baseline", glm_checkpoint, "--calibration", tokens, "--out", tmp_path / n, *fixed] for n in "ab")
+    alone(one)
+    done = launched(torchrun(2), two)
+    assert done.returncode == 0, done.stderr
+    assert same_result(tmp_path / "a", tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    similarity = [[e for e in events(tmp_path / name) if e["event"] == "similarity"] for name in "ab"]
+    assert similarity[0] == similarity[1] != []
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "journal.jsonl").read_text().splitlines()
+    return [_without_seconds(json.loads(line)) for line in lines]
 
 
 @pytest.mark.slow
