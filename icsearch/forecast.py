@@ -83,9 +83,8 @@ class Plan:
 
     @property
     def best(self) -> tuple[Fit, Forecast]:
-        """The fastest placement that can be had; exact, or above `PATIENCE` hours the strategy of the fewest hours."""
-        available = [one for one in self.forecasts if one.placement.available]
-        fastest = min(available, key=lambda one: self.forecasts[one][0].hours)
+        """The fastest placement; exact, or above `PATIENCE` hours the strategy of the fewest hours."""
+        fastest = min(self.forecasts, key=lambda one: self.forecasts[one][0].hours)
         exact = self.forecasts[fastest][0]
         if exact.hours <= PATIENCE:
             return fastest, exact
@@ -98,7 +97,7 @@ def make_plan(request: PlanRequest) -> Plan:
     efficiency, basis = efficiency_of(case.device)
     fits = [fit(case, one) for one in placements(case)]
     fitting = [one for one in fits if not one.missing]
-    if not any(one.placement.available for one in fitting):
+    if not fitting:
         raise why_nothing_fits(case, fits)
     clock, plays = Clock(case, efficiency), Plays(case.workload)
     forecasts = {one: forecast(case, one, clock, plays) for one in fitting}
@@ -233,13 +232,20 @@ class Course:
     def _place(self, sweep: Sweep, share: float, place: int) -> float:
         """Seconds of one place of the pipeline over all its waves."""
         block, batches = self.blocks[place], self.case.batches(self.fit.placement)
-        runs = share * self.clock.seconds(sweep, block) * batches
+        runs = share * (self.clock.seconds(sweep, block) + self._moving(sweep, block)) * batches
         arriving = self._runs_of(sweep, block.start - 1) if block.start else 0
         sent = share * arriving * batches * self.fit.branch / self.case.device.peer
         if not self.fit.placement.streamed:
             return runs + sent
         first = self.loads[place] / len(block)  # comes before anything runs
         return max(runs + sent, self.loads[place] * self.waves) + first
+
+    def _moving(self, sweep: Sweep, block: range) -> float:
+        """Seconds of bringing states in and out, on one batch; copies are waited for."""
+        if not self.fit.resting:
+            return 0.0
+        runs = sum(self._runs_of(sweep, index) for index in block)
+        return runs * 2 * self.fit.branch / self.case.device.link
 
     def _runs_of(self, sweep: Sweep, index: int) -> int:
         return sweep.runs.full[index] + sweep.runs.shared[index]

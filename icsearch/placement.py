@@ -1,8 +1,8 @@
 """Where a search could run: grids of processes, weights resident or streamed, and whether that fits. No torch.
 
 Every process has one device. `data` of them share the sequences, `pipeline` of them share the layers, in the blocks of
-`launch.pipeline_blocks`. Weights are resident, or streamed layer by layer from CPU memory or disk (`offload`). A run of
-several processes does not stream today; such placements are worked out too, and marked as not available.
+`launch.pipeline_blocks`. Weights are resident, or streamed layer by layer from CPU memory or disk (`offload`). On CUDA,
+the branch states of a single process go to CPU memory where the device has no room for them, as a run plans it.
 """
 
 from __future__ import annotations
@@ -46,11 +46,6 @@ class Placement:
     @property
     def streamed(self) -> bool:
         return self.offload != RESIDENT
-
-    @property
-    def available(self) -> bool:
-        """Whether a run can be started so today."""
-        return self.processes == 1 or not self.streamed
 
     @property
     def words(self) -> str:
@@ -127,10 +122,13 @@ class Fit:
     wave: int
     kept: Kept
     missing: int = 0
+    resting: bool = False  # states are in CPU memory, but for three of one batch
 
     @property
     def states(self) -> int:
         """Live branches, those on their way to other processes included, and states kept between steps."""
+        if self.resting:
+            return plan.FEWEST_BRANCHES * self.branch
         packets = self.placement.grid.packets
         live = (self.per_sweep + 1) * (1 + packets) + 1
         return live * self.wave * self.branch + self.kept.bytes
@@ -171,9 +169,24 @@ def fit(case: Case, placement: Placement) -> Fit:
     if placement.streamed:
         room = plan.room_for_branches(shape, weights, case.budget) // (1 + placement.grid.packets)
         together, wave = plan_waves(room, most, case.batches(placement))
-        return replace(empty, per_sweep=together, wave=wave)
-    full = replace(empty, per_sweep=min(patterns, most))
+        return _rested(case, replace(empty, per_sweep=together, wave=wave))
+    if patterns < most:
+        return _rested(case, replace(empty, per_sweep=patterns))
+    full = replace(empty, per_sweep=most)
     return replace(full, kept=_kept(case, placement, case.budget - full.total))
+
+
+def _rested(case: Case, found: Fit) -> Fit:
+    """With states in CPU memory, where that lets more patterns live at once: see Memory.rest_in_cpu."""
+    most, placement = case.workload.most_patterns, found.placement
+    if case.device.kind == DEVICE_CPU or placement.processes > 1 or found.per_sweep >= most:
+        return found
+    taken = sum(weight_sizes(case).layers) if placement.offload == CPU else 0
+    room = (int(SHARE_OF_CPU * case.device.node_memory) - taken) // case.shape.branch_bytes
+    together, wave = plan_waves(room, most, case.batches(placement))
+    if together <= found.per_sweep:
+        return found
+    return replace(found, resting=True, per_sweep=together, wave=wave if placement.streamed else 1)
 
 
 def _kept(case: Case, placement: Placement, room: int) -> Kept:
@@ -207,7 +220,7 @@ def missing_cpu_bytes(case: Case, placement: Placement) -> int:
 
 def why_nothing_fits(case: Case, fits: list[Fit]) -> IcsearchError:
     """What is missing where no placement fits."""
-    least = min((one for one in fits if one.placement.available), key=lambda one: one.missing)
+    least = min(fits, key=lambda one: one.missing)
     parts = {"weights": least.weights, "a layer call": least.call, "branches": least.states}
     sizes = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
     return IcsearchError(

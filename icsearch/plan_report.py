@@ -90,7 +90,7 @@ def _placement(plan: Plan, one: Fit) -> dict[str, Any]:
         "kept_stride": one.kept.keeping.stride,
     }
     forecasts = {each.strategy: _numbers(each) for each in plan.forecasts.get(one, ())}
-    fits = {"fits": not one.missing, "available": one.placement.available}
+    fits = {"fits": not one.missing, "states_in_cpu_memory": one.resting}
     return {**_grid(one), **fits, "memory": memory, **running, "strategies": forecasts}
 
 
@@ -165,9 +165,10 @@ def _memory_table(plan: Plan) -> RenderableType:
     for name in ("placement", "weights", "branches", "a call", "in all", "patterns at once"):
         found.add_column(name)
     for one in plan.fits:
-        verdict = str(one.per_sweep) if not one.missing else f"none: {format_bytes(one.missing)} too much"
+        living = f"{one.per_sweep}, in CPU memory" if one.resting else str(one.per_sweep)
+        verdict = f"none: {format_bytes(one.missing)} too much" if one.missing else living
         sizes = (one.weights, one.states, one.call, one.total)
-        found.add_row(_words(one), *map(format_bytes, sizes), verdict)
+        found.add_row(one.placement.words, *map(format_bytes, sizes), verdict)
     return found
 
 
@@ -180,7 +181,7 @@ def _hours_table(plan: Plan) -> RenderableType:
         exact = forecasts[0]
         read = format_bytes(round(exact.weight_bytes_per_step)) if one.placement.streamed else "once"
         hours = (_number(each.hours) for each in forecasts)
-        found.add_row(_words(one), read, _number(exact.hours_per_step), *hours)
+        found.add_row(one.placement.words, read, _number(exact.hours_per_step), *hours)
     return found
 
 
@@ -204,10 +205,6 @@ def _table(title: str) -> Table:
     return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
 
 
-def _words(one: Fit) -> str:
-    return one.placement.words + ("" if one.placement.available else " *")
-
-
 def _number(value: float) -> str:
     """Two digits, or all before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
@@ -219,6 +216,5 @@ def _notes(plan: Plan) -> RenderableType:
     return Text(
         "exact: its likely course, by rehearsal. The others: exact's times the share of layer evaluations that was "
         "measured on two 24-layer checkpoints; yours follows from its losses.\n"
-        "* not available: several processes do not stream weights today.\n"
         f"Hours: max(FLOPs / rate, bytes / bandwidth) / efficiency; efficiency {plan.basis}: an order of magnitude."
     )

@@ -108,3 +108,11 @@ def test_a_model_without_indexers_is_one_line(tmp_path: Path, capsys: Capture) -
     assert "is a llama model and has no indexers" in refused(capsys, "plan", tmp_path)
     (tmp_path / "config.json").write_text("[]")
     assert "expected a model's config.json" in refused(capsys, "plan", tmp_path)
+
+
+def test_the_command_of_several_processes_has_options_that_exist(capsys: Capture) -> None:
+    command = planned(capsys, GLM, *LONG)["recommended"]["command"]
+    assert command.startswith("torchrun --nproc-per-node 8 -m icsearch greedy MODEL ") and "--offload " in command
+    options = [word for word in shlex.split(command) if word.startswith("--") and word != "--nproc-per-node"]
+    help_text = run(capsys, "greedy", "--help")[1]
+    assert all(option in help_text for option in options)
