@@ -13,6 +13,7 @@ from itertools import pairwise
 from icsearch.errors import IcsearchError
 from icsearch.strategies import split_stages
 
+WAVES_PER_PLACE = 2  # of a pipeline whose layers are streamed
 IN_FLIGHT = 2  # packets of branches that may be on their way to the next process of a pipeline before one waits
 
 
@@ -73,6 +74,13 @@ class Grid:
     def last_rank(self, data_rank: int) -> int:
         """The process of a pipeline that has the LM head."""
         return data_rank * self.pipeline + self.pipeline - 1
+
+    def batches_per_wave(self, batches: int) -> int:
+        """The most of a data rank's batches that may go through streamed layers together.
+
+        In a pipeline its processes would wait for one another with fewer waves, though each reads its layers for each.
+        """
+        return batches if self.pipeline == 1 else max(1, batches // (WAVES_PER_PLACE * self.pipeline))
 
     @property
     def packets(self) -> int:

@@ -21,7 +21,6 @@ from icsearch.requests import AUTO, KL, PatternRequest, RunRequest
 from icsearch.weights import CPU
 
 MEMORY_SHARE = 0.8  # of what is free when the run starts
-WAVES_PER_PLACE = 2  # where layers are streamed in a pipeline: with fewer its processes wait for one another
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ class Share:
         return -(-total // self.grid.data)
 
     def batches_per_wave(self, total: int) -> int:
-        """The most of so many that may go through streamed layers together: a pipeline wants some waves at once."""
-        mine = self.batches(total)
-        return mine if self.grid.pipeline == 1 else max(1, mine // (WAVES_PER_PLACE * self.grid.pipeline))
+        """The most of a data rank's batches that may go through streamed layers together, of so many in all."""
+        return self.grid.batches_per_wave(self.batches(total))
 
     def layer_parameters(self, layout: Layout) -> tuple[int, ...]:
         """Of each layer of the largest block."""
@@ -140,7 +138,8 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], sh
     batches = -(-inputs.batches.num_sequences // shape.batch_size)
     patterns = _most_patterns(request, inputs.layout, options)
     if chosen.streamed:
-        memory = memory.in_waves(patterns, batches, int(by_kl and not memory.full_states))
+        together = share.batches_per_wave(batches)
+        memory = memory.in_waves(patterns, together, int(by_kl and not memory.full_states))
     if device.type != "cuda" or share.grid.size > 1 or not isinstance(request, PatternRequest):
         return memory
     taken = sum(weight_sizes(inputs, options).layers) if chosen.where == CPU else 0
