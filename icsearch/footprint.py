@@ -134,10 +134,11 @@ class Call:
 def head_bytes(tokens: int, hidden_size: int, vocab_size: int, dtype_bytes: int, copies: int) -> int:
     """What the final norm and the LM head take: the normed states of all tokens, and a chunk's logits.
 
-    Logits are held in the model's type and, `copies` times, in float32.
+    Logits are held in the model's type, where that is another one, and `copies` times in float32.
     """
     norm_copies = 2 if dtype_bytes == FLOAT else 3
     norm = tokens * hidden_size * norm_copies * FLOAT
     chunk = min(HEAD_CHUNK_TOKENS, tokens)
-    logits = chunk * vocab_size * (dtype_bytes + copies * FLOAT)
+    own = 0 if dtype_bytes == FLOAT else dtype_bytes  # float32 logits are not copied
+    logits = chunk * vocab_size * (own + copies * FLOAT)
     return max(norm, tokens * hidden_size * dtype_bytes + logits)

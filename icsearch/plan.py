@@ -16,8 +16,9 @@ from icsearch.strategies.swaps import MAX_SWAPS
 FLOAT_BYTES = 4
 INDEX_BYTES = 4
 # glibc gives a tensor pages of its own from 32 MB on; smaller ones share a heap, and what is freed between them stays
-# with the process. Measured by benchmarks/memory.py: about a third of what they hold. Pages for each tensor alone
-# (MALLOC_MMAP_THRESHOLD_) meet the plan within 3% without it, but layers take 1.2 to 2 times as long.
+# with the process: a third of what they hold where they are small, less where they are large. Fitted on the runs of
+# benchmarks/memory.py. With pages for every tensor (MALLOC_MMAP_THRESHOLD_) the plan holds without it, within 3%, but
+# layers take 1.2 to 2 times as long.
 LARGEST_IN_HEAP, HEAP_SHARE = 2**25, 0.35
 NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
 FEWEST_BRANCHES = 3  # the trunk, a candidate, and the layer output that is just being made
@@ -161,8 +162,8 @@ class SearchPlan:
     @property
     def heap_bytes(self) -> int:
         """On the CPU, what the C library's heap holds between tensors: see HEAP_SHARE."""
-        in_heap = self.program_bytes > 0 and self.tensor_bytes < LARGEST_IN_HEAP
-        return int(HEAP_SHARE * self._working_bytes) if in_heap else 0
+        share = HEAP_SHARE * max(0.0, 1 - self.tensor_bytes / LARGEST_IN_HEAP) if self.program_bytes else 0.0
+        return int(share * self._working_bytes)
 
     @property
     def moves(self) -> int:
