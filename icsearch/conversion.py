@@ -130,7 +130,7 @@ def _has_no_use(name: str, config: Any, checkpoint: Checkpoint) -> bool:
         return False
     layer = int(found[1])
     raw = checkpoint.config.get("text_config", checkpoint.config)
-    mtp = range(config.num_hidden_layers, config.num_hidden_layers + raw.get("num_nextn_predict_layers", 0))
+    mtp = range(config.num_hidden_layers, config.num_hidden_layers + (raw.get("num_nextn_predict_layers") or 0))
     return layer in mtp or (".indexer." in name and native_types(config).get(layer) == "shared")
 
 

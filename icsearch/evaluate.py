@@ -136,7 +136,7 @@ def _measure(
     rows = [*plan.model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
     listener.planned(rows, total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
-    for text in weight_notes(loaded):
+    for text in dict.fromkeys((*loaded.notes, *weight_notes(loaded))):
         if text not in record.notes:
             append({"event": "note", "text": text})
     waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)

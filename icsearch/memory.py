@@ -28,12 +28,17 @@ def resident_bytes() -> int:
 
 
 def _cgroup_allowance() -> int | None:
-    """What a container's limit leaves (control groups, version 2), or None where there is no limit."""
+    """What a container's limit leaves (control groups, version 2), or None where there is no limit.
+
+    Cached files count as used there, but they give way: the checkpoint that was just read is among them.
+    """
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())
-        return None if limit == "max" else max(int(limit) - used, 0)
-    except (OSError, ValueError):  # no control groups here
+        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        cached = int(stat["active_file"]) + int(stat["inactive_file"])
+        return None if limit == "max" else max(int(limit) - max(used - cached, 0), 0)
+    except (OSError, ValueError, KeyError):  # no control groups here
         return None
 
 

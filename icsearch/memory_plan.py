@@ -127,7 +127,7 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], sh
     device = torch.device(options["device"])
     budget = request.memory or int(MEMORY_SHARE * free_bytes(device) / share.neighbours)
     shape = batch_shape(inputs.layout, options, inputs.batches.seq_len)
-    chosen = _choose_offload(request, inputs, options, partial(_fits, shape, budget), share)
+    chosen = _choose_offload(request, inputs, options, partial(_fits, shape, budget, share.packets), share)
     patterns = plan.patterns_per_sweep(shape, chosen.device_bytes, budget, share.packets)
     program = 0 if device.type == "cuda" else resident_bytes()
     memory = Memory(budget, chosen.device_bytes, shape, patterns, share=share, offload=chosen, program=program)
@@ -147,8 +147,8 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], sh
     return memory.rest_in_cpu(room, patterns, batches)
 
 
-def _fits(shape: plan.BatchShape, budget: int, weights: int) -> bool:
-    return plan.room_for_branches(shape, weights, budget) >= plan.FEWEST_BRANCHES
+def _fits(shape: plan.BatchShape, budget: int, packets: int, weights: int) -> bool:
+    return plan.room_for_branches(shape, weights, budget) >= plan.fewest_branches(packets)
 
 
 def _choose_offload(

@@ -176,13 +176,18 @@ def room_for_branches(shape: BatchShape, weight_bytes: int, memory_bytes: int) -
     return (memory_bytes - weight_bytes - shape.layer_bytes) // shape.branch_bytes
 
 
+def fewest_branches(packets: int = 0) -> int:
+    """How many branches there must be room for. Between processes, trunk and candidate may be on their way, too."""
+    return FEWEST_BRANCHES + 2 * packets
+
+
 def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int, packets: int = 0) -> int:
     """How many candidates may live at once beside the trunk; raises IcsearchError where not even one fits.
 
     `packets`: how often the branches of a sweep may be on their way between processes beside those at work.
     """
     branches = room_for_branches(shape, weight_bytes, memory_bytes)
-    least = FEWEST_BRANCHES + 2 * packets  # trunk and candidate may be on their way, too
+    least = fewest_branches(packets)
     if branches < least:
         needed = shape.layer_bytes + least * shape.branch_bytes
         raise IcsearchError(

@@ -183,7 +183,7 @@ class Watch:
                 self._learn(End(EXIT_FAILURE, self.rank, f"{self._where} is gone ({_first_line(error)})"))
                 return
             except MemoryError:  # this thread must live for as long as it takes to tell the others
-                self._proposed = End(EXIT_FAILURE, self.rank, f"rank {self.rank} failed: out of memory"), 0.0
+                self._propose(EXIT_FAILURE, f"rank {self.rank} failed: out of memory", time.monotonic())
             self._changed.wait(BEAT)
             self._changed.clear()
 
@@ -266,13 +266,14 @@ class Watch:
             return EXIT_INTERRUPTED, "interrupted"
         if self._told_at is None or now - self._told_at < SILENT + BEAT:
             return None
-        if silent := self._silent(now, SILENT):
+        # one that was told too ends without a word, and has its own reason
+        if silent := [other for other in self._silent(now, SILENT) if not self._lives[other].told]:
             return EXIT_FAILURE, f"{_ranks(silent)} is gone: killed, or ended without a word"
         return EXIT_TERMINATED, "told to end (SIGTERM)"
 
     def _silent(self, now: float, limit: float) -> list[int]:
         """The others without a sign of life for so many seconds."""
-        return [other for other, life in self._lives.items() if now - life.seen > limit and not life.told]
+        return [other for other, life in self._lives.items() if now - life.seen > limit]
 
     def _stands_still(self, now: float) -> bool:
         """True where all wait for one another, and have for the time-out: messages are lost."""

@@ -143,6 +143,29 @@ def test_told_to_end_while_all_live_is_sigterm(pair: Pair) -> None:
         pair.first.check()
 
 
+def test_one_that_was_told_and_then_killed_is_missed(pair: Pair) -> None:
+    pair.second._told_at = pair.now
+    pair.look()
+    pair.pass_time(10.1)  # it had no time for an end of its own
+    pair.look(pair.first)
+    end = pair.judged(pair.first)
+    assert end is not None
+    assert (end.status, "rank 1 gave no sign of life" in end.text) == (1, True)
+
+
+def test_a_thread_without_memory_goes_on_to_tell_the_others(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        pair.second._closed.set()  # this turn is the last one here
+        raise MemoryError
+
+    monkeypatch.setattr(pair.second, "_look", fail)
+    pair.second._live()
+    pair.second._judge(pair.now)
+    assert pair.second.end is None  # the next turn writes it where all see it
+    assert pair.second._proposed is not None
+    assert pair.second._proposed[0].text == "rank 1 failed: out of memory"
+
+
 def test_an_interrupt_that_the_main_thread_does_not_hear(pair: Pair) -> None:
     pair.second._interrupted_at = pair.now
     pair.pass_time(2.0)
