@@ -132,7 +132,7 @@ class Loading:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        from icsearch import greedy, prepare
+        from icsearch import prepare
 
         load = prepare.load
 
@@ -143,7 +143,7 @@ class Loading:
             return loaded
 
         self.began = time.perf_counter()
-        with mock.patch.object(greedy, "load", watched_load):
+        with mock.patch.object(prepare, "load", watched_load):
             yield
 
 
