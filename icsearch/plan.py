@@ -18,7 +18,7 @@ INDEX_BYTES = 4
 # glibc gives a tensor pages of its own from 32 MB on; smaller ones share a heap, and what is freed between them stays
 # with the process: a third of what they hold where they are small, less where they are large. Fitted on the runs of
 # benchmarks/memory.py. With pages for every tensor (MALLOC_MMAP_THRESHOLD_) the plan holds without it, within 3%, but
-# layers take 1.2 to 2 times as long.
+# layers take 1.1 to 2.1 times as long.
 LARGEST_IN_HEAP, HEAP_SHARE = 2**25, 0.35
 NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
 FEWEST_BRANCHES = 3  # the trunk, a candidate, and the layer output that is just being made
