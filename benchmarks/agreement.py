@@ -24,21 +24,22 @@ from typing import Any
 import torch
 
 import checkpoints
-from icsearch import checkpoint, greedy, loading
+from icsearch import greedy
 from icsearch.block import Batch
 from icsearch.block_sizes import BLOCK_ELEMENTS, default_batch_size
-from icsearch.bring_up import device_batches
 from icsearch.calibration import load as load_tokens
-from icsearch.layout import Layout, inspect
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.progress import Quiet
-from icsearch.record import RunRecord, load_run
 from icsearch.requests import CalibrationRequest, GreedyRequest
+from icsearch.runs.record import RunRecord, load_run
+from icsearch.setup.bring_up import device_batches
 from icsearch.states import Keeping, Rehearsal
 from icsearch.statistics import mean_loss, paired_difference, wilson_interval
 from icsearch.strategies import Options, Task, looks_of, make_strategy
 from icsearch.sweep import Sweeper
+from icsearch.weights import checkpoint, loading
+from icsearch.weights.layout import Layout, inspect
 from measuring import RESULTS, WORK, Clock, Json, Results, machine, read_lines, write_json
 from search import SHARES, layer_seconds
 from stock import forwards

@@ -22,16 +22,16 @@ import numpy as np
 
 import checkpoints
 from icsearch.block_sizes import BLOCK_ELEMENTS
-from icsearch.devices import DEVICES, Devices
-from icsearch.footprint import Call
-from icsearch.forecast import Clock as PlanClock
-from icsearch.forecast import Course, PlanRequest, make_case
-from icsearch.layer_time import KINDS, CallWork, Efficiency, head_call, layer_call
-from icsearch.modelfile import open_model_file
-from icsearch.placement import Placement
-from icsearch.placement import fit as fit_placement
+from icsearch.planning.devices import DEVICES, Devices
+from icsearch.planning.footprint import Call
+from icsearch.planning.forecast import Clock as PlanClock
+from icsearch.planning.forecast import Course, PlanRequest, make_case
+from icsearch.planning.layer_time import KINDS, CallWork, Efficiency, head_call, layer_call
+from icsearch.planning.modelfile import open_model_file
+from icsearch.planning.placement import Placement
+from icsearch.planning.placement import fit as fit_placement
+from icsearch.planning.workload import layer_evaluations
 from icsearch.requests import CalibrationRequest
-from icsearch.workload import layer_evaluations
 from measuring import RESULTS, WORK, Clock, Json, Results, machine, run_child, write_json
 from memory import LAYERS, SHAPES
 
@@ -63,11 +63,11 @@ def calls(spec: Json) -> Json:
     """CPU seconds of one layer call of each kind and role, and of the LM head."""
     import torch
 
-    from icsearch import loading
-    from icsearch.checkpoint import open_checkpoint
     from icsearch.losses import sequence_nll
     from icsearch.pattern import Pattern
     from icsearch.slot import SelectionStore
+    from icsearch.weights import loading
+    from icsearch.weights.checkpoint import open_checkpoint
 
     dsa = loading.load(open_checkpoint(spec["model"]), device="cpu", block_elements=BLOCK_ELEMENTS["cpu"])
     ids = torch.randint(dsa.config.vocab_size, (spec["batch_size"], spec["length"]))

@@ -76,10 +76,10 @@ def stock_forward(directory: str, earliest: bool = False, nudged: bool = False) 
 
 
 def our_forward(directory: str) -> Any:
-    from icsearch import checkpoint, loading
     from icsearch.block import Batch
     from icsearch.block_sizes import BLOCK_ELEMENTS
     from icsearch.sweep import naive_nll
+    from icsearch.weights import checkpoint, loading
 
     dsa = loading.load(checkpoint.open_checkpoint(directory), device="cpu", block_elements=BLOCK_ELEMENTS["cpu"])
     return lambda input_ids, counted: naive_nll(dsa, dsa.start_pattern, [Batch(0, input_ids, counted)])[0]

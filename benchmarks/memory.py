@@ -72,7 +72,7 @@ def child(spec: Json) -> Json:
 
 def planned_bytes(rows: dict[str, str]) -> Json:
     """The numbers of the plan's memory rows."""
-    from icsearch.plan import parse_bytes
+    from icsearch.planning.plan import parse_bytes
 
     sizes = re.findall(r"[\d.]+ [kMGT]?B", rows["peak"])
     found = {"planned_bytes": parse_bytes(sizes[0]), "program_bytes": parse_bytes(sizes[1])}

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from icsearch.record import RunRecord, load_run
+from icsearch.runs.record import RunRecord, load_run
 from stability import kendall_tau
 
 SUBSETS = 200

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from icsearch.evaluation import load_eval
 from icsearch.report.numbers import with_error
+from icsearch.runs.evaluation import load_eval
 
 
 def line(row: dict[str, Any], gaps: dict[str, str]) -> str:

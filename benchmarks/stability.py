@@ -13,7 +13,7 @@ import math
 import sys
 from pathlib import Path
 
-from icsearch.record import RunRecord, load_run
+from icsearch.runs.record import RunRecord, load_run
 
 
 def kendall_tau(first: list[float], second: list[float]) -> float:

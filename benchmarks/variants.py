@@ -69,9 +69,9 @@ def run_ours(spec: Json) -> Json:
     """One search by the product's own `greedy`. Times and memory are taken from the loaded model on."""
     from icsearch import greedy
     from icsearch.progress import Quiet
-    from icsearch.record import JOURNAL_NAME
     from icsearch.requests import CalibrationRequest, GreedyRequest
-    from icsearch.results import cost
+    from icsearch.runs.record import JOURNAL_NAME
+    from icsearch.runs.results import cost
 
     variant = Variant(**spec["variant"])
     out, loading = Path(spec["out"]), Loading()
@@ -132,7 +132,7 @@ class Loading:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        from icsearch import prepare
+        from icsearch.setup import prepare
 
         load = prepare.load
 
@@ -150,7 +150,7 @@ class Loading:
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
     """Within it, searches keep no states between steps: every sweep starts at the embedding."""
-    from icsearch import plan
+    from icsearch.planning import plan
 
     def nothing(keeping: Any, *_: Any) -> Any:
         return plan.Kept(replace(keeping, stride=0), 0, 0)

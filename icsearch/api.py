@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from icsearch import loading
-from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import PatternError
-from icsearch.layout import inspect
 from icsearch.model import indexer_owners
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, put_slot, take_slot
 from icsearch.specs import pattern_of
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.weights.layout import inspect
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -14,28 +14,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from icsearch import plan
 from icsearch.block import Batch, cut_waves
 from icsearch.cosine_dp import solve
 from icsearch.errors import IcsearchError
 from icsearch.files import write_atomically
-from icsearch.inputs import Inputs
 from icsearch.journal import Event
 from icsearch.jsonfile import read_object, strict, write_object
-from icsearch.launch import check_device, grids
-from icsearch.layout import Layout
 from icsearch.pattern import Pattern
-from icsearch.prepare import Loaded, Publish, load_together, opened, publish_nothing
-from icsearch.record import RunRecord
+from icsearch.planning import plan
+from icsearch.processes.launch import check_device, grids
+from icsearch.processes.wave_jobs import COMPARE
 from icsearch.requests import BaselineRequest
+from icsearch.runs.record import RunRecord
 from icsearch.search import Progress, Scoring
+from icsearch.setup.inputs import Inputs
+from icsearch.setup.prepare import Loaded, Publish, load_together, opened, publish_nothing
+from icsearch.setup.start_event import pattern_start
+from icsearch.setup.sweep_scorer import count_in_sweeps, make_scoring, process_rows, weight_rows
 from icsearch.similarity import SimilaritySweep, similarity_events
-from icsearch.start_event import pattern_start
-from icsearch.sweep_scorer import count_in_sweeps, make_scoring, process_rows, weight_rows
-from icsearch.wave_jobs import COMPARE
+from icsearch.weights.layout import Layout
 
 if TYPE_CHECKING:
-    from icsearch.world import World
+    from icsearch.processes.world import World
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
 _NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "block_elements", "threads")

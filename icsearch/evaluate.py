@@ -10,30 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from icsearch import cost, plan, tasks
+from icsearch import cost, tasks
 from icsearch.block import cut_waves
 from icsearch.errors import IcsearchError
-from icsearch.evaluation import EvalRecord, save_eval
-from icsearch.inputs import Inputs
 from icsearch.journal import Event
-from icsearch.launch import check_device, grids
 from icsearch.lm_eval_bridge import lm_eval_results
-from icsearch.loading import load_tokenizer
 from icsearch.measure import Timing, measure
 from icsearch.measures import Evaluation, Share, Work, bucket_edges, bucket_tokens
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
-from icsearch.prepare import Loaded, load_together, opened
+from icsearch.planning import plan
+from icsearch.processes.launch import check_device, grids
+from icsearch.processes.wave_jobs import MEASURE
 from icsearch.requests import EvalRequest
-from icsearch.run_options import run_options
+from icsearch.runs.evaluation import EvalRecord, save_eval
 from icsearch.search import Progress
+from icsearch.setup.inputs import Inputs
+from icsearch.setup.prepare import Loaded, load_together, opened
+from icsearch.setup.run_options import run_options
+from icsearch.setup.start_event import start_event
+from icsearch.setup.sweep_scorer import count_in_sweeps, process_rows, weight_notes, weight_rows
 from icsearch.specs import NamedPattern, Target, resolve_specs
-from icsearch.start_event import start_event
-from icsearch.sweep_scorer import count_in_sweeps, process_rows, weight_notes, weight_rows
-from icsearch.wave_jobs import MEASURE
+from icsearch.weights.loading import load_tokenizer
 
 if TYPE_CHECKING:
-    from icsearch.world import World
+    from icsearch.processes.world import World
 
 # Writes an event to the journal and lets the record take it in.
 Append = Callable[[Event], None]

@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from icsearch import plan, rehearsal
-from icsearch.inputs import Inputs
 from icsearch.journal import Event
-from icsearch.launch import check_device, grids, pipeline_blocks
-from icsearch.layout import Layout
-from icsearch.memory_plan import Memory
 from icsearch.pattern import Pattern
-from icsearch.prepare import Loaded, Publish, load_together, opened, publish_nothing
-from icsearch.record import RunRecord
+from icsearch.planning import plan, rehearsal
+from icsearch.planning.memory_plan import Memory
+from icsearch.processes.launch import check_device, grids, pipeline_blocks
 from icsearch.refine import SwapRefinement
 from icsearch.requests import KL, GreedyRequest
-from icsearch.rundir import part_of
+from icsearch.runs.record import RunRecord
+from icsearch.runs.rundir import part_of
 from icsearch.search import Progress, Search
-from icsearch.start_event import pattern_start
+from icsearch.setup.inputs import Inputs
+from icsearch.setup.prepare import Loaded, Publish, load_together, opened, publish_nothing
+from icsearch.setup.start_event import pattern_start
+from icsearch.setup.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring, weight_rows
 from icsearch.states import Keeping
 from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy, testing_looks
-from icsearch.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring, weight_rows
+from icsearch.weights.layout import Layout
 
 if TYPE_CHECKING:
-    from icsearch.world import World
+    from icsearch.processes.world import World
 
 
 def greedy(

@@ -16,12 +16,12 @@ import torch
 
 from icsearch.block import Batch
 from icsearch.errors import OutOfMemoryError
-from icsearch.evaluation import EvalRecord
 from icsearch.journal import Event
 from icsearch.losses import per_sequence, selection_overlap, token_measures
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
-from icsearch.plan import shrunk_note
+from icsearch.planning.plan import shrunk_note
+from icsearch.runs.evaluation import EvalRecord
 from icsearch.sweep import Sweeper
 
 

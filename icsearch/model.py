@@ -24,7 +24,7 @@ from icsearch.kernels import (
 )
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, find_indexers, put_slot
-from icsearch.weights import LayerWeights
+from icsearch.weights.holding import LayerWeights
 
 
 @dataclass(frozen=True)

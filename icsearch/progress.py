@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from icsearch.record import RunRecord
-from icsearch.refinement import HELDOUT_SET
 from icsearch.report import numbers
 from icsearch.report.choices import step_note
+from icsearch.runs.record import RunRecord
+from icsearch.runs.refinement import HELDOUT_SET
 from icsearch.statistics import mean_loss
 
 SECONDS_BETWEEN_LINES = 10.0

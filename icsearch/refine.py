@@ -9,8 +9,8 @@ from __future__ import annotations
 from icsearch.errors import JournalError
 from icsearch.journal import Event
 from icsearch.pattern import Pattern
-from icsearch.record import RunRecord
-from icsearch.refinement import CALIBRATION_SET, HELDOUT_SET, Refinement
+from icsearch.runs.record import RunRecord
+from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, Refinement
 from icsearch.search import Scorer, Scoring
 from icsearch.strategies.swaps import Judged, Move, Outcome, Question, Swaps
 

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 from icsearch.errors import IcsearchError, PatternError
 from icsearch.jsonfile import shown
-from icsearch.launch import pipeline_blocks
 from icsearch.pattern import Pattern, num_full, parse_retention
+from icsearch.processes.launch import pipeline_blocks
 from icsearch.specs import Target, resolve_specs
 from icsearch.strategies import DEFAULT_CONFIDENCE, STRATEGIES, Options, split_stages
-from icsearch.weights import CPU, DISK, RESIDENT
+from icsearch.weights.holding import CPU, DISK, RESIDENT
 
 KL = "kl"
 OBJECTIVES = ("lm-loss", KL)

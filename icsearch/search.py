@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Protocol
 
-from icsearch.commit import Commit
 from icsearch.errors import JournalError, OutOfMemoryError, PatternError
 from icsearch.journal import Event, Journal
 from icsearch.pattern import Pattern
-from icsearch.plan import shrunk_note
-from icsearch.record import RunRecord
-from icsearch.refinement import HELDOUT_SET
+from icsearch.planning.plan import shrunk_note
+from icsearch.runs.commit import Commit
+from icsearch.runs.record import RunRecord
+from icsearch.runs.refinement import HELDOUT_SET
 from icsearch.strategies import Ask, Choice, Strategy
 
 

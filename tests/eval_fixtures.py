@@ -9,10 +9,10 @@ from fractions import Fraction
 from typing import Any
 
 from icsearch.cosine_dp import Solutions, solve
-from icsearch.evaluation import EvalRecord
 from icsearch.journal import Event
 from icsearch.pattern import Pattern
-from icsearch.record import RunRecord
+from icsearch.runs.evaluation import EvalRecord
+from icsearch.runs.record import RunRecord
 from run_fixtures import MadeUpRun, events, nll_sums
 
 TASKS = ("key_value", "variable_tracking", "needle")

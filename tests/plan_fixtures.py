@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from icsearch.devices import parse_devices
-from icsearch.forecast import PlanRequest
+from icsearch.planning.devices import parse_devices
+from icsearch.planning.forecast import PlanRequest
 from icsearch.requests import CalibrationRequest
 
 CONFIGS = Path(__file__).parent / "data" / "configs"

@@ -16,7 +16,7 @@ from typing import Any
 
 from icsearch.journal import Event, Journal
 from icsearch.pattern import Pattern
-from icsearch.record import JOURNAL_NAME, RunRecord, load_run
+from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
 from icsearch.statistics import mean_loss, paired_difference
 from icsearch.strategies import split_stages
 

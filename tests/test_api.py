@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import icsearch
 import tiny
 from icsearch.errors import ModelError, PatternError
-from icsearch.loading import quiet_transformers
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern, PatternFile
 from icsearch.slot import IndexerSlot
+from icsearch.weights.loading import quiet_transformers
 
 quiet_transformers()
 LAYERS, PROMPT, NEW = 6, 30, 12  # prompts are longer than index_topk (8)

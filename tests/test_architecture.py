@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "block_sizes": set(),
     "weights": set(),
+    "weights.holding": set(),
     "files": {"errors"},
     "jsonfile": {"errors", "files"},
     "resources": set(),
@@ -25,32 +26,36 @@ ALLOWED: dict[str, set[str]] = {
     "cost": {"errors", "pattern"},
     "cosine_dp": {"errors", "pattern"},
     "journal": {"errors", "files"},
-    "refinement": {"journal", "jsonfile", "pattern"},
-    "journal_schema": {"journal", "jsonfile", "pattern", "refinement"},
-    "loss_table": {"errors", "statistics"},
-    "commit": {"journal", "jsonfile", "pattern", "statistics"},
-    "similarity_sums": {"journal", "jsonfile"},
-    "record": {
-        "commit", "errors", "journal", "journal_schema", "jsonfile", "loss_table", "pattern", "refinement",
-        "similarity_sums", "statistics",
+    "runs": set(),
+    "runs.refinement": {"journal", "jsonfile", "pattern"},
+    "runs.journal_schema": {"journal", "jsonfile", "pattern", "runs.refinement"},
+    "runs.loss_table": {"errors", "statistics"},
+    "runs.commit": {"journal", "jsonfile", "pattern", "statistics"},
+    "runs.similarity_sums": {"journal", "jsonfile"},
+    "runs.record": {
+        "errors", "journal", "jsonfile", "pattern", "runs.commit", "runs.journal_schema", "runs.loss_table",
+        "runs.refinement", "runs.similarity_sums", "statistics",
     },
-    "results": {"pattern", "record", "refinement"},
-    "evaluation": {"errors", "journal", "jsonfile", "pattern", "statistics"},
+    "runs.results": {"pattern", "runs.record", "runs.refinement"},
+    "runs.evaluation": {"errors", "journal", "jsonfile", "pattern", "statistics"},
     "corpus": set(),
     "sources": {"corpus", "errors", "files"},
     "calibration": {"", "errors", "files", "jsonfile", "sources"},
-    "checkpoint": {"errors", "files", "jsonfile", "resources"},
+    "weights.checkpoint": {"errors", "files", "jsonfile", "resources"},
     "memory": {"errors"},
     "slot": {"errors", "pattern"},
     "ops": {"block_sizes"},
     "kernels": {"", "block_sizes", "errors", "ops"},
-    "shards": {"errors"},
-    "fp8": {"checkpoint", "errors", "jsonfile", "shards"},
-    "model": {"errors", "kernels", "pattern", "slot", "weights"},
-    "layout": {"checkpoint", "cost", "errors", "fp8", "model", "pattern"},
-    "conversion": {"checkpoint", "errors", "model", "shards"},
-    "reader": {"checkpoint", "conversion", "fp8", "shards"},
-    "loading": {"checkpoint", "errors", "kernels", "layout", "memory", "model", "reader", "weights"},
+    "weights.shards": {"errors"},
+    "weights.fp8": {"errors", "jsonfile", "weights.checkpoint", "weights.shards"},
+    "model": {"errors", "kernels", "pattern", "slot", "weights.holding"},
+    "weights.layout": {"cost", "errors", "model", "pattern", "weights.checkpoint", "weights.fp8"},
+    "weights.conversion": {"errors", "model", "weights.checkpoint", "weights.shards"},
+    "weights.reader": {"weights.checkpoint", "weights.conversion", "weights.fp8", "weights.shards"},
+    "weights.loading": {
+        "errors", "kernels", "memory", "model", "weights.checkpoint", "weights.holding", "weights.layout",
+        "weights.reader",
+    },
     "losses": {"block_sizes"},
     "states": {"pattern"},
     "resting": set(),
@@ -62,101 +67,123 @@ ALLOWED: dict[str, set[str]] = {
     "tasks": {"calibration", "corpus", "errors", "statistics"},
     "lm_eval_bridge": {"errors", "model", "pattern"},
     "strategies": {"pattern", "statistics"},
-    "launch": {"errors", "strategies"},
-    "ledger": {"pattern", "states"},
+    "processes": set(),
+    "processes.launch": {"errors", "strategies"},
+    "processes.ledger": {"pattern", "states"},
     "endings": {"errors", "files"},
-    "watch": {"endings", "errors"},
-    "world": {"errors", "launch", "watch"},
-    "wire": {"block", "errors", "launch", "pattern", "world"},
-    "wave_jobs": {"block", "journal", "measures", "model", "pattern", "similarity"},
-    "member": {
-        "block", "divergence", "journal", "launch", "model", "pattern", "states", "sweep", "wave_jobs", "wire", "world",
+    "processes.watch": {"endings", "errors"},
+    "processes.world": {"errors", "processes.launch", "processes.watch"},
+    "processes.wire": {"block", "errors", "pattern", "processes.launch", "processes.world"},
+    "processes.wave_jobs": {"block", "journal", "measures", "model", "pattern", "similarity"},
+    "processes.member": {
+        "block", "divergence", "journal", "model", "pattern", "processes.launch", "processes.wave_jobs",
+        "processes.wire", "processes.world", "states", "sweep",
     },
-    "crew": {"journal", "launch", "ledger", "member", "pattern", "search", "world"},
-    "muster": {
-        "block", "bring_up", "calibration", "checkpoint", "errors", "launch", "member", "model", "start_event", "world",
+    "processes.crew": {
+        "journal", "pattern", "processes.launch", "processes.ledger", "processes.member", "processes.world", "search",
     },
-    "worker": {"member", "muster", "world"},
-    "processes": {"endings", "launch", "loading", "watch", "worker", "world"},
-    "requests": {"errors", "jsonfile", "launch", "pattern", "specs", "strategies", "weights"},
-    "footprint": {"block_sizes", "cost"},
-    "plan": {"errors", "footprint", "states", "strategies"},
-    "offload": {"errors", "plan", "weights"},
-    "devices": {"errors"},
-    "layer_time": {"block_sizes", "cost", "devices", "footprint"},
-    "modelfile": {"cost", "errors", "files", "jsonfile", "pattern", "resources"},
-    "measures": {"block", "errors", "evaluation", "journal", "losses", "model", "pattern", "plan", "sweep"},
-    "rehearsal": {"pattern", "states", "strategies"},
-    "workload": {"pattern", "rehearsal", "specs", "states", "strategies"},
-    "placement": {
-        "block_sizes", "devices", "errors", "footprint", "launch", "modelfile", "offload", "plan", "strategies",
-        "weights", "workload",
+    "processes.muster": {
+        "block", "calibration", "errors", "model", "processes.launch", "processes.member", "processes.world",
+        "setup.bring_up", "setup.start_event", "weights.checkpoint",
     },
-    "forecast": {
-        "block_sizes", "devices", "errors", "layer_time", "modelfile", "offload", "placement", "rehearsal", "requests",
-        "strategies", "weights", "workload",
+    "processes.worker": {"processes.member", "processes.muster", "processes.world"},
+    "processes.together": {
+        "endings", "processes.launch", "processes.watch", "processes.worker", "processes.world", "weights.loading",
     },
-    "plan_report": {"", "forecast", "placement", "plan", "strategies", "weights"},
-    "rundir": {"errors", "files", "journal", "journal_schema", "jsonfile", "record"},
-    "search": {"commit", "errors", "journal", "pattern", "plan", "record", "refinement", "strategies"},
-    "refine": {"errors", "journal", "pattern", "record", "refinement", "search", "strategies"},
-    "inputs": {"calibration", "checkpoint", "layout", "loading", "requests"},
-    "run_options": {
-        "block_sizes", "errors", "inputs", "journal", "kernels", "layout", "loading", "pattern", "requests", "rundir",
-        "strategies",
+    "requests": {"errors", "jsonfile", "pattern", "processes.launch", "specs", "strategies", "weights.holding"},
+    "planning": set(),
+    "planning.footprint": {"block_sizes", "cost"},
+    "planning.plan": {"errors", "planning.footprint", "states", "strategies"},
+    "weights.offload": {"errors", "planning.plan", "weights.holding"},
+    "planning.devices": {"errors"},
+    "planning.layer_time": {"block_sizes", "cost", "planning.devices", "planning.footprint"},
+    "planning.modelfile": {"cost", "errors", "files", "jsonfile", "pattern", "resources"},
+    "measures": {
+        "block", "errors", "journal", "losses", "model", "pattern", "planning.plan", "runs.evaluation", "sweep",
     },
-    "start_event": {
-        "", "calibration", "checkpoint", "inputs", "journal", "pattern", "requests", "run_options", "rundir",
-        "specs", "strategies",
+    "planning.rehearsal": {"pattern", "states", "strategies"},
+    "planning.workload": {"pattern", "planning.rehearsal", "specs", "states", "strategies"},
+    "planning.placement": {
+        "block_sizes", "errors", "planning.devices", "planning.footprint", "planning.modelfile", "planning.plan",
+        "planning.workload", "processes.launch", "strategies", "weights.holding", "weights.offload",
     },
-    "memory_plan": {
-        "errors", "footprint", "inputs", "launch", "layout", "memory", "offload", "plan", "requests",
-        "weights",
+    "planning.forecast": {
+        "block_sizes", "errors", "planning.devices", "planning.layer_time", "planning.modelfile", "planning.placement",
+        "planning.rehearsal", "planning.workload", "requests", "strategies", "weights.holding", "weights.offload",
     },
-    "bring_up": {"block", "calibration", "checkpoint", "loading", "model", "weights"},
-    "prepare": {
-        "block", "bring_up", "crew", "inputs", "journal", "launch", "ledger", "memory_plan", "model", "muster",
-        "record", "requests", "rundir", "search", "shards", "weights", "world",
+    "planning.report": {
+        "", "planning.forecast", "planning.placement", "planning.plan", "strategies", "weights.holding",
     },
-    "sweep_scorer": {
-        "block", "divergence", "layout", "ledger", "member", "offload", "pattern", "plan", "prepare", "record",
-        "requests", "resting", "search", "start_event", "states", "sweep",
+    "runs.rundir": {"errors", "files", "journal", "jsonfile", "runs.journal_schema", "runs.record"},
+    "search": {
+        "errors", "journal", "pattern", "planning.plan", "runs.commit", "runs.record", "runs.refinement", "strategies",
+    },
+    "refine": {"errors", "journal", "pattern", "runs.record", "runs.refinement", "search", "strategies"},
+    "setup": set(),
+    "setup.inputs": {"calibration", "requests", "weights.checkpoint", "weights.layout", "weights.loading"},
+    "setup.run_options": {
+        "block_sizes", "errors", "journal", "kernels", "pattern", "requests", "runs.rundir", "setup.inputs",
+        "strategies", "weights.layout", "weights.loading",
+    },
+    "setup.start_event": {
+        "", "calibration", "journal", "pattern", "requests", "runs.rundir", "setup.inputs", "setup.run_options",
+        "specs", "strategies", "weights.checkpoint",
+    },
+    "planning.memory_plan": {
+        "errors", "memory", "planning.footprint", "planning.plan", "processes.launch", "requests", "setup.inputs",
+        "weights.holding", "weights.layout", "weights.offload",
+    },
+    "setup.bring_up": {"block", "calibration", "model", "weights.checkpoint", "weights.holding", "weights.loading"},
+    "setup.prepare": {
+        "block", "journal", "model", "planning.memory_plan", "processes.crew", "processes.launch", "processes.ledger",
+        "processes.muster", "processes.world", "requests", "runs.record", "runs.rundir", "search", "setup.bring_up",
+        "setup.inputs", "weights.holding", "weights.shards",
+    },
+    "setup.sweep_scorer": {
+        "block", "divergence", "pattern", "planning.plan", "processes.ledger", "processes.member", "requests",
+        "resting", "runs.record", "search", "setup.prepare", "setup.start_event", "states", "sweep", "weights.layout",
+        "weights.offload",
     },
     "greedy": {
-        "inputs", "journal", "launch", "layout", "memory_plan", "pattern", "plan", "prepare", "record", "refine",
-        "rehearsal", "requests", "rundir", "search", "start_event", "states", "strategies", "sweep_scorer", "world",
+        "journal", "pattern", "planning.memory_plan", "planning.plan", "planning.rehearsal", "processes.launch",
+        "processes.world", "refine", "requests", "runs.record", "runs.rundir", "search", "setup.inputs",
+        "setup.prepare", "setup.start_event", "setup.sweep_scorer", "states", "strategies", "weights.layout",
     },
     "baseline": {
-        "block", "cosine_dp", "errors", "files", "inputs", "journal", "jsonfile", "launch", "layout", "pattern",
-        "plan", "prepare", "record", "requests", "search", "similarity", "start_event", "sweep_scorer", "wave_jobs",
-        "world",
+        "block", "cosine_dp", "errors", "files", "journal", "jsonfile", "pattern", "planning.plan", "processes.launch",
+        "processes.wave_jobs", "processes.world", "requests", "runs.record", "search", "setup.inputs", "setup.prepare",
+        "setup.start_event", "setup.sweep_scorer", "similarity", "weights.layout",
     },
     "evaluate": {
-        "block", "cost", "errors", "evaluation", "inputs", "journal", "launch", "lm_eval_bridge", "loading",
-        "measure", "measures", "model", "pattern", "plan", "prepare", "requests", "run_options", "search", "specs",
-        "start_event", "sweep_scorer", "tasks", "wave_jobs", "world",
+        "block", "cost", "errors", "journal", "lm_eval_bridge", "measure", "measures", "model", "pattern",
+        "planning.plan", "processes.launch", "processes.wave_jobs", "processes.world", "requests", "runs.evaluation",
+        "search", "setup.inputs", "setup.prepare", "setup.run_options", "setup.start_event", "setup.sweep_scorer",
+        "specs", "tasks", "weights.loading",
     },
     "report": {
-        "commit", "errors", "evaluation", "export", "files", "pattern", "plan", "record", "refinement", "results",
-        "statistics",
+        "errors", "export", "files", "pattern", "planning.plan", "runs.commit", "runs.evaluation", "runs.record",
+        "runs.refinement", "runs.results", "statistics",
     },
     "export": {"errors", "jsonfile", "pattern"},
-    "progress": {"record", "refinement", "report", "statistics"},
-    "cli_options": set(),
-    "cli_plan": {"cli_options", "devices", "forecast", "plan", "plan_report", "requests"},
-    "cli": {
-        "", "baseline", "cli_options", "cli_plan", "endings", "errors", "evaluate", "export", "greedy", "inputs",
-        "launch", "loading", "pattern", "plan", "processes", "progress", "report", "requests", "search", "world",
+    "progress": {"report", "runs.record", "runs.refinement", "statistics"},
+    "cli.options": set(),
+    "cli.plan": {
+        "cli.options", "planning.devices", "planning.forecast", "planning.plan", "planning.report", "requests",
     },
-    "api": {"checkpoint", "errors", "layout", "loading", "model", "pattern", "slot", "specs"},
+    "cli": {
+        "", "baseline", "cli.options", "cli.plan", "endings", "errors", "evaluate", "export", "greedy", "pattern",
+        "planning.plan", "processes.launch", "processes.together", "processes.world", "progress", "report", "requests",
+        "search", "setup.inputs", "weights.loading",
+    },
+    "api": {"errors", "model", "pattern", "slot", "specs", "weights.checkpoint", "weights.layout", "weights.loading"},
     "__init__": {"api"},
     "__main__": {"cli"},
 }  # fmt: skip
 
 NO_TORCH = [
     "errors",
-    "launch",
-    "ledger",
+    "processes.launch",
+    "processes.ledger",
     "block_sizes",
     "endings",
     "resources",
@@ -165,61 +192,74 @@ NO_TORCH = [
     "pattern",
     "cost",
     "journal",
-    "journal_schema",
-    "loss_table",
-    "commit",
-    "similarity_sums",
-    "record",
-    "results",
-    "refinement",
+    "runs.journal_schema",
+    "runs.loss_table",
+    "runs.commit",
+    "runs.similarity_sums",
+    "runs.record",
+    "runs.results",
+    "runs.refinement",
     "statistics",
     "corpus",
     "sources",
     "calibration",
-    "checkpoint",
-    "weights",
+    "weights.checkpoint",
+    "weights.holding",
     "states",
     "strategies",
     "cosine_dp",
     "specs",
-    "footprint",
-    "plan",
-    "offload",
-    "rehearsal",
-    "devices",
-    "layer_time",
-    "modelfile",
-    "workload",
-    "placement",
-    "forecast",
-    "plan_report",
+    "planning.footprint",
+    "planning.plan",
+    "weights.offload",
+    "planning.rehearsal",
+    "planning.devices",
+    "planning.layer_time",
+    "planning.modelfile",
+    "planning.workload",
+    "planning.placement",
+    "planning.forecast",
+    "planning.report",
     "requests",
-    "rundir",
+    "runs.rundir",
     "search",
     "refine",
-    "evaluation",
+    "runs.evaluation",
     "progress",
     "report",
     "export",
 ]
 
 
+# Packages that are one row: their modules belong together and import each other.
+WHOLE = {"report", "strategies"}
+
+
+def row_of(dotted: str) -> str:
+    """The row of a module: its name below `icsearch`; of a package that is one row, that package's."""
+    parts = dotted.removeprefix("icsearch").lstrip(".").split(".")
+    return parts[0] if parts[0] in WHOLE else ".".join(parts)
+
+
 def module_of(path: Path) -> str:
     parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
+    return row_of(".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts))
+
+
+def is_module(dotted: str) -> bool:
+    place = PACKAGE.joinpath(*dotted.split(".")[1:])
+    return place.is_dir() or place.with_suffix(".py").exists()
 
 
 def imports_of(path: Path) -> set[str]:
-    """First-level modules of the package that a file imports, at its top or inside functions."""
+    """Rows of the table that a file imports, at its top or inside functions; "" is what `icsearch` itself defines."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("icsearch.")}
+            found |= {row_of(alias.name) for alias in node.names if alias.name.startswith("icsearch.")}
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "icsearch":
-            inner = node.module.split(".")[1:]
-            names = {alias.name for alias in node.names}
-            modules = {name for name in names if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name).is_dir()}
-            found |= {inner[0]} if inner else modules | ({""} if names - modules else set())
+            inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {row_of(dotted if is_module(dotted) else node.module) for dotted in inner.values()}
     return found
 
 

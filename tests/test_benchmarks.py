@@ -29,7 +29,7 @@ import stock  # noqa: E402
 import tables  # noqa: E402
 import variants  # noqa: E402
 from icsearch import cli, ops  # noqa: E402
-from icsearch.results import cost  # noqa: E402
+from icsearch.runs.results import cost  # noqa: E402
 from icsearch.strategies import Options  # noqa: E402
 
 MACHINE = dict.fromkeys(("cpu", "cores", "threads", "cpu_capability", "python", "torch", "transformers"), 1)

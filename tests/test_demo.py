@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from icsearch import calibration, loading
+from icsearch import calibration
 from icsearch.block import cut_batches
-from icsearch.checkpoint import open_checkpoint
 from icsearch.greedy import greedy
-from icsearch.layout import inspect
 from icsearch.pattern import Pattern, load_pattern_file
 from icsearch.progress import Quiet
 from icsearch.requests import CalibrationRequest, GreedyRequest
@@ -21,6 +19,9 @@ from icsearch.resources import published_patterns
 from icsearch.sources import parse_source
 from icsearch.statistics import mean_loss, paired_difference
 from icsearch.sweep import Sweeper
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.weights.layout import inspect
 
 GOLDEN = Path(__file__).parent / "data" / "demo_curve.json"
 FIVE_OF_16 = "FFSSSSFSSSSFSFSS"  # what `make results` finds with five layers left

@@ -10,28 +10,29 @@ from typing import Any
 
 import pytest
 import torch
+from test_plan import SHAPE
 
 import tiny
-from icsearch import loading, model
+from icsearch import model
 from icsearch.block import Batch, BranchState, cut_batches
-from icsearch.checkpoint import open_checkpoint
 from icsearch.divergence import KlSweeper
 from icsearch.errors import JournalError, NonFiniteLossError, PatternError
 from icsearch.journal import Event, Journal
 from icsearch.measures import naive_measures
-from icsearch.memory_plan import Memory
 from icsearch.pattern import Pattern, load_pattern_file
+from icsearch.planning.memory_plan import Memory
 from icsearch.progress import Quiet, commit_line
-from icsearch.record import RunRecord
 from icsearch.report import curve_csv, summary_table, view_run
 from icsearch.report.page import render_page
-from icsearch.results import pattern_file
+from icsearch.runs.record import RunRecord
+from icsearch.runs.results import pattern_file
 from icsearch.search import Scoring, Search
+from icsearch.setup.sweep_scorer import SweepScorer
 from icsearch.states import StateStore
 from icsearch.strategies import Task, looks_of, make_strategy
 from icsearch.sweep import Sweeper
-from icsearch.sweep_scorer import SweepScorer
-from test_plan import SHAPE
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
 from test_search import START, MadeUp
 from test_states import keeping
 

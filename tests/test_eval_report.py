@@ -18,7 +18,6 @@ from eval_fixtures import MadeUpEval, dp_events, dp_record, made_up_document, tr
 from icsearch.errors import IcsearchError
 from icsearch.journal import Journal
 from icsearch.pattern import Pattern
-from icsearch.record import JOURNAL_NAME, RunRecord
 from icsearch.report import (
     EVAL_CSV_COLUMNS,
     EvalView,
@@ -41,6 +40,7 @@ from icsearch.report.scales import LogAxis, ShareScale, share_scale
 from icsearch.report.scatter import is_nested_run, scatter_picture, styles
 from icsearch.report.strips import strips_picture
 from icsearch.report.triangle import triangle_picture
+from icsearch.runs.record import JOURNAL_NAME, RunRecord
 from icsearch.statistics import Difference
 from run_fixtures import MadeUpRun, write_run
 from test_report import HOSTILE, Page, console_messages, needs_browser

@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from icsearch import loading, model
+from icsearch import model
 from icsearch.block import cut_waves
-from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import IcsearchError, JournalError
-from icsearch.evaluation import EvalRecord, load_eval, save_eval, verdict
 from icsearch.journal import Event
 from icsearch.losses import selection_overlap
 from icsearch.measures import Evaluation, bucket_edges, bucket_tokens, naive_measures
 from icsearch.pattern import Pattern
+from icsearch.runs.evaluation import EvalRecord, load_eval, save_eval, verdict
 from icsearch.slot import SelectionStore
 from icsearch.statistics import Difference
 from icsearch.sweep import Sweeper, naive_nll
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
 from test_sweep import random_batches
 
 PATTERNS = ["FFFFFF", "FSFSFS", "FSSFSS", "FFSSFS", "FSSSSS"]

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch import results
 from icsearch.errors import PatternError
 from icsearch.export import (
     ENGINES,
@@ -26,6 +25,7 @@ from icsearch.export import (
     stages_on_shared,
 )
 from icsearch.pattern import Pattern, PatternFile
+from icsearch.runs import results
 from run_fixtures import MadeUpRun, write_run
 
 LETTERS = "FSFFSSFSSSSFFSSS"

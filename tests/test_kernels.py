@@ -11,16 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from icsearch import block_sizes, kernels, loading, model, ops
+from icsearch import block_sizes, kernels, model, ops
 from icsearch.block import Batch, cut_batches
-from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError
 from icsearch.kernels import Core
-from icsearch.layout import inspect
 from icsearch.pattern import Pattern
 from icsearch.resources import demo_checkpoint
 from icsearch.slot import SelectionStore
 from icsearch.sweep import Sweeper, naive_nll
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.weights.layout import inspect
 from ties import broken_by_our_rule
 
 LENGTH = 60

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from test_cli import refused, run
 from test_cli_eval import evaluation
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from icsearch import measure as module
-from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError, OutOfMemoryError
-from icsearch.loading import load
 from icsearch.measure import Spread, Timing, measure
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
+from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.weights.loading import load
 from tiny import FAMILIES, save_checkpoint
 
 FULL, SHARED, MIXED = Pattern("FFFFFF"), Pattern("FSSSSS"), Pattern("FSFSFS")

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import tiny
-from icsearch import loading
-from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError
 from icsearch.kernels import find_rotation, random_copy
 from icsearch.model import DsaModel, LayerCall
 from icsearch.pattern import FULL, SHARED, Pattern
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
 
 loading.quiet_transformers()
 

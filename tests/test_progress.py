@@ -10,8 +10,8 @@ from rich.console import Console
 
 from icsearch.journal import Journal
 from icsearch.progress import Live, Plain, Quiet, RunClock, best_so_far, make_listener
-from icsearch.record import RunRecord
 from icsearch.report import numbers
+from icsearch.runs.record import RunRecord
 from icsearch.search import Scoring, Search
 from test_search import START, MadeUp, ManySequences, exact, long_run
 

@@ -13,19 +13,19 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from test_record import change, places
 
 from icsearch.errors import JournalError, PatternError
 from icsearch.journal import JOURNAL_FORMAT, Event, Journal
 from icsearch.pattern import Pattern, PatternFile, load_pattern_file
 from icsearch.progress import Quiet
-from icsearch.record import REFINING, RunRecord
 from icsearch.refine import SwapRefinement, make_swaps
 from icsearch.report import summary_table, write_results
 from icsearch.report.view import view_run
-from icsearch.results import cost, pattern_file
+from icsearch.runs.record import REFINING, RunRecord
+from icsearch.runs.results import cost, pattern_file
 from icsearch.search import Scores, Scoring, Search
 from icsearch.strategies import Options, Strategy, Task, looks_of, make_strategy
-from test_record import change, places
 
 LAYERS, TOKENS, HELDOUT, FLIPS = 8, [10] * 5, [10, 12, 9], 5
 

@@ -20,7 +20,6 @@ import pytest
 from icsearch.errors import JournalError
 from icsearch.journal import Journal
 from icsearch.pattern import Pattern, load_pattern_file
-from icsearch.record import JOURNAL_NAME, RunRecord, load_run
 from icsearch.report import (
     CSV_COLUMNS,
     ReportError,
@@ -38,6 +37,7 @@ from icsearch.report.heatmap import heat_picture, step_rows
 from icsearch.report.page import minus, render_page, strip_rows
 from icsearch.report.scales import Axis, CostScale, cost_scale, nice_step, tick_label
 from icsearch.report.view import RunView, headline, kink_sentence
+from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
 from run_fixtures import MadeUpRun, events, write_run
 from test_search import LONG_START, ManySequences, long_run
 

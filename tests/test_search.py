@@ -13,8 +13,8 @@ from icsearch.errors import JournalError
 from icsearch.journal import JOURNAL_FORMAT, Event, Journal
 from icsearch.pattern import Pattern
 from icsearch.progress import Quiet
-from icsearch.record import RunRecord
-from icsearch.results import cost, pattern_file
+from icsearch.runs.record import RunRecord
+from icsearch.runs.results import cost, pattern_file
 from icsearch.search import Progress, Scores, Scoring, Search
 from icsearch.strategies import Options, Strategy, Task, looks_of, make_strategy
 

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from icsearch import loading, model
-from icsearch.checkpoint import open_checkpoint
+from icsearch import model
 from icsearch.losses import selection_overlap
 from icsearch.pattern import Pattern
 from icsearch.similarity import SimilaritySweep, direct_similarity, smallest_index_type
 from icsearch.slot import SelectionStore
 from icsearch.sweep import Sweeper
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
 from test_sweep import random_batches
 
 TOPK = 8

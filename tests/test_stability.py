@@ -11,7 +11,7 @@ import pytest
 
 from icsearch.journal import Journal
 from icsearch.pattern import Pattern
-from icsearch.record import load_run
+from icsearch.runs.record import load_run
 from test_search import START
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "stability.py"

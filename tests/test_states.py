@@ -12,21 +12,23 @@ import pytest
 import torch
 
 import tiny
-from icsearch import loading, model, plan, rehearsal
+from icsearch import model
 from icsearch.block import Batch, BranchState, cut_batches
-from icsearch.checkpoint import open_checkpoint
 from icsearch.journal import Event, Journal
-from icsearch.layout import inspect
-from icsearch.memory_plan import batch_shape
 from icsearch.pattern import Pattern
-from icsearch.plan import plan_kept
+from icsearch.planning import plan, rehearsal
+from icsearch.planning.memory_plan import batch_shape
+from icsearch.planning.plan import plan_kept
 from icsearch.progress import Quiet
-from icsearch.record import RunRecord
+from icsearch.runs.record import RunRecord
 from icsearch.search import Scores, Scoring, Search
+from icsearch.setup.sweep_scorer import SweepScorer
 from icsearch.states import Keeping, StateStore
 from icsearch.strategies import Task, looks_of, make_strategy
 from icsearch.sweep import Sweeper
-from icsearch.sweep_scorer import SweepScorer
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.weights.layout import inspect
 from test_search import START, Killed
 
 LENGTH, SEQUENCES, BATCH = 24, 5, 2

@@ -12,14 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, GlmMoeDsaConfig
 
 import tiny
-from icsearch import loading, model
+from icsearch import model
 from icsearch.block import Batch, cut_batches
-from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import ModelError, NonFiniteLossError, OutOfMemoryError
-from icsearch.layout import inspect
 from icsearch.losses import sequence_nll
 from icsearch.pattern import Pattern
 from icsearch.sweep import Sweeper, naive_nll
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.weights.layout import inspect
 
 LENGTH = 40
 

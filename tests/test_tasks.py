@@ -14,9 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import icsearch
 import tiny
 from icsearch import corpus, tasks
-from icsearch.loading import quiet_transformers
 from icsearch.resources import demo_checkpoint
 from icsearch.tasks import Accuracy, Task, TaskError, generated_hits, make_tasks, teacher_forced_hits
+from icsearch.weights.loading import quiet_transformers
 
 quiet_transformers()
 WORDS = "|".join(corpus.NAMES)

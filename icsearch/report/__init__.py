@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from icsearch import results
 from icsearch.errors import IcsearchError
-from icsearch.evaluation import load_eval
 from icsearch.files import is_disk_full, write_atomically
-from icsearch.record import RunRecord, load_run
 from icsearch.report.eval_terminal import eval_table
 from icsearch.report.eval_view import EvalRow, EvalView, view_eval
 from icsearch.report.kink import Kink, find_kink
 from icsearch.report.page import render_page
 from icsearch.report.terminal import summary_table
 from icsearch.report.view import RunView, view_run
+from icsearch.runs import results
+from icsearch.runs.evaluation import load_eval
+from icsearch.runs.record import RunRecord, load_run
 
 __all__ = [
     "CSV_COLUMNS",

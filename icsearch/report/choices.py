@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from icsearch.commit import Commit
-from icsearch.record import RunRecord
 from icsearch.report import numbers
+from icsearch.runs.commit import Commit
+from icsearch.runs.record import RunRecord
 
 
 def guarantee(record: RunRecord) -> str:

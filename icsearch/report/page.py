@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from icsearch import results
 from icsearch.errors import IcsearchError
 from icsearch.export import ENGINES, Export, export
 from icsearch.report import numbers
@@ -21,6 +20,7 @@ from icsearch.report.prediction import SimilaritySection, similarity_section
 from icsearch.report.refined import RefinementSection, refinement_section
 from icsearch.report.streaming import weights_sentence
 from icsearch.report.view import Point, Reference, RunView, Tie, headline, kink_sentence
+from icsearch.runs import results
 
 if TYPE_CHECKING:
     from jinja2 import Environment

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from icsearch.record import RunRecord
-from icsearch.refinement import Refinement, Trial
 from icsearch.report import numbers
+from icsearch.runs.record import RunRecord
+from icsearch.runs.refinement import Refinement, Trial
 
 
 @dataclass(frozen=True)

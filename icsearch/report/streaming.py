@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from icsearch.plan import format_bytes
-from icsearch.record import RunRecord
-from icsearch.results import weights_read
+from icsearch.planning.plan import format_bytes
+from icsearch.runs.record import RunRecord
+from icsearch.runs.results import weights_read
 
 
 def weights_sentence(record: RunRecord) -> str:

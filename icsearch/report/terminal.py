@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from icsearch.pattern import Pattern
-from icsearch.record import RunRecord
 from icsearch.report import numbers
 from icsearch.report.choices import what_was_left_out
 from icsearch.report.refined import RefinementSection, refinement_section
 from icsearch.report.streaming import weights_sentence
 from icsearch.report.view import Point, RunView, headline, kink_sentence, view_run
+from icsearch.runs.record import RunRecord
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

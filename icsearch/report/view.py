@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from icsearch.pattern import Pattern
-from icsearch.record import RunRecord
 from icsearch.report import numbers
 from icsearch.report.kink import Kink, find_kink
+from icsearch.runs.record import RunRecord
 from icsearch.statistics import Difference
 
 SIMILARITY_METHOD = "dp-baseline"  # chooses a whole pattern: no steps, no candidates

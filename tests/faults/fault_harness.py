@@ -19,7 +19,7 @@ from typing import Any
 
 from icsearch import cli
 from icsearch.journal import Event, Journal
-from icsearch.record import load_run
+from icsearch.runs.record import load_run
 
 PRELOAD = (
     "icsearch.greedy",

@@ -19,23 +19,24 @@ import torch
 
 import tiny
 from fault_harness import Case, Commands, command, outcome, scored_twice
-from icsearch import cli, loading, measures, model
+from icsearch import cli, measures, model
 from icsearch.block import Batch, BranchState, cut_batches
-from icsearch.checkpoint import open_checkpoint
 from icsearch.errors import OutOfMemoryError
-from icsearch.inputs import open_model
 from icsearch.journal import Journal
 from icsearch.memory import is_out_of_memory, out_of_memory
-from icsearch.memory_plan import batch_shape
 from icsearch.pattern import Pattern
+from icsearch.planning.memory_plan import batch_shape
 from icsearch.progress import Quiet
-from icsearch.record import RunRecord
 from icsearch.requests import CalibrationRequest
+from icsearch.runs.record import RunRecord
 from icsearch.search import Scores, Scoring, Search
+from icsearch.setup.inputs import open_model
+from icsearch.setup.sweep_scorer import SweepScorer
 from icsearch.states import Keeping, StateStore
 from icsearch.strategies import make_strategy
 from icsearch.sweep import Sweeper
-from icsearch.sweep_scorer import SweepScorer
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
 from test_search import SEQUENCES, START, MadeUp, run, task
 from test_search import outcome as record_outcome
 

@@ -109,7 +109,7 @@ def test_a_second_run_is_refused_while_the_first_lives(
 HOLD_AND_FORK = """
 import os, sys, time
 from pathlib import Path
-from icsearch.rundir import RunDirectory
+from icsearch.runs.rundir import RunDirectory
 with RunDirectory(Path(sys.argv[1])).locked():
     if not os.fork():
         print(os.getpid(), flush=True)
@@ -118,7 +118,7 @@ with RunDirectory(Path(sys.argv[1])).locked():
 
 
 def test_a_fork_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path) -> None:
-    from icsearch.rundir import RunDirectory
+    from icsearch.runs.rundir import RunDirectory
 
     parent = subprocess.Popen(
         [sys.executable, "-c", HOLD_AND_FORK, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
@@ -137,7 +137,7 @@ def test_a_fork_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path) -> Non
 
 def test_a_lock_file_that_goes_away_while_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that never began removes its directory: who opened the file in it just before must not hold a ghost."""
-    from icsearch import rundir
+    from icsearch.runs import rundir
 
     run, acquire, removed = rundir.RunDirectory(tmp_path / "run"), rundir._acquire, []
 

@@ -1,0 +1,117 @@
+"""What one process does of a run of several: its layers of the model, on its share of each wave.
+
+Rank 0 gives the orders, and does its own part of each as all others do. An order is a JSON object, so that whatever
+is the same for all is told, and nothing is worked out twice: which patterns run, and where their branches begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from icsearch.block import Batch, BranchState
+from icsearch.divergence import KlSweeper
+from icsearch.journal import Event
+from icsearch.model import DsaModel
+from icsearch.pattern import Pattern
+from icsearch.processes.launch import Grid
+from icsearch.processes.wave_jobs import JOBS
+from icsearch.processes.wire import Packet, Wire
+from icsearch.processes.world import World, has_own_gpu
+from icsearch.states import Keeping, StateStore
+from icsearch.sweep import Sweeper, SweepResult, kernel_notes
+
+Order = dict[str, Any]
+Measured = tuple[SweepResult, Packet]
+UNLIMITED = 2**62  # bytes: what is kept is decided by rank 0, by the plan
+
+
+class Member:
+    """One process's part: a model that holds its layers, and the batches of all sets, of which it scores its share."""
+
+    def __init__(self, world: World, grid: Grid, dsa: DsaModel, batches: Mapping[str, Iterable[Batch]]) -> None:
+        self._world = world
+        self._dsa = dsa
+        self.data_rank, self._place = grid.data_rank(world.rank), grid.place(world.rank)
+        self._is_last = world.rank == grid.last_rank(self.data_rank)
+        self._batches = {name: {batch.first: batch for batch in several} for name, several in batches.items()}
+        self._sweepers: dict[str, Sweeper] = {}
+        direct = dsa.device.type == "cpu" or has_own_gpu(world.launch)
+        self._wire = Wire(world, dsa.device, direct)
+
+    def batches_of(self, name: str) -> list[Batch]:
+        """All batches of a set; this process scores its share of them."""
+        return list(self._batches[name].values())
+
+    def set_up(self, order: Order) -> None:
+        """Make the sweeper of one set: what it measures, and what it keeps between sweeps."""
+        keeping = Keeping(
+            order["num_layers"], tuple(order["layer_indices"]), frozenset(order["flippable"]), order["stride"]
+        )
+        kept: StateStore[BranchState] = StateStore(keeping, Pattern(order["base"]), UNLIMITED)
+        if order["kl"]:
+            sweeper: Sweeper = KlSweeper(self._dsa, kept, order["keep_full_states"])
+        else:
+            sweeper = Sweeper(self._dsa, kept)
+        self._sweepers[order["set"]] = sweeper
+
+    def retain(self, order: Order) -> None:
+        """Let go of what is of no use to the committed pattern and its flips."""
+        self._sweepers[order["set"]].retain(Pattern(order["base"]))
+
+    def sweep(
+        self, order: Order, on_layer: Callable[[int], None] = lambda _: None
+    ) -> tuple[SweepResult, Packet] | None:
+        """This process's part of one sweep; the losses come from the last process of each pipeline.
+
+        Beside them the packet of that process says what its pipeline took and noted.
+        """
+        share = order["shares"][self.data_rank]
+        if share is None:  # the last wave may have fewer batches than there are pipelines
+            return None
+        batches = self._batches[order["set"]]
+        wave = [batches[first] for first in share["batches"]]
+        starts = {Pattern(letters): entry for letters, entry in share["starts"].items()}
+        sweeper = self._sweepers[order["set"]]
+        before = self._wire.receive(order["item"]) if self._place else Packet([], 0)
+        weights = self._dsa.weights
+        read = before.bytes_read - weights.bytes_read
+        with kernel_notes() as notes:
+            branches, taken = sweeper.advance(starts, wave, self._heeding(on_layer), before.branches)
+            taken += before.layer_sequences
+            asked = [Pattern(letters) for letters in order["asked"]]
+            result = sweeper.measure(asked, wave, branches, taken) if self._is_last else None
+        packet = Packet(branches, taken, read + weights.bytes_read, tuple(sorted({*before.notes, *notes})))
+        if result is not None:
+            return result, packet
+        self._wire.send(order["item"], packet)
+        return None
+
+    def do_job(self, order: Order, on_layer: Callable[[int], None] = lambda _: None) -> list[Event] | None:
+        """This process's part of a job: its wave, if there is one for it. Every process must hold all layers."""
+        own = order["items"][self.data_rank]
+        if own is None:
+            return None
+        wave = [self._batches[order["set"]][first] for first in own["batches"]]
+        return JOBS[order["job"]](self._dsa, order["shared"], own, wave, self._heeding(on_layer))
+
+    def _heeding(self, on_layer: Callable[[int], None]) -> Callable[[int], None]:
+        """Between two layers this process hears what ends the run."""
+
+        def heed(layer_sequences: int) -> None:
+            self._world.watch.check()
+            on_layer(layer_sequences)
+
+        return heed
+
+
+def losses_message(done: Measured) -> dict[str, Any]:
+    """What the last process of a pipeline has to say of a sweep, as JSON holds it: floats keep their bits."""
+    result, packet = done
+    return {
+        "nll": result.nll,
+        "kl": result.kl,
+        "layer_sequences": packet.layer_sequences,
+        "bytes_read": packet.bytes_read,
+        "notes": list(packet.notes),
+    }

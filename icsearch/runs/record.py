@@ -1,0 +1,341 @@
+"""What a run's journal says, replayed: losses and commits. Search, report and export all read a run through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icsearch.errors import JournalError, PatternError
+from icsearch.journal import Event, Journal
+from icsearch.jsonfile import FieldError, Kind, check_fields, shown
+from icsearch.pattern import Pattern, Step
+from icsearch.runs.commit import Candidate, Commit
+from icsearch.runs.journal_schema import check_start, event_fields
+from icsearch.runs.loss_table import LossTable
+from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, OUTCOMES, Refinement
+from icsearch.runs.similarity_sums import SimilaritySums
+from icsearch.statistics import Difference
+
+JOURNAL_NAME = "journal.jsonl"
+REFINING = -1  # stands for a step in `asked`: what a refinement scored on the calibration sequences
+
+
+@dataclass
+class RunRecord:
+    """The state of a run. It changes by `apply` alone, so live and resumed runs share one path.
+
+    `nll` holds the losses, and `kl` the KL to the start pattern where the objective is the KL; `asked[step]` lists the
+    patterns scored in a step (step 0: the start pattern and the uniform references), and `scored[step]` counts them
+    times the sequences that each was scored on there. `known_at_commit[step][layer]` is the number of sequences that
+    each candidate was scored on when the step was committed: a refinement may score it on more. `heldout` is the same
+    of the held-out sequences that a refinement confirms on: its losses, and nothing else. `weight_bytes[step]` is what
+    was read of streamed weights in a step.
+    """
+
+    start: Event = field(default_factory=dict)
+    nll: LossTable = field(default_factory=LossTable)
+    kl: LossTable = field(default_factory=LossTable)
+    asked: dict[int, list[str]] = field(default_factory=dict)
+    scored: dict[int, int] = field(default_factory=dict)
+    commits: list[Commit] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    similarity_sums: SimilaritySums = field(default_factory=SimilaritySums)
+    chosen: Event | None = None
+    refinement: Refinement | None = None
+    heldout: RunRecord | None = None
+    layer_sequences: int = 0
+    seconds: float = 0.0
+    weight_bytes: dict[int, int] = field(default_factory=dict)
+    finished: bool = False
+    _fields: dict[str, dict[str, Kind]] = field(default_factory=dict, repr=False)
+    known_at_commit: dict[int, dict[int, int]] = field(default_factory=dict)
+
+    @classmethod
+    def replay(cls, events: Iterable[Event]) -> RunRecord:
+        """The state behind these events; raises JournalError, with the line, where one does not fit."""
+        record = cls()
+        for number, event in enumerate(events, start=1):
+            try:
+                record.apply(event)
+            except (ValueError, PatternError) as error:
+                raise JournalError(
+                    f"journal line {number} is damaged ({error}): restore the file, or start over with --fresh"
+                ) from None
+        return record
+
+    def check(self, event: Event) -> None:
+        """Raise ValueError or PatternError where the event does not fit what is before it."""
+        kind = event.get("event")
+        if not self.start:
+            check_start(event)
+        elif _is_heldout(event):
+            self._check_heldout(event)
+        elif kind in list(self._fields):  # a list: a damaged journal's kind may not be hashable
+            check_fields(event, self._fields[kind])
+            self._check_later(event)
+        else:
+            raise FieldError(f"event is {shown(kind)}: expected one of {', '.join(self._fields)}")
+
+    def apply(self, event: Event) -> None:
+        """Take one event in; raises as `check` does, and then changes nothing."""
+        self.check(event)
+        if not self.start:
+            self._apply_start(event)
+        elif self.heldout is not None and _is_heldout(event):
+            self.heldout.apply(_as_own(event))
+            self._add_cost(event, REFINING)
+        else:
+            self._apply_later(event)
+
+    def _check_later(self, event: Event) -> None:
+        """One of the events behind the first, the kinds of its fields checked."""
+        kind = event["event"]
+        if kind == "losses":
+            self._check_losses(event)
+        elif kind == "commit":
+            self._check_commit(event)
+        elif kind == "similarity":
+            self.similarity_sums.check(event)
+        elif kind == "refine":
+            self._check_refine(event)
+        elif kind in OUTCOMES:
+            self._check_outcome(event)
+
+    def _check_losses(self, event: Event) -> None:
+        first, last = event["sequences"]
+        if event["step"] > len(self.commits) + 1:
+            raise FieldError(f"losses of step {event['step']} behind {len(self.commits)} commits")
+        for name in self._tables():
+            if [len(sums) for sums in event[name]] != [last - first] * len(event["patterns"]):
+                raise FieldError(f"{name} does not hold one sum for each pattern and sequence")
+
+    def _check_heldout(self, event: Event) -> None:
+        if self.heldout is None:
+            raise FieldError(f"losses of set {HELDOUT_SET}, but the run has no held-out sequences")
+        self.heldout.check(_as_own(event))
+
+    def _check_commit(self, event: Event) -> None:
+        if self.refinement is not None:
+            raise FieldError("a commit behind the beginning of the refinement")
+        Commit.from_event(event).check(len(self.commits) + 1, self.pattern)
+
+    def _check_refine(self, event: Event) -> None:
+        if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
+            raise FieldError(f"a refinement of {event['pattern']}, which does not follow from what is before it")
+
+    def _check_outcome(self, event: Event) -> None:
+        if self.refinement is None or self.heldout is None:
+            raise FieldError(f"{event['event']} without a refinement")
+        if event["event"] == "swap":
+            self._check_swap(event["before"], event["pattern"])
+        self.refinement.check(event)
+
+    def _check_swap(self, before: str, after: str) -> None:
+        """Raise FieldError unless both sets say that the pattern is better for the swap."""
+        for record in filter(None, (self, self.heldout)):
+            table = record.objective
+            known = table.is_complete(after) and table.is_complete(before)
+            if not known or not table.difference(after, before).delta < 0:
+                raise FieldError(f"a swap to {after}, which does not gain on both sets")
+
+    def _apply_start(self, event: Event) -> None:
+        self.start, self._fields = event, event_fields(event)
+        self.nll, self.kl = LossTable(self.tokens), LossTable(self.tokens)
+        self.heldout = _heldout_record(event)
+
+    def _apply_later(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "losses":
+            self._apply_losses(event)
+        elif kind == "commit":
+            self._apply_commit(event)
+        elif kind == "similarity":
+            self.similarity_sums.add(event)
+            self._add_cost(event)
+        elif kind == "chosen":
+            self.chosen = event
+        elif kind == "refine":
+            self.refinement = Refinement(Pattern(event["pattern"]), event["costs"])
+        elif kind in OUTCOMES and self.refinement is not None:
+            self.refinement.apply(event)
+        elif kind == "note":
+            self.notes.append(event["text"])
+        elif kind == "finish":
+            self.finished = True
+
+    def _apply_losses(self, event: Event) -> None:
+        first, last = event["sequences"]
+        for name, table in self._tables().items():
+            for letters, sums in zip(event["patterns"], event[name], strict=True):
+                table.add(letters, first, sums)
+        step = REFINING if event.get("set") == CALIBRATION_SET else event["step"]
+        asked = self.asked.setdefault(step, [])
+        asked += [letters for letters in dict.fromkeys(event["patterns"]) if letters not in asked]
+        self.scored[step] = self.scored.get(step, 0) + len(event["patterns"]) * (last - first)
+        self._add_cost(event, step)
+
+    def _apply_commit(self, event: Event) -> None:
+        commit = Commit.from_event(event)
+        self.commits.append(commit)
+        flips = self._flips(commit.step, commit.candidates)
+        self.known_at_commit[commit.step] = {layer: self.nll.known_sequences(letters) for layer, letters in flips}
+
+    def _tables(self) -> dict[str, LossTable]:
+        """The tables that losses go to, by the name of their sums in an event."""
+        return {"nll": self.nll, "kl": self.kl} if self.by_kl else {"nll": self.nll}
+
+    def _add_cost(self, event: Event, step: int = 0) -> None:
+        self.layer_sequences += event["layer_sequences"]
+        self.seconds += event["seconds"]
+        self.weight_bytes[step] = self.weight_bytes.get(step, 0) + (event.get("weight_bytes") or 0)
+
+    @property
+    def by_kl(self) -> bool:
+        """Whether the search goes by the KL to the start pattern, and not by the loss."""
+        return bool(self.start["options"]["objective"] == "kl")
+
+    @property
+    def objective(self) -> LossTable:
+        """What the search goes by: the loss, or the KL."""
+        return self.kl if self.by_kl else self.nll
+
+    @property
+    def tokens(self) -> list[int]:
+        """Counted tokens of each calibration sequence."""
+        return list(self.start["tokens"])
+
+    @property
+    def start_pattern(self) -> Pattern:
+        """All F, but for layers that the checkpoint itself shares."""
+        return Pattern(self.start["start_pattern"])
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Name to letters of the patterns scored for comparison, such as uniform:1/4."""
+        return dict(self.start["references"])
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern so far: the refined one where there is one, else that of the search."""
+        return self.searched if self.refinement is None else self.refinement.pattern
+
+    @property
+    def searched(self) -> Pattern:
+        """The pattern of the search so far: the last commit's, or the one that the dynamic program chose."""
+        if self.chosen is not None:
+            return Pattern(self.chosen["pattern"])
+        return Pattern(self.commits[-1].pattern) if self.commits else self.start_pattern
+
+    def before(self, step: int) -> Pattern:
+        """The pattern that a step began with."""
+        return Pattern(self.commits[step - 2].pattern) if step > 1 else self.start_pattern
+
+    @property
+    def similarity(self) -> dict[str, Any] | None:
+        """Mean cosine similarity and overlap (lower triangles, row i has i entries) of a similarity baseline.
+
+        `objective` is the chosen pattern's sum of similarities over its S layers; None in other runs.
+        """
+        sums = self.similarity_sums
+        if self.chosen is None or not sums.queries:
+            return None
+        return {**sums.means(), "objective": self.chosen["objective"]}
+
+    def loss(self, letters: str) -> float:
+        """Nats per token; raises JournalError if the pattern was not scored on every sequence."""
+        return self.nll.loss(letters)
+
+    def difference(self, letters: str, reference: str | None = None) -> Difference:
+        """Difference of the loss to `reference` (default: the start pattern), paired over sequences."""
+        return self.nll.difference(letters, reference or self.start_pattern.letters)
+
+    def mean_kl(self, letters: str) -> Difference | None:
+        """KL(start pattern || pattern) in nats per token, with its standard error; None in runs that have no KL."""
+        return self.kl.mean(letters) if self.by_kl else None
+
+    def steps(self) -> tuple[Step, ...]:
+        """The committed flips with their losses: the curve."""
+        return tuple(self._step(commit) for commit in self.commits)
+
+    def _step(self, commit: Commit) -> Step:
+        difference, kl = self.difference(commit.pattern), self.mean_kl(commit.pattern)
+        return Step(
+            commit.step,
+            commit.layer,
+            self.loss(commit.pattern),
+            difference.delta,
+            difference.std_err,
+            commit.pattern,
+            kl=kl.delta if kl else None,
+            kl_std_err=kl.std_err if kl else None,
+        )
+
+    def candidates(self, step: int) -> list[Candidate]:
+        """Every flip that a step scored completely (the last one may still be at work), by layer."""
+        given_up = self.commits[step - 1].given_up if step <= len(self.commits) else ()
+        flips = self._flips(step, (layer for layer in self._asked_layers(step) if layer not in given_up))
+        return [self._candidate(step, *flip) for flip in flips if self.nll.is_complete(flip[1])]
+
+    def given_up(self, step: int) -> list[Candidate]:
+        """The flips that a committed step gave up, by layer, by the sequences that they were known on then."""
+        known = self.known_at_commit[step]
+        flips = self._flips(step, self.commits[step - 1].given_up)
+        return [self._candidate(step, *flip, known[flip[0]]) for flip in flips if known[flip[0]]]
+
+    def flips(self, step: int) -> list[str]:
+        """The patterns among which a committed step chose, those too that it left stale."""
+        commit = self.commits[step - 1]
+        return [letters for _, letters in self._flips(step, (*commit.candidates, *commit.stale))]
+
+    def _asked_layers(self, step: int) -> Iterable[int]:
+        """The layers that a step looked at; of one that is not committed yet, those so far."""
+        if step <= len(self.commits):
+            return self.commits[step - 1].candidates
+        before, asked = self.before(step), set(self.asked.get(step, []))
+        return [layer for layer in before.full_layers[1:] if before.flip(layer).letters in asked]
+
+    def _flips(self, step: int, layers: Iterable[int]) -> list[tuple[int, str]]:
+        """(layer, letters of its flip) in a step, by layer."""
+        before = self.before(step)
+        return [(layer, before.flip(layer).letters) for layer in sorted(layers)]
+
+    def _candidate(self, step: int, layer: int, letters: str, most: int | None = None) -> Candidate:
+        difference = self.nll.known_difference(letters, self.start_pattern.letters, most)
+        known = self.nll.known_sequences(letters) if most is None else most
+        return Candidate(step, layer, letters, self.nll.known_loss(letters, most), difference, known)
+
+
+def _is_heldout(event: Event) -> bool:
+    return bool(event.get("event") == "losses" and event.get("set") == HELDOUT_SET)
+
+
+def _as_own(event: Event) -> Event:
+    """Losses of held-out sequences as the record of these has them."""
+    return {**event, "set": None, "step": 0}
+
+
+def _heldout_record(start: Event) -> RunRecord | None:
+    """An empty record of the held-out sequences of a run that is to be refined."""
+    if start.get("refine_on") is None:
+        return None
+    record = RunRecord()
+    others = {"tokens": start["refine_on"]["tokens"], "calibration": start["refine_on"], "refine_on": None}
+    record.apply({**start, **others})
+    return record
+
+
+def load_run(directory: Path) -> RunRecord:
+    """Replay the journal of a RUN directory; raises JournalError where there is none."""
+    journal = Journal(directory / JOURNAL_NAME)
+    if not journal.exists():
+        raise JournalError(f"{directory} holds no {JOURNAL_NAME}: expected the RUN directory of icsearch greedy")
+    events = journal.events()
+    options = events[0].get("options")
+    if isinstance(options, dict) and options.get("method") == "eval":
+        raise JournalError(f"{directory} holds an evaluation that is not finished: repeat its command to finish it")
+    try:
+        return RunRecord.replay(events)
+    except JournalError as error:
+        raise JournalError(f"{directory}: {error}") from None

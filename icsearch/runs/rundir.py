@@ -1,0 +1,169 @@
+"""A RUN directory: one process at a time, one journal, and a refusal to continue somebody else's search."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from icsearch.errors import JournalError
+from icsearch.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory
+from icsearch.journal import Event, Journal
+from icsearch.jsonfile import FieldError
+from icsearch.runs.journal_schema import check_options
+from icsearch.runs.record import JOURNAL_NAME
+
+RESULT_NAMES = (
+    "pattern.json",
+    "curve.csv",
+    "curve.png",
+    "report.html",
+    "similarity.npz",
+    "similarity.json",
+    "eval.json",
+    "eval.csv",
+)
+_LOCK_NAME = ".lock"
+_MUST_AGREE = ("options", "model", "calibration")
+_WHERE_BOTH_HAVE = ("refine_on",)  # runs with a refinement and without differ in an option already
+_BEFORE_THE_OPTION = {"kernels": "reference"}  # what runs did that do not record it yet
+
+
+class RunDirectory:
+    """The journal of one search and its results."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = Journal(path / JOURNAL_NAME)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for this process. The lock dies with its process, however that dies.
+
+        A directory that was made for a run which then never began is not left behind. Raises JournalError.
+        """
+        made_now = not self.path.exists()
+        try:
+            lock = self._take_lock()
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise JournalError(f"cannot write to {self.path} ({error.strerror}): give another --out") from None
+        with lock:
+            remove_stale_temporaries(self.path)
+            try:
+                yield
+            finally:
+                if made_now:
+                    self._remove_if_unused()
+
+    def _take_lock(self) -> TextIO:
+        """The lock file, open and ours.
+
+        A run that never began may have taken file and directory away since it was opened: then again. A fork of this
+        process gives its copy up at once: else it would hold the lock of a run that is dead.
+        """
+        path = self.path / _LOCK_NAME
+        while True:
+            make_directory(self.path)
+            lock = path.open("w")
+            if not _acquire(lock):
+                lock.close()
+                raise JournalError(f"another icsearch is running in {self.path}: wait for it, or give another --out")
+            if _is_at(lock, path):
+                os.register_at_fork(after_in_child=lock.close)
+                return lock
+            lock.close()
+
+    def _remove_if_unused(self) -> None:
+        with contextlib.suppress(OSError):  # whatever stands in the way is no reason to hide the run's own outcome
+            if [path.name for path in self.path.iterdir()] == [_LOCK_NAME]:
+                (self.path / _LOCK_NAME).unlink()
+                self.path.rmdir()
+
+    def existing(self) -> list[Event]:
+        """The events of the run so far; empty where none was started. Raises JournalError for damaged options."""
+        events = self.journal.events() if self.journal.exists() else []
+        try:
+            if events:
+                check_options(events[0])
+        except FieldError as error:
+            raise JournalError(
+                f"{self.journal.path}: journal line 1 is damaged ({error}): restore the file, or start over with "
+                "--fresh"
+            ) from None
+        return events
+
+    def open(self, start: Event, existing: list[Event]) -> list[Event]:
+        """Continue the existing run, or begin a new one with `start`: only now the last one's files go."""
+        if existing:
+            return existing
+        self._clear()
+        self.journal.append(start)
+        sync_directory(self.path)
+        return [start]
+
+    def _clear(self) -> None:
+        """Remove the journal and the results of the last run, and nothing else."""
+        for name in (JOURNAL_NAME, *RESULT_NAMES):
+            (self.path / name).unlink(missing_ok=True)
+        sync_directory(self.path)
+
+    def check_same(self, existing: list[Event], wanted: Event) -> None:
+        """Refuse to continue a run whose options, model or calibration are others; says which differ."""
+        if not existing:
+            return
+        parts = [*_MUST_AGREE, *(part for part in _WHERE_BOTH_HAVE if part in wanted and part in existing[0])]
+        differences = [line for part in parts for line in _differences(part, part_of(existing, part), wanted[part])]
+        if differences:
+            raise JournalError(
+                f"{self.path} holds a run with other settings ({'; '.join(differences)}): "
+                "repeat its command, give another --out, or start over with --fresh"
+            )
+
+
+def _acquire(file: TextIO) -> bool:
+    """Lock an open file; False where another process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    """Whether the open file is the one that lies at the path now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def part_of(existing: Sequence[Event], part: str) -> dict[str, Any]:
+    """An object of a run's first event; empty where there is none or it is damaged."""
+    found = existing[0].get(part) if existing else None
+    return found if isinstance(found, dict) else {}
+
+
+def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Readable `key: found -> wanted` for each value that differs. Names and paths may; fingerprints may not.
+
+    The sequences' digests and tokens follow from the fingerprint, and runs of earlier versions have no digests.
+    """
+    lines = []
+    if part == "options":
+        found = {**{key: value for key, value in _BEFORE_THE_OPTION.items() if key in wanted}, **found}
+    for key in sorted(found.keys() | wanted.keys()):
+        if key in ("name_or_path", "source", "sequences", "tokens") or found.get(key) == wanted.get(key):
+            continue
+        label = key if part == "options" else f"{part} {key}"
+        lines.append(f"{label} {_short(found.get(key))}, now {_short(wanted.get(key))}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"

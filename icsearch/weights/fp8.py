@@ -1,0 +1,130 @@
+"""FP8 checkpoints: weights in float8 with one scale for each block, dequantised as they are read.
+
+transformers' own conversion does it all but for one op. The one it has takes the size of a block from the ratio of the
+shapes: it refuses a weight that is no multiple of its blocks, such as kv_a_proj_with_mqa of DeepSeek-V3.2 and GLM-5
+with 576 rows in blocks of 128, misplaces the blocks where the ratio happens to be whole, and leaves weights that have
+no scale in the type that they have on disk. The op here goes by the block size of the config.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+from transformers.utils.quantization_config import FineGrainedFP8Config
+
+from icsearch.errors import ModelError, first_line
+from icsearch.jsonfile import list_of, shown, whole
+from icsearch.weights.checkpoint import Checkpoint
+from icsearch.weights.shards import Shards
+
+METHOD = "fp8"
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_WEIGHT, _SCALE = "weight", "weight_scale_inv"
+
+
+class Dequantize(ConversionOps):
+    """(weight, scale) pairs to weights of the type that the model's parameter has; other weights get that type too."""
+
+    def __init__(self, hf_quantizer: FineGrainedFP8HfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer  # by this name transformers knows that it must not cast what comes here
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Dequantize:
+        """Itself, for it has no state: transformers copies a converter for each tensor that it meets."""
+        return self
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **context: Any
+    ) -> dict[str, Any]:
+        """Lists of tensors by source pattern to the dequantised weights among them; raises ValueError."""
+        target = context["full_layer_name"]
+        dtype = context["model"].get_parameter_or_buffer(target).dtype
+        converted = {}
+        for pattern, weights in input_dict.items():
+            if pattern.endswith(_WEIGHT):
+                scales = input_dict.get(pattern.removesuffix(_WEIGHT) + _SCALE, [None] * len(weights))
+                if len(scales) != len(weights):
+                    raise ValueError(
+                        f"{len(weights)} weights but {len(scales)} {_SCALE}; download the checkpoint again"
+                    )
+                key = target if pattern == _WEIGHT else pattern
+                converted[key] = [self._one(*pair, dtype) for pair in zip(weights, scales, strict=True)]
+        return converted
+
+    def _one(self, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        if scale is not None:
+            return dequantized(weight, scale, self.hf_quantizer.quantization_config.weight_block_size, dtype)
+        if weight.dtype in _FP8:
+            raise ValueError(f"a float8 weight without its {_SCALE}; download the checkpoint again")
+        return weight.to(dtype)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("a dequantised model is saved as it is")
+
+
+def dequantized(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """weight [..., R, C] times the scale of its block, [..., ceil(R / block), ceil(C / block)], in float32, then cast.
+
+    The last blocks may be cut off. Raises ValueError for scales of another shape.
+    """
+    rows, columns = weight.shape[-2:]
+    expected = [*weight.shape[:-2], -(-rows // block[0]), -(-columns // block[1])]
+    if list(scale.shape) != expected:
+        raise ValueError(
+            f"{_SCALE} has shape {list(scale.shape)}, expected {expected} for a weight {list(weight.shape)} in blocks "
+            f"of {block[0]} x {block[1]}; check weight_block_size of quantization_config"
+        )
+    values = weight.float()
+    of_rows = scale.float().repeat_interleave(block[0], dim=-2)[..., :rows, :]  # [..., R, ceil(C / block)]
+    whole = columns // block[1]
+    values[..., : whole * block[1]].unflatten(-1, (whole, block[1])).mul_(of_rows[..., :whole].unsqueeze(-1))
+    values[..., whole * block[1] :].mul_(of_rows[..., whole:])
+    return values.to(dtype)
+
+
+class Quantizer(FineGrainedFP8HfQuantizer):
+    """transformers' quantizer of FP8 checkpoints, with the op above. It never asks for a GPU: nothing runs in FP8."""
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"dequantize": Dequantize}
+
+
+def make_quantizer(checkpoint: Checkpoint) -> Quantizer | None:
+    """What dequantises this checkpoint, None where it is not quantised; raises ModelError for another quantisation."""
+    nested = checkpoint.config.get("text_config")
+    inner = nested.get("quantization_config") if isinstance(nested, dict) else None
+    settings = checkpoint.config.get("quantization_config") or inner
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else settings
+    if method != METHOD:
+        raise ModelError(
+            f"{checkpoint.name} is quantised by {shown(method)}: expected {METHOD!r}, with a scale for each block of "
+            "128 x 128 weights, or no quantization_config at all; convert it to bfloat16 first"
+        )
+    block = settings.get("weight_block_size", [128, 128])
+    if not list_of(whole(1), 2).fits(block):
+        raise ModelError(
+            f"quantization_config of {checkpoint.name} has weight_block_size {shown(block)}: expected two sizes, such "
+            "as [128, 128]; convert it to bfloat16 first"
+        )
+    try:
+        return Quantizer(FineGrainedFP8Config.from_dict({**settings, "dequantize": True}), pre_quantized=True)
+    except (ValueError, AttributeError, TypeError) as error:  # other settings that transformers does not know
+        raise ModelError(
+            f"transformers cannot use the quantization_config of {checkpoint.name} ({first_line(error)}): "
+            "use the config that belongs to the weights"
+        ) from error
+
+
+def check_none_quantised(checkpoint: Checkpoint, shards: Shards) -> None:
+    """Raise ModelError where float8 weights come without a quantization_config that says how they are scaled."""
+    for name, stored in shards.items():
+        if stored.dtype.startswith("F8_"):
+            raise ModelError(
+                f"tensor {name} of {checkpoint.name} is {stored.dtype}, but config.json has no quantization_config: "
+                "use the config that belongs to the weights"
+            )

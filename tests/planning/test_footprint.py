@@ -1,0 +1,32 @@
+"""Memory of one call: moments by hand, growth; `test_peak` compares with what a process takes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from icsearch.planning.footprint import Call, head_bytes
+from icsearch.planning.modelfile import open_model_file
+from plan_fixtures import DEEPSEEK, GLM
+
+
+def test_a_call_at_64k_is_mostly_its_experts() -> None:
+    """Rows of hidden size for every (token, expert) pair, in and out in bfloat16, weighted twice in float32."""
+    for name, hidden in ((GLM, 6144), (DEEPSEEK, 7168)):
+        call = Call(open_model_file(name).shape, 1, 65536, 2, 2**26)
+        moments = call.moments()
+        assert max(moments, key=moments.__getitem__) == "experts"
+        assert moments["experts"] == 65536 * (8 * hidden * (2 + 2 + 4 + 4) + 2 * hidden * 2)
+
+
+def test_moments_grow_with_tokens_and_blocks_do_not() -> None:
+    call = Call(open_model_file("demo").shape, 1, 2048, 4, 2**19)
+    twice = replace(call, batch_size=2)
+    for name, size in call.moments().items():
+        assert size < twice.moments()[name] <= 2 * size
+    assert replace(call, block_elements=2**20).bytes > call.bytes
+
+
+def test_a_head_holds_a_chunk_of_logits() -> None:
+    assert head_bytes(5000, 10, 1000, 2, 2) == 5000 * 10 * 2 + 1024 * 1000 * (2 + 2 * 4)
+    assert head_bytes(5000, 10, 1000, 4, 2) == 5000 * 10 * 4 + 1024 * 1000 * 2 * 4  # float32 is not copied
+    assert head_bytes(5000, 1000, 10, 2, 2) == 5000 * 1000 * 3 * 4  # a wide model's norm

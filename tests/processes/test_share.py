@@ -1,0 +1,91 @@
+"""Which grid several processes make where none is asked for: what fits, from sizes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import tiny
+from icsearch.errors import IcsearchError
+from icsearch.planning import plan
+from icsearch.planning.memory_plan import Memory, Share, plan_memory, plan_share
+from icsearch.processes.launch import Grid, Launch, grids
+from icsearch.requests import CalibrationRequest, GreedyRequest
+from icsearch.setup.inputs import Inputs, obtain, open_model
+from icsearch.setup.run_options import run_options
+
+BATCH = 2
+
+
+@pytest.fixture(scope="module")
+def request_(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> GreedyRequest:
+    model = tiny.save_checkpoint(tmp_path_factory.mktemp("glm"), num_hidden_layers=8, first_k_dense_replace=4)
+    source = CalibrationRequest(str(model), str(tokens))
+    return GreedyRequest(source, tmp_path_factory.mktemp("run"), batch_size=BATCH, memory=10**9, block_elements=1024)
+
+
+@pytest.fixture(scope="module")
+def inputs(request_: GreedyRequest) -> Inputs:
+    source, layout = open_model(request_.calibration)
+    batches, _ = obtain(request_.calibration, source, layout, request_.out / "calibration", fresh=False)
+    return Inputs(source, layout, batches)
+
+
+def chosen(request: GreedyRequest, inputs: Inputs, size: int, memory: int, offload: str = "auto") -> Memory:
+    asked = replace(request, memory=memory, offload=offload)
+    options = run_options(asked, inputs, [])
+    launch = Launch(0, size, 0, size)
+    return plan_share(asked, inputs, options, launch, grids(size, None, None))
+
+
+def needed(request: GreedyRequest, inputs: Inputs, grid: Grid) -> int:
+    """The least memory of a process that keeps its weights."""
+    one = plan_memory(replace(request, offload="none"), inputs, run_options(request, inputs, []), Share(grid))
+    least = plan.FEWEST_BRANCHES + 2 * grid.packets
+    return one.weights + one.shape.layer_bytes + least * one.shape.branch_bytes
+
+
+def test_sequences_are_shared_where_the_weights_fit(request_: GreedyRequest, inputs: Inputs) -> None:
+    memory = chosen(request_, inputs, 4, needed(request_, inputs, Grid(4, 1)))
+    assert (memory.share.grid, memory.offload.streamed) == (Grid(4, 1), False)
+
+
+def test_layers_are_shared_by_as_few_as_it_takes(request_: GreedyRequest, inputs: Inputs) -> None:
+    sizes = {p: needed(request_, inputs, Grid(4 // p, p)) for p in (1, 2, 4)}
+    assert sizes[1] > sizes[2] > sizes[4]
+    for pipeline in (2, 4):
+        memory = chosen(request_, inputs, 4, sizes[pipeline])
+        assert (memory.share.grid, memory.offload.streamed) == (Grid(4 // pipeline, pipeline), False)
+
+
+def test_weights_are_streamed_where_no_grid_keeps_them(request_: GreedyRequest, inputs: Inputs) -> None:
+    memory = chosen(request_, inputs, 2, needed(request_, inputs, Grid(1, 2)) - 1)
+    assert (memory.share.grid, memory.offload.where) == (Grid(2, 1), "disk")
+    assert memory.offload.why.endswith("in each process")
+
+
+def test_streaming_that_is_asked_for(request_: GreedyRequest, inputs: Inputs) -> None:
+    """All batches of a data rank go through the layers together; what is read is read by both."""
+    memory = chosen(request_, inputs, 2, 10**9, "disk")
+    assert (memory.share.grid, memory.batches_per_wave) == (Grid(2, 1), 2)  # 3 batches for two
+    assert memory.offload.pass_bytes == pytest.approx(2 * inputs.source.num_bytes, rel=0.01)
+
+
+def test_nothing_fits(request_: GreedyRequest, inputs: Inputs) -> None:
+    with pytest.raises(IcsearchError, match="is too small"):
+        chosen(request_, inputs, 4, 1000)
+
+
+def test_a_share_of_the_sequences_is_whole_batches() -> None:
+    share = Share(Grid(2, 1))
+    assert [share.sequences(total, 2) for total in (1, 4, 5, 8, 9)] == [1, 2, 4, 4, 6]
+    assert Share().sequences(9, 2) == 9
+
+
+def test_a_pipeline_wants_several_waves() -> None:
+    assert Share(Grid(1, 1)).batches_per_wave(24) == 24
+    assert Share(Grid(2, 1)).batches_per_wave(24) == 12
+    assert Share(Grid(1, 2)).batches_per_wave(24) == 6
+    assert Share(Grid(1, 8)).batches_per_wave(24) == 1

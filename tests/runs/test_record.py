@@ -1,0 +1,265 @@
+"""Journals of released versions, committed as they were written, must load for ever."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icsearch.errors import JournalError
+from icsearch.journal import Event, Journal
+from icsearch.pattern import load_pattern_file
+from icsearch.report import write_results
+from icsearch.requests import KERNELS, MIN_BLOCK_ELEMENTS, OBJECTIVES, REFINEMENTS
+from icsearch.runs.journal_schema import OPTION_FIELDS
+from icsearch.runs.record import RunRecord, load_run
+from icsearch.runs.results import cost, pattern_file
+from icsearch.strategies import STRATEGIES
+
+DATA = Path(__file__).parent.parent / "data"
+
+
+def test_journal_of_version_0_1_0_loads() -> None:
+    record = load_run(DATA / "journal-0.1.0")
+    assert record.finished
+    assert record.pattern.letters == "FSSFSS"
+    assert [commit.layer for commit in record.commits] == [2, 5, 1, 4]
+    assert record.loss("FFFFFF") == 7.373036933556581
+    assert record.steps()[-1].loss == 7.342184239167434
+    assert record.steps()[-1].std_err == 0.11383308029822703
+    assert [candidate.layer for candidate in record.candidates(3)] == [1]
+    assert cost(record)["candidate_evaluations"] == 6
+
+
+def test_results_follow_from_the_journal_alone(tmp_path: Path) -> None:
+    run = Path(shutil.copytree(DATA / "journal-0.1.0", tmp_path / "run"))
+    written = write_results(run, load_run(run))
+    assert {path.name for path in written} == {"pattern.json", "curve.csv", "curve.png", "report.html"}
+    assert (run / "curve.csv").read_text().splitlines()[-1].startswith("4,4,4,2,")
+
+
+def test_a_part_of_a_journal_is_a_run_at_work(tmp_path: Path) -> None:
+    events = Journal(DATA / "journal-0.1.0" / "journal.jsonl").events()
+    for length in range(1, len(events)):
+        record = RunRecord.replay(events[:length])
+        assert not record.finished
+        assert len(record.steps()) == len(record.commits)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"event": "dream"}, {"event": "commit"}, {"event": "losses", "sequences": [0, 2], "patterns": ["FFFFFF"]}],
+)
+def test_damaged_events_name_their_line(damage: dict[str, object]) -> None:
+    events = Journal(DATA / "journal-0.1.0" / "journal.jsonl").events()
+    with pytest.raises(JournalError, match="journal line 2 is damaged"):
+        RunRecord.replay([events[0], damage])
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match=r"holds no journal\.jsonl"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["none", "x" * 300, "nul\0byte", "journal-0.1.0/journal.jsonl"])
+def test_paths_that_hold_no_run(name: str) -> None:
+    with pytest.raises(JournalError) as caught:
+        load_run(DATA / name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_one_sequence_has_no_error_and_its_pattern_file_is_strict_json(tmp_path: Path) -> None:
+    events = Journal(DATA / "journal-0.1.0" / "journal.jsonl").events()
+    one = [event for event in events if event.get("sequences", [0, 2])[0] == 0]
+    for event in one:
+        if event["event"] == "losses":
+            event |= {"sequences": [0, 1], "nll": [sums[:1] for sums in event["nll"]]}
+    one[0]["tokens"] = [39]
+    pattern_file(RunRecord.replay(one)).save(tmp_path / "pattern.json")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    document = json.loads((tmp_path / "pattern.json").read_text(), parse_constant=refuse)
+    assert [step["std_err"] for step in document["steps"]] == [None] * 4
+    assert all(math.isnan(step.std_err) for step in load_pattern_file(tmp_path / "pattern.json").steps)
+
+
+# --- damaged journals: a fine replay or a JournalError that names the line -------------------------------------------
+
+
+def fixture_events() -> list[Event]:
+    return Journal(DATA / "journal-0.1.0" / "journal.jsonl").events()
+
+
+def dp_events() -> list[Event]:
+    """The fixture's start and first losses as those of a similarity baseline, with a triangle and a choice."""
+    start, *losses = fixture_events()[:4]
+    triangle = [[0.5 + i / 10 + j / 100 for j in range(i)] for i in range(6)]
+    sums = {"cosine": triangle, "overlap": triangle, "queries": 90, "layer_sequences": 30, "seconds": 0.1}
+    return [
+        start,
+        {"event": "similarity", "sequences": [0, 3], **sums},
+        {"event": "similarity", "sequences": [3, 5], **sums},
+        {"event": "chosen", "pattern": "FSSFSS", "objective": 2.5},
+        *losses,
+        {"event": "note", "text": "a note"},
+        {"event": "finish", "pattern": "FSSFSS"},
+    ]
+
+
+def use(events: list[Event]) -> RunRecord:
+    """Everything that a reader of a run asks for."""
+    record = RunRecord.replay(events)
+    record.steps(), cost(record), pattern_file(record), record.similarity, record.references
+    for step in range(1, len(record.commits) + 2):
+        record.candidates(step)
+    return record
+
+
+START_DAMAGE: dict[str, dict[str, Any]] = {
+    "no version": {"icsearch_version": None},
+    "options a list": {"options": []},
+    "an option of another type": {"options": {"method": 3, "strategy": "exact", "objective": "lm-loss"}},
+    "model a text": {"model": "tiny"},
+    "native layers beyond the pattern": {"model": {"native_shared": [6]}},
+    "calibration missing": {"calibration": None},
+    "no tokens": {"tokens": []},
+    "a sequence without tokens": {"tokens": [39, 39, 0, 39, 39]},
+    "tokens true": {"tokens": [True] * 5},
+    "tokens a number": {"tokens": 39},
+    "layer indices too few": {"layer_indices": [0, 1]},
+    "layer indices backwards": {"layer_indices": [5, 4, 3, 2, 1, 0]},
+    "layer indices beyond the model": {"layer_indices": [0, 1, 2, 3, 4, 6]},
+    "start pattern of another length": {"start_pattern": "FFFFF"},
+    "start pattern begins with S": {"start_pattern": "SFFFFF"},
+    "num_layers of another length": {"num_layers": 7},
+    "references a list": {"references": ["FSFSFS"]},
+    "a reference of another length": {"references": {"uniform:1/2": "FSFS"}},
+    "decoder_layers a text": {"decoder_layers": "6"},
+    "fewer decoder layers than letters": {"decoder_layers": 5},
+    "blocks with a gap": {"blocks": [[0, 3], [4, 6]]},
+    "blocks that end early": {"blocks": [[0, 3]]},
+    "blocks numbers": {"blocks": [0, 3, 6]},
+}
+
+
+@pytest.mark.parametrize("case", START_DAMAGE)
+def test_damaged_start_event(case: str) -> None:
+    first, *rest = fixture_events()
+    with pytest.raises(JournalError, match="journal line 1 is damaged"):
+        RunRecord.replay([{**first, **START_DAMAGE[case]}, *rest])
+
+
+EVENT_DAMAGE: dict[str, tuple[int, dict[str, Any]]] = {
+    "a second start": (2, {"event": "start"}),
+    "nan": (2, {"nll": [[math.nan, 1.0]] * 4}),
+    "infinity": (2, {"nll": [[math.inf, 1.0]] * 4}),
+    "null": (2, {"nll": [[None, 1.0]] * 4}),
+    "a text": (2, {"nll": [["300.0", 1.0]] * 4}),
+    "a huge integer": (2, {"nll": [[10**400, 1.0]] * 4}),
+    "one sum too few": (2, {"nll": [[1.0]] * 4}),
+    "one pattern too few": (2, {"nll": [[1.0, 2.0]] * 3}),
+    "sequences beyond the batches": (2, {"sequences": [4, 6]}),
+    "sequences backwards": (2, {"sequences": [2, 0]}),
+    "negative sequences": (2, {"sequences": [-2, 0]}),
+    "one number for sequences": (2, {"sequences": [2]}),
+    "a pattern of another length": (2, {"patterns": ["FFFFFF", "FSFSFS", "FSSFSS", "FS"]}),
+    "a later step": (2, {"step": 2}),
+    "seconds a text": (2, {"seconds": "1"}),
+    "weights read below zero": (2, {"weight_bytes": -1}),
+    "a step out of turn": (8, {"step": 2}),
+    "a layer out of range": (8, {"layer": 6}),
+    "layer 0": (8, {"layer": 0}),
+    "a layer that was no candidate": (8, {"layer": 5}),
+    "a candidate out of range": (8, {"candidates": [1, 2, 99]}),
+    "the pattern of another flip": (8, {"pattern": "FSFFFF"}),
+    "a tie that was no candidate": (8, {"ties": [5]}),
+}
+
+
+@pytest.mark.parametrize("case", EVENT_DAMAGE)
+def test_damaged_later_event(case: str) -> None:
+    line, change = EVENT_DAMAGE[case]
+    events = fixture_events()
+    events[line - 1] = {**events[line - 1], **change}
+    with pytest.raises(JournalError, match=f"journal line {line} is damaged"):
+        RunRecord.replay(events)
+
+
+def test_other_waves_overlap_and_weights_read_are_counted() -> None:
+    """Losses of a wave that another run began in parts: the sums are those of either, the reading is that of both."""
+    events = fixture_events()
+    expected = RunRecord.replay(events)
+    assert expected.weight_bytes.get(0, 0) == 0 and "weight_bytes" not in cost(expected)
+    first, second = events[1], events[2]
+    assert first["sequences"] == [0, 2] and second["sequences"] == [2, 4] and first["patterns"] == second["patterns"]
+    nll = [[*one, *other] for one, other in zip(first["nll"], second["nll"], strict=True)]
+    both = {**first, "sequences": [0, 4], "nll": nll, "weight_bytes": 1000}
+    found = RunRecord.replay([events[0], first, both, *events[3:]])
+    assert (found.nll, found.pattern, found.steps()) == (expected.nll, expected.pattern, expected.steps())
+    assert found.weight_bytes[0] == 1000 and cost(found)["weight_bytes"] == 1000
+
+
+def test_a_journal_that_does_not_begin_with_start() -> None:
+    with pytest.raises(JournalError, match="line 1 is damaged .*expected start"):
+        RunRecord.replay(fixture_events()[1:])
+
+
+@pytest.mark.parametrize("make", [fixture_events, dp_events])
+@pytest.mark.parametrize("seed", range(110))
+def test_random_edits_are_replayed_or_refused(make: Callable[[], list[Event]], seed: int, tmp_path: Path) -> None:
+    events, rng = make(), random.Random(seed)
+    for _ in range(rng.choice([1, 1, 1, 3])):
+        holder, key = rng.choice(list(places(events)))
+        change(holder, key, rng)
+    path = tmp_path / "journal.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    try:
+        use(Journal(path).events())
+    except JournalError as error:
+        assert re.search(r"line \d+|no complete loss|has format", str(error))
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every (container, key) in a document."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(items):
+        yield value, key
+        yield from places(item)
+
+
+def change(holder: Any, key: Any, rng: random.Random) -> None:
+    """Remove a value, double it, make it one of another type, or another one of its own type."""
+    others: list[Any] = [None, True, "", "FSFSFS", "x" * 50, -1, 0, 7, 10**30, 10**400, 1.5, 1e308, math.nan, [], {}]
+    same: dict[type, list[Any]] = {
+        int: [-1, 0, 1, 2, 99, 10**12],
+        float: [-1.0, 0.0, 1e300, math.inf, -math.inf, math.nan],
+        str: ["", "FSF", "SFFFFF", "FFFFFF", "FSSSSS", "\ud800", "\0"],
+        list: [[], [0], [[0]], [0, 10**12], ["F"]],
+        dict: [{}, {"": None}, {"uniform:1/2": 3}],
+    }
+    way = rng.randrange(4)
+    if way == 0:
+        del holder[key]
+    elif way == 1 and isinstance(holder, list):
+        holder.insert(key, holder[key])
+    elif way == 2:
+        holder[key] = rng.choice(others)
+    else:
+        holder[key] = rng.choice(same.get(type(holder[key]), others))
+
+
+def test_the_schema_knows_every_option_that_can_be_asked_for() -> None:
+    for option, values in (("strategy", STRATEGIES), ("objective", OBJECTIVES), ("refine", REFINEMENTS)):
+        assert all(OPTION_FIELDS[option].fits(value) for value in values)
+    assert all(OPTION_FIELDS["kernels"].fits(value) for value in KERNELS if value != "auto")
+    least = OPTION_FIELDS["block_elements"]
+    assert least.fits(MIN_BLOCK_ELEMENTS) and not least.fits(MIN_BLOCK_ELEMENTS - 1)

@@ -1,0 +1,38 @@
+"""A checkpoint as files: what can be named, and what is fetched. No network."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from icsearch.errors import ModelError
+from icsearch.weights.checkpoint import open_checkpoint
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "x" * 300, "x" * 300 + "/y", "nul\0byte", ""])
+def test_names_of_no_checkpoint_are_one_line(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        open_checkpoint(name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_python_files_are_fetched_only_when_trusted(
+    trust: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetch(repo_id: str, allow_patterns: list[str], **_: Any) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(ModelError, match=r"no config\.json in"):
+        open_checkpoint("owner/name", trust_remote_code=trust)
+    assert any(fnmatch("modeling_own.py", pattern) for pattern in asked) is trust
+    assert "*.safetensors" in asked
