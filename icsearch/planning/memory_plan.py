@@ -13,7 +13,7 @@ from icsearch.errors import IcsearchError
 from icsearch.memory import free_bytes, resident_bytes
 from icsearch.planning import plan
 from icsearch.planning.footprint import Call
-from icsearch.processes.launch import Grid, Launch, pipeline_blocks
+from icsearch.processes.launch import Grid, Launch, can_be_cut, pipeline_blocks
 from icsearch.requests import AUTO, KL, PatternRequest, RunRequest
 from icsearch.setup.inputs import Inputs
 from icsearch.weights import offload
@@ -170,11 +170,13 @@ def plan_share(
     """The memory of a process under the first of these grids in which one pattern at least fits.
 
     Weights are streamed only where no grid can keep them, or where that is asked for. Raises IcsearchError where no
-    grid does.
+    grid does: for want of memory, unless the layers cannot be cut for any of them.
     """
+    dsa_layers, every = len(inputs.layout.layer_indices), list(wanted)
+    candidates = [grid for grid in every if can_be_cut(dsa_layers, grid.pipeline)] or every
     neighbours = launch.neighbours(torch.cuda.device_count() if options["device"].startswith("cuda") else 1)
     refusals, streamed = [], []
-    for grid in wanted:
+    for grid in candidates:
         try:
             memory = plan_memory(request, inputs, options, Share(grid, neighbours, launch.local_size))
         except IcsearchError as error:

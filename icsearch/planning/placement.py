@@ -18,8 +18,7 @@ from icsearch.planning.footprint import Call
 from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
 from icsearch.planning.plan import BatchShape, Kept, format_bytes
 from icsearch.planning.workload import Workload
-from icsearch.processes.launch import Grid, pipeline_blocks
-from icsearch.strategies import split_stages
+from icsearch.processes.launch import Grid, can_be_cut, pipeline_blocks
 from icsearch.weights.holding import CPU, DISK, RESIDENT
 from icsearch.weights.offload import SHARE_OF_CPU, WeightSizes, choose, plan_waves
 
@@ -149,9 +148,9 @@ def placements(case: Case) -> list[Placement]:
 
 def _can_be(case: Case, placement: Placement) -> bool:
     """Whether there are layers for every place and sequences for every data rank."""
-    blocks = split_stages(case.model.shape.layers, placement.pipeline)
     needless = placement.offload == CPU and case.device.kind == DEVICE_CPU  # its memory is CPU memory
-    return case.all_batches >= placement.data and len(blocks) == placement.pipeline and not needless
+    cut = can_be_cut(case.model.shape.layers, placement.pipeline)
+    return case.all_batches >= placement.data and cut and not needless
 
 
 def fit(case: Case, placement: Placement) -> Fit:
@@ -168,7 +167,8 @@ def fit(case: Case, placement: Placement) -> Fit:
     most = case.workload.most_patterns
     if placement.streamed:
         room = plan.room_for_branches(shape, weights, case.budget) // (1 + placement.grid.packets)
-        together, wave = plan_waves(room, most, case.batches(placement))
+        batches = placement.grid.batches_per_wave(case.batches(placement))
+        together, wave = plan_waves(room, most, batches)
         return _rested(case, replace(empty, per_sweep=together, wave=wave))
     if patterns < most:
         return _rested(case, replace(empty, per_sweep=patterns))

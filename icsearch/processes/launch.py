@@ -130,6 +130,11 @@ def check_device(device: str, size: int) -> None:
         )
 
 
+def can_be_cut(dsa_layers: int, pipeline: int) -> bool:
+    """Whether so many DSA layers make a block for each place of a pipeline."""
+    return len(split_stages(dsa_layers, pipeline)) == pipeline
+
+
 def pipeline_blocks(num_layers: int, layer_indices: Sequence[int], pipeline: int) -> list[range]:
     """The decoder layers of each place in a pipeline: the blocks of as many stages (IndexCache, pipeline split).
 

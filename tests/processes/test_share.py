@@ -10,11 +10,15 @@ import pytest
 import tiny
 from icsearch.errors import IcsearchError
 from icsearch.planning import plan
+from icsearch.planning.forecast import make_case
 from icsearch.planning.memory_plan import Memory, Share, plan_memory, plan_share
+from icsearch.planning.placement import Placement, fit
 from icsearch.processes.launch import Grid, Launch, grids
 from icsearch.requests import CalibrationRequest, GreedyRequest
 from icsearch.setup.inputs import Inputs, obtain, open_model
 from icsearch.setup.run_options import run_options
+from icsearch.weights.holding import DISK
+from plan_fixtures import plan_request
 
 BATCH = 2
 
@@ -78,10 +82,29 @@ def test_nothing_fits(request_: GreedyRequest, inputs: Inputs) -> None:
         chosen(request_, inputs, 4, 1000)
 
 
+def test_a_grid_that_cannot_be_cut_does_not_hide_that_memory_is_short(request_: GreedyRequest, inputs: Inputs) -> None:
+    """8 layers make no 6 or 12 blocks: that is no news where nobody asked for it."""
+    with pytest.raises(IcsearchError, match="memory budget 1.0 kB is too small"):
+        chosen(request_, inputs, 12, 1000)
+    options = run_options(request_, inputs, [])
+    with pytest.raises(IcsearchError, match="--pp 6 cuts 8 DSA layers into 4 blocks"):
+        plan_share(request_, inputs, options, Launch(0, 6, 0, 6), grids(6, None, 6))
+
+
 def test_a_share_of_the_sequences_is_whole_batches() -> None:
     share = Share(Grid(2, 1))
     assert [share.sequences(total, 2) for total in (1, 4, 5, 8, 9)] == [1, 2, 4, 4, 6]
     assert Share().sequences(9, 2) == 9
+
+
+@pytest.mark.parametrize("grid", [Grid(1, 1), Grid(2, 1), Grid(1, 2), Grid(1, 4), Grid(2, 2)])
+def test_a_plan_cuts_streamed_waves_as_a_run_does(request_: GreedyRequest, inputs: Inputs, grid: Grid) -> None:
+    asked = replace(request_, offload="disk")
+    memory = plan_memory(asked, inputs, run_options(asked, inputs, []), Share(grid))
+    batches = inputs.batches
+    request = plan_request(asked.model, "4xcpu", batches.num_sequences, batches.seq_len, batch_size=BATCH)
+    planned = fit(make_case(request), Placement(grid.data, grid.pipeline, DISK))
+    assert planned.wave == memory.batches_per_wave
 
 
 def test_a_pipeline_wants_several_waves() -> None:
