@@ -48,11 +48,8 @@ def greedy(
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
             total = search_plan.expected_layer_evaluations * len(record.tokens)
             listener.planned(plan.rows(search_plan, here.start), total, record.layer_sequences)
-            if options_of(record).races and not testing_looks(_task(record)):
-                listener.info(
-                    "this race can drop nobody: it tests between two batches, after at least 5 sequences; "
-                    "give more sequences, or a smaller --batch-size"
-                )
+            if options_of(record).races and (why := _why_race_saves_nothing(record, scoring.waves)):
+                listener.info(why)
             search = Search(scoring, strategy_of(record))
             if request.refine is None:
                 search.run()
@@ -68,6 +65,18 @@ def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Eve
     if request.refine is not None:  # only then: runs of earlier versions have no such option, and go on
         method["refine"] = request.refine
     return pattern_start(request, inputs, existing, {**method, **request.race_options})
+
+
+def _why_race_saves_nothing(record: RunRecord, waves: int) -> str:
+    """Where that is known before the run begins; else nothing."""
+    if not testing_looks(_task(record)):
+        return (
+            "this race can drop nobody: it tests between two batches, after at least 5 sequences; "
+            "give more sequences, or a smaller --batch-size"
+        )
+    if waves == 1:
+        return "this race saves nothing: all sequences are scored in one wave, before it can drop anybody"
+    return ""
 
 
 def strategy_of(record: RunRecord) -> Strategy:

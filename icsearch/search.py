@@ -112,6 +112,11 @@ class Scoring:
         heldout = self.record.heldout
         return heldout if heldout is not None and self._part == HELDOUT_SET else self.record
 
+    @property
+    def waves(self) -> int:
+        """How many waves the sequences are scored in."""
+        return len(self._scorer.waves)
+
     def append(self, event: Event) -> None:
         """Write an event that fits, then let the record take it in; one that does not fit is never on disk."""
         try:

@@ -70,9 +70,10 @@ STRATEGY_HELP = (
     "(candidates - 1). Sequences are taken in the order in which they lie, which must be random: text sources are "
     "shuffled by --seed, ready batches are not. "
     "lazy: older scores rule layers out, with a learned slack and regular full rescans; exact's choices as long as a "
-    "flip does not become cheaper than that, and what did is counted. Where weights are streamed from disk or CPU "
-    "memory, a sweep reads every layer anyway, so prefer race. "
-    "race+lazy: lazy chooses whom a race is run among. The committed losses are exact in all of them."
+    "flip does not become cheaper than that, and what did is counted. "
+    "race+lazy: lazy chooses whom a race is run among. The committed losses are exact in all of them. "
+    "Where weights are streamed from disk or CPU memory, exact reads them least: each portion of lazy reads them "
+    "again, and a race can drop candidates only between waves, nobody where one wave holds all sequences."
 )
 
 DataRanks = Annotated[

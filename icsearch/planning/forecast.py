@@ -3,7 +3,8 @@
 Three kinds of numbers, never mixed: *counted* (layer evaluations, FLOPs, bytes of weights read: exact by their
 formulas, for the course that an exact search is likely to take, and as a bound for the others), *measured* (the share
 of exact's layer evaluations that another strategy took on the runs named in `workload`) and *estimated* (memory, by
-`footprint` and `plan`; hours, by `layer_time`). Peak rates of devices are quoted.
+`footprint` and `plan`; hours, by `layer_time`; what of that share is left in few waves, and how often a lazy search
+reads the weights, by `workload`). Peak rates of devices are quoted.
 
 Hours of a sweep: each data rank passes its waves through the places of the pipeline. A place takes, for each wave,
 what its layers' runs take, or what bringing its weights takes if that is more, and sending its branches on; the slowest
@@ -13,7 +14,7 @@ place sets the pace, and one trunk has to run through the others first. Exact's 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from icsearch.block_sizes import default_batch_size
@@ -24,7 +25,7 @@ from icsearch.planning.layer_time import CallWork, Efficiency, efficiency_of, he
 from icsearch.planning.modelfile import open_model_file
 from icsearch.planning.placement import MEMORY_SHARE, Case, Fit, fit, placements, weight_sizes, why_nothing_fits
 from icsearch.planning.rehearsal import Sweep
-from icsearch.planning.workload import MEASURED_SHARES, Plays, Workload, layer_evaluations
+from icsearch.planning.workload import Plays, Workload, layer_evaluations, likely_passes, share_of_exact
 from icsearch.requests import PatternRequest
 from icsearch.strategies import STRATEGIES
 from icsearch.weights.holding import DISK
@@ -47,7 +48,8 @@ class Forecast:
     """What one strategy takes in one placement. Layer evaluations are of one layer over all sequences.
 
     `layer_evaluations`, `flops`, `weight_bytes` (read in the whole search) and `hours`: exact, the likely course; other
-    strategies, exact's times their measured share. `most_*`: bounds. Hours are estimates.
+    strategies, exact's times their measured share, in the waves of the placement. `most_*`: bounds. Hours are
+    estimates.
     """
 
     strategy: str
@@ -58,6 +60,7 @@ class Forecast:
     flops: float
     most_flops: float
     weight_bytes: float
+    most_weight_bytes: float
     hours: float
     most_hours: float
 
@@ -168,11 +171,10 @@ def forecast(case: Case, fitting: Fit, clock: Clock, plays: Plays) -> tuple[Fore
 
 
 def _forecast(case: Case, fitting: Fit, clock: Clock, name: str, plays: Plays) -> Forecast:
-    share = MEASURED_SHARES[name]
     likely = plays.likely(fitting.per_sweep, fitting.kept.keeping.stride)
     most = plays.most(name, fitting.per_sweep)
-    at_once = fitting if "race" not in name else replace(fitting, wave=1)  # a race looks at each batch by itself
-    course = Course(case, at_once, clock)
+    course = Course(case, fitting, clock)
+    share, passes = share_of_exact(name, course.waves), likely_passes(name, likely, most)
     return Forecast(
         strategy=name,
         share=share,
@@ -181,8 +183,9 @@ def _forecast(case: Case, fitting: Fit, clock: Clock, name: str, plays: Plays) -
         most_layer_evaluations=layer_evaluations(most),
         flops=share * case.all_batches * sum(map(clock.flops, likely)),
         most_flops=case.all_batches * sum(map(clock.flops, most)),
-        weight_bytes=course.weight_bytes(likely),
-        hours=course.seconds(likely, share) / SECONDS_AN_HOUR,
+        weight_bytes=course.weight_bytes(passes),
+        most_weight_bytes=course.weight_bytes(len(most)),
+        hours=course.seconds(likely, share, passes / len(likely)) / SECONDS_AN_HOUR,
         most_hours=course.seconds(most) / SECONDS_AN_HOUR,
     )
 
@@ -204,17 +207,17 @@ class Course:
     def blocks(self) -> list[range]:
         return self.case.blocks(self.fit.placement)
 
-    def weight_bytes(self, sweeps: Sequence[Sweep]) -> float:
-        """Bytes of weights that all processes read: a checkpoint for each data rank, or for each of its waves."""
+    def weight_bytes(self, passes: float) -> float:
+        """Bytes of weights that all processes read: a checkpoint for each data rank, or for each wave of each pass."""
         placement, sizes = self.fit.placement, weight_sizes(self.case)
         if not placement.streamed:
             return float(sizes.on_disk * placement.data)
         one_pass = pass_bytes(placement.offload, sizes)
-        return float(one_pass * placement.data * self.waves * len(sweeps))
+        return float(one_pass * placement.data * self.waves * passes)
 
-    def seconds(self, sweeps: Sequence[Sweep], share: float = 1.0) -> float:
-        """Of the whole search, with loading; `share` of the layer runs are made."""
-        return self._loading() + sum(self._sweep(sweep, share) for sweep in sweeps)
+    def seconds(self, sweeps: Sequence[Sweep], share: float = 1.0, portions: float = 1.0) -> float:
+        """Of the whole search, with loading; `share` of the layer runs are made, each sweep in so many `portions`."""
+        return self._loading() + sum(self._sweep(sweep, share, portions) for sweep in sweeps)
 
     def _loading(self) -> float:
         """Weights that rest on the device or in CPU memory come once. All processes read the same disks."""
@@ -224,12 +227,12 @@ class Course:
         converting = model.stored_model_bytes / placement.pipeline / device.convert_rate if model.quantised else 0.0
         return model.stored_model_bytes * placement.data / device.node_read_rate + converting
 
-    def _sweep(self, sweep: Sweep, share: float) -> float:
-        pace = max(self._place(sweep, share, place) for place in range(len(self.blocks)))
+    def _sweep(self, sweep: Sweep, share: float, portions: float) -> float:
+        pace = max(self._place(sweep, share, portions, place) for place in range(len(self.blocks)))
         others = 1 - 1 / len(self.blocks)  # a trunk runs through them before the last one has anything to do
-        return pace + others * sum(self.clock.full_seconds)
+        return pace + portions * others * sum(self.clock.full_seconds)
 
-    def _place(self, sweep: Sweep, share: float, place: int) -> float:
+    def _place(self, sweep: Sweep, share: float, portions: float, place: int) -> float:
         """Seconds of one place of the pipeline over all its waves."""
         block, batches = self.blocks[place], self.case.batches(self.fit.placement)
         runs = share * (self.clock.seconds(sweep, block) + self._moving(sweep, block)) * batches
@@ -238,7 +241,7 @@ class Course:
         if not self.fit.placement.streamed:
             return runs + sent
         first = self.loads[place] / len(block)  # comes before anything runs
-        return max(runs + sent, self.loads[place] * self.waves) + first
+        return max(runs + sent, portions * self.loads[place] * self.waves) + portions * first
 
     def _moving(self, sweep: Sweep, block: range) -> float:
         """Seconds of bringing states in and out, on one batch; copies are waited for."""

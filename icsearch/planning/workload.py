@@ -20,6 +20,26 @@ from icsearch.strategies import Options, Strategy, Task, make_strategy
 MEASURED_SHARES = {"exact": 1.0, "race": 0.69, "lazy": 0.72, "race+lazy": 0.56}
 
 
+def share_of_exact(name: str, waves: int) -> float:
+    """Layer evaluations of a strategy, of exact's, where sequences are scored in so many waves one behind the other.
+
+    A race drops candidates between waves, so all of them run in the first one: where they are dropped at an even pace,
+    it saves 1 - 1 / waves of what it saves with many, and nothing in one wave.
+    """
+    without_race = MEASURED_SHARES["lazy" if Options(name).is_lazy else "exact"]
+    return without_race + (MEASURED_SHARES[name] - without_race) * (1 - 1 / waves)
+
+
+def likely_passes(name: str, likely: Sequence[Sweep], most: Sequence[Sweep]) -> float:
+    """How often all sequences go through the layers: exact's sweeps, and a sweep for each portion of a lazy search.
+
+    It asks for as many portions as there are at most, times the measured share of the layer evaluations.
+    """
+    if not Options(name).is_lazy:
+        return len(likely)
+    return max(len(likely), MEASURED_SHARES["lazy"] * len(most))
+
+
 @dataclass(frozen=True)
 class Workload:
     """A search to be planned: K = `num_shared` flips of `start`, in `stages`, on so many `sequences`."""
