@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -9,8 +10,25 @@ import torch
 
 from icsearch.errors import OutOfMemoryError, first_line
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+_ROOTS = {"": ("", "unified"), "memory": ("memory",)}  # of what limits memory, by controller: version 2 names none
 _CPU_ALLOCATION_FAILED = ("DefaultCPUAllocator", "std::bad_alloc")  # of tensors, of what libraries need beside them
+
+
+@dataclass(frozen=True)
+class _Names:
+    """Of the files of a control group that say what it may take and takes, and of the lines on cached files."""
+
+    limit: str
+    used: str
+    cached: tuple[str, str]
+
+
+_NAMES = (
+    _Names("memory.max", "memory.current", ("active_file", "inactive_file")),  # version 2
+    _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),  # version 1
+)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -28,17 +46,42 @@ def resident_bytes() -> int:
 
 
 def _cgroup_allowance() -> int | None:
-    """What a container's limit leaves (control groups, version 2), or None where there is no limit.
+    """What the limits of this process's control group, and of those that it lies in, leave; None without a limit."""
+    left = [_left(group, names) for group in _own_groups() for names in _NAMES]
+    return min((one for one in left if one is not None), default=None)
+
+
+def _own_groups() -> list[Path]:
+    """The directories of all control groups that this process is in, as far as they are to be seen here.
+
+    In a container the own group is often the root of what is to be seen, whatever its path is outside.
+    """
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # no /proc here
+        lines = []
+    groups = [_CGROUPS / root for roots in _ROOTS.values() for root in roots]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        own = Path(path.lstrip("/"))
+        if ".." not in own.parts:  # else it lies outside of what is to be seen
+            roots = [root for name in controllers.split(",") for root in _ROOTS.get(name, ())]
+            groups += [_CGROUPS / root / one for root in roots for one in (own, *own.parents)]
+    return list(dict.fromkeys(groups))
+
+
+def _left(group: Path, names: _Names) -> int | None:
+    """What a control group may still take; None where it has no limit, or no such files.
 
     Cached files count as used there, but they give way: the checkpoint that was just read is among them.
     """
     try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        cached = int(stat["active_file"]) + int(stat["inactive_file"])
+        limit = (group / names.limit).read_text().strip()
+        used = int((group / names.used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = sum(int(stat[name]) for name in names.cached)
         return None if limit == "max" else max(int(limit) - max(used - cached, 0), 0)
-    except (OSError, ValueError, KeyError):  # no control groups here
+    except (OSError, ValueError, KeyError):
         return None
 
 
