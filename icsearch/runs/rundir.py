@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -30,6 +31,18 @@ _LOCK_NAME = ".lock"
 _MUST_AGREE = ("options", "model", "calibration")
 _WHERE_BOTH_HAVE = ("refine_on",)  # runs with a refinement and without differ in an option already
 _BEFORE_THE_OPTION = {"kernels": "reference"}  # what runs did that do not record it yet
+
+
+_held: weakref.WeakSet[TextIO] = weakref.WeakSet()  # locks of this process
+
+
+def _give_up_locks() -> None:
+    """In a fork: its copy of a lock would hold the directory for a run that is dead."""
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_give_up_locks)  # once: what is registered stays for as long as the process lives
 
 
 class RunDirectory:
@@ -63,8 +76,7 @@ class RunDirectory:
     def _take_lock(self) -> TextIO:
         """The lock file, open and ours.
 
-        A run that never began may have taken file and directory away since it was opened: then again. A fork of this
-        process gives its copy up at once: else it would hold the lock of a run that is dead.
+        A run that never began may have taken file and directory away since it was opened: then again.
         """
         path = self.path / _LOCK_NAME
         while True:
@@ -74,7 +86,7 @@ class RunDirectory:
                 lock.close()
                 raise JournalError(f"another icsearch is running in {self.path}: wait for it, or give another --out")
             if _is_at(lock, path):
-                os.register_at_fork(after_in_child=lock.close)
+                _held.add(lock)
                 return lock
             lock.close()
 
