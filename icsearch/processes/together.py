@@ -66,6 +66,7 @@ def _follow(world: World, debug: bool) -> int:
 
 def _reason(world: World, error: BaseException) -> BaseException:
     """What the run ends for: this error, or what another process said before it."""
+    world.watch.unwind()  # first: an interrupt from here on would raise beside what is being handled
     if world.watch.end is not None:
         return world.watch.reason()
     status, text = _told(error)

@@ -118,7 +118,7 @@ class Watch:
 
     def close(self) -> None:
         """Stop watching: the process is at its end."""
-        self._unwinding = True
+        self.unwind()
         self._closed.set()
         self._changed.set()
         signal.set_wakeup_fd(-1)
@@ -135,8 +135,12 @@ class Watch:
     def check(self) -> None:
         """Raise what ends this process, if there is something."""
         if self.end is not None:
-            self._unwinding = True
+            self.unwind()
             raise self.reason()
+
+    def unwind(self) -> None:
+        """The main thread is on its way to the end: from here on no signal raises anything in it."""
+        self._unwinding = True
 
     def reason(self) -> BaseException:
         """The reason to end as an exception: Ended, or what a signal would have raised here."""
@@ -148,7 +152,7 @@ class Watch:
         """End the run for this reason, unless there is one already; returns the reason that counts."""
         own = End(status, self.rank, text)
         if self.end is None:
-            self._unwinding = True
+            self.unwind()
             try:
                 self._write(own)
             except DistError:  # nobody can be told; they will miss this process
@@ -167,7 +171,7 @@ class Watch:
         """In the main thread. Why SIGTERM came, the guard finds out first."""
         if self._unwinding or (number == signal.SIGTERM and self.end is None):
             return
-        self._unwinding = True
+        self.unwind()
         raise self.reason()
 
     # --- the thread that talks to the others ----------------------------------------------------------------------

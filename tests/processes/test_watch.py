@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 
 import pytest
 from torch.distributed import HashStore
 
 from icsearch.endings import Terminated
+from icsearch.errors import IcsearchError
+from icsearch.processes import together
 from icsearch.processes import watch as watches
+from icsearch.processes.launch import Launch
 from icsearch.processes.watch import End, Ended, Watch
+from icsearch.processes.world import World
 
 
 class Pair:
@@ -174,6 +179,20 @@ def test_an_interrupt_that_the_main_thread_does_not_hear(pair: Pair) -> None:
     pair.look()
     with pytest.raises(KeyboardInterrupt):
         pair.first.check()
+
+
+def test_an_interrupt_that_comes_while_the_reason_to_end_is_found(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises nothing beside the error that is being told: the run ends for one reason, with one line."""
+    explain = together.explain
+
+    def interrupted(error: Exception) -> tuple[str, int]:
+        pair.first._on_signal(signal.SIGINT, None)
+        return explain(error)
+
+    monkeypatch.setattr(together, "explain", interrupted)
+    error = IcsearchError("no such layer")
+    assert together._reason(World(Launch(0, 2), None, pair.first), error) is error
+    assert pair.first.end == End(2, 0, "rank 0 failed: no such layer")
 
 
 def test_a_store_that_does_not_answer(pair: Pair) -> None:
