@@ -23,6 +23,20 @@ ALLOWED: dict[str, set[str]] = {
     "statistics": set(),
     "pattern": {"errors", "jsonfile"},
     "specs": {"errors", "pattern", "resources"},
+    "engines": set(),
+    "engines.letters": {"errors", "pattern"},
+    "engines.schedule": {"pattern"},
+    "engines.stages": {"engines.letters", "pattern"},
+    "engines.engine": {"engines.schedule", "engines.stages"},
+    "engines.rendering": set(),
+    "engines.keys": {"engines.engine", "engines.letters", "engines.schedule", "pattern"},
+    "engines.table": {
+        "engines.engine", "engines.keys", "engines.letters", "engines.rendering", "engines.schedule", "engines.stages",
+    },
+    "engines.cautions": {"engines.engine", "engines.schedule", "engines.stages", "engines.table", "pattern"},
+    "engines.export": {
+        "engines.cautions", "engines.engine", "engines.letters", "engines.table", "jsonfile", "pattern",
+    },
     "cost": {"errors", "pattern"},
     "cosine_dp": {"errors", "pattern"},
     "journal": {"errors", "files"},
@@ -161,10 +175,9 @@ ALLOWED: dict[str, set[str]] = {
         "specs", "tasks", "weights.loading",
     },
     "report": {
-        "errors", "export", "files", "pattern", "planning.plan", "runs.commit", "runs.evaluation", "runs.record",
-        "runs.refinement", "runs.results", "statistics",
+        "engines.export", "engines.table", "errors", "files", "pattern", "planning.plan", "runs.commit",
+        "runs.evaluation", "runs.record", "runs.refinement", "runs.results", "statistics",
     },
-    "export": {"errors", "jsonfile", "pattern"},
     "progress": {"report", "runs.record", "runs.refinement", "statistics"},
     "cli.options": set(),
     "cli.plan": {
@@ -175,7 +188,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli.greedy": {"cli.options", "cli.running", "greedy", "planning.plan", "report", "requests"},
     "cli.baseline": {"baseline", "cli.options", "cli.running", "planning.plan", "report", "requests"},
     "cli.evaluate": {"cli.options", "cli.running", "evaluate", "pattern", "planning.plan", "report", "requests"},
-    "cli.export": {"export", "pattern"},
+    "cli.export": {"engines.export", "pattern"},
     "cli.report": {"report"},
     "cli": {
         "", "cli.baseline", "cli.calibrate", "cli.evaluate", "cli.export", "cli.greedy", "cli.plan", "cli.report",
@@ -233,7 +246,7 @@ NO_TORCH = [
     "runs.evaluation",
     "progress",
     "report",
-    "export",
+    "engines.export",
 ]
 
 

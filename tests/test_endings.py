@@ -57,7 +57,7 @@ def test_a_status_is_passed_on() -> None:
 def test_an_end_of_file_is_not_taken_for_the_end_of_typing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("icsearch.export.export", raising_any(EOFError("cut file")))
+    monkeypatch.setattr("icsearch.engines.export.export", raising_any(EOFError("cut file")))
     monkeypatch.setattr("icsearch.pattern.load_pattern_file", lambda path: None)
     assert cli._run(["export", "x.json", "--engine", "vllm"], debug=False) == 1
     assert capsys.readouterr().err == "\nicsearch: EOFError: cut file (--debug shows where)\n"

@@ -335,7 +335,7 @@ def test_damaged_start_event(tmp_path: Path) -> None:
 
 def test_report_and_export_start_without_heavy_imports() -> None:
     code = (
-        "import sys, icsearch.report, icsearch.export\n"
+        "import sys, icsearch.report, icsearch.engines.export\n"
         "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'jinja2', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

@@ -10,17 +10,23 @@ import typer
 
 def export_pattern(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A pattern.json, or a RUN directory.")],
-    engine: Annotated[str, typer.Option(help="transformers, vllm or sglang.")],
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, llamacpp or megatron.",
+        ),
+    ],
     retention: Annotated[
         str | None, typer.Option(help="Take the run's pattern at this retention instead of its last.")
     ] = None,
 ) -> None:
     """Print what an engine needs to run a pattern: launch flags or config keys. Warnings go to stderr."""
-    from icsearch.export import export
+    from icsearch.engines.export import export
     from icsearch.pattern import load_pattern_file, parse_retention
 
     path = file / "pattern.json" if file.is_dir() else file
     result = export(load_pattern_file(path), engine, parse_retention(retention) if retention else None)
+    typer.echo(f"{result.title}: {result.how}", err=True)
     for warning in result.warnings:
         typer.echo(f"warning: {warning}", err=True)
     typer.echo(result.text)

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from icsearch.engines.export import Export, export
+from icsearch.engines.table import ENGINES
 from icsearch.errors import IcsearchError
-from icsearch.export import ENGINES, Export, export
 from icsearch.report import numbers
 from icsearch.report.choices import arithmetic_note, guarantee, leaves_out, step_note, what_was_left_out
 from icsearch.report.curve import CurvePicture, comparison_picture, run_picture

@@ -8,42 +8,15 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from engine_files import LETTERS, pattern_file
+from icsearch.engines.export import export
+from icsearch.engines.letters import ExportError, decoder_letters
+from icsearch.engines.table import ENGINES
 from icsearch.errors import PatternError
-from icsearch.export import (
-    ENGINES,
-    ExportError,
-    aligned_partition,
-    decoder_letters,
-    export,
-    freq_and_offset,
-    split_front,
-    split_vllm,
-    stage_starts,
-    stages_on_shared,
-)
-from icsearch.pattern import Pattern, PatternFile
+from icsearch.pattern import Pattern
 from icsearch.runs import results
 from run_fixtures import MadeUpRun, write_run
-
-LETTERS = "FSFFSSFSSSSFFSSS"
-patterns = st.text("FS", max_size=20).map(lambda tail: "F" + tail)
-
-
-def pattern_file(letters: str = LETTERS, indices: tuple[int, ...] | None = None, **model: Any) -> PatternFile:
-    known = {"model_type": "glm_moe_dsa", "num_hidden_layers": len(letters)}
-    return PatternFile(
-        pattern=Pattern(letters),
-        layer_indices=indices or tuple(range(len(letters))),
-        method="greedy",
-        model={**known, **model},
-    )
-
-
-def scheduled(num_layers: int, freq: int, offset: int) -> str:
-    return "".join("F" if max(i - offset + 1, 0) % freq == 0 else "S" for i in range(num_layers))
 
 
 def pasted(text: str) -> tuple[str, Any]:
@@ -97,22 +70,6 @@ def test_freq_and_offset_are_left_out_where_they_do_not_exist() -> None:
     assert set(json.loads(result.text)) == {"indexer_types", "index_topk_pattern"}
     assert "null" not in result.text
     assert any("remove both keys" in warning for warning in result.warnings)
-
-
-@given(patterns | st.builds(scheduled, st.integers(1, 20), st.integers(1, 6), st.integers(1, 6)))
-def test_freq_and_offset_reproduce_the_pattern_or_do_not_exist(letters: str) -> None:
-    pair = freq_and_offset(letters)
-    if pair:
-        assert scheduled(len(letters), *pair) == letters
-    else:
-        sizes = range(1, len(letters) + 1)
-        assert not any(scheduled(len(letters), freq, offset) == letters for freq in sizes for offset in sizes)
-
-
-def test_the_default_offset_is_preferred() -> None:
-    assert freq_and_offset("FFSSSFSSSF") == (4, 2)
-    assert freq_and_offset("FSSSFSSSF") == (4, 1)
-    assert freq_and_offset("FFFF") == (1, 2)
 
 
 # --- layers without an indexer --------------------------------------------------------------------------------------
@@ -171,12 +128,76 @@ def test_native_shared_layers_stay_shared() -> None:
         export(pattern_file("FFSSF", native_shared=[1, 2]), "vllm")
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["transformers", "vllm", "sglang", "trtllm", "lmdeploy", "atom", "vllm-ascend"])
 def test_wrapper_configs_are_nested(engine: str) -> None:
-    result = export(pattern_file(wrapper_config=True), engine)
-    document = json.loads(result.text) if engine == "transformers" else pasted(result.text)[1]
-    assert document["text_config"]["index_topk_pattern"] == LETTERS
-    assert any("text_config" in warning for warning in result.warnings)
+    plain, nested = export(pattern_file(), engine), export(pattern_file(wrapper_config=True), engine)
+    document = json.loads(nested.text) if nested.text.startswith("{") else pasted(nested.text)[1]
+    assert document == {"text_config": plain.settings} == nested.settings
+    assert any("text_config" in warning for warning in nested.warnings)
+
+
+def test_what_is_no_config_is_not_nested() -> None:
+    for engine in ("llamacpp", "megatron"):
+        assert "text_config" not in export(pattern_file("FFSSSF", wrapper_config=True), engine).text
+
+
+# --- each engine's form ---------------------------------------------------------------------------------------------
+
+
+def test_tensorrt_llm_gets_the_consistent_keys_of_a_config() -> None:
+    result = export(pattern_file(), "trtllm")
+    assert result.settings == export(pattern_file(), "transformers").settings
+    assert "no launch argument" in result.how
+
+
+def test_lmdeploy_gets_the_list_alone() -> None:
+    flag, overrides = pasted(export(pattern_file("FSF"), "lmdeploy").text)
+    assert (flag, overrides) == ("--hf-overrides", {"indexer_types": ["full", "shared", "full"]})
+    assert "glm_moe_dsa alone" in export(pattern_file("FSF", model_type="deepseek_v32"), "lmdeploy").warnings[0]
+
+
+def test_atom_is_given_the_list_too_where_it_would_win() -> None:
+    letters = {"use_index_cache": True, "index_topk_pattern": "FSF"}
+    assert export(pattern_file("FSF", model_type="deepseek_v32"), "atom").settings == letters
+    glm = export(pattern_file("FSF"), "atom")
+    assert glm.settings == {**letters, "indexer_types": ["full", "shared", "full"]}
+    assert any("indexer_types over index_topk_pattern" in warning for warning in glm.warnings)
+
+
+def test_deepseek_v4_has_two_encodings() -> None:
+    file = pattern_file("FSS", (2, 4, 6), num_hidden_layers=8, model_type="deepseek_v4")
+    atom, ascend = export(file, "atom"), export(file, "vllm-ascend")
+    assert atom.settings["index_topk_pattern"] == "FFFFSFSF"
+    assert ascend.settings["index_topk_pattern"] == "FSS"
+    assert any("count all layers" in warning for warning in atom.warnings)
+    assert any("layers with an indexer (C4)" in warning for warning in ascend.warnings)
+    other = pattern_file("FSS", (2, 4, 6), num_hidden_layers=8, model_type="dots3_note")
+    assert export(other, "vllm-ascend").settings["index_topk_pattern"] == "FFFFSFSF"
+
+
+def test_llama_cpp_gets_a_bool_array() -> None:
+    text = export(pattern_file("FSF"), "llamacpp").text
+    assert json.loads(text) == {"glm-dsa.attention.indexer.types": [True, False, True]}
+
+
+def test_megatron_gets_two_numbers_from_layer_one() -> None:
+    text = export(pattern_file("FFFSSSFSSSF"), "megatron").text
+    assert text == "--dsa-indexer-topk-freq 4 --dsa-indexer-skip-topk-offset 3"
+    assert export(pattern_file("FFFF"), "megatron").settings == {
+        "dsa_indexer_topk_freq": 1,
+        "dsa_indexer_skip_topk_offset": 1,
+    }
+
+
+def test_what_megatron_cannot_express_is_refused_with_the_nearest() -> None:
+    with pytest.raises(ExportError, match=r"nearest .* is FFFSSSFSSSF \(freq 4, offset 3; 1 of 11 .*5 F for 4\)"):
+        export(pattern_file("FFSSSSFSSSF"), "megatron")
+
+
+def test_megatron_needs_an_indexer_on_every_layer() -> None:
+    file = pattern_file("FSS", (1, 3, 4), num_hidden_layers=6, model_type="dots3_note")
+    with pytest.raises(ExportError, match="how Megatron-LM numbers layers .* is not known here"):
+        export(file, "megatron")
 
 
 @pytest.mark.parametrize(
@@ -193,73 +214,6 @@ def test_wrapper_configs_are_nested(engine: str) -> None:
 def test_types_that_an_engine_may_ignore(engine: str, model_type: str | None, warned: bool) -> None:
     result = export(pattern_file(model_type=model_type), engine)
     assert any("known to share selections" in warning for warning in result.warnings) is warned
-
-
-# --- pipeline stages ------------------------------------------------------------------------------------------------
-
-
-def test_splits() -> None:
-    assert split_front(78, 4) == [20, 20, 19, 19]
-    assert split_vllm(78, 4) == [19, 20, 20, 19]
-    assert split_vllm(61, 4) == [15, 15, 16, 15]
-    assert split_vllm(62, 8) == [7, 8, 8, 8, 8, 8, 8, 7]
-
-
-def test_stages_that_would_start_on_shared() -> None:
-    assert stages_on_shared(Pattern("FSFSSSFS"), range(8), [2, 2, 2, 2]) == [(3, 4)]
-    # layers 0 and 2 have no indexer: the second stage begins with a layer that does not matter, then an S
-    assert stages_on_shared(Pattern("FS"), (1, 3), [2, 2]) == [(2, 3)]
-
-
-def test_stage_warnings_say_which_and_how_to_avoid_it() -> None:
-    warnings = export(pattern_file("FFFFSFFF"), "vllm").warnings
-    assert warnings == (
-        "with 2 pipeline stages (4+4 layers), stage 2 would start on S (layer 4), with no selection to reuse; "
-        "VLLM_PP_LAYER_PARTITION=3,5 makes every stage start on F",
-        "with 4 pipeline stages (2+2+2+2 layers), stage 3 would start on S (layer 4), with no selection to reuse; "
-        "VLLM_PP_LAYER_PARTITION=2,1,3,2 makes every stage start on F",
-        "with 8 pipeline stages (1+1+1+1+1+1+1+1 layers), stage 5 would start on S (layer 4), with no selection to "
-        "reuse; search with --keep-full 1,2,3,4,5,6,7",
-    )
-    assert export(pattern_file("FFFFSFFF"), "transformers").warnings == (
-        "no index_topk_freq and index_skip_topk_offset give this pattern: remove both keys from config.json where "
-        "they are present (do not set them to null)",
-    )
-    assert export(pattern_file("FFFFFFFF"), "vllm").warnings == ()
-
-
-def test_the_layers_to_keep_are_the_starts_of_the_engines_own_stages() -> None:
-    letters = "F" + "S" * 77
-    advice = {
-        engine: next(w for w in export(pattern_file(letters), engine).warnings if "with 4 pipeline stages" in w)
-        for engine in ("vllm", "sglang")
-    }
-    assert advice["vllm"].endswith("; search with --keep-full 19,39,59")  # 19+20+20+19
-    assert advice["sglang"].endswith("; search with --keep-full 20,40,59")  # 20+20+19+19
-    kept = Pattern.from_full_layers({0, 19, 39, 59}, 78).letters
-    assert not any("with 4 pipeline stages" in warning for warning in export(pattern_file(kept), "vllm").warnings)
-
-
-def test_the_layers_to_keep_are_positions_in_the_pattern() -> None:
-    assert stage_starts((1, 3, 4, 7), [2, 2, 2, 2]) == [1, 2, 3]
-    assert stage_starts((3, 7), [2, 2, 2, 2]) == [1]
-
-
-def test_a_stage_that_starts_on_a_native_shared_layer_cannot_be_mended_by_a_search() -> None:
-    warnings = export(pattern_file("FSSS", native_shared=[2]), "vllm").warnings
-    assert any("stage 2 " in warning and "use another number of stages" in warning for warning in warnings)
-
-
-@given(patterns, st.integers(1, 4))
-def test_an_aligned_partition_starts_every_stage_on_full(letters: str, stages: int) -> None:
-    pattern = Pattern(letters)
-    if stages > len(pattern):
-        return
-    sizes = aligned_partition(pattern, range(len(pattern)), split_front(len(pattern), stages))
-    if sizes is not None:
-        assert sum(sizes) == len(pattern)
-        assert min(sizes) > 0
-        assert stages_on_shared(pattern, range(len(pattern)), sizes) == []
 
 
 # --- patterns of a run ----------------------------------------------------------------------------------------------

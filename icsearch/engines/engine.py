@@ -1,0 +1,61 @@
+"""What is known of one engine: how it is given a pattern, and how it reads one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from icsearch.engines.schedule import COMMON, Schedule
+from icsearch.engines.stages import Split
+
+TYPES, PATTERN, FREQ, OFFSET = "indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"
+SWITCH = "use_index_cache"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How an engine reads the keys of a config.
+
+    `order`: the keys that say which layers are F, the first that is there wins; `freq` and `offset` are the names of
+    the two numbers. `past_the_end`: a pattern shorter than the model is F from there on, and what is longer is not
+    read (False: such a pattern is refused here). `switch`: without `use_index_cache` every layer is F.
+    `first_is_full`: layer 0 is F whatever the pattern says.
+    """
+
+    order: tuple[str, ...] = (TYPES, PATTERN, FREQ)
+    schedule: Schedule = COMMON
+    freq: str = FREQ
+    offset: str = OFFSET
+    past_the_end: bool = False
+    switch: bool = False
+    first_is_full: bool = False
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How one engine is given a pattern.
+
+    `settings` makes its keys from letters and model_type, `render` the text to paste, `how` says where that goes.
+    `nests`: for a config that wraps a text model they go into text_config. For `dsa_letters_only` model types letters
+    are counted over layers that have an indexer, else over all decoder layers; with `all_layers_alike` it is not known
+    how they are counted where some have none. `split` gives the layers of each pipeline stage, None where that is not
+    known. `writes` is the kind of file that can be written, if any.
+    """
+
+    name: str
+    title: str
+    how: str
+    settings: Callable[[str, str | None], dict[str, Any]]
+    render: Callable[[dict[str, Any]], str]
+    model_types: tuple[str, ...]
+    on_other_types: str
+    wrapper_note: str = ""
+    notes: tuple[tuple[str, str], ...] = ()  # (model_type or "" for all, what to look out for)
+    nests: bool = True
+    dsa_letters_only: tuple[str, ...] = ()
+    all_layers_alike: bool = False
+    split: Split | None = None
+    partition_variable: str | None = None
+    writes: str | None = None
+    reader: Reader = Reader()

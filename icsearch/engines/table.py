@@ -1,0 +1,158 @@
+"""The engines, one entry each. What is not known of one is said, not guessed."""
+
+from __future__ import annotations
+
+from icsearch.engines import keys
+from icsearch.engines.engine import FREQ, PATTERN, TYPES, Engine, Reader
+from icsearch.engines.letters import ExportError
+from icsearch.engines.rendering import config_json, json_flag, plain_flags
+from icsearch.engines.schedule import ATOM, MEGATRON
+from icsearch.engines.stages import split_front, split_vllm
+
+MAY_IGNORE = "For other types it may ignore the pattern and run every layer as F without a word: check."
+NOT_KNOWN = "Whether it reads the pattern for other types is not known here: check."
+
+TRANSFORMERS = Engine(
+    name="transformers",
+    title="transformers",
+    how="put these keys into the checkpoint's config.json, in place of what is there under the same names",
+    settings=keys.config_keys,
+    render=config_json,
+    model_types=("glm_moe_dsa", "hy_v4", "mistral_large4"),
+    on_other_types="For other types transformers 5.23 ignores these keys, or (glm5_next) fails on the first S layer.",
+    wrapper_note="the config wraps a text model: the keys belong into text_config, as written",
+    writes="config.json",
+)
+VLLM = Engine(
+    name="vllm",
+    title="vLLM",
+    how="add this flag to vllm serve",
+    settings=keys.switched_pattern,
+    render=json_flag("--hf-overrides"),
+    model_types=("deepseek_v32", "glm_moe_dsa"),
+    on_other_types=MAY_IGNORE,
+    wrapper_note="the config wraps a text model: the override is nested in text_config, as vLLM needs it",
+    split=split_vllm,
+    partition_variable="VLLM_PP_LAYER_PARTITION",
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True),
+)
+SGLANG = Engine(
+    name="sglang",
+    title="SGLang",
+    how="add this flag to python -m sglang.launch_server",
+    settings=keys.pattern_key,
+    render=json_flag("--json-model-override-args"),
+    model_types=("deepseek_v32", "glm_moe_dsa"),
+    on_other_types=MAY_IGNORE,
+    wrapper_note=(
+        "the config wraps a text model: that SGLang merges a nested text_config is not verified; "
+        "should it fail, put index_topk_pattern into the text_config of config.json"
+    ),
+    split=split_front,
+    partition_variable="SGLANG_PP_LAYER_PARTITION",
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True),
+)
+TRTLLM = Engine(
+    name="trtllm",
+    title="TensorRT-LLM",
+    how="put these keys into the checkpoint's config.json (there is no launch argument); it reads index_topk_pattern",
+    settings=keys.config_keys,
+    render=config_json,
+    model_types=("glm_moe_dsa",),
+    on_other_types=NOT_KNOWN,
+    wrapper_note="the config wraps a text model: whether TensorRT-LLM looks into text_config is not known here: check",
+    writes="config.json",
+    reader=Reader(order=(PATTERN, FREQ), first_is_full=True),
+)
+LMDEPLOY = Engine(
+    name="lmdeploy",
+    title="LMDeploy",
+    how="add this flag to lmdeploy serve api_server (PyTorch backend)",
+    settings=keys.types_key,
+    render=json_flag("--hf-overrides"),
+    model_types=("glm_moe_dsa",),
+    on_other_types="It reads indexer_types for glm_moe_dsa alone.",
+    wrapper_note="the config wraps a text model: whether LMDeploy merges a nested text_config is not known here: check",
+)
+ATOM_ENGINE = Engine(
+    name="atom",
+    title="ATOM",
+    how="add this flag where ATOM is started (ROCm; also as vLLM's plugin)",
+    settings=keys.atom_keys,
+    render=json_flag("--hf-overrides"),
+    model_types=("deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
+    on_other_types=NOT_KNOWN,
+    wrapper_note="the config wraps a text model: whether ATOM merges a nested text_config is not known here: check",
+    notes=(
+        (
+            "glm_moe_dsa",
+            "ATOM takes indexer_types over index_topk_pattern (ROCm/ATOM pull request 1260), so both are given; for "
+            "layers that are shared it then builds no indexer, and whether it loads a checkpoint that still has their "
+            "weights is not known here",
+        ),
+        ("deepseek_v4", "on DeepSeek V4 ATOM's letters count all layers, vllm-ascend's only those with an indexer"),
+    ),
+    reader=Reader(schedule=ATOM, past_the_end=True, switch=True),
+)
+VLLM_ASCEND = Engine(
+    name="vllm-ascend",
+    title="vllm-ascend",
+    how="add this flag to vllm serve",
+    settings=keys.switched_pattern,
+    render=json_flag("--hf-overrides"),
+    model_types=("deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
+    on_other_types=MAY_IGNORE,
+    wrapper_note="the config wraps a text model: the override is nested in text_config, as vLLM needs it",
+    notes=(
+        (
+            "deepseek_v4",
+            "on DeepSeek V4 vllm-ascend's letters count the layers with an indexer (C4), ATOM's all layers",
+        ),
+    ),
+    dsa_letters_only=("deepseek_v4",),
+    split=split_vllm,
+    partition_variable="VLLM_PP_LAYER_PARTITION",
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=True),
+)
+LLAMACPP = Engine(
+    name="llamacpp",
+    title="llama.cpp",
+    how=(
+        "set this bool array in the GGUF (icsearch export ... --gguf OLD.gguf --out NEW.gguf does), or convert a "
+        "checkpoint whose config.json has the keys of --engine transformers: the converter reads indexer_types"
+    ),
+    settings=keys.gguf_key,
+    render=config_json,
+    model_types=("glm_moe_dsa",),
+    on_other_types="The key belongs to the architecture glm-dsa.",
+    nests=False,
+    writes="GGUF",
+    reader=Reader(order=(keys.GGUF_KEY, TYPES)),
+)
+MEGATRON_ENGINE = Engine(
+    name="megatron",
+    title="Megatron-LM",
+    how="add these flags (TransformerConfig's dsa_indexer_topk_freq and dsa_indexer_skip_topk_offset)",
+    settings=keys.megatron_keys,
+    render=plain_flags,
+    model_types=("glm_moe_dsa",),
+    on_other_types=NOT_KNOWN,
+    nests=False,
+    all_layers_alike=True,
+    reader=Reader(order=(keys.MEGATRON_FREQ,), schedule=MEGATRON, freq=keys.MEGATRON_FREQ, offset=keys.MEGATRON_OFFSET),
+)
+
+ENGINES: dict[str, Engine] = {
+    engine.name: engine
+    for engine in (
+        TRANSFORMERS, VLLM, SGLANG, TRTLLM, LMDEPLOY, ATOM_ENGINE, VLLM_ASCEND, LLAMACPP, MEGATRON_ENGINE,
+    )
+}  # fmt: skip
+
+
+def find_engine(name: str) -> Engine:
+    """The table's entry for an engine; raises ExportError with the known names."""
+    engine = ENGINES.get(name.strip().lower())
+    if engine is None:
+        raise ExportError(f"unknown engine {name!r}: expected one of {', '.join(ENGINES)}")
+    return engine
