@@ -90,7 +90,7 @@ def _measure_similarity(layout: Layout, loaded: Loaded, scoring: Scoring) -> Non
     """Wave by wave, what the journal does not hold yet."""
     memory, of_batch = loaded.memory, loaded.memory.shape.selections_bytes(len(layout.layer_indices))
     per_wave = min(memory.batches_per_wave, max(1, memory.spare // of_batch))
-    shared = {"index_topk": layout.index_topk, "keep_on_cpu": of_batch > memory.spare}
+    shared = {"index_topk": layout.selection.kept, "keep_on_cpu": of_batch > memory.spare}
     left = [batch for batch in loaded.batches if batch.first >= scoring.record.similarity_sums.sequences]
     if left:
         scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))

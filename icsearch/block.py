@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from icsearch.model import DsaModel, LayerCall
+from icsearch.families.calls import LayerCall
+from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.resting import OnDevice
 from icsearch.slot import SelectionStore
@@ -158,7 +159,7 @@ class LayerBlock:
             store = SelectionStore(patterns[0], here)
             if probe is not None:
                 store.probe = partial(probe, batch, patterns)
-            call = self.calls_for(batch)[index]
+            call = self.calls_for(batch)[index].on(batch.input_ids)
             output = self.model.run_layer(index, self.resting.take(states), call, store)
             hidden_states.append(self.resting.lay(output))
             # an S layer borrows what rests already
@@ -166,7 +167,7 @@ class LayerBlock:
         return Branch(patterns, hidden_states, selections)
 
     def calls_for(self, batch: Batch) -> list[LayerCall]:
-        """Each layer's call arguments for this batch's shape."""
+        """Each layer's call arguments for this batch's shape; on its tokens by `LayerCall.on`."""
         shape = batch.input_ids.shape
         if shape not in self._calls:
             self._calls[shape] = self.model.capture_calls(batch.input_ids)

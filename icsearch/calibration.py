@@ -106,11 +106,15 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model can take. `max_positions` None: it names no limit."""
+    """What a model can take. `max_positions` None: it names no limit.
+
+    `index_topk`: the tokens that a selection keeps; `holds` says what it is made of.
+    """
 
     vocab_size: int
     index_topk: int
     max_positions: int | None
+    holds: str = ""
 
 
 def described(
@@ -500,11 +504,17 @@ def check_heldout(heldout: Calibration, calibration: Calibration, option: str) -
             raise CalibrationError(f"{name} is one sequence, whose loss has no standard error: give at least 2")
 
 
+def _in_words(limits: Limits) -> str:
+    plain = limits.holds in ("", f"{limits.index_topk} tokens")
+    return "" if plain else f" (a selection keeps {limits.holds})"
+
+
 def check_length(length: int, limits: Limits) -> None:
     """Raise CalibrationError for sequences too short to choose from, or longer than the model goes."""
     if length <= limits.index_topk:
         raise CalibrationError(
-            f"sequences of {length} tokens are not longer than the model's index_topk of {limits.index_topk}: every "
+            f"sequences of {length} tokens are not longer than the model's index_topk of {limits.index_topk}"
+            f"{_in_words(limits)}: every "
             f"selection would be all tokens, and every layer free to share; use longer sequences, such as --seq-len "
             f"{4 * limits.index_topk}"
         )

@@ -60,6 +60,13 @@ from typing import Any
 from icsearch.errors import ModelError, PatternError
 from icsearch.pattern import Pattern
 
+# Keys of a config whose work the formulas leave out, and what that work is.
+_UNCOUNTED = {
+    "index_kpool": "pooled index keys",
+    "hc_mult": "hyper-connections",
+    "hc_count": "hyper-connections",
+    "compress_rates": "compressed keys",
+}
 DSA_LAYER_TYPES = ("indexed_attention", "full_attention")  # both names occur for DSA layers beside others
 
 
@@ -68,7 +75,9 @@ class ModelShape:
     """The sizes of a DSA model with latent attention (MLA) that its cost depends on.
 
     Layers of another kind than DSA are counted with projections of the same size and without core attention, so
-    shares and speed-ups of a model that mixes kinds are upper bounds. MTP layers are not counted.
+    shares and speed-ups of a model that mixes kinds are upper bounds. MTP layers are not counted. `gate_rank`: the
+    query projection makes output gates too, from the query latent before and behind its norm, and each of a layer's
+    two norms has a low-rank gate (A.X-K2; the norm before a dense MLP has none, and is counted as if it had).
     """
 
     hidden_size: int
@@ -90,6 +99,7 @@ class ModelShape:
     experts_per_token: int
     shared_experts: int
     vocab_size: int
+    gate_rank: int = 0
 
     @classmethod
     def from_config(cls, config: dict[str, Any], dsa_layers: int | None = None) -> ModelShape:
@@ -98,8 +108,9 @@ class ModelShape:
         `dsa_layers`, where the caller knows the model, beats what `layer_types` says.
         """
         config = config.get("text_config") or config
-        if config.get("index_kpool"):
-            raise ModelError("config.json has index_kpool: the cost of pooled index keys is not counted here")
+        for key, what in _UNCOUNTED.items():
+            if config.get(key):
+                raise ModelError(f"config.json has {key}, and the cost of {what} is not counted here")
         layers = _size(config, "num_hidden_layers")
         dense = _dense_layers(config, layers)
         moe = dense < layers
@@ -123,6 +134,7 @@ class ModelShape:
             experts_per_token=_size(config, "num_experts_per_tok") if moe else 0,
             shared_experts=_size(config, "n_shared_experts", least=0) if moe else 0,
             vocab_size=_size(config, "vocab_size"),
+            gate_rank=config.get("gated_norm_rank") or 0,
         )
 
     @property
@@ -137,7 +149,14 @@ class ModelShape:
         query = self.q_lora_rank * (self.hidden_size + self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim))
         key_value = self.heads * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
         output = self.heads * self.v_head_dim * self.hidden_size
-        return query + self.hidden_size * self.latent + key_value + output
+        return query + self.hidden_size * self.latent + key_value + output + self._gate_weights
+
+    @property
+    def _gate_weights(self) -> int:
+        if not self.gate_rank:
+            return 0
+        fused = self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + 2 * self.v_head_dim)
+        return self.q_lora_rank * fused + 4 * self.hidden_size * self.gate_rank
 
     @property
     def expert_weights(self) -> int:
@@ -154,6 +173,8 @@ class ModelShape:
         indexer = (self.index_weights + 2 * self.index_head_dim) if with_indexer else 0
         experts = self.expert_weights * (self.routed_experts + self.shared_experts) + self.router_weights
         mlp = 3 * self.hidden_size * self.intermediate_size if index < self.dense_layers else experts
+        if index < self.dense_layers:
+            mlp -= 2 * self.hidden_size * self.gate_rank  # that norm has no gate
         return self.projection_weights + norms + indexer + mlp
 
     @property
@@ -172,7 +193,8 @@ def _size(config: dict[str, Any], *keys: str, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ModelError(
             f"config.json has {keys[0]} {value!r}: expected a whole number of at least {least}; the cost is counted "
-            "for models with latent attention (MLA) and a DSA indexer, such as deepseek_v32 or glm_moe_dsa"
+            "for models with latent attention (MLA) and a DSA indexer on the query latent, such as deepseek_v32 or "
+            "glm_moe_dsa"
         )
     return value
 

@@ -12,7 +12,7 @@ import torch
 
 from icsearch import cost, tasks
 from icsearch.block import cut_waves
-from icsearch.errors import IcsearchError
+from icsearch.errors import IcsearchError, ModelError
 from icsearch.journal import Event
 from icsearch.lm_eval_bridge import lm_eval_results
 from icsearch.measure import Timing, measure
@@ -83,14 +83,14 @@ def evaluate(
 
 def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event:
     layout, batches = inputs.layout, inputs.batches
-    edges = bucket_edges(batches.seq_len, layout.index_topk)
+    edges = bucket_edges(batches.seq_len, layout.selection.kept)
     start = start_event(
         inputs,
         {"method": "eval", **run_options(request, inputs, existing)},
-        index_topk=layout.index_topk,
+        index_topk=layout.selection.kept,
         bucket_edges=edges,
         bucket_tokens=bucket_tokens(torch.from_numpy(batches.counted()), edges),
-        choosing_queries=batches.seq_len - layout.index_topk,
+        choosing_queries=batches.seq_len - layout.selection.kept,
     )
     target = Target(
         layout.model_type,
@@ -137,7 +137,7 @@ def _measure(
     rows = [*plan.model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
     listener.planned(rows, total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
-    for text in dict.fromkeys((*loaded.notes, *weight_notes(loaded))):
+    for text in dict.fromkeys((*loaded.notes, *weight_notes(loaded), *_uncounted(inputs))):
         if text not in record.notes:
             append({"event": "note", "text": text})
     waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)
@@ -171,7 +171,8 @@ def _shared_by(loaded: Loaded, record: EvalRecord, listener: Progress) -> Share 
 
 def _check_extras(request: EvalRequest, inputs: Inputs) -> None:
     """Refuse what would fail only behind hours of measuring; raises IcsearchError."""
-    cost.ModelShape.from_config(inputs.source.config, dsa_layers=len(inputs.layout.layer_indices))
+    if request.contexts:
+        _shape(inputs)  # where nothing was asked for, an evaluation of a family that is not counted does without
     limit = inputs.layout.max_positions
     longest = max([0, *request.measure, task_length(request, inputs) if request.tasks else 0]) + ROOM_TO_WRITE
     if (request.measure or request.tasks) and longest > limit:
@@ -237,6 +238,8 @@ def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRe
     extras: dict[str, Callable[[], Any]] = {
         "cost_rows": lambda: [_cost(request, inputs, name, p) for p, name in names.items() if p != start]
     }
+    if _uncounted(inputs):
+        del extras["cost_rows"]
     if request.measure:
         extras["measured"] = lambda: _timings(measure(loaded.dsa, list(names), request.measure), names)
     if request.lm_eval:
@@ -247,11 +250,23 @@ def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRe
 
 def _cost(request: EvalRequest, inputs: Inputs, name: str, pattern: Pattern) -> dict[str, Any]:
     """Counted work and estimated speed-ups at the context lengths asked for."""
-    layout = inputs.layout
-    shape = cost.ModelShape.from_config(inputs.source.config, dsa_layers=len(layout.layer_indices))
     contexts = request.contexts or DEFAULT_CONTEXTS
-    rows = cost.cost_rows(shape, pattern, contexts, baseline=layout.start_pattern)
+    rows = cost.cost_rows(_shape(inputs), pattern, contexts, baseline=inputs.layout.start_pattern)
     return {"name": name, "rows": [asdict(row) for row in rows]}
+
+
+def _shape(inputs: Inputs) -> cost.ModelShape:
+    """What the cost is counted from; raises ModelError for a family that is not counted."""
+    return cost.ModelShape.from_config(inputs.source.config, dsa_layers=len(inputs.layout.layer_indices))
+
+
+def _uncounted(inputs: Inputs) -> list[str]:
+    """A note where the cost of this family is not counted."""
+    try:
+        _shape(inputs)
+    except ModelError as error:
+        return [f"no counted work and no estimated speed-up for {inputs.layout.model_type}: {error}"]
+    return []
 
 
 def _timings(timings: Sequence[Timing], names: dict[Pattern, str]) -> list[dict[str, Any]]:

@@ -139,6 +139,7 @@ def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRec
         resting=memory.resting,
         tensor_bytes=memory.shape.final_bytes * memory.shape.batch_size,
         packets=memory.share.packets,
+        layer_known=memory.shape.known,
         heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
         processes=_processes(request, memory, record),
         weight_rows=tuple(weight_rows(loaded, len(flippable))),

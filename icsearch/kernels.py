@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,10 @@ from torch import nn
 
 from icsearch import block_sizes, ops
 from icsearch.errors import ModelError
+from icsearch.families.attention import Core, Observer
 
-DENSE = "sdpa"  # transformers' name of the attention that its modules run
-NAME = "icsearch"  # ours
+NAME = "icsearch"  # of our attention, in transformers' registry
 
-# Core attention under a [B, T, k] selection: [B, T, H, D_v], heads not yet projected.
-Core = Callable[[torch.Tensor], torch.Tensor]
-# Hears of each layer: the core-attention output under its own selection, that selection, and `Core`.
-Observer = Callable[[torch.Tensor, torch.Tensor, Core], None]
 # (owner, query, key, value, mask, scaling) to core attention, as far as it does not depend on a selection.
 MakeCore = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], Core]
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,31 +35,19 @@ _ATTENTION_PARTS = ("expand_kv", "kv_b_proj", "qk_nope_head_dim", "v_head_dim")
 
 
 def has_arithmetic(owner: nn.Module, indexer: nn.Module | None) -> bool:
-    """Whether a DSA layer has the parts that the block-wise arithmetic works on. A native S layer has no indexer."""
-    parts = all(hasattr(owner, name) for name in _ATTENTION_PARTS)
-    return parts and (indexer is None or all(hasattr(indexer, name) for name in _INDEXER_PARTS))
+    """Whether a DSA layer is made of what the block-wise arithmetic works on, and of nothing that it does not know.
+
+    A native S layer has no indexer. Whether an indexer scores as ours does, `find_rotation` tells.
+    """
+    if not all(hasattr(owner, name) for name in _ATTENTION_PARTS) or hasattr(owner, "sinks"):
+        return False
+    if indexer is None:
+        return True
+    return all(hasattr(indexer, name) for name in _INDEXER_PARTS) and "q_resid" in _arguments(indexer)
 
 
-def dense_core(
-    owner: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
-) -> Core:
-    """What the reference modules do: the selection as a mask [B, 1, T, T], and dense attention."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    dense = ALL_ATTENTION_FUNCTIONS[DENSE]
-
-    def core(selection: torch.Tensor) -> torch.Tensor:
-        narrowed = restrict(mask, selection)
-        return dense(owner, query, key, value, narrowed, dropout=0.0, scaling=scaling, indices=None)[0]
-
-    return core
-
-
-def restrict(attention_mask: torch.Tensor, selection: torch.Tensor) -> torch.Tensor:
-    """The bool mask [B, 1, T, T], True where a query may look, narrowed to a [B, T, k] selection."""
-    selected = torch.zeros_like(attention_mask[:, 0]).expand(len(selection), -1, -1).clone()
-    selected.scatter_(-1, selection.long(), True)
-    return attention_mask & selected.unsqueeze(1)
+def _arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters
 
 
 @dataclass(frozen=True)

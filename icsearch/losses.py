@@ -58,13 +58,19 @@ def per_sequence(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
 
 
 def selection_overlap(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """|first & second| / k for each query: two [B, T, k] index selections to float64 [B, T].
+    """|first & second| / |first| for each query, float64 [B, T] (IndexCache paper, Appendix A).
 
-    An index may stand in a selection once only, as a top-k gives it (IndexCache paper, Appendix A).
+    Selections of any family: indices [B, T, k], in which negative ones hold nothing and each other one stands once;
+    [B, H, T, k] for so many groups of heads, over which it is the mean; or a bool mask [B, 1, T, T]. 0 / 0 is NaN.
     """
-    merged = torch.cat([first, second], dim=-1).sort(dim=-1).values  # [B, T, 2k]
-    common = (merged[..., 1:] == merged[..., :-1]).sum(dim=-1)
-    return common.double() / first.shape[-1]
+    if first.dtype == torch.bool:
+        common, size = (first & second).sum(-1), first.sum(-1)
+    else:
+        merged = torch.cat([first, second], dim=-1).sort(dim=-1).values  # [..., 2k]
+        common = ((merged[..., 1:] == merged[..., :-1]) & (merged[..., 1:] >= 0)).sum(dim=-1)
+        size = (first >= 0).sum(-1)
+    share = common.double() / size
+    return share if share.dim() == 2 else share.mean(1)
 
 
 def _chunks(hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -4,35 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from icsearch.errors import ModelError
-from icsearch.kernels import (
-    Blockwise,
-    Observer,
-    attending,
-    compressed,
-    dense_core,
-    find_rotation,
-    has_arithmetic,
-    mask_stand_in,
-    random_copy,
-)
+from icsearch.families.attention import Observer, run_observed
+from icsearch.families.calls import FirstLayerReached, LayerCall, decoder_inputs, recorded
+from icsearch.families.decoder import decoder_layers
+from icsearch.families.ending import Ending
+from icsearch.kernels import Blockwise, attending, compressed, find_rotation, has_arithmetic, mask_stand_in, random_copy
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, find_indexers, put_slot
 from icsearch.weights.holding import LayerWeights
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """The arguments of one decoder layer beside the hidden states, as the model's own forward passed them."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
 
 
 class DsaModel:
@@ -54,8 +40,9 @@ class DsaModel:
         self.model = model
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
-        self.layers: list[nn.Module] = list(getattr(self.decoder, "layers", []))  # other names: no DSA family
-        self.lm_head: nn.Module = model.get_output_embeddings()
+        self.layers = decoder_layers(model)
+        self._ending = Ending(model, self.layers)
+        self.lm_head = self._ending.head
         self.weights = weights or LayerWeights(range(len(self.layers)))
         self.device = device or next(model.parameters()).device
         owners = indexer_owners(model)
@@ -69,9 +56,10 @@ class DsaModel:
 
     @property
     def has_arithmetic(self) -> bool:
-        """Whether the block-wise arithmetic knows all attention layers of this model, and there is no other kind."""
-        known = all(has_arithmetic(owner, slot.inner) for owner, slot in zip(self.owners, self.slots, strict=True))
-        return known and len(self.slots) == len(self.layers)
+        """Whether the block-wise arithmetic is that of all layers of this model: none of another kind between them."""
+        if len(self.slots) != len(self.layers):
+            return False
+        return all(has_arithmetic(owner, slot.inner) for owner, slot in zip(self.owners, self.slots, strict=True))
 
     def _make_blockwise(self, block_elements: int) -> Blockwise:
         indexer = next(slot.inner for slot in self.slots if slot.inner is not None)
@@ -122,14 +110,12 @@ class DsaModel:
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
-        """Within the block, layers compute with the arithmetic of this model, and the observer hears of them."""
+        """Within the block, layers compute with the arithmetic of this model; where it is ours, the observer hears."""
         with contextlib.ExitStack() as stack:
             if self.blockwise is not None:
                 stack.enter_context(compressed(self.owners))
                 stack.enter_context(attending(self.config, self.blockwise.core, self._observer))
                 stack.enter_context(self._selecting(self.blockwise.select))
-            elif self._observer is not None:
-                stack.enter_context(attending(self.config, dense_core, self._observer))
             yield
 
     @contextlib.contextmanager
@@ -144,7 +130,10 @@ class DsaModel:
 
     @contextlib.contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
-        """Within the block, every DSA layer that runs reports its core attention; its result stays what it was."""
+        """Within the block, every DSA layer that `run_layer` runs reports its core attention; its result is as ever.
+
+        Raises ModelError in a family whose attention cannot be heard.
+        """
         self._observer = observer
         try:
             yield
@@ -154,37 +143,26 @@ class DsaModel:
     def capture_calls(self, input_ids: torch.Tensor) -> list[LayerCall]:
         """Each decoder layer's call arguments for [B, T] inputs of this shape, from one forward of the model's own.
 
-        Masks, positions and rotary embeddings are then the model's own; without padding they depend on the shape
-        alone. So the layers are left out, and no weights are needed. A family that hands the selection from layer to
-        layer as an argument gets None there: the slots supply it.
+        Masks, positions and rotary embeddings are then the model's own. The layers are left out, and no weights are
+        needed. See `LayerCall.on` for families whose layers take token ids.
         """
-        calls: list[LayerCall] = []
-
-        def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            calls.append(LayerCall(args, kwargs))
-            if len(calls) == len(self.layers):
-                raise _LastLayerReached
-            return hidden_states.as_subclass(_LayerOutput)
-
         embedding = self.model.get_input_embeddings().weight  # [V, D]
         zeros = torch.zeros(1, dtype=embedding.dtype, device=input_ids.device)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(contextlib.suppress(_LastLayerReached))
-            for layer in self.layers:
-                stack.enter_context(_instead_of_forward(layer, record))
-            self._decode(input_ids, inputs_embeds=zeros.expand(*input_ids.shape, embedding.shape[1]))
+        inputs = zeros.expand(*input_ids.shape, embedding.shape[1])
+        with recorded(self.layers) as calls:
+            self._decode(input_ids, inputs_embeds=inputs, **decoder_inputs(self.decoder, input_ids))
         return calls
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The states that the model's own forward hands to its first decoder layer: [B, T] to [B, T, D]."""
+        """The states that the model's own forward hands to its first decoder layer: [B, T] to [B, T, D], or streams."""
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _FirstLayerReached(args[0])
+            raise FirstLayerReached(args[0] if args else kwargs["hidden_states"])
 
         hook = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             self._decode(input_ids, input_ids=input_ids)
-        except _FirstLayerReached as reached:
+        except FirstLayerReached as reached:
             return reached.hidden_states
         finally:
             hook.remove()
@@ -193,21 +171,37 @@ class DsaModel:
     def run_layer(
         self, index: int, hidden_states: torch.Tensor, call: LayerCall, store: SelectionStore
     ) -> torch.Tensor:
-        """One decoder layer on [B, T, D] states, in the role that the store's pattern gives it; updates the store."""
+        """One decoder layer on [B, T, D] states, in the role that the store's pattern gives it; updates the store.
+
+        In families with hyper-connections states have one more dimension, or are so many times as wide.
+        """
         slot = self._slot_of.get(index)
-        if slot is not None:
-            before, slot.store = slot.store, store
+        if slot is None:
+            return self._run(index, hidden_states, call)
+        before, slot.store = slot.store, store
         try:
-            with self._computing():
-                output = self.layers[index](hidden_states, *call.args, **call.kwargs)
+            run = partial(self._run, index, hidden_states, call)
+            if self._observer is None or self.blockwise is not None:
+                output = run()
+            else:
+                owner, layer = self.owners[slot.position], self.layers[index]
+                output = run_observed(layer, owner, self.config, slot, store, run, self._observer)
         finally:
-            if slot is not None:
-                slot.store = before
+            slot.store = before
+        store.check_left_by(slot.position)
+        return output
+
+    def _run(self, index: int, hidden_states: torch.Tensor, call: LayerCall) -> torch.Tensor:
+        with self._computing():
+            output = self.layers[index](hidden_states, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The norm between the last decoder layer and the LM head."""
-        return self.decoder.norm(hidden_states)
+        """What lies between the last decoder layer and the LM head: the norm, and where there are streams their head.
+
+        Raises ModelError where the model itself does something else there.
+        """
+        return self._ending.norm(hidden_states)
 
 
 def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:
@@ -217,7 +211,7 @@ def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:
     """
     native = native_types(model.config.get_text_config())
     owners = []
-    for index, layer in enumerate(getattr(model.get_decoder(), "layers", [])):
+    for index, layer in enumerate(decoder_layers(model)):
         for owner, indexer in find_indexers(layer):
             # None elsewhere: a layer of another kind in a family that mixes them
             if indexer is not None or native.get(index) == "shared":
@@ -228,38 +222,3 @@ def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:
 def native_types(config: Any) -> dict[int, str]:
     """Decoder layer to `full` or `shared` where the config itself says so (GLM-5.2 style), else empty."""
     return dict(enumerate(getattr(config, "indexer_types", None) or []))
-
-
-class _LayerOutput(torch.Tensor):
-    """States as a decoder layer of any family returns them: alone, or first of a pair with the layer's selection."""
-
-    def __iter__(self) -> Iterator[torch.Tensor | None]:
-        return iter((self, None))
-
-    def __getitem__(self, item: Any) -> torch.Tensor:
-        return self if isinstance(item, int) and item == 0 else super().__getitem__(item)
-
-
-class _LastLayerReached(Exception):
-    """Ends a forward when all layers have been called."""
-
-
-@contextlib.contextmanager
-def _instead_of_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, calling the module calls the function."""
-    before = vars(module).get("forward")
-    module.forward = function
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
-
-
-class _FirstLayerReached(Exception):
-    """Carries the embedded states out of the model's forward."""
-
-    def __init__(self, hidden_states: torch.Tensor) -> None:
-        super().__init__()
-        self.hidden_states = hidden_states

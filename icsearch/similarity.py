@@ -20,15 +20,18 @@ from torch.nn import functional
 
 from icsearch.block import Batch
 from icsearch.errors import IcsearchError
+from icsearch.families.attention import Core
+from icsearch.families.calls import LayerCall
 from icsearch.journal import Event
-from icsearch.kernels import Core
 from icsearch.losses import selection_overlap
-from icsearch.model import DsaModel, LayerCall
+from icsearch.model import DsaModel
 from icsearch.slot import SelectionStore
 from icsearch.sweep import Sweeper
 
 # Rows of a lower triangle: row i has i sums, one for each earlier layer.
 Triangle = list[list[float]]
+# A selection made small, and the type that it had.
+Kept = tuple[torch.Tensor, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class _Pass:
     calls: list[LayerCall]
     states: torch.Tensor
     store: SelectionStore
-    earlier: list[torch.Tensor] = field(default_factory=list)
+    earlier: list[Kept] = field(default_factory=list)
     cosine: Triangle = field(default_factory=list)
     overlap: Triangle = field(default_factory=list)
 
@@ -78,7 +81,8 @@ class SimilaritySweep:
             with self._dsa.holding(index):
                 for one in passes:
                     with self._dsa.observed(partial(self._observe, one)):
-                        one.states = self._dsa.run_layer(index, one.states, one.calls[index], one.store)
+                        call = one.calls[index].on(one.batch.input_ids)
+                        one.states = self._dsa.run_layer(index, one.states, call, one.store)
                     on_layer(len(one.batch.input_ids))
         return [self._sums(one) for one in passes]
 
@@ -107,13 +111,16 @@ class SimilaritySweep:
     def _overlap(self, own: torch.Tensor, other: torch.Tensor) -> float:
         return float(selection_overlap(own, other)[:, self._topk :].sum())
 
-    def _keep(self, selection: torch.Tensor, length: int) -> torch.Tensor:
-        """A selection in the smallest integer type that holds a position."""
-        small = selection.to(smallest_index_type(length))
-        return small.cpu() if self._keep_on_cpu else small
+    def _keep(self, selection: torch.Tensor, length: int) -> Kept:
+        """A selection in the smallest integer type that holds a position, or as it is where it is a mask."""
+        dtype = selection.dtype
+        if dtype != torch.bool:
+            selection = selection.to(smallest_index_type(length, signed=bool((selection < 0).any())))
+        return (selection.cpu() if self._keep_on_cpu else selection), dtype
 
-    def _restore(self, kept: torch.Tensor) -> torch.Tensor:
-        return kept.to(self._dsa.device, torch.int32)
+    def _restore(self, kept: Kept) -> torch.Tensor:
+        small, dtype = kept
+        return small.to(self._dsa.device, dtype)
 
     def _check(self, cosine: Triangle, batch: Batch) -> None:
         for layer, row in enumerate(cosine):
@@ -124,9 +131,10 @@ class SimilaritySweep:
                 )
 
 
-def smallest_index_type(length: int) -> torch.dtype:
-    """The smallest integer type that holds every position of a sequence."""
-    return next(t for t in (torch.uint8, torch.int16, torch.int32) if torch.iinfo(t).max >= length - 1)
+def smallest_index_type(length: int, signed: bool = False) -> torch.dtype:
+    """The smallest integer type that holds every position of a sequence, and where it is signed -1 too."""
+    types = (torch.int8 if signed else torch.uint8, torch.int16, torch.int32)
+    return next(t for t in types if torch.iinfo(t).max >= length - 1)
 
 
 def similarity_events(sweep: SimilaritySweep, wave: Sequence[Batch], on_layer: Callable[[int], None]) -> list[Event]:
@@ -154,12 +162,12 @@ def similarity_events(sweep: SimilaritySweep, wave: Sequence[Batch], on_layer: C
 @torch.inference_mode()
 def direct_similarity(dsa: DsaModel, batch: Batch, index_topk: int, layer: int, source: int) -> float:
     """The slow, obvious twin of one entry: whole layers, core-attention outputs read off in front of `o_proj`."""
-    calls = dsa.capture_calls(batch.input_ids)
+    calls = [call.on(batch.input_ids) for call in dsa.capture_calls(batch.input_ids)]
     states, store = dsa.embed(batch.input_ids), SelectionStore(dsa.start_pattern)
     borrowed: Any = None
-    for position, index in enumerate(dsa.layer_indices[:layer]):
+    for index in range(dsa.layer_indices[layer]):
         states = dsa.run_layer(index, states, calls[index], store)
-        borrowed = store.selection if position == source else borrowed
+        borrowed = store.selection if index == dsa.layer_indices[source] else borrowed
     index = dsa.layer_indices[layer]
     outputs: list[torch.Tensor] = []
     attention: Any = dsa.layers[index].self_attn

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from icsearch.errors import ModelError
 from icsearch.pattern import FULL, Pattern
@@ -26,6 +26,21 @@ class SelectionStore:
     # Where set, S layers run their own indexer beside, and this hears (position, borrowed, own selection).
     probe: Callable[[int, Any, Any], None] | None = None
     source: int | None = None  # position of the layer that made the selection; None where that is not known
+
+    def check_left_by(self, position: int) -> None:
+        """Raise ModelError where a layer ran as F and left no selection here: then no S layer could take it over."""
+        if not self.pattern.is_full(position):
+            return
+        if self.source != position:
+            raise ModelError(
+                f"DSA layer {position} ran as F and did not call its indexer: expected a layer whose selection is what "
+                "a call of its `indexer` returns; this family cannot be searched"
+            )
+        if not isinstance(self.selection, Tensor):
+            raise ModelError(
+                f"the indexer of DSA layer {position} returned a {type(self.selection).__name__}: expected one tensor, "
+                "the selection; this family cannot be searched"
+            )
 
 
 class IndexerSlot(nn.Module):

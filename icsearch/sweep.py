@@ -24,9 +24,10 @@ import torch
 
 from icsearch.block import Batch, Branch, BranchState, LayerBlock, Probe, count_sequences
 from icsearch.errors import NonFiniteLossError
+from icsearch.families.calls import LayerCall
 from icsearch.losses import sequence_nll
 from icsearch.memory import is_out_of_memory, out_of_memory
-from icsearch.model import DsaModel, LayerCall
+from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.resting import OnDevice
 from icsearch.slot import SelectionStore

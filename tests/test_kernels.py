@@ -14,7 +14,7 @@ import tiny
 from icsearch import block_sizes, kernels, model, ops
 from icsearch.block import Batch, cut_batches
 from icsearch.errors import ModelError
-from icsearch.kernels import Core
+from icsearch.families.attention import Core
 from icsearch.pattern import Pattern
 from icsearch.resources import demo_checkpoint
 from icsearch.slot import SelectionStore

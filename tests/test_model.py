@@ -11,8 +11,9 @@ from torch import nn
 
 import tiny
 from icsearch.errors import ModelError
+from icsearch.families.calls import LayerCall
 from icsearch.kernels import find_rotation, random_copy
-from icsearch.model import DsaModel, LayerCall
+from icsearch.model import DsaModel
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.weights import loading
 from icsearch.weights.checkpoint import open_checkpoint

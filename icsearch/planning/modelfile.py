@@ -79,12 +79,12 @@ def open_model_file(name: str) -> ModelFile:
     inner = config.get("text_config") or config
     if not isinstance(inner, dict):
         raise ModelError(f"{path} has text_config {inner!r}: expected an object; download it again")
-    if not any(key.startswith("index_") for key in inner):
+    if not any(key.startswith(("index_", "indexer_")) for key in inner):
         raise ModelError(
             f"{name} is a {config.get('model_type', 'nameless')} model and has no indexers: expected the config.json "
             "of a DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa"
         )
-    shape = ModelShape.from_config(config)
+    shape = _shape(name, config)
     if shape.dsa_layers != shape.layers:
         raise ModelError(
             f"{name} has {shape.dsa_layers} DSA layers among {shape.layers}: only models whose layers all are can be "
@@ -103,6 +103,14 @@ def open_model_file(name: str) -> ModelFile:
         tied=bool(inner.get("tie_word_embeddings", False)),
         max_positions=int(inner.get("max_position_embeddings") or 0),
     )
+
+
+def _shape(name: str, config: dict[str, Any]) -> ModelShape:
+    try:
+        return ModelShape.from_config(config)
+    except ModelError as error:
+        kind = config.get("model_type", "nameless")
+        raise ModelError(f"{name}, a {kind} model, cannot be planned for: {error}") from None
 
 
 def _find(name: str) -> Path:

@@ -40,13 +40,16 @@ class BatchShape:
     vocab_size: int
     call: Call | None = None  # of a layer with the block-wise arithmetic; None: the reference modules
     head_copies: int = NLL_HEAD_COPIES
+    streams: int = 1  # of hidden states between layers
+    selection_bytes: int | None = None  # of one query; None: index_topk indices, or as many as there are tokens
+    known: bool = True  # whether the reference modules take what is counted here; else that is a guess
 
     @property
     def branch_bytes(self) -> int:
         """One branch's state: hidden states and selection."""
         tokens = self.batch_size * self.seq_len
-        selection = min(self.index_topk, self.seq_len) * INDEX_BYTES
-        return tokens * (self.hidden_size * self.dtype_bytes + selection)
+        selection = self.selection_bytes or min(self.index_topk, self.seq_len) * INDEX_BYTES
+        return tokens * (self.streams * self.hidden_size * self.dtype_bytes + selection)
 
     @property
     def final_bytes(self) -> int:
@@ -55,6 +58,8 @@ class BatchShape:
 
     def selections_bytes(self, layers: int) -> int:
         """All layers' selections of one batch, in the smallest integer type that holds a position."""
+        if self.selection_bytes is not None:
+            return layers * self.batch_size * self.seq_len * self.selection_bytes  # or less
         width = 1 if self.seq_len <= 2**8 else 2 if self.seq_len <= 2**15 else 4
         return layers * self.batch_size * self.seq_len * min(self.index_topk, self.seq_len) * width
 
@@ -68,7 +73,8 @@ class BatchShape:
     @property
     def _reference_bytes(self) -> int:
         """The reference indexer holds scores per head twice and a copy of the keys per query, attention its scores
-        per head: (2 H_index + D_index + 3 + H_attention) float32 values per pair of tokens.
+        per head: (2 H_index + D_index + 3 + H_attention) float32 values per pair of tokens. Modules of another make
+        are counted as if they did, too (`known` False).
         """
         pairs = self.batch_size * self.seq_len**2
         per_pair = 2 * self.index_heads + self.index_head_dim + 3 + self.attention_heads
@@ -141,6 +147,7 @@ class SearchPlan:
     tensor_bytes: int = 0  # of the hidden states of one batch
     resting: int = 0  # CPU memory for branch states; 0: they are on the device
     packets: int = 0  # of several processes: see `patterns_per_sweep`
+    layer_known: bool = True  # whether `layer_bytes` is what this family's modules take; else a guess
 
     @property
     def live_branches(self) -> int:
@@ -234,7 +241,8 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "memory",
             f"{format_bytes(plan.weight_bytes)} weights + {branches} branches x {format_bytes(plan.branch_bytes)} + "
-            f"{format_bytes(plan.layer_bytes)} in a layer, of {format_bytes(plan.memory_bytes)} (estimate)",
+            f"{format_bytes(plan.layer_bytes)} in a layer{_guess(plan)}, "
+            f"of {format_bytes(plan.memory_bytes)} (estimate)",
         ),
         *_resting_rows(plan),
         ("kept between steps", plan.kept.words),
@@ -252,6 +260,10 @@ def _resting_rows(plan: SearchPlan) -> list[tuple[str, str]]:
     return [
         ("branch states", f"in pinned CPU memory: {states} of {format_bytes(plan.resting)}; one at a time moves in")
     ]
+
+
+def _guess(plan: SearchPlan) -> str:
+    return "" if plan.layer_known else " (unknown for this family: counted as for dense attention and scores)"
 
 
 def _peak_words(plan: SearchPlan) -> str:

@@ -67,12 +67,18 @@ def obtain(
         default_seq_len=like.seq_len if like else default_seq_len(layout),
         default_num_sequences=like.num_sequences if like else DEFAULT_NUM_SEQUENCES,
         seed=request.seed,
-        limits=calibration.Limits(layout.vocab_size, layout.index_topk, layout.max_positions),
+        limits=limits(layout),
         rebuild=fresh,
         copy_ready=copy_ready,
     )
 
 
+def limits(layout: Layout) -> calibration.Limits:
+    """What the model can take, and what is too short for its queries to choose."""
+    selection = layout.selection
+    return calibration.Limits(layout.vocab_size, selection.kept, layout.max_positions, selection.holds)
+
+
 def default_seq_len(layout: Layout) -> int:
     """Four times as long as a selection, so that most queries have to choose; at least 256 tokens."""
-    return min(max(256, 4 * layout.index_topk), layout.max_positions)
+    return min(max(256, 4 * layout.selection.kept), layout.max_positions)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from icsearch import kernels
 from icsearch.block_sizes import BLOCK_ELEMENTS, default_batch_size
 from icsearch.errors import ModelError
 from icsearch.journal import Event
@@ -28,7 +27,7 @@ def run_options(request: RunRequest, inputs: Inputs, existing: Sequence[Event]) 
         "dtype": inputs.layout.dtype if request.dtype == "auto" else request.dtype,
         "device": str(resolve_device(request.device)),
         "batch_size": request.batch_size or default_batch_size(length, sequences),
-        "attention": kernels.DENSE,
+        "attention": inputs.layout.attention,
         "threads": request.threads or recorded,
         **kernel_options(request, inputs.layout, part_of(existing, "options")),
     }

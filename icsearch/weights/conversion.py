@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from icsearch.errors import ModelError
+from icsearch.families.decoder import layer_list
 from icsearch.model import native_types
 from icsearch.weights.checkpoint import Checkpoint
 from icsearch.weights.shards import Shards
@@ -82,7 +83,7 @@ class Conversion:
 
 def layer_prefix(model: Any) -> str:
     """What the names of all decoder layers' parameters begin with, such as `model.layers.`."""
-    layers = model.get_decoder().layers
+    layers = layer_list(model)
     return next(f"{name}." for name, module in model.named_modules() if module is layers)
 
 

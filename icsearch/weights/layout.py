@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,10 @@ from torch import nn
 
 from icsearch.cost import ModelShape
 from icsearch.errors import ModelError, first_line
+from icsearch.families.classes import auto_class
+from icsearch.families.decoder import check_layers_stand_alone
+from icsearch.families.ending import streams
+from icsearch.families.selection import SelectionForm, index_heads, read_form
 from icsearch.model import DsaModel
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.weights.checkpoint import Checkpoint
@@ -34,7 +39,9 @@ class Layout:
     vocab_size: int
     max_positions: int
     attention_heads: int
-    index_topk: int
+    attention: str  # transformers' name of the attention function that its modules run: sdpa, or eager
+    streams: int  # of hidden states between layers; 1 without hyper-connections
+    selection: SelectionForm
     index_heads: int
     index_head_dim: int
     num_parameters: int
@@ -47,6 +54,11 @@ class Layout:
         """All F but for the native S layers: the unmodified model."""
         native = set(self.native_shared)
         return Pattern("".join(SHARED if p in native else FULL for p in range(len(self.layer_indices))))
+
+    @property
+    def reference_known(self) -> bool:
+        """Whether the plan knows what a call of transformers' own modules takes in this family."""
+        return self.selection.plain and self.streams == 1 and self.attention == "sdpa"
 
     def count_layer_runs(self, patterns: Iterable[Pattern]) -> int:
         """Layer runs that one sweep of these patterns takes: the nodes of their tree of prefixes."""
@@ -67,41 +79,50 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
     if indexer is None:
         raise ModelError(
             f"{checkpoint.name} is a {config.model_type} model and has no indexers: "
-            "expected a DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa"
+            "expected a DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa, whose decoder layers "
+            "have a module `indexer` that returns a selection"
         )
     text_config = skeleton.config
-    if min(indexer.index_topk, indexer.n_heads, indexer.head_dim) < 1:
-        raise ModelError(
-            f"config.json of {checkpoint.name} has index_topk {indexer.index_topk}, index_n_heads {indexer.n_heads}, "
-            f"index_head_dim {indexer.head_dim}: expected positive numbers; use the config that belongs to the weights"
-        )
+    with _named(checkpoint):
+        check_layers_stand_alone(text_config)
+        selection, (heads, head_dim) = read_form(indexer), index_heads(indexer)
+    known = skeleton.has_arithmetic
     return Layout(
         model_type=config.model_type,
         num_layers=len(skeleton.layers),
         layer_indices=tuple(skeleton.layer_indices),
         native_shared=tuple(skeleton.native_shared),
-        wrapper_config=text_config is not config,
-        dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+        wrapper_config=isinstance(checkpoint.config.get("text_config"), dict),
+        dtype=str(config_dtype(config)).removeprefix("torch."),
         hidden_size=text_config.hidden_size,
         vocab_size=text_config.vocab_size,
         max_positions=text_config.max_position_embeddings,
         attention_heads=text_config.num_attention_heads,
-        index_topk=int(indexer.index_topk),
-        index_heads=int(indexer.n_heads),
-        index_head_dim=int(indexer.head_dim),
+        attention=text_config._attn_implementation,
+        streams=streams(text_config),
+        selection=selection,
+        index_heads=heads,
+        index_head_dim=head_dim,
         num_parameters=_num_parameters(skeleton.model),
         layer_parameters=tuple(_num_parameters(layer) for layer in skeleton.layers),
-        has_arithmetic=skeleton.has_arithmetic,
-        sizes=ModelShape.from_config(text_config.to_dict()) if skeleton.has_arithmetic else None,
+        has_arithmetic=known,
+        sizes=ModelShape.from_config(text_config.to_dict()) if known else None,
     )
 
 
-def _skeleton(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
-    from transformers import AutoModelForCausalLM
+@contextlib.contextmanager
+def _named(checkpoint: Checkpoint) -> Iterator[None]:
+    """Within the block, what speaks against searching a model names its checkpoint."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{checkpoint.name} cannot be searched: {error}") from None
 
+
+def _skeleton(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config whose numbers do not fit together fails in any way torch knows
         raise cannot_build(checkpoint, error) from error
 
@@ -112,6 +133,11 @@ def cannot_build(checkpoint: Checkpoint, error: Exception) -> ModelError:
         f"transformers cannot build {checkpoint.name} from its config.json ({first_line(error)}): "
         "check the config against the model that it belongs to"
     )
+
+
+def config_dtype(config: Any) -> torch.dtype:
+    """The type that a checkpoint's config names, its own or its language model's; float32 where it names none."""
+    return config.dtype or config.get_text_config().dtype or torch.float32
 
 
 def _num_parameters(module: nn.Module) -> int:

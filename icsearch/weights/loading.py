@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from icsearch.errors import ModelError, first_line
-from icsearch.kernels import DENSE
+from icsearch.families.classes import auto_class
 from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.model import DsaModel
 from icsearch.weights.checkpoint import Checkpoint
 from icsearch.weights.holding import CPU, DISK, RESIDENT, LayerWeights, StreamedWeights
-from icsearch.weights.layout import DTYPES, cannot_build, load_config
+from icsearch.weights.layout import DTYPES, cannot_build, config_dtype, load_config
 from icsearch.weights.reader import Reader
 
 
@@ -60,17 +60,14 @@ def _layer_weights(reader: Reader, held: range, offload: str) -> LayerWeights:
 def _empty_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Any:
     """The model with its parameters on meta. Its buffers are real: no checkpoint holds all of them."""
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
     config = load_config(checkpoint, trust_remote_code)
-    wanted = config.dtype or torch.float32 if dtype == "auto" else DTYPES[dtype]
+    wanted = config_dtype(config) if dtype == "auto" else DTYPES[dtype]
     try:
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=wanted, attn_implementation=DENSE, trust_remote_code=trust_remote_code
-            )
+            model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
+from icsearch.families.decoder import decoder_layers
 from icsearch.weights.checkpoint import Checkpoint
 from icsearch.weights.conversion import Conversion, check_finite, check_rehearsed, layer_prefix
 from icsearch.weights.fp8 import check_none_quantised, make_quantizer
@@ -27,7 +27,7 @@ class Reader:
 
     def __init__(self, checkpoint: Checkpoint, model: Any, dtype: torch.dtype, device: torch.device) -> None:
         self.model = model
-        self.layers: list[nn.Module] = list(getattr(model.get_decoder(), "layers", []))
+        self.layers = decoder_layers(model)
         self._checkpoint = checkpoint
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -131,7 +131,7 @@ class Reader:
         tied = bool(self.model.all_tied_weights_keys) and (first or last)  # then embedding and LM head are one
         wanted = {
             self.model.get_input_embeddings(): first or tied,
-            self.model.get_decoder().norm: last,
+            getattr(self.model.get_decoder(), "norm", None): last,
             self.model.get_output_embeddings(): last or tied,
         }
         paths = [f"{path}." for path, module in self.model.named_modules() if not wanted.get(module, True)]

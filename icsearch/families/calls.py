@@ -1,0 +1,99 @@
+"""What a model's own forward calls its decoder layers with, heard without running them.
+
+Masks, positions, rotary embeddings: without padding they follow from the shape of a batch alone. Token ids do not;
+where a family's layers take them too (hashed experts, n-gram embeddings), they are filled in batch by batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+TOKEN_ARGUMENTS = ("input_ids", "ple_input_ids")  # what layers may take a batch's token ids as
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments of one decoder layer beside the hidden states, as the model's own forward passed them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def on(self, input_ids: torch.Tensor) -> LayerCall:
+        """The call on these [B, T] token ids: another one only where the layer takes them."""
+        tokens = {name: input_ids for name in TOKEN_ARGUMENTS if name in self.kwargs}
+        return replace(self, kwargs={**self.kwargs, **tokens}) if tokens else self
+
+
+def decoder_inputs(decoder: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a decoder wants beside embedded inputs: token ids, where it embeds them once more by itself."""
+    wanted = inspect.signature(decoder.forward).parameters
+    return {name: input_ids for name in TOKEN_ARGUMENTS[1:] if name in wanted}
+
+
+@contextlib.contextmanager
+def recorded(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
+    """Within the block, layers do nothing but leave their call in the list; the last one ends the forward.
+
+    A family that hands the selection from layer to layer as an argument gets None there: the slots supply it.
+    """
+    calls: list[LayerCall] = []
+
+    def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(LayerCall(args, kwargs))
+        if len(calls) == len(layers):
+            raise LastLayerReached
+        return hidden_states.as_subclass(LayerOutput)
+
+    with contextlib.suppress(LastLayerReached), all_instead(layers, record):
+        yield calls
+
+
+@contextlib.contextmanager
+def all_instead(layers: Sequence[nn.Module], function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, calling any of the layers calls the function."""
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(instead_of_forward(layer, function))
+        yield
+
+
+@contextlib.contextmanager
+def instead_of_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, calling the module calls the function."""
+    before = vars(module).get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+class LayerOutput(torch.Tensor):
+    """States as a decoder layer of any family returns them: alone, or first of a pair with the layer's selection."""
+
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
+        return iter((self, None))
+
+    def __getitem__(self, item: Any) -> torch.Tensor:
+        return self if isinstance(item, int) and item == 0 else super().__getitem__(item)
+
+
+class LastLayerReached(Exception):
+    """Ends a forward when all layers have been called."""
+
+
+class FirstLayerReached(Exception):
+    """Carries the embedded states out of the model's forward."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states

@@ -1,0 +1,61 @@
+"""One small random checkpoint of each family for the whole session, and the model of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_families
+from icsearch.block import Batch, cut_batches
+from icsearch.model import DsaModel
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
+from tiny import VOCABULARY
+
+loading.quiet_transformers()
+
+LENGTH = 40
+Made = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Makes a checkpoint of a family, each kind once."""
+    known: dict[str, Path] = {}
+
+    def make(family: str, **changes: Any) -> Path:
+        key = f"{family} {changes}"
+        if key not in known:
+            known[key] = tiny_families.save_checkpoint(tmp_path_factory.mktemp(family), family, **changes)
+        return known[key]
+
+    return make
+
+
+@pytest.fixture(scope="session", params=sorted(tiny_families.CONFIGS))
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(family: str, made: Made) -> Path:
+    return made(family)
+
+
+@pytest.fixture(scope="session")
+def dsa(checkpoint: Path) -> DsaModel:
+    """Tests leave it as it was."""
+    return loading.load(open_checkpoint(str(checkpoint)))
+
+
+def random_ids(sequences: int = 2, length: int = LENGTH, seed: int = 3) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_batches(sequences: int = 3, batch_size: int = 2) -> list[Batch]:
+    ids = random_ids(sequences)
+    return cut_batches(ids, torch.ones_like(ids, dtype=torch.bool), batch_size)
