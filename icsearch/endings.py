@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from icsearch.errors import IcsearchError, first_line
 from icsearch.files import is_disk_full
@@ -61,12 +61,31 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, IcsearchError):
         return str(error), error.exit_status
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
-        return f"{error.format_message()} (see icsearch --help)", EXIT_BAD_INPUT
+        return _usage(error), EXIT_BAD_INPUT
     if is_disk_full(error):
         return f"the disk is full ({_where(error)}): free some space and repeat the command; {_GOES_ON}", EXIT_FAILURE
     if isinstance(error, MemoryError):
         return f"out of memory ({first_line(error)}): free some and repeat the command; {_GOES_ON}", EXIT_FAILURE
     return f"{type(error).__name__}: {error} (--debug shows where)", EXIT_FAILURE
+
+
+def _usage(error: Any) -> str:
+    """What the parser says, where the value came from unless it was typed, and whose help says more."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    command = f" {context.info_name}" if context is not None and context.parent is not None else ""
+    return f"{error.format_message()}{_origin(context, parameter)} (see icsearch{command} --help)"
+
+
+def _origin(context: Any, parameter: Any) -> str:
+    """Such as ` (from the config file icsearch.toml)`; nothing for what was typed, or is missing."""
+    if context is None or parameter is None:
+        return ""
+    source = getattr(context.get_parameter_source(parameter.name), "name", "")
+    if source == "DEFAULT_MAP":
+        return f" (from the config file {context.params.get('config')})"
+    if source == "ENVIRONMENT":
+        return f" (from the environment, {context.auto_envvar_prefix}_{parameter.name.upper()})"
+    return ""
 
 
 def _where(error: Exception) -> str:

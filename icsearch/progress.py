@@ -73,7 +73,8 @@ class Plain(Quiet):
         self.info(f"{_step_name(step)}: {share:.0%}, {best_so_far(record, step)}, {self._clock.remaining()}")
 
     def committed(self, record: RunRecord) -> None:
-        self.info(commit_line(record) + f", {self._clock.remaining()}")
+        last = len(record.commits) == record.start["options"]["num_shared"]
+        self.info(commit_line(record) + ("" if last else f", {self._clock.remaining()}"))
 
     def tried(self, record: RunRecord) -> None:
         self.info(trial_line(record))
@@ -138,11 +139,17 @@ class RunClock:
         self._measured += layer_sequences
 
     def remaining(self) -> str:
-        """Such as `about 1 min 23 s left`."""
-        if self._started is None or not self._measured:
+        """Such as `about 1 min 23 s left`.
+
+        A run that goes on after an interruption, or whose plan was halved, does more than was planned from the start:
+        then it is known only that what is left of the step at work will be done.
+        """
+        left = max(self.total - self.done, self.step_total - self.step_done)
+        if self._started is None or not self._measured or left <= 0:
             return "time left unknown"
         rate = (time.monotonic() - self._started) / self._measured
-        return f"about {numbers.duration(rate * max(self.total - self.done, 0))} left"
+        seconds = rate * left
+        return f"about {numbers.duration(seconds)} left" if seconds >= 1 else "less than 1 s left"
 
 
 def make_listener(quiet: bool) -> Quiet:

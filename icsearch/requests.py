@@ -19,6 +19,7 @@ from icsearch.weights.holding import CPU, DISK, RESIDENT
 KL = "kl"
 OBJECTIVES = ("lm-loss", KL)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda")  # and cuda:0
 KERNELS = ("auto", "blockwise", "reference")
 AUTO = "auto"
 OFFLOADS = (AUTO, RESIDENT, CPU, DISK)

@@ -170,7 +170,7 @@ ALLOWED: dict[str, set[str]] = {
     "setup.prepare": {
         "block", "journal", "model", "planning.memory_plan", "processes.crew", "processes.launch", "processes.ledger",
         "processes.muster", "processes.world", "requests", "runs.record", "runs.rundir", "search", "setup.bring_up",
-        "setup.inputs", "weights.holding", "weights.shards",
+        "setup.inputs", "weights.holding", "weights.loading", "weights.shards",
     },
     "setup.sweep_scorer": {
         "block", "divergence", "pattern", "planning.plan", "processes.ledger", "processes.member", "requests",
@@ -198,7 +198,8 @@ ALLOWED: dict[str, set[str]] = {
         "runs.evaluation", "runs.record", "runs.refinement", "runs.results", "statistics",
     },
     "progress": {"report", "runs.record", "runs.refinement", "statistics"},
-    "cli.options": set(),
+    "cli.config": {"errors", "jsonfile"},
+    "cli.options": {"cli.config", "engines.table", "requests"},
     "cli.plan": {
         "cli.options", "planning.devices", "planning.forecast", "planning.plan", "planning.report", "requests",
     },
@@ -207,8 +208,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli.greedy": {"cli.options", "cli.running", "greedy", "planning.plan", "report", "requests"},
     "cli.baseline": {"baseline", "cli.options", "cli.running", "planning.plan", "report", "requests"},
     "cli.evaluate": {"cli.options", "cli.running", "evaluate", "pattern", "planning.plan", "report", "requests"},
-    "cli.export": {"engines.export", "pattern"},
-    "cli.report": {"report"},
+    "cli.export": {"cli.options", "engines.export", "pattern"},
+    "cli.report": {"cli.options", "report"},
     "cli": {
         "", "cli.baseline", "cli.calibrate", "cli.evaluate", "cli.export", "cli.greedy", "cli.plan", "cli.report",
         "endings", "processes.launch", "processes.together", "processes.world",

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from icsearch.journal import Journal
 from icsearch.progress import Live, Plain, Quiet, RunClock, best_so_far, make_listener
-from icsearch.report import numbers
 from icsearch.runs.record import RunRecord
 from icsearch.search import Scoring, Search
 from test_search import START, MadeUp, ManySequences, exact, long_run
@@ -59,8 +58,19 @@ def test_remaining_time_is_unknown_until_something_was_measured() -> None:
     clock.total = 10
     assert clock.remaining() == "time left unknown"
     clock.start_step(1, 10)
-    clock.advance(10)
-    assert clock.remaining() == f"about {numbers.duration(0)} left"
+    clock.advance(5)
+    assert clock.remaining() == "less than 1 s left"
+
+
+def test_a_run_that_has_done_more_than_was_planned_never_has_nothing_left() -> None:
+    """An interrupted sweep is done again, and states that were kept for it are gone."""
+    clock = RunClock()
+    clock.total, clock.done = 10, 12
+    clock.start_step(1, 10)
+    clock.advance(4)
+    assert clock.remaining() == "less than 1 s left"
+    clock.advance(6)
+    assert clock.remaining() == "time left unknown"
 
 
 def test_a_race_says_once_for_each_step_that_it_scores(tmp_path: Path) -> None:

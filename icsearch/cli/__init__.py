@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from icsearch import __version__
 from icsearch.cli import baseline, calibrate, evaluate, export, greedy, plan, report
@@ -16,10 +17,12 @@ from icsearch.processes.launch import read_launch
 if TYPE_CHECKING:
     from icsearch.processes.world import World
 
+TRUE = ("1", "true", "t", "yes", "y", "on")  # as the parser reads a flag from an environment variable
+
 app = typer.Typer(
     name="icsearch",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"auto_envvar_prefix": "ICSEARCH"},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Find out which layers of a DeepSeek-Sparse-Attention model can drop their indexer, and what that costs.",
@@ -28,7 +31,7 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", allow_from_autoenv=False)] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
 ) -> None:
     if version:
@@ -36,20 +39,29 @@ def root(
         raise typer.Exit
 
 
-app.command("calibrate")(calibrate.calibrate_batches)
-app.command("greedy")(greedy.greedy_search)
-app.command("plan")(plan.plan_search)
-app.command("dp-baseline")(baseline.similarity_baseline)
-app.command("eval")(evaluate.evaluate_patterns)
-app.command("export")(export.export_pattern)
-app.command("report")(report.report_on_runs)
+class Command(TyperCommand):
+    """A command whose help does not name the environment variable of each option: --config states the rule."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for parameter in self.params:
+            parameter.show_envvar = False  # type: ignore[attr-defined]
+
+
+app.command("calibrate", cls=Command)(calibrate.calibrate_batches)
+app.command("greedy", cls=Command)(greedy.greedy_search)
+app.command("plan", cls=Command)(plan.plan_search)
+app.command("dp-baseline", cls=Command)(baseline.similarity_baseline)
+app.command("eval", cls=Command)(evaluate.evaluate_patterns)
+app.command("export", cls=Command)(export.export_pattern)
+app.command("report", cls=Command)(report.report_on_runs)
 
 
 def main() -> None:
     """Entry point: turn every way to end into one line on stderr and an exit status."""
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a plain terminal is no reason to fail
     raise_on_sigterm()
-    debug = "--debug" in sys.argv
+    debug = "--debug" in sys.argv or os.environ.get("ICSEARCH_DEBUG", "").lower() in TRUE
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     sys.exit(_run(arguments, debug))
 
@@ -71,6 +83,6 @@ def _start(arguments: list[str], debug: bool) -> object:
 
 def _call(arguments: list[str], world: World | None = None) -> object:
     try:
-        return app(args=arguments, standalone_mode=False, obj=world)
+        return app(args=arguments, prog_name="icsearch", standalone_mode=False, obj=world)
     except typer.Abort as error:  # the parser takes an EOFError, such as a cut file's, for the end of typed input
         raise error.__cause__ or error from None

@@ -11,6 +11,7 @@ from icsearch.cli.options import (
     BatchSize,
     BlockElements,
     Calibration,
+    ConfigFile,
     Device,
     Dtype,
     Fresh,
@@ -33,7 +34,7 @@ from icsearch.cli.running import default_run, display, print_result, world_of
 
 
 def similarity_baseline(
-    context: typer.Context,
+    ctx: typer.Context,
     model: ModelArgument,
     calibration: Calibration,
     retention: Retention = None,
@@ -61,6 +62,7 @@ def similarity_baseline(
     offload: Offload = "auto",
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
+    config: ConfigFile = None,
 ) -> None:
     """The baseline that the paper rejects: the pattern of highest cosine similarity, and what it really costs."""
     from icsearch.planning.plan import parse_bytes
@@ -84,7 +86,7 @@ def similarity_baseline(
         offload=offload,
         fresh=fresh,
     )
-    world = world_of(context, timeout)
+    world = world_of(ctx, timeout)
     with display(request, quiet) as listener:
         from icsearch.baseline import dp_baseline
         from icsearch.report import summary_table, write_results

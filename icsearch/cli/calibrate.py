@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from icsearch.cli.options import SOURCE_HELP, ModelArgument, NumSequences, Remote, Seed, SeqLen
+from icsearch.cli.options import SOURCE_HELP, ConfigFile, ModelArgument, NumSequences, Remote, Seed, SeqLen
 
 
 def calibrate_batches(
@@ -19,6 +19,7 @@ def calibrate_batches(
     seed: Seed = 0,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace other batches that lie in --out.")] = False,
     trust_remote_code: Remote = False,
+    config: ConfigFile = None,
 ) -> None:
     """Tokenise a text source with the model's tokenizer, pack it into sequences, and cache them."""
     from icsearch.requests import CalibrationRequest

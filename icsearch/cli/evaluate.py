@@ -11,6 +11,7 @@ from icsearch.cli.options import (
     BatchSize,
     BlockElements,
     Calibration,
+    ConfigFile,
     Device,
     Dtype,
     Fresh,
@@ -30,7 +31,7 @@ from icsearch.cli.running import default_run, display, print_result, world_of
 
 
 def evaluate_patterns(
-    context: typer.Context,
+    ctx: typer.Context,
     model: ModelArgument,
     pattern: Annotated[
         list[str],
@@ -48,9 +49,9 @@ def evaluate_patterns(
     task_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens of a task's prompt.", show_default="as long as the batches")
     ] = None,
-    context_length: Annotated[
+    context: Annotated[
         list[int] | None,
-        typer.Option("--context", min=1, help="Length to estimate the cost at.", show_default="the paper's four"),
+        typer.Option(min=1, help="Length to estimate the cost at.", show_default="the paper's four"),
     ] = None,
     measure: Annotated[
         list[int] | None, typer.Option(min=1, help="Time prefill and decode on this machine at this length.")
@@ -80,6 +81,7 @@ def evaluate_patterns(
     offload: Offload = "auto",
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
+    config: ConfigFile = None,
 ) -> None:
     """Measure patterns against the unmodified model on batches that no search has seen."""
     from icsearch.pattern import parse_retention
@@ -94,7 +96,7 @@ def evaluate_patterns(
         force=force,
         tasks=tasks,
         task_length=task_length,
-        contexts=tuple(context_length or ()),
+        contexts=tuple(context or ()),
         measure=tuple(measure or ()),
         lm_eval=tuple(name.strip() for name in lm_eval.split(",") if name.strip()),
         device=device,
@@ -107,7 +109,7 @@ def evaluate_patterns(
         offload=offload,
         fresh=fresh,
     )
-    world = world_of(context, timeout)
+    world = world_of(ctx, timeout)
     with display(request, quiet) as listener:
         from icsearch.evaluate import evaluate
         from icsearch.report import eval_table, write_eval_results

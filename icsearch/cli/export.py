@@ -7,18 +7,16 @@ from typing import Annotated
 
 import typer
 
+from icsearch.cli.options import ConfigFile, EngineName
+
 
 def export_pattern(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A pattern.json, or a RUN directory.")],
-    engine: Annotated[
-        str,
-        typer.Option(
-            help="transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, llamacpp or megatron.",
-        ),
-    ],
+    engine: EngineName,
     retention: Annotated[
         str | None, typer.Option(help="Take the run's pattern at this retention instead of its last.")
     ] = None,
+    config: ConfigFile = None,
 ) -> None:
     """Print what an engine needs to run a pattern: launch flags or config keys. Warnings go to stderr."""
     from icsearch.engines.export import export

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from icsearch.cli.options import (
-    STRATEGY_HELP,
     BatchSize,
     BlockElements,
     Calibration,
+    ConfigFile,
     DataRanks,
     Device,
     Dtype,
@@ -22,13 +22,16 @@ from icsearch.cli.options import (
     ModelArgument,
     NumSequences,
     NumShared,
+    Objective,
     Offload,
     PipelineRanks,
     QuietFlag,
+    Refine,
     Remote,
     Retention,
     Seed,
     SeqLen,
+    Strategy,
     Threads,
     Timeout,
 )
@@ -36,7 +39,7 @@ from icsearch.cli.running import default_run, display, print_result, world_of
 
 
 def greedy_search(
-    context: typer.Context,
+    ctx: typer.Context,
     model: ModelArgument,
     calibration: Calibration,
     retention: Retention = None,
@@ -49,10 +52,8 @@ def greedy_search(
         ),
     ] = None,
     keep_full: KeepFull = "",
-    objective: Annotated[
-        str, typer.Option(help="What a flip is judged by: lm-loss, or kl, the KL to the all-F model.")
-    ] = "lm-loss",
-    strategy: Annotated[str, typer.Option(help=STRATEGY_HELP)] = "exact",
+    objective: Objective = "lm-loss",
+    strategy: Strategy = "exact",
     confidence: Annotated[
         float | None,
         typer.Option(help="race: how sure to be that no step drops its best candidate.", show_default="0.95"),
@@ -66,16 +67,7 @@ def greedy_search(
             show_default="off",
         ),
     ] = None,
-    refine: Annotated[
-        str | None,
-        typer.Option(
-            metavar="swaps",
-            help="Improve the found pattern: move single indexers to other layers while that lowers the objective "
-            "(loss or KL) by more than 2 paired standard errors, and on held-out sequences by more than 1. By the "
-            "objective, the result is never worse than its start on either set of sequences.",
-            show_default=False,
-        ),
-    ] = None,
+    refine: Refine = None,
     refine_on: Annotated[
         str | None,
         typer.Option(
@@ -104,6 +96,7 @@ def greedy_search(
     offload: Offload = "auto",
     trust_remote_code: Remote = False,
     quiet: QuietFlag = False,
+    config: ConfigFile = None,
 ) -> None:
     """Search, one flip at a time, for the layers whose indexer is missed least (IndexCache, Algorithm 1)."""
     from icsearch.planning.plan import parse_bytes
@@ -134,7 +127,7 @@ def greedy_search(
         offload=offload,
         fresh=fresh,
     )
-    world = world_of(context, timeout)
+    world = world_of(ctx, timeout)
     with display(request, quiet) as listener:
         from icsearch.greedy import greedy
         from icsearch.report import summary_table, write_results

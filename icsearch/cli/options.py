@@ -2,9 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from icsearch.cli.config import use_config
+
+
+def _offer(choices: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """For the shell's completion: the choices that begin with what is typed. They are imported only then."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices() if choice.startswith(incomplete)]
+
+    return complete
+
+
+def _requested(name: str) -> Callable[[str], list[str]]:
+    """Completes the choices that `requests` has under that name."""
+
+    def choices() -> Iterable[str]:
+        from icsearch import requests
+
+        return getattr(requests, name)
+
+    return _offer(choices)
+
+
+def _engines() -> Iterable[str]:
+    from icsearch.engines.table import ENGINES
+
+    return ENGINES
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE.toml",
+        help="Options as TOML, in tables \\[common] and \\[greedy], \\[eval], ... Flags stand above environment "
+        "variables, such as ICSEARCH_GREEDY_SEED for --seed, and these above the file.",
+        envvar="ICSEARCH_CONFIG",
+        is_eager=True,  # before the options that it has values for
+        callback=use_config,
+        show_default=False,
+    ),
+]
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or demo.")]
 SeqLen = Annotated[
@@ -26,8 +71,13 @@ Retention = Annotated[
 ]
 NumShared = Annotated[int | None, typer.Option(help="Flip exactly this many layers, instead of --retention.")]
 KeepFull = Annotated[str, typer.Option(metavar="0,5,9", help="Layers that must stay F.", show_default=False)]
-Device = Annotated[str, typer.Option(help="auto (cuda, then cpu), cpu, cuda, cuda:0.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Device = Annotated[
+    str, typer.Option(help="auto (cuda, then cpu), cpu, cuda, cuda:0.", autocompletion=_requested("DEVICES"))
+]
+Dtype = Annotated[
+    str,
+    typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.", autocompletion=_requested("DTYPES")),
+]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what the directory holds and start over.")]
 BatchSize = Annotated[
     int | None,
@@ -44,7 +94,8 @@ Kernels = Annotated[
     str,
     typer.Option(
         help="auto, blockwise (our DSA arithmetic: memory linear in length, one rule for ties), or reference "
-        "(transformers' own modules)."
+        "(transformers' own modules).",
+        autocompletion=_requested("KERNELS"),
     ),
 ]
 BlockElements = Annotated[
@@ -57,7 +108,9 @@ Offload = Annotated[
     str,
     typer.Option(
         help="Where the weights of layers rest: auto (on the device if they fit, else the nearest place that they fit "
-        "into), none (on the device), cpu, disk (read from the shards, layer by layer). The bits do not follow from it."
+        "into), none (on the device), cpu, disk (read from the shards, layer by layer). The bits do not follow "
+        "from it.",
+        autocompletion=_requested("OFFLOADS"),
     ),
 ]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")]
@@ -75,6 +128,32 @@ STRATEGY_HELP = (
     "Where weights are streamed from disk or CPU memory, exact reads them least: each portion of lazy reads them "
     "again, and a race can drop candidates only between waves, nobody where one wave holds all sequences."
 )
+Strategy = Annotated[str, typer.Option(help=STRATEGY_HELP, autocompletion=_requested("STRATEGIES"))]
+Objective = Annotated[
+    str,
+    typer.Option(
+        help="What a flip is judged by: lm-loss, or kl, the KL to the all-F model.",
+        autocompletion=_requested("OBJECTIVES"),
+    ),
+]
+Refine = Annotated[
+    str | None,
+    typer.Option(
+        metavar="swaps",
+        help="Improve the found pattern: move single indexers to other layers while that lowers the objective "
+        "(loss or KL) by more than 2 paired standard errors, and on held-out sequences by more than 1. By the "
+        "objective, the result is never worse than its start on either set of sequences.",
+        show_default=False,
+        autocompletion=_requested("REFINEMENTS"),
+    ),
+]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        help="transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, llamacpp or megatron.",
+        autocompletion=_offer(_engines),
+    ),
+]
 
 DataRanks = Annotated[
     int | None,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from icsearch.cli.options import BatchSize, Dtype, KeepFull, NumSequences, NumShared, Retention, SeqLen
+from icsearch.cli.options import BatchSize, ConfigFile, Dtype, KeepFull, NumSequences, NumShared, Retention, SeqLen
 
 
 def plan_search(
@@ -38,7 +38,8 @@ def plan_search(
     read_rate: Annotated[
         str | None, typer.Option(help="What the node reads weights from disk with.", show_default="4GB/s, assumed")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON (icsearch.plan/1).")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON (icsearch.plan/1).")] = False,
+    config: ConfigFile = None,
 ) -> None:
     """Say what a search will take, from a config.json alone: memory, FLOPs, hours, and the command to start it."""
     from rich.console import Console
@@ -67,7 +68,7 @@ def plan_search(
         ),
     )
     made = make_plan(request)
-    if as_json:
-        typer.echo(json.dumps(document(made), indent=1))
+    if json:
+        typer.echo(dumps(document(made), indent=1))
         return
     Console().print(table(made))

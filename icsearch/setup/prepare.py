@@ -24,6 +24,7 @@ from icsearch.search import Progress
 from icsearch.setup.bring_up import bring_up, device_batches
 from icsearch.setup.inputs import Inputs, obtain, obtain_heldout, open_model
 from icsearch.weights.holding import DISK
+from icsearch.weights.loading import resolve_device
 from icsearch.weights.shards import read_rate
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def opened(
 
     `describe` makes the first event. Nothing of an earlier run is touched; no weights are read.
     """
+    resolve_device(request.device)  # refused before anything is read or made
     source, layout = open_model(request.calibration)
     request.check(layout.start_pattern)
     run = RunDirectory(request.out)

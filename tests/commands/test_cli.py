@@ -312,6 +312,15 @@ def test_bad_requests(
     assert not (out / "journal.jsonl").exists() or case == "memory too small"
 
 
+def test_an_unknown_device_is_refused_before_anything_is_made(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command: list[object] = ["greedy", glm_checkpoint, "--calibration", "demo", "--out", out, "--device", "tpu"]
+    assert "give auto, cpu, cuda" in refused(capsys, *command)
+    assert not out.exists()
+
+
 def test_calibration_is_required(capsys: pytest.CaptureFixture[str], glm_checkpoint: Path) -> None:
     assert "--calibration" in refused(capsys, "greedy", glm_checkpoint)
 

@@ -1,0 +1,145 @@
+"""A config file: options of the commands in TOML, below flags and environment variables, above the defaults.
+
+A value goes through the same parser as one that is typed, so a run cannot tell where its options came from.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from icsearch.errors import IcsearchError, first_line
+from icsearch.jsonfile import shown
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+COMMON = "common"
+_NOT_IN_A_FILE = ("config", "help")
+
+# The options of one command, by the name that they have on the command line, without dashes in front.
+Options = Mapping[str, Any]
+
+
+class ConfigError(IcsearchError):
+    """A config file that cannot be used."""
+
+
+def use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """What `--config` does before the other options are looked at: its values become the command's defaults.
+
+    Raises ConfigError for a file that is no TOML, or names a table or an option that does not exist.
+    """
+    if path is not None and not context.resilient_parsing:
+        commands = getattr(context.find_root().command, "commands", {})
+        known = {name: _options(command) for name, command in commands.items()}
+        values = defaults(path, read_tables(path), known)
+        context.default_map = {**(context.default_map or {}), **values[context.info_name or ""]}
+    return path
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """The document of a TOML file. Raises ConfigError."""
+    expected = "expected TOML with tables such as [common] and [greedy]"
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no config file {path}: {expected}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path} ({error.strerror or error}): {expected}") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, nested too deeply
+        raise ConfigError(f"{path} is not TOML ({first_line(error)}): {expected}") from None
+
+
+def defaults(path: Path, document: dict[str, Any], known: Mapping[str, Options]) -> dict[str, dict[str, Any]]:
+    """For each command, what the file says of its parameters: its own table above [common].
+
+    An option of [common] goes to the commands that have it. Raises ConfigError, with the nearest name where a table
+    or an option is unknown.
+    """
+    every = {name: option for options in known.values() for name, option in options.items()}
+    tables = {COMMON: every, **known}
+    for table, values in document.items():
+        if table not in tables:
+            raise ConfigError(f"{path}: {_unknown_table(table, values, tables, every)}")
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {table} is {shown(values)}: expected a table, [{table}]")
+        _check(path, table, values, tables[table])
+    return {
+        command: {
+            option.name: _typed(values[key], option)
+            for values in (_by_option(document.get(table, {})) for table in (COMMON, command))
+            for key, option in options.items()
+            if key in values
+        }
+        for command, options in known.items()
+    }
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """A command's options as the parser has them."""
+    found = {}
+    for parameter in command.params:
+        if parameter.param_type_name == "option" and parameter.name not in _NOT_IN_A_FILE:
+            found[max(parameter.opts, key=len).lstrip("-")] = parameter
+    return found
+
+
+def _by_option(values: dict[str, Any]) -> dict[str, Any]:
+    """The values by the names of the options: num_sequences is num-sequences."""
+    return {key.replace("_", "-"): value for key, value in values.items()}
+
+
+def _check(path: Path, table: str, values: dict[str, Any], options: Options) -> None:
+    """Raise ConfigError for an option that the table does not have, one said twice, or a value of no use."""
+    if len(_by_option(values)) != len(values):
+        raise ConfigError(f"{path}: [{table}] says an option twice, with - and with _: leave one out")
+    for key, value in values.items():
+        option = options.get(key.replace("_", "-"))
+        if option is None:
+            raise ConfigError(f"{path}: [{table}] has no option {shown(key)}{_nearest(key.replace('_', '-'), options)}")
+        if expected := _wrong(value, option):
+            raise ConfigError(f"{path}: [{table}] {key} is {shown(value)}: expected {expected}")
+
+
+def _wrong(value: Any, option: Any) -> str:
+    """What was expected in place of the value; nothing where it can be handed to the parser."""
+    if option.is_flag:
+        return "" if isinstance(value, bool) else "true or false"
+    if option.multiple:
+        items = value if isinstance(value, list) else [value]
+        return "" if all(map(_is_plain, items)) else "a text or a number, or a list of them"
+    return "" if _is_plain(value) else "a text or a number, as on the command line"
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+
+
+def _typed(value: Any, option: Any) -> Any:
+    """A value as it would be typed: text, for the parser to read and check."""
+    if option.is_flag:
+        return value
+    if option.multiple:
+        return [str(item) for item in (value if isinstance(value, list) else [value])]
+    return str(value)
+
+
+def _unknown_table(table: str, value: Any, tables: Iterable[str], every: Options) -> str:
+    if not isinstance(value, dict) and table.replace("_", "-") in every:
+        return f"{table} stands in no table: write it below [{COMMON}] or below a command, such as [greedy]"
+    return f"unknown table {shown(table)}{_nearest(table, tables)}"
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """A hint at the name that was meant, or at all of them."""
+    known = sorted(names)
+    close = get_close_matches(name, known, n=1)
+    return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"

@@ -1,0 +1,178 @@
+"""Config files and environment variables: their order, their errors, and that a run cannot tell them from flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from icsearch import cli
+from icsearch.cli.config import ConfigError, read_tables
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli._run([str(argument) for argument in arguments], debug=False)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that bad input ends with."""
+    status, out, err = run(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    return err.strip()
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """What `plan --json` understood."""
+    status, out, err = run(capsys, "plan", "demo", "--json", *arguments)
+    assert status == 0, err
+    document: dict[str, Any] = json.loads(out)
+    return document
+
+
+def test_flags_above_the_environment_above_the_command_above_common(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = write(tmp_path / "both.toml", "[common]\nnum-shared = 2\nseq_len = 64\n[plan]\nnum-shared = 3\n")
+    common = write(tmp_path / "common.toml", "[common]\nnum-shared = 2\n")
+
+    def shared(*arguments: object) -> object:
+        return planned(capsys, *arguments)["search"]["num_shared"]
+
+    assert shared() == 12  # the default, a retention of 1/4
+    assert shared("--config", common) == 2
+    assert shared("--config", both) == 3
+    monkeypatch.setenv("ICSEARCH_PLAN_NUM_SHARED", "4")
+    assert shared("--config", both) == 4
+    assert shared("--config", both, "--num-shared", 5) == 5
+    assert shared("--num-shared", 5, "--config", both) == 5
+    monkeypatch.delenv("ICSEARCH_PLAN_NUM_SHARED")
+    monkeypatch.setenv("ICSEARCH_CONFIG", str(both))
+    assert shared() == 3
+    assert shared("--config", common) == 2
+
+
+def test_a_run_cannot_tell_where_an_option_came_from(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begun with flags, gone on with a file and with the environment: finished; and the same first event otherwise."""
+    tokens = tiny.save_tokens(tmp_path / "tokens", sequences=3, length=32)
+    values = {"strategy": "lazy", "num-shared": 1, "batch-size": 1, "tie-margin": 0.25, "keep-full": "2,4"}
+    flags = [part for name, value in values.items() for part in (f"--{name}", value)]
+    greedy = ["greedy", glm_checkpoint, "--calibration", tokens, "--quiet"]
+    assert run(capsys, *greedy, "--out", tmp_path / "flags", *flags)[0] == 0
+
+    lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
+    config = write(tmp_path / "run.toml", "\n".join(["[common]", "seed = 0", "[greedy]", *lines]))
+    assert run(capsys, *greedy, "--out", tmp_path / "flags", "--config", config)[0] == 0
+    assert run(capsys, *greedy, "--out", tmp_path / "file", "--config", config)[0] == 0
+    for name, value in values.items():
+        monkeypatch.setenv(f"ICSEARCH_GREEDY_{name.upper().replace('-', '_')}", str(value))
+    assert run(capsys, *greedy, "--out", tmp_path / "environment")[0] == 0
+    first = [
+        json.loads((tmp_path / name / "journal.jsonl").read_text().splitlines()[0])["options"]
+        for name in ("flags", "file", "environment")
+    ]
+    assert first[0] == first[1] == first[2]
+    assert first[0]["keep_full"] == [2, 4]
+
+
+def test_required_options_several_values_and_flags(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path
+) -> None:
+    tokens = tiny.save_tokens(tmp_path / "tokens", sequences=2, length=32)
+    config = write(
+        tmp_path / "eval.toml",
+        f"[common]\ncalibration = '{tokens}'\nquiet = true\nout = '{tmp_path / 'eval'}'\n"
+        '[eval]\npattern = ["uniform:1/2", "FSSSSS"]\ncontext = 1000\n',
+    )
+    status, out, err = run(capsys, "eval", glm_checkpoint, "--config", config)
+    assert (status, err) == (0, "")
+    assert all(name in out for name in ("full", "uniform 1/2", "FSSSSS"))
+    document = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert document["options"]["contexts"] == [1000]
+
+
+BAD_FILES: dict[str, tuple[str, str]] = {
+    "not TOML": ("[greedy\nseed = 1", "is not TOML ("),
+    "an unknown option": ('[greedy]\nretenton = "1/4"', "[greedy] has no option 'retenton': did you mean retention?"),
+    "an unknown option with _": ("[eval]\nseqlen = 1", "[eval] has no option 'seqlen': did you mean seq-len?"),
+    "an option of another command": ("[export]\nseed = 1", "[export] has no option 'seed': expected one of "),
+    "an option of none": ("[common]\nzzz = 1", "[common] has no option 'zzz'"),
+    "an argument": ('[greedy]\nmodel = "demo"', "[greedy] has no option 'model'"),
+    "a config in a config": ('[greedy]\nconfig = "x"', "[greedy] has no option 'config'"),
+    "an unknown table": ("[gredy]\nseed = 1", "unknown table 'gredy': did you mean greedy?"),
+    "no table": ("seed = 1", "seed stands in no table: write it below [common]"),
+    "a table that is none": ("greedy = 1", "greedy is 1: expected a table, [greedy]"),
+    "a word for a flag": ('[greedy]\nquiet = "yes"', "[greedy] quiet is 'yes': expected true or false"),
+    "a flag for a number": ("[greedy]\nseed = true", "[greedy] seed is True: expected a text or a number"),
+    "a list": ("[greedy]\nseed = [1]", "[greedy] seed is a list: expected a text or a number"),
+    "a list of lists": ("[eval]\npattern = [[1]]", "[eval] pattern is a list: expected a text or a number, or a list"),
+    "a date": ("[greedy]\nseed = 2026-11-21", "expected a text or a number"),
+    "twice": ("[greedy]\nseq-len = 9\nseq_len = 9", "[greedy] says an option twice"),
+    "a word for a number": ('[greedy]\nseed = "x"', "(from the config file "),
+    "a fraction for a whole number": ("[greedy]\nbatch-size = 2.5", "'--batch-size'"),
+    "out of range": ("[common]\nseq-len = 1", "'--seq-len'"),
+    "a text that is unknown": ('[greedy]\nstrategy = "fast"', "--strategy 'fast' is unknown"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, case: str) -> None:
+    text, expected = BAD_FILES[case]
+    config = write(tmp_path / "bad.toml", text)
+    out = tmp_path / "run"
+    line = refused(capsys, "greedy", "demo", "--calibration", "demo", "--out", out, "--config", config)
+    assert expected in line
+    assert "bad.toml" in line or "--strategy" in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content", [b"\xff[greedy]", b"a = " + b"[" * 5000])
+def test_files_that_cannot_be_read(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="is not TOML"):
+        read_tables(path)
+
+
+def test_no_file_and_a_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    greedy = ["greedy", "demo", "--calibration", "demo"]
+    assert "no config file" in refused(capsys, *greedy, "--config", tmp_path / "none.toml")
+    assert "cannot read" in refused(capsys, *greedy, "--config", tmp_path)
+
+
+def test_a_bad_value_says_which_variable_it_came_from(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ICSEARCH_GREEDY_SEQ_LEN", "long")
+    line = refused(capsys, "greedy", "demo", "--calibration", "demo")
+    assert "(from the environment, ICSEARCH_GREEDY_SEQ_LEN)" in line
+
+
+def test_nothing_is_read_that_was_not_asked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a search does follows from its command: a file that happens to lie in the directory changes nothing."""
+    write(tmp_path / "icsearch.toml", "[common]\nnum-shared = 2\n")
+    monkeypatch.chdir(tmp_path)
+    assert planned(capsys)["search"]["num_shared"] == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"), [(["greedy", "demo", "--pp", 0], "greedy"), (["eval", "demo"], "eval"), (["nope"], "")]
+)
+def test_usage_errors_point_to_the_help_of_their_command(
+    capsys: pytest.CaptureFixture[str], arguments: list[object], command: str
+) -> None:
+    where = f"icsearch {command} --help".replace("  ", " ")
+    assert refused(capsys, *arguments).endswith(f"(see {where})")
