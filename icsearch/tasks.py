@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from icsearch import corpus
-from icsearch.calibration import document_prefix
+from icsearch.calibration import corpus, document_prefix
 from icsearch.errors import IcsearchError
 from icsearch.statistics import wilson_interval
 

@@ -52,9 +52,10 @@ ALLOWED: dict[str, set[str]] = {
     },
     "runs.results": {"pattern", "runs.record", "runs.refinement"},
     "runs.evaluation": {"errors", "journal", "jsonfile", "pattern", "statistics"},
-    "corpus": set(),
-    "sources": {"corpus", "errors", "files"},
-    "calibration": {"", "errors", "files", "jsonfile", "sources"},
+    "texts": set(),
+    "texts.corpus": set(),
+    "texts.sources": {"errors", "files", "texts.corpus"},
+    "calibration": {"", "errors", "files", "jsonfile", "texts.sources"},
     "weights.checkpoint": {"errors", "files", "jsonfile", "resources"},
     "memory": {"errors"},
     "slot": {"errors", "pattern"},
@@ -97,7 +98,7 @@ ALLOWED: dict[str, set[str]] = {
         "block", "errors", "families.attention", "families.calls", "journal", "losses", "model", "slot", "sweep",
     },
     "measure": {"errors", "memory", "model", "pattern"},
-    "tasks": {"calibration", "corpus", "errors", "statistics"},
+    "tasks": {"calibration", "texts.corpus", "errors", "statistics"},
     "lm_eval_bridge": {"errors", "model", "pattern"},
     "strategies": {"pattern", "statistics"},
     "processes": set(),
@@ -241,8 +242,8 @@ NO_TORCH = [
     "runs.results",
     "runs.refinement",
     "statistics",
-    "corpus",
-    "sources",
+    "texts.corpus",
+    "texts.sources",
     "calibration",
     "weights.checkpoint",
     "weights.holding",
@@ -273,7 +274,7 @@ NO_TORCH = [
 
 
 # Packages that are one row: their modules belong together and import each other.
-WHOLE = {"report", "strategies"}
+WHOLE = {"calibration", "report", "strategies"}
 
 
 def row_of(dotted: str) -> str:

@@ -23,8 +23,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from icsearch import calibration as cal
-from icsearch import corpus, sources
+from icsearch.calibration import packing
 from icsearch.errors import CalibrationError
+from icsearch.texts import corpus, sources
 
 VOCAB = 300
 TEXT = "the miller of the old mill by the river knows the road to the next village and back again"
@@ -252,7 +253,7 @@ def test_no_more_is_read_than_needed(tokenizer: Any) -> None:
 
     counted = Counted("x")
     cal.build(counted, tokenizer, cal.cache_key(counted, "t", 32, 4, 0), vocab_size=VOCAB)
-    assert taken == cal.BATCH_DOCUMENTS
+    assert taken == packing.BATCH_DOCUMENTS
 
 
 # --- sources -------------------------------------------------------------------------------------------------
@@ -466,7 +467,7 @@ def test_wrong_config_split_or_field_of_a_dataset(dataset_folder: Path, tmp_path
 
 def test_unreachable_hub_is_one_line(tmp_path: Path) -> None:
     code = (
-        "import sys; from icsearch.sources import parse_source; from icsearch.errors import CalibrationError\n"
+        "import sys; from icsearch.texts.sources import parse_source; from icsearch.errors import CalibrationError\n"
         "try: next(parse_source('hf:nobody/nothing:en:test').documents(0))\n"
         "except CalibrationError as error: print(error, file=sys.stderr)"
     )

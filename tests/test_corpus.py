@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from icsearch import corpus
+from icsearch.texts import corpus
 
 SPLITS = ("train", "calibration", "heldout")
 
@@ -31,7 +31,7 @@ def test_a_stream_is_reproducible_and_depends_on_the_seed():
 
 
 def test_a_stream_does_not_depend_on_the_hash_seed_of_the_process():
-    code = "from icsearch.corpus import documents; s = documents('train'); print([next(s) for _ in range(5)])"
+    code = "from icsearch.texts.corpus import documents; s = documents('train'); print([next(s) for _ in range(5)])"
     outputs = {
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
         for env in ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2"})
@@ -118,8 +118,7 @@ def test_an_edit_is_the_passage_with_the_announced_replacements():
 
 
 def test_the_corpus_needs_nothing_but_the_standard_library():
-    code = (
-        "import sys, icsearch.corpus; print(*sorted(m for m in ('torch', 'transformers', 'numpy') if m in sys.modules))"
-    )
+    heavy = ("torch", "transformers", "numpy")
+    code = f"import sys, icsearch.texts.corpus; print(*sorted(m for m in {heavy} if m in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -16,9 +16,9 @@ from icsearch.pattern import Pattern, load_pattern_file
 from icsearch.progress import Quiet
 from icsearch.requests import CalibrationRequest, GreedyRequest
 from icsearch.resources import published_patterns
-from icsearch.sources import parse_source
 from icsearch.statistics import mean_loss, paired_difference
 from icsearch.sweep import Sweeper
+from icsearch.texts.sources import ReadyTokens, parse_source
 from icsearch.weights import loading
 from icsearch.weights.checkpoint import open_checkpoint
 from icsearch.weights.layout import inspect
@@ -33,7 +33,7 @@ def held_out_losses(patterns: list[Pattern], source_text: str, sequences: int) -
     checkpoint = open_checkpoint("demo")
     tokenizer = loading.load_tokenizer(checkpoint)
     source = parse_source(source_text)
-    assert not isinstance(source, calibration.ReadyTokens)
+    assert not isinstance(source, ReadyTokens)
     key = calibration.cache_key(source, calibration.tokenizer_fingerprint(tokenizer), 256, sequences, 0)
     batches = calibration.build(source, tokenizer, key, vocab_size=1024)
     sweeper = Sweeper(loading.load(checkpoint))
@@ -60,7 +60,7 @@ def test_cached_batches_are_those_of_the_recipe() -> None:
     source = parse_source("demo")
     tokenizer = loading.load_tokenizer(checkpoint)
     fingerprint = calibration.tokenizer_fingerprint(tokenizer)
-    assert not isinstance(source, calibration.ReadyTokens)
+    assert not isinstance(source, ReadyTokens)
     key = calibration.cache_key(source, fingerprint, stored.seq_len, stored.num_sequences, 0)
     assert calibration.build(source, tokenizer, key, vocab_size=1024).fingerprint == stored.fingerprint
 
@@ -82,7 +82,7 @@ def test_calibration_and_held_out_share_no_text() -> None:
 
 def next_documents(source: str, count: int = 300) -> list[str]:
     parsed = parse_source(source)
-    assert not isinstance(parsed, calibration.ReadyTokens)
+    assert not isinstance(parsed, ReadyTokens)
     documents = parsed.documents(0)
     return [next(documents) for _ in range(count)]
 

@@ -13,9 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import icsearch
 import tiny
-from icsearch import corpus, tasks
+from icsearch import tasks
 from icsearch.resources import demo_checkpoint
 from icsearch.tasks import Accuracy, Task, TaskError, generated_hits, make_tasks, teacher_forced_hits
+from icsearch.texts import corpus
 from icsearch.weights.loading import quiet_transformers
 
 quiet_transformers()

@@ -32,9 +32,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from icsearch import corpus
 from icsearch.errors import CalibrationError, first_line
 from icsearch.files import typed_path
+from icsearch.texts import corpus
 
 TOKENS_FILE = "calibration.safetensors"
 MANIFEST_FILE = "calibration.json"
