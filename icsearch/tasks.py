@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from icsearch.calibration import corpus, document_prefix
+from icsearch.calibration import document_prefix
 from icsearch.errors import IcsearchError
 from icsearch.statistics import wilson_interval
+from icsearch.texts import corpus
 
 # Task kind to the corpus's kind of document, and the numbers of look-ups that are asked for in turn.
 KINDS: dict[str, tuple[str, tuple[int, ...]]] = {
