@@ -56,7 +56,8 @@ ALLOWED: dict[str, set[str]] = {
     "texts.corpus": set(),
     "texts.sources": {"errors", "files", "texts.corpus"},
     "calibration": {"", "errors", "files", "jsonfile", "texts.sources"},
-    "weights.checkpoint": {"errors", "files", "jsonfile", "resources"},
+    "weights.configfile": {"errors", "jsonfile"},
+    "weights.checkpoint": {"errors", "files", "jsonfile", "resources", "weights.configfile"},
     "memory": {"errors"},
     "slot": {"errors", "pattern"},
     "ops": {"block_sizes"},
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "families.attention": {"errors", "pattern", "slot"},
     "kernels": {"", "block_sizes", "errors", "families.attention", "ops"},
     "weights.shards": {"errors"},
-    "weights.fp8": {"errors", "jsonfile", "weights.checkpoint", "weights.shards"},
+    "weights.fp8": {"errors", "weights.checkpoint", "weights.configfile", "weights.shards"},
     "model": {
         "errors", "families.attention", "families.calls", "families.decoder", "families.ending", "kernels", "pattern",
         "slot", "weights.holding",
@@ -78,7 +79,9 @@ ALLOWED: dict[str, set[str]] = {
         "cost", "errors", "families.classes", "families.decoder", "families.ending", "families.selection", "model",
         "pattern", "weights.checkpoint", "weights.fp8",
     },
-    "weights.conversion": {"errors", "families.decoder", "model", "weights.checkpoint", "weights.shards"},
+    "weights.conversion": {
+        "errors", "families.decoder", "model", "weights.checkpoint", "weights.configfile", "weights.shards",
+    },
     "weights.reader": {
         "families.decoder", "weights.checkpoint", "weights.conversion", "weights.fp8", "weights.shards",
     },
@@ -131,7 +134,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights.offload": {"errors", "planning.plan", "weights.holding"},
     "planning.devices": {"errors"},
     "planning.layer_time": {"block_sizes", "cost", "planning.devices", "planning.footprint"},
-    "planning.modelfile": {"cost", "errors", "files", "jsonfile", "pattern", "resources"},
+    "planning.modelfile": {"cost", "errors", "files", "jsonfile", "pattern", "resources", "weights.configfile"},
     "measures": {
         "block", "errors", "journal", "losses", "model", "pattern", "planning.plan", "runs.evaluation", "sweep",
     },
@@ -139,7 +142,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning.workload": {"pattern", "planning.rehearsal", "specs", "states", "strategies"},
     "planning.placement": {
         "block_sizes", "errors", "planning.devices", "planning.footprint", "planning.modelfile", "planning.plan",
-        "planning.workload", "processes.launch", "strategies", "weights.holding", "weights.offload",
+        "planning.workload", "processes.launch", "weights.holding", "weights.offload",
     },
     "planning.forecast": {
         "block_sizes", "errors", "planning.devices", "planning.layer_time", "planning.modelfile", "planning.placement",
@@ -245,6 +248,7 @@ NO_TORCH = [
     "texts.corpus",
     "texts.sources",
     "calibration",
+    "weights.configfile",
     "weights.checkpoint",
     "weights.holding",
     "states",

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from icsearch.cost import ModelShape
 from icsearch.errors import ModelError, first_line
 from icsearch.files import typed_path
-from icsearch.jsonfile import read_object
+from icsearch.jsonfile import FLAG, MAX_COUNT, TEXT, Kind, list_of, read_object, shown, whole
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.resources import demo_checkpoint
+from icsearch.weights.configfile import check_config, fp8_block, language_config
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP8_BYTES = 1
 NATIVE_TYPES = {"full": FULL, "shared": SHARED}
+_COUNTS = (  # sizes that `ModelShape` reads, and says of each what it must be at least
+    "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
+    "v_head_dim", "index_n_heads", "index_head_dim", "index_topk", "intermediate_size", "moe_intermediate_size",
+    "n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok", "n_shared_experts", "vocab_size",
+    "first_k_dense_replace",
+)  # fmt: skip
+_NUMBER = replace(whole(-MAX_COUNT), name="a whole number")
+_READ = {
+    **dict.fromkeys(_COUNTS, whole(0)),
+    "max_position_embeddings": whole(1),
+    "moe_layer_freq": whole(1),
+    "mlp_layer_types": list_of(TEXT),
+    "layer_types": list_of(TEXT),
+    "indexer_types": list_of(TEXT),
+    "index_topk_pattern": Kind(
+        "letters or a list of text", lambda value: TEXT.fits(value) or list_of(TEXT).fits(value)
+    ),
+    "index_topk_freq": _NUMBER,
+    "index_skip_topk_offset": _NUMBER,
+    "tie_word_embeddings": FLAG,
+}
 
 
 @dataclass(frozen=True)
@@ -76,9 +98,7 @@ def open_model_file(name: str) -> ModelFile:
     """The model in a config.json: a file, a directory with one, a hub id, or demo. Raises ModelError."""
     path = _find(name)
     config = read_object(path, expected="a model's config.json", advice="download it again", error=ModelError)
-    inner = config.get("text_config") or config
-    if not isinstance(inner, dict):
-        raise ModelError(f"{path} has text_config {inner!r}: expected an object; download it again")
+    inner = language_config(config, name)
     if not any(key.startswith(("index_", "indexer_")) for key in inner):
         raise ModelError(
             f"{name} is a {config.get('model_type', 'nameless')} model and has no indexers: expected the config.json "
@@ -90,23 +110,25 @@ def open_model_file(name: str) -> ModelFile:
             f"{name} has {shape.dsa_layers} DSA layers among {shape.layers}: only models whose layers all are can be "
             "planned for, such as deepseek_v32 or glm_moe_dsa"
         )
-    dtype = str(inner.get("dtype") or inner.get("torch_dtype") or "float32")
-    if dtype not in DTYPE_BYTES:
-        raise ModelError(f"{path} has dtype {dtype!r}: expected {', '.join(DTYPE_BYTES)}; give --dtype, or mend it")
+    dtype = inner.get("dtype") or inner.get("torch_dtype") or "float32"
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise ModelError(f"{path} has dtype {shown(dtype)}: expected {', '.join(DTYPE_BYTES)}; mend it")
     return ModelFile(
         name=name,
         model_type=str(config.get("model_type", "")),
         shape=shape,
         start=_start_pattern(inner, shape.layers),
         dtype=dtype,
-        stored_bytes=_stored_bytes(config, dtype),
-        tied=bool(inner.get("tie_word_embeddings", False)),
-        max_positions=int(inner.get("max_position_embeddings") or 0),
+        stored_bytes=_stored_bytes(config, name, dtype),
+        tied=bool(inner.get("tie_word_embeddings")),
+        max_positions=inner.get("max_position_embeddings") or 0,
     )
 
 
 def _shape(name: str, config: dict[str, Any]) -> ModelShape:
     try:
+        check_config(config, name, _READ)
+        _check_lists(language_config(config, name), name)
         return ModelShape.from_config(config)
     except ModelError as error:
         kind = config.get("model_type", "nameless")
@@ -141,31 +163,38 @@ def _download(repo_id: str) -> Path:
         ) from error
 
 
+def _check_lists(config: dict[str, Any], name: str) -> None:
+    """Refuse lists of layers that are not as long as there are layers; raises ModelError."""
+    layers = config.get("num_hidden_layers")
+    for key in ("layer_types", "mlp_layer_types"):
+        if config.get(key) and len(config[key]) != layers:
+            raise ModelError(
+                f"config.json of {name} has {len(config[key])} {key} and num_hidden_layers {layers}: expected as many "
+                "as there are layers; use the config that belongs to the weights"
+            )
+
+
 def _start_pattern(config: dict[str, Any], layers: int) -> Pattern:
     """All F but for native S layers: as listed, else by letters, else by freq and offset, as in transformers."""
     types = config.get("indexer_types")
-    if types is None and isinstance(letters := config.get("index_topk_pattern"), str):
-        return Pattern.parse(letters, layers)
+    if types is None:
+        types = config.get("index_topk_pattern")
+    if isinstance(types, str):
+        return Pattern.parse(types, layers)
     if types is None:
         frequency, offset = max(config.get("index_topk_freq") or 1, 1), config.get("index_skip_topk_offset") or 2
         types = ["shared" if max(i - offset + 1, 0) % frequency else "full" for i in range(layers)]
-    if not isinstance(types, list) or len(types) != layers or not set(types) <= set(NATIVE_TYPES):
+    if len(types) != layers or any(kind not in NATIVE_TYPES for kind in types) or types[0] != "full":
         raise ModelError(
-            f"config.json has indexer_types {str(types)[:60]}: expected {layers} times full or shared; use the config "
-            "that belongs to the weights"
+            f"config.json has indexer_types {str(types)[:60]}: expected {layers} times full or shared, full first; use "
+            "the config that belongs to the weights"
         )
     return Pattern("".join(NATIVE_TYPES[kind] for kind in types))
 
 
-def _stored_bytes(config: dict[str, Any], dtype: str) -> float:
+def _stored_bytes(config: dict[str, Any], name: str, dtype: str) -> float:
     """Bytes of a decoder layer's parameter on disk: FP8 with a float32 scale for each block, or the config's type."""
-    settings = config.get("quantization_config")
-    if not settings:
+    block = fp8_block(config, name)
+    if block is None:
         return DTYPE_BYTES[dtype]
-    block = settings.get("weight_block_size") or [128, 128]
-    if settings.get("quant_method") != "fp8" or len(block) != 2:
-        raise ModelError(
-            f"config.json has quant_method {settings.get('quant_method')!r}: expected fp8 in blocks, or no "
-            "quantization_config; convert the checkpoint to bfloat16"
-        )
     return FP8_BYTES + DTYPE_BYTES["float32"] / (block[0] * block[1])

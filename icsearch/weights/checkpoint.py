@@ -15,6 +15,7 @@ from icsearch.errors import ModelError, first_line
 from icsearch.files import typed_path
 from icsearch.jsonfile import read_object
 from icsearch.resources import demo_checkpoint
+from icsearch.weights.configfile import check_config
 
 DEMO = "demo"
 INDEX_NAME = "model.safetensors.index.json"
@@ -47,6 +48,7 @@ def open_checkpoint(name_or_path: str, *, trust_remote_code: bool = False) -> Ch
     """
     directory = _resolve(name_or_path, trust_remote_code)
     config = _read_json(directory / "config.json", "the checkpoint's config.json")
+    check_config(config, name_or_path)
     shards = _shards(directory)
     return Checkpoint(name_or_path, directory, config, shards)
 

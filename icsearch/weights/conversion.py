@@ -19,6 +19,7 @@ from icsearch.errors import ModelError
 from icsearch.families.decoder import layer_list
 from icsearch.model import native_types
 from icsearch.weights.checkpoint import Checkpoint
+from icsearch.weights.configfile import language_config
 from icsearch.weights.shards import Shards
 
 Tensors = Mapping[str, Any]  # by name: tensors, or stored ones
@@ -130,7 +131,7 @@ def _has_no_use(name: str, config: Any, checkpoint: Checkpoint) -> bool:
     if found is None:
         return False
     layer = int(found[1])
-    raw = checkpoint.config.get("text_config", checkpoint.config)
+    raw = language_config(checkpoint.config, checkpoint.name)
     mtp = range(config.num_hidden_layers, config.num_hidden_layers + (raw.get("num_nextn_predict_layers") or 0))
     return layer in mtp or (".indexer." in name and native_types(config).get(layer) == "shared")
 

@@ -16,11 +16,10 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from icsearch.errors import ModelError, first_line
-from icsearch.jsonfile import list_of, shown, whole
 from icsearch.weights.checkpoint import Checkpoint
+from icsearch.weights.configfile import fp8_block, quantization
 from icsearch.weights.shards import Shards
 
-METHOD = "fp8"
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _WEIGHT, _SCALE = "weight", "weight_scale_inv"
 
@@ -94,23 +93,9 @@ class Quantizer(FineGrainedFP8HfQuantizer):
 
 def make_quantizer(checkpoint: Checkpoint) -> Quantizer | None:
     """What dequantises this checkpoint, None where it is not quantised; raises ModelError for another quantisation."""
-    nested = checkpoint.config.get("text_config")
-    inner = nested.get("quantization_config") if isinstance(nested, dict) else None
-    settings = checkpoint.config.get("quantization_config") or inner
-    if not settings:
+    if fp8_block(checkpoint.config, checkpoint.name) is None:
         return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else settings
-    if method != METHOD:
-        raise ModelError(
-            f"{checkpoint.name} is quantised by {shown(method)}: expected {METHOD!r}, with a scale for each block of "
-            "128 x 128 weights, or no quantization_config at all; convert it to bfloat16 first"
-        )
-    block = settings.get("weight_block_size", [128, 128])
-    if not list_of(whole(1), 2).fits(block):
-        raise ModelError(
-            f"quantization_config of {checkpoint.name} has weight_block_size {shown(block)}: expected two sizes, such "
-            "as [128, 128]; convert it to bfloat16 first"
-        )
+    settings = quantization(checkpoint.config, checkpoint.name)
     try:
         return Quantizer(FineGrainedFP8Config.from_dict({**settings, "dequantize": True}), pre_quantized=True)
     except (ValueError, AttributeError, TypeError) as error:  # other settings that transformers does not know

@@ -92,7 +92,7 @@ def test_a_tied_head_counts_once(tmp_path: Path) -> None:
     [
         ({"dtype": "float8"}, "dtype 'float8': expected float32, bfloat16, float16"),
         ({"indexer_types": ["full"]}, "expected 6 times full or shared"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quant_method 'gptq': expected fp8"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantised by 'gptq': expected 'fp8'"),
         ({"kv_lora_rank": 0}, "kv_lora_rank 0"),
         ({"layer_types": ["linear_attention", "indexed_attention"] * 3}, "3 DSA layers among 6"),
     ],
