@@ -84,13 +84,14 @@ def remove_stale_temporaries(directory: Path) -> list[Path]:
     with contextlib.suppress(OSError):
         for path in sorted(directory.iterdir()):
             process = re.fullmatch(r"\..+\.([1-9]\d{0,9})\.tmp", path.name)
-            if process and path.is_file() and not _lives(int(process[1])):
+            if process and path.is_file() and not lives(int(process[1])):
                 path.unlink(missing_ok=True)
                 removed.append(path)
     return removed
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

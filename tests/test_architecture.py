@@ -57,7 +57,8 @@ ALLOWED: dict[str, set[str]] = {
     "texts.sources": {"errors", "files", "texts.corpus"},
     "calibration": {"", "errors", "files", "jsonfile", "texts.sources"},
     "weights.configfile": {"errors", "jsonfile"},
-    "weights.checkpoint": {"errors", "files", "jsonfile", "resources", "weights.configfile"},
+    "weights.header": {"errors", "jsonfile"},
+    "weights.checkpoint": {"errors", "files", "jsonfile", "resources", "weights.configfile", "weights.header"},
     "memory": {"errors"},
     "slot": {"errors", "pattern"},
     "ops": {"block_sizes"},
@@ -69,7 +70,7 @@ ALLOWED: dict[str, set[str]] = {
     "families.ending": {"errors", "families.calls"},
     "families.attention": {"errors", "pattern", "slot"},
     "kernels": {"", "block_sizes", "errors", "families.attention", "ops"},
-    "weights.shards": {"errors"},
+    "weights.shards": {"errors", "weights.header"},
     "weights.fp8": {"errors", "weights.checkpoint", "weights.configfile", "weights.shards"},
     "model": {
         "errors", "families.attention", "families.calls", "families.decoder", "families.ending", "kernels", "pattern",
@@ -201,6 +202,19 @@ ALLOWED: dict[str, set[str]] = {
         "engines.export", "engines.table", "errors", "files", "pattern", "planning.plan", "runs.commit",
         "runs.evaluation", "runs.record", "runs.refinement", "runs.results", "statistics",
     },
+    "engines.indexer_weights": set(),
+    "engines.readers": {"engines.letters", "engines.table", "pattern"},
+    "engines.native_config": {
+        "engines.engine", "engines.keys", "engines.letters", "engines.schedule", "errors", "jsonfile", "pattern",
+    },
+    "engines.shard_rewrite": {"errors", "files", "weights.header"},
+    "engines.checkpoint_copy": {
+        "engines.shard_rewrite", "errors", "files", "planning.plan", "weights.checkpoint", "weights.header",
+    },
+    "engines.native": {
+        "engines.checkpoint_copy", "engines.indexer_weights", "engines.letters", "engines.native_config",
+        "engines.readers", "jsonfile", "pattern", "weights.checkpoint", "weights.header",
+    },
     "progress": {"report", "runs.record", "runs.refinement", "statistics"},
     "cli.config": {"errors", "jsonfile"},
     "cli.options": {"cli.config", "engines.table", "requests"},
@@ -212,7 +226,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli.greedy": {"cli.options", "cli.running", "greedy", "planning.plan", "report", "requests"},
     "cli.baseline": {"baseline", "cli.options", "cli.running", "planning.plan", "report", "requests"},
     "cli.evaluate": {"cli.options", "cli.running", "evaluate", "pattern", "planning.plan", "report", "requests"},
-    "cli.export": {"cli.options", "engines.export", "pattern"},
+    "cli.native": {"engines.native", "planning.plan"},
+    "cli.export": {"cli.native", "cli.options", "engines.native", "engines.export", "errors", "pattern"},
     "cli.report": {"cli.options", "report"},
     "cli": {
         "", "cli.baseline", "cli.calibrate", "cli.evaluate", "cli.export", "cli.greedy", "cli.plan", "cli.report",
@@ -274,6 +289,8 @@ NO_TORCH = [
     "progress",
     "report",
     "engines.export",
+    "weights.header",
+    "engines.native",
 ]
 
 

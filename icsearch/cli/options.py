@@ -148,7 +148,7 @@ Refine = Annotated[
     ),
 ]
 EngineName = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, llamacpp or megatron.",
         autocompletion=_offer(_engines),

@@ -7,7 +7,6 @@ depend on where in a shard its weight lies.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -19,8 +18,7 @@ from typing import Any
 import torch
 
 from icsearch.errors import ModelError, ShardError
-
-_LENGTH_BYTES = 8  # of the header's length, at the beginning of a safetensors file
+from icsearch.weights.header import LENGTH_BYTES, HeaderError, damaged, header_length, parse_header
 
 
 class Shards(Mapping[str, "StoredTensor"]):
@@ -31,7 +29,16 @@ class Shards(Mapping[str, "StoredTensor"]):
         self._lock = threading.Lock()  # transformers reads in several threads
         self._stored: dict[str, StoredTensor] = {}
         for path in paths:
-            self._stored.update({one.name: one for one in _stored_in(_Shard.open(path), self)})
+            for one in _stored_in(_Shard.open(path), self):
+                self._add(one)
+
+    def _add(self, one: StoredTensor) -> None:
+        known = self._stored.setdefault(one.name, one)
+        if known is not one:
+            raise ModelError(
+                f"tensor {one.name} is in two shards, {known.shard.path.name} and {one.shard.path.name} of "
+                f"{one.shard.path.parent}: expected it once; download the checkpoint again"
+            )
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._stored[name]
@@ -137,15 +144,19 @@ def read_rate(paths: Iterable[Path], most: int = 2**28) -> float:
 
 
 def _stored_in(shard: _Shard, shards: Shards) -> Iterator[StoredTensor]:
-    """What a shard's header says: 8 bytes of length, then names with type, shape and offsets into the rest as JSON."""
-    length = int.from_bytes(bytes(shard.read(0, _LENGTH_BYTES).tolist()), "little")
-    data = _LENGTH_BYTES + length
-    header = json.loads(bytes(shard.read(_LENGTH_BYTES, length).numpy()))
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            shape = tuple(entry["shape"])
-            yield StoredTensor(name, entry["dtype"], shape, data + first, last - first, shard, shards)
+    """What a shard's header says; raises ModelError for one that is damaged."""
+    size = shard.identity[0]
+    try:
+        length = header_length(_bytes(shard.read(0, min(LENGTH_BYTES, size))), size)
+        header = parse_header(_bytes(shard.read(LENGTH_BYTES, length)), size)
+    except HeaderError as error:
+        raise damaged(shard.path, error) from None
+    for entry in header.entries:
+        yield StoredTensor(entry.name, entry.dtype, entry.shape, entry.start, entry.bytes, shard, shards)
+
+
+def _bytes(buffer: torch.Tensor) -> bytes:
+    return buffer.numpy().tobytes()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:

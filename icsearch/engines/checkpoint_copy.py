@@ -1,0 +1,203 @@
+"""A copy of a checkpoint as a directory that is whole or not there: links to shards that stay the same, and new files.
+
+Weights that stay the same are hard links where the file system allows it, else copies. Everything else is a new file:
+somebody who edits a config or a tokenizer in the copy must not change it in the source too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from icsearch.engines.shard_rewrite import rewrite_shard, rewritten_bytes
+from icsearch.errors import IcsearchError
+from icsearch.files import lives, make_directory, naming, sync_directory, write_atomically
+from icsearch.planning.plan import format_bytes
+from icsearch.weights.checkpoint import INDEX_NAME, Checkpoint
+from icsearch.weights.header import read_header
+
+# Weights in other forms, and other copies of the same ones: they would not fit the new config, or not be looked at.
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ckpt")
+_NEW_FILES_BYTES = 2**20  # config and index, which are small; a file system wants some room for itself too
+
+
+class CopyError(IcsearchError):
+    """A place where no checkpoint can be written."""
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """What a copy is made of. Names are relative to source and copy; all shards of the source are in one of three."""
+
+    source: Path
+    linked: tuple[str, ...]  # shards that stay as they are
+    rewritten: Mapping[str, Collection[str]]  # shards that lose these tensors
+    gone: tuple[str, ...]  # shards that lose all tensors
+    copied: tuple[str, ...]  # what is no weights
+    written: Mapping[str, str]  # new files and their text
+    left_out: tuple[str, ...]  # weights that the index does not name
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What was done, in files and bytes: `linked` ones take no room, `copied` ones could not be linked."""
+
+    linked: int
+    linked_bytes: int
+    copied: int
+    copied_bytes: int
+    rewritten: int
+    rewritten_bytes: int
+
+    def __str__(self) -> str:
+        parts = (
+            f"{count} {what} ({format_bytes(size)})"
+            for count, what, size in (
+                (self.linked, "shards linked", self.linked_bytes),
+                (self.rewritten, "shards rewritten", self.rewritten_bytes),
+                (self.copied, "files copied", self.copied_bytes),
+            )
+        )
+        return ", ".join(parts)
+
+
+def plan_copy(checkpoint: Checkpoint, dropped: Mapping[str, Collection[str]], written: Mapping[str, str]) -> CopyPlan:
+    """What to do with each file of a checkpoint whose shards lose the `dropped` tensors, by shard name.
+
+    `written` replaces files, or adds them. Hidden files, and directories that are links, stay behind.
+    """
+    shards = [path.name for path in checkpoint.shards]
+    gone = {name for name in dropped if len(dropped[name]) == len(read_header(checkpoint.directory / name).entries)}
+    other = sorted(set(_files(checkpoint.directory)) - {*shards, *written, INDEX_NAME})
+    return CopyPlan(
+        source=checkpoint.directory,
+        linked=tuple(name for name in shards if name not in dropped),
+        rewritten={name: dropped[name] for name in shards if name in dropped and name not in gone},
+        gone=tuple(sorted(gone)),
+        copied=tuple(name for name in other if not name.endswith(_OTHER_WEIGHTS)),
+        written=written,
+        left_out=tuple(name for name in other if name.endswith(_OTHER_WEIGHTS)),
+    )
+
+
+def _files(directory: Path) -> Iterator[str]:
+    """All files below a directory, relative to it; a link to a file, as in the hub's cache, is that file."""
+    for folder, folders, files in os.walk(directory, followlinks=False):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(folder) / name
+            if not name.startswith(".") and path.is_file():
+                yield path.relative_to(directory).as_posix()
+
+
+def check_target(out: Path, source: Path) -> Path:
+    """Where the copy will be, links resolved. Raises CopyError where something is there, or it lies in the source."""
+    target = out.expanduser().resolve()
+    if target.is_relative_to(source.resolve()):
+        raise CopyError(f"{out} lies inside of the checkpoint {source}: give another --checkpoint directory")
+    if target.exists() and not target.is_dir():
+        raise CopyError(f"{out} is a file: give a --checkpoint directory that does not exist yet")
+    if target.is_dir() and any(target.iterdir()):
+        raise CopyError(f"{out} is not empty: give a --checkpoint directory that does not exist yet, or is empty")
+    return target
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """A new directory beside the target, which takes its name when the block is done, and is removed if it fails.
+
+    A process that is killed leaves the directory under its own hidden name; the next one for this target removes it.
+    """
+    make_directory(target.parent)
+    _remove_stale(target)
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    try:
+        yield temporary
+        for folder, _, _ in os.walk(temporary):
+            sync_directory(Path(folder))
+        _take_name(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone by then, if all went well
+    sync_directory(target.parent)
+
+
+def _take_name(temporary: Path, target: Path) -> None:
+    try:
+        os.rename(temporary, target)  # also over an empty directory
+    except OSError as error:
+        reason = error.strerror or error
+        raise CopyError(f"the finished copy cannot become {target} ({reason}): give another directory") from None
+
+
+def _remove_stale(target: Path) -> None:
+    before, after = f".{target.name}.", ".tmp"
+    for path in target.parent.iterdir():
+        if path.name.startswith(before) and path.name.endswith(after) and not path.is_symlink():
+            process = path.name.removeprefix(before).removesuffix(after)
+            if process.isdecimal() and len(process) <= 10 and not lives(int(process)):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def fill_directory(plan: CopyPlan, directory: Path, tell: Callable[[str], None]) -> Copied:
+    """Make the files of a plan in an empty directory, and `tell` beforehand how much that is.
+
+    Raises CopyError where there is no room for it.
+    """
+    linked = [name for name in plan.linked if _link(plan.source / name, directory / name)]
+    unlinked = [name for name in plan.linked if name not in linked]
+    copied = [*unlinked, *plan.copied]
+    done = Copied(
+        linked=len(linked),
+        linked_bytes=sum(_size(plan.source / name) for name in linked),
+        copied=len(copied),
+        copied_bytes=sum(_size(plan.source / name) for name in copied),
+        rewritten=len(plan.rewritten),
+        rewritten_bytes=sum(
+            rewritten_bytes(read_header(plan.source / name), dropped) for name, dropped in plan.rewritten.items()
+        ),
+    )
+    free = shutil.disk_usage(directory).free
+    tell(f"{done}; {format_bytes(free)} free")
+    _check_room(directory, done, free)
+    for name in copied:
+        _copy(plan.source / name, directory / name)
+    for name, dropped in plan.rewritten.items():
+        rewrite_shard((plan.source / name).resolve(), directory / name, dropped)
+    for name, text in plan.written.items():
+        write_atomically(directory / name, text)
+    return done
+
+
+def _check_room(directory: Path, wanted: Copied, free: int) -> None:
+    needed = wanted.copied_bytes + wanted.rewritten_bytes + _NEW_FILES_BYTES
+    if needed > free:
+        raise CopyError(
+            f"{directory.parent} has {format_bytes(free)} free, and the copy needs {format_bytes(needed)} ({wanted}): "
+            "free some space, or give a --checkpoint directory on the checkpoint's own disk, where shards are linked"
+        )
+
+
+def _link(source: Path, target: Path) -> bool:
+    """Make a hard link to the file itself, not to a link to it; False where the file systems do not let us."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, one without links, a file of somebody else: the copy then says what fails
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    make_directory(target.parent)
+    with naming(target):
+        shutil.copyfile(source, target)
+        with open(target, "rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size

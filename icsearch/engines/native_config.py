@@ -1,0 +1,99 @@
+"""The config.json that makes a pattern a checkpoint's own: every key that some engine reads, and all of them agreed.
+
+Rules, from what engines and transformers do with these keys: `indexer_types` and `index_topk_pattern` say the same, one
+entry for each decoder layer without multi-token-prediction layers; freq and offset stand beside them only where they
+reproduce the pattern, and nothing is null. `use_index_cache` is the switch that vLLM and ROCm ATOM ask for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from icsearch.engines.engine import FREQ, OFFSET, PATTERN, SWITCH, TYPES
+from icsearch.engines.keys import KINDS, config_keys
+from icsearch.engines.letters import ExportError
+from icsearch.engines.schedule import COMMON
+from icsearch.errors import ModelError
+from icsearch.jsonfile import MAX_LAYERS, shown, whole
+from icsearch.pattern import FULL, SHARED
+
+KEYS = (TYPES, PATTERN, SWITCH, FREQ, OFFSET)
+TEXT_CONFIG = "text_config"
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """An edited config.json: which keys it got, which it lost, and where they are."""
+
+    document: dict[str, Any]
+    written: tuple[str, ...]
+    removed: tuple[str, ...]
+    nested: bool  # the keys are in text_config
+
+
+def native_keys(letters: str) -> dict[str, Any]:
+    """The keys for one letter F or S a decoder layer."""
+    return {**config_keys(letters), **({SWITCH: True} if SHARED in letters else {})}
+
+
+def edit_config(config: Mapping[str, Any], letters: str) -> NativeConfig:
+    """The config with the keys of a pattern, in its text_config where it wraps a language model; others stay as are."""
+    inner = text_part(config)
+    nested = inner is not config
+    keys = native_keys(letters)
+    removed = [key for key in KEYS if key in inner and key not in keys]
+    edited = {**{key: value for key, value in inner.items() if key not in removed}, **keys}
+    if not nested:
+        return NativeConfig(edited, tuple(keys), tuple(removed), nested)
+    removed += [key for key in KEYS if key in config and key not in removed]  # outside, where they could contradict
+    outside = {key: value for key, value in config.items() if key not in KEYS}
+    return NativeConfig({**outside, TEXT_CONFIG: edited}, tuple(keys), tuple(removed), nested)
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config.json that describes the language model; raises ModelError."""
+    inner = config.get(TEXT_CONFIG)
+    if inner is None:
+        return config
+    if not isinstance(inner, dict):
+        raise ModelError(f"config.json has {TEXT_CONFIG} {shown(inner)}: expected an object; download it again")
+    return inner
+
+
+def num_hidden_layers(config: Mapping[str, Any]) -> int:
+    """Decoder layers, without those of multi-token prediction; raises ModelError."""
+    found = text_part(config).get("num_hidden_layers")
+    kind = whole(1, MAX_LAYERS)
+    if not kind.fits(found):
+        raise ModelError(f"config.json has num_hidden_layers {shown(found)}: expected {kind.name}; download it again")
+    return int(found)  # type: ignore[arg-type]  # it fits
+
+
+def declared_shared(config: Mapping[str, Any]) -> set[int]:
+    """The decoder layers that a config itself shares, read as transformers does: types, else letters, else freq.
+
+    Raises ExportError for types or letters that are none.
+    """
+    inner, layers = text_part(config), num_hidden_layers(config)
+    types, letters, freq, offset = (inner.get(key) for key in (TYPES, PATTERN, FREQ, OFFSET))
+    words = {KINDS[FULL]: False, KINDS[SHARED]: True}
+    if types is not None:
+        return _shared_among(types, words, layers)
+    if letters is not None:
+        listed = list(letters) if isinstance(letters, str) else letters
+        return _shared_among(listed, {FULL: False, SHARED: True, **words}, layers)
+    every = int(freq) if whole(1).fits(freq) else 1  # type: ignore[arg-type]  # they fit
+    begin = int(offset) if whole(0).fits(offset) else None  # type: ignore[arg-type]
+    return {layer for layer, letter in enumerate(COMMON.letters(layers, every, begin)) if letter == SHARED}
+
+
+def _shared_among(found: Any, meaning: Mapping[str, bool], layers: int) -> set[int]:
+    known = isinstance(found, list) and all(isinstance(one, str) and one in meaning for one in found)
+    if not known or len(found) != layers:
+        raise ExportError(
+            f"config.json has {shown(found)} for which layers share: expected {layers} times {' or '.join(meaning)}; "
+            "use the config that belongs to the weights"
+        )
+    return {layer for layer, one in enumerate(found) if meaning[one]}

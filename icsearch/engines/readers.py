@@ -1,0 +1,73 @@
+"""Who reads a pattern from a checkpoint's config.json, and who loads one without the indexers of S layers.
+
+From the sources of transformers 5.23 and from engines' code and pull requests as read in November 2026; an engine that
+is not listed may do as well. docs/native-checkpoints.md names the sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from icsearch.engines.letters import ExportError
+from icsearch.engines.table import ENGINES, TRANSFORMERS
+from icsearch.pattern import SHARED
+
+# By model_type: those that make no indexer for an S layer, and so do not miss its weights.
+LOAD_WITHOUT_INDEXERS = {
+    "glm_moe_dsa": (TRANSFORMERS.title, "vLLM from #46600 on", "SGLang from #30531 on", "LMDeploy", "vllm-ascend"),
+    "hy_v4": (TRANSFORMERS.title,),
+    "mistral_large4": (TRANSFORMERS.title,),
+    "deepseek_v32": ("vLLM from #46600 on", "SGLang from #30531 on"),
+}
+
+
+def check_droppable(model_type: str) -> None:
+    """Raise ExportError where nobody is known to load this kind of model without the indexers of its S layers."""
+    if model_type not in LOAD_WITHOUT_INDEXERS:
+        raise ExportError(
+            f"--drop-indexers: nothing is known to load a {model_type} checkpoint without the indexers of its S layers "
+            f"(known for {', '.join(LOAD_WITHOUT_INDEXERS)}): leave the option out"
+        )
+
+
+def notes(model_type: str, letters: str, dropped: bool, has_params: bool) -> Iterator[str]:
+    """What to know before one uses a checkpoint whose config has these letters."""
+    if SHARED not in letters:
+        return
+    yield from _reader_notes(model_type)
+    yield from _weight_notes(model_type, dropped)
+    if has_params:
+        yield "params.json is copied as it is: an engine that reads it in place of config.json sees no pattern"
+
+
+def _reader_notes(model_type: str) -> Iterator[str]:
+    if model_type in TRANSFORMERS.model_types:
+        return
+    if model_type == "glm5_next":
+        yield "transformers 5.23 reads the pattern of a glm5_next config, and then fails in its first S layer"
+    else:
+        yield f"transformers 5.23 does not read the pattern of a {model_type} config: it runs every layer as F"
+    letters_only = [one.title for one in ENGINES.values() if model_type in one.dsa_letters_only]
+    known = [one.title for one in ENGINES.values() if one.nests and model_type in one.model_types]
+    if readers := [title for title in known if title not in letters_only]:
+        yield f"known to read it: {', '.join(readers)}"
+    else:
+        yield f"no engine is known to read the pattern of a {model_type} config: try it before you rely on it"
+    for title in letters_only:
+        yield f"{title} counts only the layers with an indexer there, and would misread these letters"
+
+
+def _weight_notes(model_type: str, dropped: bool) -> Iterator[str]:
+    known = LOAD_WITHOUT_INDEXERS.get(model_type, ())
+    if dropped:
+        yield (
+            f"without the S layers' indexers it is known to load in {', '.join(known)}; what still builds them misses "
+            "these weights"
+        )
+        if TRANSFORMERS.title not in known:
+            yield "transformers 5.23 loads it with random indexers in the S layers: serve it elsewhere"
+    elif TRANSFORMERS.title in known:
+        yield (
+            "the S layers' indexer weights are still there: transformers leaves them unread and lists them as "
+            "unexpected; --drop-indexers leaves them out"
+        )
