@@ -47,7 +47,7 @@ def plan_search(
     from icsearch.planning.devices import parse_devices, parse_rate
     from icsearch.planning.forecast import PlanRequest, make_plan
     from icsearch.planning.plan import parse_bytes
-    from icsearch.planning.report import document, table
+    from icsearch.planning.report import command, document, table
     from icsearch.requests import CalibrationRequest, parse_layers, parse_share
 
     request = PlanRequest(
@@ -71,4 +71,6 @@ def plan_search(
     if json:
         typer.echo(dumps(document(made), indent=1))
         return
-    Console().print(table(made))
+    console = Console()
+    console.print(table(made))
+    console.print(f"recommended:\n{command(made)}", soft_wrap=True, highlight=False, markup=False)

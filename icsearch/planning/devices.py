@@ -73,6 +73,7 @@ class Devices:
 
     count: int
     device: Device
+    memory_given: bool = False  # by the user, in place of the table's
 
     @property
     def words(self) -> str:
@@ -110,7 +111,7 @@ def parse_devices(
         given["float32_flops"] = device.float32_flops * flops / device.flops
     if given:
         given["source"] = f"{device.source}; {', '.join(sorted(given))} as given"
-    return Devices(count, replace(device, **given))
+    return Devices(count, replace(device, **given), memory is not None)
 
 
 def parse_rate(text: str, option: str) -> float:

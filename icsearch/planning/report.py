@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from icsearch import __version__
-from icsearch.planning.forecast import Forecast, Plan
-from icsearch.planning.placement import Fit
+from icsearch.planning.forecast import SECONDS_AN_HOUR, Forecast, Plan
+from icsearch.planning.placement import Fit, weight_sizes
 from icsearch.planning.plan import format_bytes
 from icsearch.strategies import STRATEGIES
 from icsearch.weights.holding import RESIDENT
@@ -56,6 +57,7 @@ def _model(plan: Plan) -> dict[str, Any]:
         "layers": model.shape.layers,
         "num_parameters": model.num_parameters,
         "checkpoint_bytes": round(model.stored_model_bytes),
+        "computed_bytes": weight_sizes(plan.case).total,
         "dtype": plan.case.dtype,
         "start_pattern": model.start.letters,
     }
@@ -106,16 +108,17 @@ def _numbers(forecast: Forecast) -> dict[str, Any]:
 
 
 def command(plan: Plan) -> str:
-    """The command line of the recommended search."""
+    """The command line of the recommended search, for a shell."""
     best, forecast = plan.best
     case, placement = plan.case, best.placement
-    start = "icsearch greedy"
+    start = ["icsearch", "greedy"]
     if placement.processes > 1:
-        start = f"torchrun --nproc-per-node {placement.processes} -m icsearch greedy"
+        start = ["torchrun", "--nproc-per-node", str(placement.processes), "-m", *start]
     options = {
         "--calibration": "texts.jsonl",
         "--num-sequences": case.workload.sequences,
         "--seq-len": case.seq_len,
+        "--batch-size": case.batch_size,
         "--num-shared": case.workload.num_shared,
         "--stages": case.workload.stages,
         "--strategy": forecast.strategy,
@@ -128,31 +131,38 @@ def command(plan: Plan) -> str:
         options |= {"--dp": placement.data, "--pp": placement.pipeline}
     if placement.offload != RESIDENT:
         options["--offload"] = placement.offload
-    return " ".join([start, case.model.checkpoint, *(f"{name} {value}" for name, value in options.items())])
+    if case.devices.memory_given:
+        options["--memory"] = f"{case.budget // 10**6}MB"
+    told = [str(part) for option in options.items() for part in option]
+    return shlex.join([*start, case.model.checkpoint, *told])
 
 
 def table(plan: Plan) -> RenderableType:
-    """What the command prints."""
+    """What the command prints, but for the recommended command; fits 80 columns."""
     from rich.console import Group
     from rich.text import Text
 
     tables = (_facts(plan), _memory_table(plan), _hours_table(plan), _strategy_table(plan), _notes(plan))
-    spaced = [part for one in tables for part in (one, Text())]
-    return Group(*spaced, Text(f"recommended: {command(plan)}"))
+    return Group(*(part for one in tables for part in (one, Text())))
 
 
 def _facts(plan: Plan) -> RenderableType:
     from rich.table import Table
 
     case, model, device = plan.case, plan.case.model, plan.case.device
-    size = f"{model.num_parameters / 1e9:.4g}B parameters, {format_bytes(round(model.stored_model_bytes))} on disk"
     search = case.workload
+    stages = f", in {search.stages} stages" if search.stages > 1 else ""
+    calls = f"{case.batch_size} sequence{'s' if case.batch_size > 1 else ''} a call"
     rows = Table.grid(padding=(0, 2))
-    rows.add_row("model", f"{model.name} ({model.model_type}, {model.shape.layers} layers), {size}")
+    rows.add_row(
+        "model",
+        f"{model.name} ({model.model_type}, {model.shape.layers} layers), {_millions(model.num_parameters)} parameters",
+    )
+    rows.add_row("weights", _weights_words(plan))
     rows.add_row(
         "search",
-        f"{search.num_shared} of {len(search.flippable)} layers shared, in {search.stages} stage(s), on "
-        f"{search.sequences} x {case.seq_len} tokens; {case.batch_size} sequence(s) a call, {case.dtype}",
+        f"{search.num_shared} of {len(search.flippable)} layers shared{stages}, on "
+        f"{search.sequences} x {case.seq_len} tokens; {calls}, {case.dtype}",
     )
     rows.add_row(
         "devices",
@@ -162,6 +172,22 @@ def _facts(plan: Plan) -> RenderableType:
     return rows
 
 
+def _millions(number: int) -> str:
+    """Such as 743.9B, 2.015M."""
+    return f"{number / 1e9:.4g}B" if number >= 10**9 else f"{number / 1e6:.4g}M"
+
+
+def _weights_words(plan: Plan) -> str:
+    """What the checkpoint takes on disk, and as the run computes with it."""
+    case, model = plan.case, plan.case.model
+    stored, computed = round(model.stored_model_bytes), format_bytes(weight_sizes(case).total)
+    if model.quantised:
+        return f"{format_bytes(stored)} on disk in FP8; dequantised as they are read: {computed} in {case.dtype}"
+    if model.dtype == case.dtype:
+        return f"{computed}, on disk and in memory ({case.dtype})"
+    return f"{format_bytes(stored)} on disk in {model.dtype}, {computed} in {case.dtype}"
+
+
 def _memory_table(plan: Plan) -> RenderableType:
     """Every placement: what its fullest device holds."""
     found = _table(f"Memory of the fullest device, estimated, of {format_bytes(plan.fits[0].budget)}")
@@ -169,35 +195,37 @@ def _memory_table(plan: Plan) -> RenderableType:
         found.add_column(name)
     for one in plan.fits:
         living = f"{one.per_sweep}, in CPU memory" if one.resting else str(one.per_sweep)
-        verdict = f"none: {format_bytes(one.missing)} too much" if one.missing else living
+        verdict = f"{format_bytes(one.missing)} too much" if one.missing else living
         sizes = (one.weights, one.states, one.call, one.total)
         found.add_row(one.placement.words, *map(format_bytes, sizes), verdict)
     return found
 
 
 def _hours_table(plan: Plan) -> RenderableType:
-    """Every placement that fits: bytes read, and the hours of each strategy."""
-    found = _table("Hours, estimated; bytes of weights read in a step, counted")
-    for name in ("placement", "weights read a step", "hours a step", *STRATEGIES):
-        found.add_column(name)
+    """Every placement that fits: bytes read, and how long each strategy takes."""
+    found = _table(
+        "Weights that a step of exact reads, counted; the time of such a step, and of each search, estimated"
+    )
+    for name in ("placement", "reads", "a step", *STRATEGIES):
+        found.add_column(name, justify="left" if name == "placement" else "right")
     for one, forecasts in plan.forecasts.items():
         exact = forecasts[0]
         read = format_bytes(round(exact.weight_bytes_per_step)) if one.placement.streamed else "once"
-        hours = (_number(each.hours) for each in forecasts)
-        found.add_row(one.placement.words, read, _number(exact.hours_per_step), *hours)
+        times = (duration(each.hours) for each in forecasts)
+        found.add_row(one.placement.words, read, duration(exact.hours_per_step), *times)
     return found
 
 
 def _strategy_table(plan: Plan) -> RenderableType:
     """What each strategy computes in the recommended placement."""
     best, _ = plan.best
-    found = _table(f"Layer evaluations and FLOPs of {best.placement.words}, counted; of exact, measured")
-    for name in ("strategy", "of exact", "layer evaluations", "at most", "FLOPs", "at most", "hours", "at most"):
-        found.add_column(name)
+    found = _table(f"{best.placement.words}: layer evaluations (of exact's, measured), FLOPs, counted; time, estimated")
+    for name in ("strategy", "of exact", "evaluations", "at most", "FLOPs", "at most", "time", "at most"):
+        found.add_column(name, justify="left" if name == "strategy" else "right")
     for each in plan.forecasts[best]:
         counts = (f"{each.layer_evaluations:.0f}", f"{each.most_layer_evaluations}")
-        work = (f"{each.flops:.2e}", f"{each.most_flops:.2e}", _number(each.hours), _number(each.most_hours))
-        found.add_row(each.strategy, "" if each.share == 1 else f"{each.share:g}", *counts, *work)
+        work = (f"{each.flops:.1e}", f"{each.most_flops:.1e}", duration(each.hours), duration(each.most_hours))
+        found.add_row(each.strategy, "" if each.share == 1 else f"{each.share:.2f}", *counts, *work)
     return found
 
 
@@ -205,12 +233,22 @@ def _table(title: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="", pad_edge=False)
+    return Table(
+        box=box.SIMPLE_HEAD,
+        title=title,
+        title_justify="left",
+        title_style="",
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
 
 
-def _number(value: float) -> str:
-    """Two digits, or all before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+def duration(hours: float) -> str:
+    """Two digits in the unit that fits: 0.43 s, 48 s, 3.3 min, 5.2 h, 140 h."""
+    seconds = hours * SECONDS_AN_HOUR
+    value, unit = (seconds, "s") if seconds < 99.5 else (seconds / 60, "min") if seconds < 5970 else (hours, "h")
+    return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.2g} {unit}"
 
 
 def _notes(plan: Plan) -> RenderableType:
@@ -219,5 +257,5 @@ def _notes(plan: Plan) -> RenderableType:
     return Text(
         "exact: its likely course, by rehearsal. The others: exact's times the share of layer evaluations that was "
         "measured on two 24-layer checkpoints; yours follows from its losses.\n"
-        f"Hours: max(FLOPs / rate, bytes / bandwidth) / efficiency; efficiency {plan.basis}: an order of magnitude."
+        f"Time: max(FLOPs / rate, bytes / bandwidth) / efficiency; efficiency {plan.basis}: an order of magnitude."
     )

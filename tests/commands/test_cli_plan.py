@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from test_cli import refused, run
 
+from icsearch.planning.report import duration
 from icsearch.resources import demo_checkpoint
 from plan_fixtures import DEEPSEEK, GLM
 
@@ -50,9 +51,50 @@ def test_a_plan_in_words(capsys: Capture) -> None:
         "counted",
         "measured",
         "estimated",
-        "recommended: icsearch greedy",
+        "recommended:\nicsearch greedy",
     ):
         assert word in out
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("model", [GLM, "demo"])
+def test_a_plan_fits_the_terminal(model: str, columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number is cut; the command alone is one line whatever the width, so that it can be pasted."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    more = LONG if model == GLM else ()
+    _, out, _ = run(capsys, "plan", model, *more)
+    *lines, command = out.splitlines()
+    assert max(map(len, lines)) <= columns
+    assert "…" not in out and "(s)" not in out
+    assert command == planned(capsys, model, *more)["recommended"]["command"]
+
+
+def test_weights_that_are_dequantised_are_said_to_be(capsys: Capture) -> None:
+    _, out, _ = run(capsys, "plan", GLM, *LONG)
+    assert "746.0 GB on disk in FP8; dequantised as they are read: 1.5 TB in bfloat16" in " ".join(out.split())
+    assert "MB, on disk and in memory (float32)" in run(capsys, "plan", "demo")[1]
+
+
+def test_the_command_repeats_what_the_plan_was_made_for(tmp_path: Path, capsys: Capture) -> None:
+    """The size of a batch, the memory, and a path with a blank."""
+    directory = tmp_path / "my model"
+    directory.mkdir()
+    (directory / "config.json").write_bytes((demo_checkpoint() / "config.json").read_bytes())
+    document = planned(capsys, directory, "--batch-size", 3, "--device-memory", "400MB")
+    words = shlex.split(document["recommended"]["command"])
+    assert words[2] == str(directory)
+    assert words[words.index("--batch-size") + 1] == "3"
+    assert words[words.index("--memory") + 1] == "320MB"
+    assert document["placements"][0]["memory"]["budget"] == 320 * 10**6
+    assert "--memory" not in planned(capsys, directory)["recommended"]["command"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.0432, "0.043 s"), (2.591, "2.6 s"), (48, "48 s"), (200, "3.3 min"), (5900, "98 min"), (18720, "5.2 h")],
+)
+def test_times_are_in_the_unit_that_fits(seconds: float, text: str) -> None:
+    assert duration(seconds / 3600) == text
 
 
 def test_the_recommended_command_is_one_that_greedy_takes(capsys: Capture) -> None:
