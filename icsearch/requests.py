@@ -26,6 +26,7 @@ OFFLOADS = (AUTO, RESIDENT, CPU, DISK)
 MIN_BLOCK_ELEMENTS = 2**10
 REFINEMENTS = ("swaps",)
 DEMO_HELDOUT = {"demo": "demo:heldout", "demo:calibration": "demo:heldout"}  # what is held out of the built-in corpus
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 DEFAULT_RETENTION = Fraction(1, 4)
 RequestT = TypeVar("RequestT", bound="PatternRequest")
 

@@ -26,8 +26,9 @@ from icsearch.cli.options import (
     SeqLen,
     Threads,
     Timeout,
+    Trackers,
 )
-from icsearch.cli.running import default_run, display, print_result, world_of
+from icsearch.cli.running import default_run, display, print_result, say, world_of
 
 
 def evaluate_patterns(
@@ -80,6 +81,7 @@ def evaluate_patterns(
     block_elements: BlockElements = None,
     offload: Offload = "auto",
     trust_remote_code: Remote = False,
+    tracker: Trackers = None,
     quiet: QuietFlag = False,
     config: ConfigFile = None,
 ) -> None:
@@ -113,6 +115,9 @@ def evaluate_patterns(
     with display(request, quiet) as listener:
         from icsearch.evaluate import evaluate
         from icsearch.report import eval_table, write_eval_results
+        from icsearch.tracking.listener import tracked
 
-        document = evaluate(request, listener, write_eval_results, world)
+        with tracked(listener, tracker or (), request.out, say) as heard:
+            document = evaluate(request, heard, write_eval_results, world)
+            heard.tell_evaluation(document)
     print_result(eval_table(document), f"{request.out / 'eval.json'}, eval.csv, report.html")

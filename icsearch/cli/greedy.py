@@ -34,8 +34,9 @@ from icsearch.cli.options import (
     Strategy,
     Threads,
     Timeout,
+    Trackers,
 )
-from icsearch.cli.running import default_run, display, print_result, world_of
+from icsearch.cli.running import default_run, display, print_result, say, world_of
 
 
 def greedy_search(
@@ -95,6 +96,7 @@ def greedy_search(
     block_elements: BlockElements = None,
     offload: Offload = "auto",
     trust_remote_code: Remote = False,
+    tracker: Trackers = None,
     quiet: QuietFlag = False,
     config: ConfigFile = None,
 ) -> None:
@@ -131,6 +133,9 @@ def greedy_search(
     with display(request, quiet) as listener:
         from icsearch.greedy import greedy
         from icsearch.report import summary_table, write_results
+        from icsearch.tracking.listener import tracked
 
-        record = greedy(request, listener, write_results, world)
+        with tracked(listener, tracker or (), request.out, say) as heard:
+            record = greedy(request, heard, write_results, world)
+            heard.tell_run(record)
     print_result(summary_table(record), f"{request.out / 'pattern.json'}, curve.csv, curve.png, report.html")
