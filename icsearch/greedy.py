@@ -138,6 +138,7 @@ def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRec
         program_bytes=memory.program,
         resting=memory.resting,
         tensor_bytes=memory.shape.final_bytes * memory.shape.batch_size,
+        state_bytes=memory.shape.branch_bytes,
         packets=memory.share.packets,
         layer_known=memory.shape.known,
         heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
@@ -153,14 +154,14 @@ def _kept(layout: Layout, flippable: Sequence[int], memory: Memory, record: RunR
     share = memory.share
     sequences = share.sequences(len(record.tokens), memory.shape.batch_size)
     blocks = pipeline_blocks(layout.num_layers, layout.layer_indices, share.grid.pipeline)
-    return plan.plan_kept(keeping, memory.shape, sequences, memory.beside(most), blocks)
+    return plan.plan_kept(keeping, memory.shape, sequences, memory.beside(most), blocks, memory.resting > 0)
 
 
 def _processes(request: GreedyRequest, memory: Memory, record: RunRecord) -> str:
     """Who computes, in words; nothing where one process does."""
-    grid, stages = memory.share.grid, record.start["options"]["stages"]
-    if grid.size == 1:
+    if memory.share.grid.size == 1:
         return ""
+    words, stages = memory.grid_words(len(record.tokens)), record.start["options"]["stages"]
     if stages == request.pp and stages > 1:
-        return f"{grid.words}; searched in {stages} stages, their blocks of layers (--stages 1: all layers together)"
-    return grid.words
+        return f"{words}; searched in {stages} stages, their blocks of layers (--stages 1: all layers together)"
+    return words

@@ -75,8 +75,8 @@ class Memory:
 
     @property
     def branch_bytes(self) -> int:
-        """One branch's states, of all batches of a wave."""
-        return self.shape.branch_bytes * self.batches_per_wave
+        """One branch's states, of all batches of a wave, where they are between layer calls."""
+        return (self.shape.pinned_bytes if self.resting else self.shape.branch_bytes) * self.batches_per_wave
 
     @property
     def spare(self) -> int:
@@ -104,7 +104,7 @@ class Memory:
 
         The device then holds three states of one batch: what a layer call starts from, makes, and has made.
         """
-        together, wave = offload.plan_waves(room // self.shape.branch_bytes, patterns, batches, 2)
+        together, wave = offload.plan_waves(room // self.shape.pinned_bytes, patterns, batches, 2)
         if self.patterns_per_sweep >= patterns or together <= self.patterns_per_sweep:
             return self
         wave = wave if self.offload.streamed else 1
@@ -115,6 +115,18 @@ class Memory:
         room = (self.budget - self.weights - self.full_states - self.shape.layer_bytes) // self.shape.branch_bytes
         together, wave = offload.plan_waves(room // (1 + self.share.packets), patterns, batches, 2 + along)
         return replace(self, patterns_per_sweep=together, batches_per_wave=wave)
+
+    def grid_words(self, sequences: int) -> str:
+        """Who computes, and how many of them have nothing to do with so many sequences, and what to do about that."""
+        grid, shares = self.share.grid, -(-sequences // (self.shape.batch_size * self.batches_per_wave))
+        idle = grid.pipeline * max(0, grid.data - shares)
+        if not idle:
+            return grid.words
+        smaller = "a smaller --batch-size, " if self.shape.batch_size > 1 else ""
+        return (
+            f"{grid.words}; {idle} of the {grid.size} have nothing to do, for {sequences} sequences make "
+            f"{shares} share{'s' if shares > 1 else ''}: give {smaller}more sequences, or start fewer processes"
+        )
 
     def passes(self, patterns: int, sequences: int) -> int:
         """How often scoring so many patterns on so many sequences goes through the layers."""

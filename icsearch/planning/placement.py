@@ -182,7 +182,7 @@ def _rested(case: Case, found: Fit) -> Fit:
     if case.device.kind == DEVICE_CPU or placement.processes > 1 or found.per_sweep >= most:
         return found
     taken = sum(weight_sizes(case).layers) if placement.offload == CPU else 0
-    room = (int(SHARE_OF_CPU * case.device.node_memory) - taken) // case.shape.branch_bytes
+    room = (int(SHARE_OF_CPU * case.device.node_memory) - taken) // case.shape.pinned_bytes
     together, wave = plan_waves(room, most, case.batches(placement))
     if together <= found.per_sweep:
         return found

@@ -47,9 +47,18 @@ class BatchShape:
     @property
     def branch_bytes(self) -> int:
         """One branch's state: hidden states and selection."""
+        return sum(self._state_tensors)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """The same in pinned CPU memory, where torch takes the next power of two for each tensor."""
+        return sum(1 << (size - 1).bit_length() for size in self._state_tensors)
+
+    @property
+    def _state_tensors(self) -> tuple[int, int]:
         tokens = self.batch_size * self.seq_len
         selection = self.selection_bytes or min(self.index_topk, self.seq_len) * INDEX_BYTES
-        return tokens * (self.streams * self.hidden_size * self.dtype_bytes + selection)
+        return tokens * self.streams * self.hidden_size * self.dtype_bytes, tokens * selection
 
     @property
     def final_bytes(self) -> int:
@@ -145,6 +154,7 @@ class SearchPlan:
     weight_rows: tuple[tuple[str, str], ...] = ()  # where weights rest, in words
     program_bytes: int = 0  # measured: taken before the weights came
     tensor_bytes: int = 0  # of the hidden states of one batch
+    state_bytes: int = 0  # one branch of one batch on the device, where all others rest in CPU memory
     resting: int = 0  # CPU memory for branch states; 0: they are on the device
     packets: int = 0  # of several processes: see `patterns_per_sweep`
     layer_known: bool = True  # whether `layer_bytes` is what this family's modules take; else a guess
@@ -162,7 +172,7 @@ class SearchPlan:
     @property
     def _working_bytes(self) -> int:
         if self.resting:
-            return self.layer_bytes + self.full_state_bytes + FEWEST_BRANCHES * self.branch_bytes
+            return self.layer_bytes + self.full_state_bytes + FEWEST_BRANCHES * self.state_bytes
         states = self.live_branches * self.branch_bytes + self.kept.bytes + self.full_state_bytes
         return self.layer_bytes + states
 
@@ -205,14 +215,19 @@ def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int, 
 
 
 def plan_kept(
-    keeping: Keeping, shape: BatchShape, sequences: int, room: int, blocks: Sequence[range] | None = None
+    keeping: Keeping,
+    shape: BatchShape,
+    sequences: int,
+    room: int,
+    blocks: Sequence[range] | None = None,
+    pinned: bool = False,
 ) -> Kept:
     """The states of every k-th layer entry, with the smallest k for which all that are of use fit into `room` bytes.
 
-    `blocks`: the decoder layers of each process of a pipeline, of which every one has that room. Decided before the
-    run, from numbers alone: it changes what a run costs, never its bits.
+    `blocks`: the decoder layers of each process of a pipeline, of which every one has that room. `pinned`: it is in
+    pinned CPU memory. Decided before the run, from numbers alone: it changes what a run costs, never its bits.
     """
-    entry_bytes = shape.branch_bytes // shape.batch_size * sequences
+    entry_bytes = (shape.pinned_bytes if pinned else shape.branch_bytes) // shape.batch_size * sequences
     for stride in range(1, keeping.num_layers):
         spaced = replace(keeping, stride=stride)
         most = max(spaced.states_in(block) for block in blocks or [range(keeping.num_layers)])
@@ -258,7 +273,11 @@ def _resting_rows(plan: SearchPlan) -> list[tuple[str, str]]:
         return []
     states = format_bytes(plan.live_branches * plan.branch_bytes)
     return [
-        ("branch states", f"in pinned CPU memory: {states} of {format_bytes(plan.resting)}; one at a time moves in")
+        (
+            "branch states",
+            f"in pinned CPU memory, each tensor as the next power of two: {states} of {format_bytes(plan.resting)}; "
+            "one at a time moves in",
+        )
     ]
 
 

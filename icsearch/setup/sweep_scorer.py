@@ -99,7 +99,9 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept
 
 def process_rows(loaded: Loaded) -> list[tuple[str, str]]:
     """The plan's row on processes, where there are several."""
-    return [] if loaded.crew is None else [("processes", loaded.crew.grid.words)]
+    if loaded.crew is None:
+        return []
+    return [("processes", loaded.memory.grid_words(sum(len(batch.input_ids) for batch in loaded.batches)))]
 
 
 def weight_rows(loaded: Loaded, patterns: int) -> list[tuple[str, str]]:

@@ -157,4 +157,5 @@ def test_the_peak_is_what_lives_at_once() -> None:
 
 
 def test_states_that_rest_in_cpu_memory_leave_three_on_the_device() -> None:
-    assert search_plan(resting=10**5).peak_bytes == 500 + 1000 + 3 * 10
+    """Of one batch, as they are there; what rests is of a whole wave, and rounded up."""
+    assert search_plan(resting=10**5, branch_bytes=64, state_bytes=10).peak_bytes == 500 + 1000 + 3 * 10

@@ -91,6 +91,22 @@ def test_a_grid_that_cannot_be_cut_does_not_hide_that_memory_is_short(request_: 
         plan_share(request_, inputs, options, Launch(0, 6, 0, 6), grids(6, None, 6))
 
 
+@pytest.mark.parametrize(
+    ("grid", "sequences", "words"),
+    [
+        (Grid(8, 1), 12, "2 of the 8 have nothing to do, for 12 sequences make 6 shares: give a smaller --batch-size"),
+        (Grid(4, 2), 5, "2 of the 8 have nothing to do, for 5 sequences make 3 shares"),
+        (Grid(2, 1), 2, "1 of the 2 have nothing to do, for 2 sequences make 1 share:"),
+        (Grid(4, 1), 7, "4 processes, which share the sequences"),
+        (Grid(1, 8), 2, "8 processes, which share the layers"),
+    ],
+)
+def test_who_has_nothing_to_do(request_: GreedyRequest, inputs: Inputs, grid: Grid, sequences: int, words: str) -> None:
+    memory = plan_memory(request_, inputs, run_options(request_, inputs, []), Share(Grid(grid.data)))
+    found = replace(memory, share=Share(grid)).grid_words(sequences)
+    assert words in found and ("nothing to do" in found) == ("nothing to do" in words)
+
+
 def test_a_share_of_the_sequences_is_whole_batches() -> None:
     share = Share(Grid(2, 1))
     assert [share.sequences(total, 2) for total in (1, 4, 5, 8, 9)] == [1, 2, 4, 4, 6]
