@@ -12,7 +12,7 @@ from torch import nn
 
 from icsearch.errors import ModelError
 from icsearch.families.attention import Observer, run_observed
-from icsearch.families.calls import FirstLayerReached, LayerCall, decoder_inputs, recorded
+from icsearch.families.calls import FirstLayerReached, LayerCall, embedding_nothing, recorded
 from icsearch.families.decoder import decoder_layers
 from icsearch.families.ending import Ending
 from icsearch.kernels import Blockwise, attending, compressed, find_rotation, has_arithmetic, mask_stand_in, random_copy
@@ -100,13 +100,13 @@ class DsaModel:
         if self.weights.streamed or len(self.held) < len(self.layers):
             raise ModelError("a whole forward needs all weights on the device: load the model with --offload none")
         with self.running(pattern):
-            return self._decode(input_ids, input_ids=input_ids).last_hidden_state
+            return self._decode(input_ids).last_hidden_state
 
-    def _decode(self, like: torch.Tensor, **inputs: torch.Tensor) -> Any:
-        """The decoder's own forward on inputs in the shape of [B, T] ids, with the arithmetic of this model."""
-        mask = None if self.blockwise is None else mask_stand_in(like)
+    def _decode(self, input_ids: torch.Tensor) -> Any:
+        """The decoder's own forward on [B, T] ids, with the arithmetic of this model."""
+        mask = None if self.blockwise is None else mask_stand_in(input_ids)
         with self._computing():
-            return self.decoder(**inputs, attention_mask=mask, use_cache=False)
+            return self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
@@ -146,11 +146,8 @@ class DsaModel:
         Masks, positions and rotary embeddings are then the model's own. The layers are left out, and no weights are
         needed. See `LayerCall.on` for families whose layers take token ids.
         """
-        embedding = self.model.get_input_embeddings().weight  # [V, D]
-        zeros = torch.zeros(1, dtype=embedding.dtype, device=input_ids.device)
-        inputs = zeros.expand(*input_ids.shape, embedding.shape[1])
-        with recorded(self.layers) as calls:
-            self._decode(input_ids, inputs_embeds=inputs, **decoder_inputs(self.decoder, input_ids))
+        with embedding_nothing(self.model), recorded(self.layers) as calls:
+            self._decode(input_ids)
         return calls
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -161,7 +158,7 @@ class DsaModel:
 
         hook = self.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self._decode(input_ids, input_ids=input_ids)
+            self._decode(input_ids)
         except FirstLayerReached as reached:
             return reached.hidden_states
         finally:

@@ -32,7 +32,7 @@ def heard_calls(dsa: DsaModel, input_ids: torch.Tensor) -> list[LayerCall]:
             calls.append(LayerCall(args[1:], own))
 
         hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in dsa.layers]
-        dsa._decode(input_ids, input_ids=input_ids)
+        dsa._decode(input_ids)
         for hook in hooks:
             hook.remove()
     return calls

@@ -7,7 +7,6 @@ where a family's layers take them too (hashed experts, n-gram embeddings), they 
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,10 +30,17 @@ class LayerCall:
         return replace(self, kwargs={**self.kwargs, **tokens}) if tokens else self
 
 
-def decoder_inputs(decoder: nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a decoder wants beside embedded inputs: token ids, where it embeds them once more by itself."""
-    wanted = inspect.signature(decoder.forward).parameters
-    return {name: input_ids for name in TOKEN_ARGUMENTS[1:] if name in wanted}
+@contextlib.contextmanager
+def embedding_nothing(model: Any) -> Iterator[None]:
+    """Within the block, the model's embedding makes zeros of any token ids, and needs no weights for it."""
+    embedding = model.get_input_embeddings()
+    width, dtype = embedding.weight.shape[1], embedding.weight.dtype
+
+    def zeros(input_ids: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, dtype=dtype, device=input_ids.device).expand(*input_ids.shape, width)
+
+    with instead_of_forward(embedding, zeros):
+        yield
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from icsearch.errors import ModelError
-from icsearch.families.calls import LayerOutput, all_instead, decoder_inputs
+from icsearch.families.calls import LayerOutput, all_instead, embedding_nothing
 
 PROBE_TOKENS = 2
 
@@ -69,14 +69,9 @@ class Ending:
 
     def _own_logits(self, last: torch.Tensor) -> torch.Tensor:
         """The model's own logits where its last layer returns these states."""
-        embedding = self._model.get_input_embeddings().weight
         ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=last.device)
-        inputs: dict[str, Any] = {"input_ids": ids}
-        if embedding.is_meta:  # a process of a pipeline that has the end alone
-            zeros = torch.zeros(1, PROBE_TOKENS, embedding.shape[1], dtype=embedding.dtype, device=last.device)
-            inputs = {"inputs_embeds": zeros, **decoder_inputs(self._decoder, ids)}
-        with all_instead(self._layers, lambda *_, **__: last.as_subclass(LayerOutput)):
-            logits = self._model(**inputs, use_cache=False).logits
+        with embedding_nothing(self._model), all_instead(self._layers, lambda *_, **__: last.as_subclass(LayerOutput)):
+            logits = self._model(input_ids=ids, use_cache=False).logits
         return logits.as_subclass(torch.Tensor)
 
 

@@ -95,6 +95,7 @@ def test_indexers_of_shared_layers_are_never_called(dsa: DsaModel, monkeypatch: 
         assert called == list(pattern.full_layers)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_saving_and_loading(checkpoint: Path, family: str, tmp_path: Path) -> None:
     """A model with a pattern saves the checkpoint as it was."""

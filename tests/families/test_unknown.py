@@ -1,0 +1,96 @@
+"""A family that nobody here has seen, with code of its own: searched by what it has, or refused with what it lacks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import toy_code
+from test_bits import all_patterns
+from test_commands import fixed, pattern_of, refused, run
+
+import tiny
+from conftest import random_batches
+from icsearch.model import DsaModel
+from icsearch.sweep import Sweeper, naive_nll
+from icsearch.weights import loading
+from icsearch.weights.checkpoint import open_checkpoint
+
+CODE = Path(toy_code.__file__)
+REMOTE = "--trust-remote-code"
+
+
+@pytest.fixture(autouse=True)
+def _modules_of_our_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """transformers copies a checkpoint's code before it runs it: not into the home of whoever runs the tests."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.getbasetemp() / "modules"))
+    yield
+
+
+def save_toy(directory: Path, twist: str = "", **changes: int) -> Path:
+    """A checkpoint with its code beside it, as a hub repository has it."""
+    torch.manual_seed(0)
+    model = toy_code.ToyForCausalLM(toy_code.ToyConfig(twist=twist, **changes))
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(directory)
+    shutil.copy(CODE, directory / "toy_code.py")
+    config = json.loads((directory / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "toy_code.ToyConfig", "AutoModelForCausalLM": "toy_code.ToyForCausalLM"}
+    (directory / "config.json").write_text(json.dumps(config))
+    tiny.save_tokenizer(directory)
+    return directory
+
+
+def load(directory: Path) -> DsaModel:
+    return loading.load(open_checkpoint(str(directory)), trust_remote_code=True)
+
+
+def test_it_is_searched(tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = save_toy(tmp_path / "toy")
+    dsa, batches = load(toy), random_batches(2)
+    swept = Sweeper(dsa).sweep(patterns := all_patterns(dsa), batches).nll
+    for pattern in patterns:
+        assert swept[pattern.letters] == naive_nll(dsa, pattern, batches)
+    assert len({tuple(losses) for losses in swept.values()}) == len(patterns)
+    status, _, err = run(capsys, "greedy", *fixed(toy, tokens, tmp_path / "run", "--num-shared", 2, REMOTE))
+    assert status == 0, err
+    assert pattern_of(tmp_path / "run")["model"]["model_type"] == "toy_sparse"
+    arguments = fixed(toy, tokens, tmp_path / "streamed", "--num-shared", 2, REMOTE, "--offload", "disk")
+    assert run(capsys, "greedy", *arguments)[0] == 0
+    assert pattern_of(tmp_path / "streamed")["loss"] == pattern_of(tmp_path / "run")["loss"]
+
+
+def test_its_attention_cannot_be_heard(tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It calls torch's attention by itself, and not through transformers' registry."""
+    arguments = fixed(save_toy(tmp_path / "toy"), tokens, tmp_path / "run", "--num-shared", 1, REMOTE)
+    line = refused(capsys, "dp-baseline", *arguments)
+    assert "called transformers' attention functions 0 times in one layer" in line
+
+
+@pytest.mark.parametrize(
+    ("twist", "expected"),
+    [
+        ("silent", "Chooser does not say how many tokens it selects: expected the attributes"),
+        ("past the call", "DSA layer 0 ran as F and did not call its indexer"),
+        ("pair", "the indexer of DSA layer 0 returned a tuple: expected one tensor"),
+        ("louder", "does more between its last decoder layer and its logits"),
+    ],
+)
+def test_what_was_missing(
+    tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str], twist: str, expected: str
+) -> None:
+    toy = save_toy(tmp_path / "toy", twist)
+    assert expected in refused(capsys, "greedy", *fixed(toy, tokens, tmp_path / "run", "--num-shared", 1, REMOTE))
+
+
+def test_code_is_not_run_unasked(tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toy = save_toy(tmp_path / "toy")
+    assert REMOTE in refused(capsys, "greedy", *fixed(toy, tokens, tmp_path / "run", "--num-shared", 1))
