@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from icsearch.errors import ModelError
+from icsearch.experts import chunked, find_experts
 from icsearch.families.attention import Observer, run_observed
 from icsearch.families.calls import FirstLayerReached, LayerCall, embedding_nothing, recorded
 from icsearch.families.decoder import decoder_layers
@@ -52,6 +53,7 @@ class DsaModel:
         self.native_shared = [slot.position for slot in self.slots if slot.inner is None]
         self._slot_of = dict(zip(self.layer_indices, self.slots, strict=True))
         self._observer: Observer | None = None
+        self._experts = find_experts(self.layers)
         self.blockwise = None if block_elements is None else self._make_blockwise(block_elements)
 
     @property
@@ -116,6 +118,7 @@ class DsaModel:
                 stack.enter_context(compressed(self.owners))
                 stack.enter_context(attending(self.config, self.blockwise.core, self._observer))
                 stack.enter_context(self._selecting(self.blockwise.select))
+                stack.enter_context(chunked(self._experts))
             yield
 
     @contextlib.contextmanager

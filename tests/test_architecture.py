@@ -72,9 +72,10 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"", "block_sizes", "errors", "families.attention", "ops"},
     "weights.shards": {"errors", "weights.header"},
     "weights.fp8": {"errors", "weights.checkpoint", "weights.configfile", "weights.shards"},
+    "experts": {"block_sizes"},
     "model": {
-        "errors", "families.attention", "families.calls", "families.decoder", "families.ending", "kernels", "pattern",
-        "slot", "weights.holding",
+        "errors", "experts", "families.attention", "families.calls", "families.decoder", "families.ending", "kernels",
+        "pattern", "slot", "weights.holding",
     },
     "weights.layout": {
         "cost", "errors", "families.classes", "families.decoder", "families.ending", "families.selection", "model",

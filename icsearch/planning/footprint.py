@@ -5,15 +5,16 @@ of a layer call at which much is alive, and the call takes as much as its fulles
 numbers are per token but for the buffers of blocks. e: bytes per value of the model's type. Not counted is the state
 that the call begins with: that is its branch's. No torch here.
 
-The experts are the largest part of a long call: transformers' `grouped_mm` makes one row of hidden size for each
-(token, expert) pair, and the routing weights, which are float32, make it float32, twice.
+The experts take most per token: transformers' `grouped_mm` makes one row of hidden size for each (token, expert) pair,
+and the routing weights, which are float32, make it float32, twice. So they work on a chunk of tokens at once
+(`icsearch.experts`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from icsearch.block_sizes import HEAD_CHUNK_TOKENS, block_size, gathering_pays
+from icsearch.block_sizes import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, block_size, gathering_pays
 from icsearch.cost import ModelShape
 
 FLOAT, LONG, INT = 4, 8, 4  # bytes
@@ -53,15 +54,16 @@ class Call:
 
     def moments(self) -> dict[str, int]:
         """Bytes alive at each of the moments that can be the fullest."""
-        tokens, moments = self.tokens, {"norm": self._norm}
+        tokens, moments, once = self.tokens, {"norm": self._norm}, {}
         moments["indexer"] = self._attention_inputs + self._indexer
         moments["attention"] = self._attention_inputs + self._core
         if self.shape.dense_layers:
             moments["dense MLP"] = self._mlp_inputs + 3 * self.shape.intermediate_size * self.dtype_bytes
         if self.shape.dense_layers < self.shape.layers:
-            moments |= {"router": self._mlp_inputs + self._router, "experts": self._mlp_inputs + self._experts}
-        blocks = {"indexer": self._indexer_block, "attention": self._core_block}
-        return {name: tokens * each + blocks.get(name, 0) for name, each in moments.items()}
+            moments["router"] = self._mlp_inputs + self._router
+            moments["experts"], once["experts"] = self._experts
+        once |= {"indexer": self._indexer_block, "attention": self._core_block}
+        return {name: tokens * each + once.get(name, 0) for name, each in moments.items()}
 
     @property
     def _norm(self) -> int:
@@ -123,12 +125,18 @@ class Call:
         return copy + 6 * self.shape.routed_experts * FLOAT
 
     @property
-    def _experts(self) -> int:
-        """Of each (token, expert) pair: gate and up with what they are made of, or outputs, weighted and reordered."""
+    def _experts(self) -> tuple[int, int]:
+        """Per token, and in all of a chunk.
+
+        Of each (token, expert) pair: gate and up with what they are made of, or outputs, weighted and reordered. Where
+        there are several chunks, their outputs wait for one another.
+        """
         one, width = self.shape, self.dtype_bytes
         inner = one.hidden_size * width + 4 * one.moe_intermediate_size * width
         outer = one.hidden_size * (2 * width + 2 * FLOAT)
-        return one.experts_per_token * max(inner, outer)
+        chunk = min(self.tokens, EXPERT_CHUNK_TOKENS)
+        waiting = one.hidden_size * width if chunk < self.tokens else 0
+        return self._mlp_inputs + waiting, chunk * one.experts_per_token * max(inner, outer)
 
 
 def head_bytes(tokens: int, hidden_size: int, vocab_size: int, dtype_bytes: int, copies: int) -> int:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from icsearch.block_sizes import HEAD_CHUNK_TOKENS, block_size
+from icsearch.block_sizes import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, block_size
 from icsearch.cost import Breakdown, Widths, layer_work
 from icsearch.planning.devices import CPU, Device
 from icsearch.planning.footprint import FLOAT, Call
@@ -169,14 +169,15 @@ def _elementwise(call: Call) -> Part:
 
 
 def _mlp(call: Call, index: int, work: Breakdown) -> Part:
-    """Weights once; inputs, outputs and what is between them, of each (token, expert) pair where there are experts."""
-    one, width = call.shape, call.dtype_bytes
+    """Weights, of experts once a chunk; inputs, outputs and what is between, of each (token, expert) pair there."""
+    one, width, again = call.shape, call.dtype_bytes, 0.0
     if index < one.dense_layers:
         moved = call.tokens * (2 * one.hidden_size + 6 * one.intermediate_size) * width
     else:
         pair = one.hidden_size * (4 * width + 4 * FLOAT) + 8 * one.moe_intermediate_size * width
         moved = call.tokens * one.experts_per_token * pair
-    return Part("mlp", work.mlp.flops * call.batch_size, work.mlp.bytes + moved)
+        again = (-(-call.tokens // EXPERT_CHUNK_TOKENS) - 1) * one.expert_weights * one.routed_experts * width
+    return Part("mlp", work.mlp.flops * call.batch_size, work.mlp.bytes + again + moved)
 
 
 def _indexer(call: Call, work: Breakdown) -> list[Part]:

@@ -9,13 +9,15 @@ from icsearch.planning.modelfile import open_model_file
 from plan_fixtures import DEEPSEEK, GLM
 
 
-def test_a_call_at_64k_is_mostly_its_experts() -> None:
+def test_experts_take_most_per_token_up_to_a_chunk() -> None:
     """Rows of hidden size for every (token, expert) pair, in and out in bfloat16, weighted twice in float32."""
     for name, hidden in ((GLM, 6144), (DEEPSEEK, 7168)):
-        call = Call(open_model_file(name).shape, 1, 65536, 2, 2**26)
-        moments = call.moments()
-        assert max(moments, key=moments.__getitem__) == "experts"
-        assert moments["experts"] == 65536 * (8 * hidden * (2 + 2 + 4 + 4) + 2 * hidden * 2)
+        shape = open_model_file(name).shape
+        one_chunk, longer = Call(shape, 1, 8192, 2, 2**26).moments(), Call(shape, 1, 65536, 2, 2**26).moments()
+        pairs = 8192 * 8 * hidden * (2 + 2 + 4 + 4)
+        assert max(one_chunk, key=one_chunk.__getitem__) == "experts"
+        assert one_chunk["experts"] == pairs + 8192 * 2 * hidden * 2
+        assert longer["experts"] == pairs + 65536 * 3 * hidden * 2
 
 
 def test_moments_grow_with_tokens_and_blocks_do_not() -> None:

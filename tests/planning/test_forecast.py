@@ -158,7 +158,7 @@ def test_exact_is_recommended_where_there_is_time_and_else_what_takes_least() ->
         ({"num_shared": 78}, "cannot share 78 more layers"),
         ({"stages": 79}, "--stages 79 is out of range"),
         ({"keep_full": frozenset({99})}, "--keep-full names layer 99"),
-        ({"devices": "1xA100"}, "nothing fits 1xA100"),
+        ({"devices": "1xA100", "device_memory": 40 * 10**9}, "nothing fits 1xA100"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(changes: dict[str, object], message: str) -> None:

@@ -71,7 +71,7 @@ def test_what_fits_is_within_its_budget_and_what_does_not_says_by_how_much() -> 
 
 
 def test_more_memory_lets_more_patterns_live() -> None:
-    sizes = [141 * 10**9, 200 * 10**9, 10**12]
+    sizes = [100 * 10**9, 141 * 10**9, 10**12]
     found = [fit(make_case(plan_request(device_memory=size)), Placement(8, 1, DISK)) for size in sizes]
     assert found[0].per_sweep < found[1].per_sweep < found[2].per_sweep
     assert found[2].per_sweep == make_case(plan_request()).workload.most_patterns and found[2].wave > 1
@@ -93,7 +93,7 @@ def test_the_shape_of_a_batch_is_that_of_a_run(tmp_path: Path) -> None:
 
 
 def test_where_nothing_fits_the_message_says_what_is_missing() -> None:
-    case = make_case(plan_request(devices="1xH100"))
+    case = make_case(plan_request(devices="1xH100", device_memory=40 * 10**9))
     fits = [fit(case, placement) for placement in placements(case)]
     assert all(one.missing for one in fits)
     error = why_nothing_fits(case, fits)
