@@ -204,9 +204,10 @@ ALLOWED: dict[str, set[str]] = {
         "runs.evaluation", "runs.record", "runs.refinement", "runs.results", "statistics",
     },
     "engines.indexer_weights": set(),
-    "engines.readers": {"engines.letters", "engines.table", "pattern"},
+    "engines.readers": {"engines.letters", "engines.stages", "engines.table", "pattern"},
     "engines.native_config": {
         "engines.engine", "engines.keys", "engines.letters", "engines.schedule", "errors", "jsonfile", "pattern",
+        "weights.configfile",
     },
     "engines.shard_rewrite": {"errors", "files", "weights.header"},
     "engines.checkpoint_copy": {

@@ -15,7 +15,15 @@ from pathlib import Path
 
 from icsearch.engines.shard_rewrite import rewrite_shard, rewritten_bytes
 from icsearch.errors import IcsearchError
-from icsearch.files import lives, make_directory, naming, sync_directory, write_atomically
+from icsearch.files import (
+    is_disk_full,
+    lives,
+    make_directory,
+    naming,
+    sync_directory,
+    typed_path,
+    write_atomically,
+)
 from icsearch.planning.plan import format_bytes
 from icsearch.weights.checkpoint import INDEX_NAME, Checkpoint
 from icsearch.weights.header import read_header
@@ -55,7 +63,7 @@ class Copied:
 
     def __str__(self) -> str:
         parts = (
-            f"{count} {what} ({format_bytes(size)})"
+            f"{count} {what.replace('s ', ' ', 1) if count == 1 else what} ({format_bytes(size)})"
             for count, what, size in (
                 (self.linked, "shards linked", self.linked_bytes),
                 (self.rewritten, "shards rewritten", self.rewritten_bytes),
@@ -96,7 +104,7 @@ def _files(directory: Path) -> Iterator[str]:
 
 def check_target(out: Path, source: Path) -> Path:
     """Where the copy will be, links resolved. Raises CopyError where something is there, or it lies in the source."""
-    target = out.expanduser().resolve()
+    target = typed_path(str(out), CopyError).resolve()
     if target.is_relative_to(source.resolve()):
         raise CopyError(f"{out} lies inside of the checkpoint {source}: give another --checkpoint directory")
     if target.exists() and not target.is_dir():
@@ -112,10 +120,8 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
     A process that is killed leaves the directory under its own hidden name; the next one for this target removes it.
     """
-    make_directory(target.parent)
-    _remove_stale(target)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    temporary.mkdir()
+    _begin(temporary, target)
     try:
         yield temporary
         for folder, _, _ in os.walk(temporary):
@@ -124,6 +130,18 @@ def whole_directory(target: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone by then, if all went well
     sync_directory(target.parent)
+
+
+def _begin(temporary: Path, target: Path) -> None:
+    try:
+        make_directory(target.parent)
+        _remove_stale(target)
+        temporary.mkdir()
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        reason = error.strerror or error
+        raise CopyError(f"cannot write in {target.parent} ({reason}): give another --checkpoint directory") from None
 
 
 def _take_name(temporary: Path, target: Path) -> None:

@@ -13,7 +13,7 @@ from icsearch.engines.checkpoint_copy import Copied, CopyPlan, check_target, fil
 from icsearch.engines.indexer_weights import indexers_by_layer
 from icsearch.engines.letters import ExportError, decoder_letters
 from icsearch.engines.native_config import NativeConfig, declared_shared, edit_config, num_hidden_layers
-from icsearch.engines.readers import check_droppable, notes
+from icsearch.engines.readers import check_droppable, notes, stage_notes
 from icsearch.jsonfile import read_object, strict, whole
 from icsearch.pattern import SHARED, Pattern, PatternFile, load_pattern_file
 from icsearch.weights.checkpoint import INDEX_NAME, Checkpoint, fingerprint, open_checkpoint
@@ -74,7 +74,7 @@ def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lamb
         check_droppable(model_type)
     names = _unwanted(letters, indexers) if request.drop_indexers else set()
     dropped = {shard: [entry for entry in entries if entry.name in names] for shard, entries in shards.items()}
-    config = edit_config(checkpoint.config, letters)
+    config = edit_config(checkpoint.config, checkpoint.name, letters)
     plan = _plan(checkpoint, file, config, {shard: entries for shard, entries in dropped.items() if entries})
     with whole_directory(target) as directory:
         copied = fill_directory(plan, directory, tell)
@@ -87,7 +87,10 @@ def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lamb
         copied=copied,
         left_out=(*plan.gone, *plan.left_out),
         dropped=tuple(entry for entries in dropped.values() for entry in entries),
-        notes=tuple(notes(model_type, letters, request.drop_indexers, (checkpoint.directory / "params.json").exists())),
+        notes=(
+            *notes(model_type, letters, request.drop_indexers, (checkpoint.directory / "params.json").exists()),
+            *stage_notes(file, model_type, len(letters)),
+        ),
     )
 
 
@@ -110,7 +113,7 @@ def _open(request: NativeRequest, file: PatternFile) -> Checkpoint:
 
 def _letters(file: PatternFile, checkpoint: Checkpoint) -> str:
     """One letter a decoder layer; raises ExportError where the file is for another kind of model."""
-    layers = num_hidden_layers(checkpoint.config)
+    layers = num_hidden_layers(checkpoint.config, checkpoint.name)
     here, there = checkpoint.config.get("model_type"), file.model.get("model_type")
     if there is not None and here != there:
         raise ExportError(f"the pattern is for model_type {there}, {checkpoint.name} is {here}: give its own --model")
@@ -137,7 +140,7 @@ def _native(file: PatternFile, checkpoint: Checkpoint) -> set[int]:
     """The decoder layers that the checkpoint shares already."""
     positions = file.model.get("native_shared")
     if positions is None:
-        return declared_shared(checkpoint.config)
+        return declared_shared(checkpoint.config, checkpoint.name)
     return {file.layer_indices[position] for position in positions if position < len(file.layer_indices)}
 
 

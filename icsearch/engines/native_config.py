@@ -18,6 +18,7 @@ from icsearch.engines.schedule import COMMON
 from icsearch.errors import ModelError
 from icsearch.jsonfile import MAX_LAYERS, shown, whole
 from icsearch.pattern import FULL, SHARED
+from icsearch.weights.configfile import language_config
 
 KEYS = (TYPES, PATTERN, SWITCH, FREQ, OFFSET)
 TEXT_CONFIG = "text_config"
@@ -38,11 +39,12 @@ def native_keys(letters: str) -> dict[str, Any]:
     return {**config_keys(letters), **({SWITCH: True} if SHARED in letters else {})}
 
 
-def edit_config(config: Mapping[str, Any], letters: str) -> NativeConfig:
-    """The config with the keys of a pattern, in its text_config where it wraps a language model; others stay as are."""
-    inner = text_part(config)
-    nested = inner is not config
-    keys = native_keys(letters)
+def edit_config(config: Mapping[str, Any], name: str, letters: str) -> NativeConfig:
+    """The config with the keys of a pattern, in its text_config where it wraps a language model; others stay as are.
+
+    Raises ModelError, which names the checkpoint, for a text_config that is none.
+    """
+    inner, nested, keys = language_config(config, name), bool(config.get(TEXT_CONFIG)), native_keys(letters)
     removed = [key for key in KEYS if key in inner and key not in keys]
     edited = {**{key: value for key, value in inner.items() if key not in removed}, **keys}
     if not nested:
@@ -52,31 +54,23 @@ def edit_config(config: Mapping[str, Any], letters: str) -> NativeConfig:
     return NativeConfig({**outside, TEXT_CONFIG: edited}, tuple(keys), tuple(removed), nested)
 
 
-def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config.json that describes the language model; raises ModelError."""
-    inner = config.get(TEXT_CONFIG)
-    if inner is None:
-        return config
-    if not isinstance(inner, dict):
-        raise ModelError(f"config.json has {TEXT_CONFIG} {shown(inner)}: expected an object; download it again")
-    return inner
-
-
-def num_hidden_layers(config: Mapping[str, Any]) -> int:
+def num_hidden_layers(config: Mapping[str, Any], name: str) -> int:
     """Decoder layers, without those of multi-token prediction; raises ModelError."""
-    found = text_part(config).get("num_hidden_layers")
+    found = language_config(config, name).get("num_hidden_layers")
     kind = whole(1, MAX_LAYERS)
     if not kind.fits(found):
-        raise ModelError(f"config.json has num_hidden_layers {shown(found)}: expected {kind.name}; download it again")
+        raise ModelError(
+            f"config.json of {name} has num_hidden_layers {shown(found)}: expected {kind.name}; download it again"
+        )
     return int(found)  # type: ignore[arg-type]  # it fits
 
 
-def declared_shared(config: Mapping[str, Any]) -> set[int]:
+def declared_shared(config: Mapping[str, Any], name: str) -> set[int]:
     """The decoder layers that a config itself shares, read as transformers does: types, else letters, else freq.
 
     Raises ExportError for types or letters that are none.
     """
-    inner, layers = text_part(config), num_hidden_layers(config)
+    inner, layers = language_config(config, name), num_hidden_layers(config, name)
     types, letters, freq, offset = (inner.get(key) for key in (TYPES, PATTERN, FREQ, OFFSET))
     words = {KINDS[FULL]: False, KINDS[SHARED]: True}
     if types is not None:

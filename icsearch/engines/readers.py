@@ -9,15 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from icsearch.engines.letters import ExportError
-from icsearch.engines.table import ENGINES, TRANSFORMERS
-from icsearch.pattern import SHARED
+from icsearch.engines.stages import describe, split_vllm, stages_on_shared
+from icsearch.engines.table import ENGINES, TRANSFORMERS, VLLM
+from icsearch.pattern import SHARED, PatternFile
 
+PIPELINE_SIZES = (2, 4, 8)
+
+# The numbers are of pull requests, in each project's own repository.
+_VLLM_AND_SGLANG = ("vLLM from #45895 on", "SGLang from #30531 on")
 # By model_type: those that make no indexer for an S layer, and so do not miss its weights.
 LOAD_WITHOUT_INDEXERS = {
-    "glm_moe_dsa": (TRANSFORMERS.title, "vLLM from #46600 on", "SGLang from #30531 on", "LMDeploy", "vllm-ascend"),
+    "glm_moe_dsa": (TRANSFORMERS.title, *_VLLM_AND_SGLANG, "ATOM from #1260 on", "vllm-ascend from #11363 on"),
     "hy_v4": (TRANSFORMERS.title,),
     "mistral_large4": (TRANSFORMERS.title,),
-    "deepseek_v32": ("vLLM from #46600 on", "SGLang from #30531 on"),
+    "deepseek_v32": _VLLM_AND_SGLANG,
 }
 
 
@@ -71,3 +76,13 @@ def _weight_notes(model_type: str, dropped: bool) -> Iterator[str]:
             "the S layers' indexer weights are still there: transformers leaves them unread and lists them as "
             "unexpected; --drop-indexers leaves them out"
         )
+
+
+def stage_notes(file: PatternFile, model_type: str, num_layers: int) -> Iterator[str]:
+    """Where vLLM, which checks nothing, would start a pipeline stage on S."""
+    if model_type not in VLLM.model_types:
+        return
+    for stages in PIPELINE_SIZES:
+        sizes = split_vllm(num_layers, stages) if stages <= num_layers else []
+        if wrong := stages_on_shared(file.pattern, file.layer_indices, sizes):
+            yield f"vLLM: {describe(sizes, wrong)}; icsearch export --engine vllm says what to do"

@@ -97,7 +97,8 @@ def header_length(first: bytes, file_bytes: int) -> int:
 def parse_header(text: bytes, file_bytes: int) -> Header:
     """A header's JSON, checked against the size of its file; raises HeaderError."""
     document = _parse_json(text)
-    metadata = document.pop(METADATA, None) or {}
+    metadata = document.pop(METADATA, None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise HeaderError(f"{METADATA} is {shown(metadata)}: expected texts by name")
     begin = LENGTH_BYTES + len(text)
@@ -120,18 +121,18 @@ def make_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def _parse_json(text: bytes) -> dict[str, Any]:
-    if not text.startswith(b"{"):
-        raise HeaderError("its header is no JSON object")
     try:
         document = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
-        json.dumps(list(document), ensure_ascii=False).encode()  # half of a surrogate pair is no name
+        json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no name
     except RecursionError:
         raise HeaderError("its header is nested too deeply") from None
     except HeaderError:
         raise
     except ValueError as error:  # not UTF-8, not JSON, a number of 5000 digits
         raise HeaderError(f"its header is not JSON: {error}") from None
-    return dict(document)
+    if not isinstance(document, dict):
+        raise HeaderError("its header is no JSON object")
+    return document
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ def test_the_demo_with_its_pattern(capsys: pytest.CaptureFixture[str], tmp_path:
         capsys, "export", DEMO, "--checkpoint", tmp_path / "out", "--retention", "1/2", "--drop-indexers"
     )
     assert status == 0, err
-    assert "copying: 0 shards linked (0 B), 1 shards rewritten (8.0 MB), 4 files copied" in err
+    assert "copying: 0 shards linked (0 B), 1 shard rewritten (8.0 MB), 4 files copied" in err
     assert "indexer_types, index_topk_pattern, use_index_cache written" in out
     assert "40 indexer tensors left out: 155.1 kB saved" in out
     written = {path.name for path in (tmp_path / "out").iterdir()}
