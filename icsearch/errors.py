@@ -36,9 +36,21 @@ class ShardError(IcsearchError):
 
 
 class NonFiniteLossError(IcsearchError):
-    """A loss came out NaN or infinite; the message names layer and sequence."""
+    """A loss came out NaN or infinite; the message names layer and sequence.
+
+    `value`, as text, is the loss of this `sequence` under this `pattern`; `where` it was first seen is empty where this
+    process has not all layers.
+    """
 
     exit_status = 1
+
+    def __init__(self, value: str, sequence: int, pattern: str, where: str = "") -> None:
+        super().__init__(
+            f"the loss of sequence {sequence} under {pattern} is {value}, first seen behind "
+            f"{where or 'a layer of another process'}: expected a finite number; try --dtype float32, or look at that "
+            "sequence"
+        )
+        self.value, self.sequence, self.pattern = value, sequence, pattern
 
 
 def first_line(error: BaseException) -> str:

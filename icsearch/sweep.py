@@ -33,6 +33,8 @@ from icsearch.resting import OnDevice
 from icsearch.slot import SelectionStore
 from icsearch.states import Keeping, StateStore
 
+LM_HEAD = "the LM head"  # where a loss is not finite though all states are
+
 
 @dataclass(frozen=True)
 class SweepResult:
@@ -187,26 +189,32 @@ class Sweeper:
         """Raise NonFiniteLossError with layer and sequence named, unless all of the [B] sums are finite."""
         bad = (~torch.isfinite(nll)).nonzero().flatten().tolist()
         if bad:
-            layer = self._first_nonfinite_layer(batch, pattern, bad[0])
-            raise NonFiniteLossError(
-                f"the loss of sequence {batch.first + bad[0]} under {pattern} is {nll[bad[0]].item()}, "
-                f"first seen behind {layer}: expected a finite number; try --dtype float32, or look at that sequence"
-            )
+            row = bad[0]
+            where = ""
+            if len(self.model.held) == len(self.model.layers):
+                where = self.trace(pattern, batch, row)[0] or LM_HEAD
+            raise NonFiniteLossError(str(nll[row].item()), batch.first + row, str(pattern), where)
 
-    def _first_nonfinite_layer(self, batch: Batch, pattern: Pattern, row: int) -> str:
-        if len(self.model.held) < len(self.model.layers):
-            return "a layer of the pipeline (without --pp, the layer is found)"
+    @computing()
+    def trace(
+        self, pattern: Pattern, batch: Batch, row: int, arriving: BranchState | None = None
+    ) -> tuple[str, BranchState]:
+        """Where in the layers that this process has a sequence's states are first not finite, "" where they all are.
+
+        Layer by layer, from the embedding or from what the block before has left; with what these layers leave.
+        """
         calls = self.calls_for(batch)
-        states = self.model.embed(batch.input_ids)
-        if not torch.isfinite(states[row]).all():
-            return "the embedding"
-        store = SelectionStore(pattern)
-        for index in range(len(self.model.layers)):
+        if arriving is None:
+            arriving = BranchState(self.model.embed(batch.input_ids), None)
+            if not torch.isfinite(arriving.hidden_states[row]).all():
+                return "the embedding", arriving
+        states, store = arriving.hidden_states, SelectionStore(pattern, arriving.selection)
+        for index in self.model.held:
             with self.model.holding(index):
                 states = self.model.run_layer(index, states, calls[index], store)
             if not torch.isfinite(states[row]).all():
-                return f"decoder layer {index}"
-        return "the LM head"
+                return f"decoder layer {index}", BranchState(states, store.selection)
+        return "", BranchState(states, store.selection)
 
     def calls_for(self, batch: Batch) -> list[LayerCall]:
         """Each layer's call arguments for this batch's shape."""

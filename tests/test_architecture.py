@@ -115,11 +115,12 @@ ALLOWED: dict[str, set[str]] = {
     "processes.wire": {"block", "errors", "pattern", "processes.launch", "processes.world"},
     "processes.wave_jobs": {"block", "journal", "measures", "model", "pattern", "similarity"},
     "processes.member": {
-        "block", "divergence", "journal", "model", "pattern", "processes.launch", "processes.wave_jobs",
+        "block", "divergence", "errors", "journal", "model", "pattern", "processes.launch", "processes.wave_jobs",
         "processes.wire", "processes.world", "states", "sweep",
     },
     "processes.crew": {
-        "journal", "pattern", "processes.launch", "processes.ledger", "processes.member", "processes.world", "search",
+        "errors", "journal", "pattern", "processes.launch", "processes.ledger", "processes.member", "processes.world",
+        "search",
     },
     "processes.muster": {
         "block", "calibration", "errors", "model", "processes.launch", "processes.member", "processes.world",

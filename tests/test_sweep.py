@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +167,25 @@ def test_nan_names_layer_and_sequence(dsa: model.DsaModel) -> None:
             Sweeper(dsa).sweep([Pattern.full(6)], batches)
     finally:
         weight.data.copy_(saved)
+
+
+@pytest.mark.parametrize("layer", [1, 4])
+def test_nan_is_traced_through_the_blocks_of_a_pipeline(family_checkpoint: Path, tmp_path: Path, layer: int) -> None:
+    """Weights that are finite and make states that are not: each block goes on from what the one before has left."""
+    copy = Path(shutil.copytree(family_checkpoint, tmp_path / "copy"))
+    tiny.overflow_in(copy, layer)
+    (batch, *_), pattern, arriving = random_batches(sequences=4), Pattern("FSFFSF"), None
+    found = []
+    for held in (range(3), range(3, 6)):
+        sweeper = Sweeper(loading.load(open_checkpoint(str(copy)), layers=held))
+        where, arriving = sweeper.trace(pattern, batch, 1, arriving)
+        found.append(where)
+        if where:
+            break
+    assert found == ["", f"decoder layer {layer}"][-1 - layer // 3 :]
+    whole = Sweeper(loading.load(open_checkpoint(str(copy))))
+    with pytest.raises(NonFiniteLossError, match=rf"sequence 0 under FSFFSF is nan, first seen behind {found[-1]}:"):
+        whole.sweep([pattern], [batch])
 
 
 def test_out_of_memory_names_the_option(dsa: model.DsaModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file as torch_save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, DeepseekV32Config, GlmMoeDsaConfig, PreTrainedTokenizerFast
 
@@ -74,3 +76,11 @@ def save_tokens(directory: Path, sequences: int = 5, length: int = 40, seed: int
     ids = np.random.default_rng(seed).integers(0, VOCABULARY, (sequences, length), dtype=np.int64)
     save_file({"input_ids": ids}, directory / "calibration.safetensors")
     return directory
+
+
+def overflow_in(directory: Path, layer: int) -> None:
+    """Make this decoder layer's states infinite: its weights are finite, as they must be, and far too large."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"model.layers.{layer}.self_attn.o_proj.weight"].fill_(3e38)
+    torch_save(tensors, path, {"format": "pt"})

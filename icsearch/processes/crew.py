@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from icsearch.errors import NonFiniteLossError
 from icsearch.journal import Event
 from icsearch.pattern import Pattern
 from icsearch.processes.launch import Grid
@@ -212,11 +213,31 @@ class CrewScorer:
                 continue
             last = grid.last_rank(data_rank)
             found.append(self._crew.world.take(_losses_key(flight, data_rank), f"losses from rank {last}"))
+        for data_rank, part in enumerate(found):
+            if "not finite" in part:
+                raise self._named(flight, data_rank, part["not finite"])
         done = sum(part["layer_sequences"] for part in found)
         on_layer(done - flight.own_layers)
         notes = sorted({note for part in found for note in part["notes"]})
         read = sum(part["bytes_read"] for part in found)
         return Scores(_joined(found, "nll"), done, tuple(notes), _joined(found, "kl"), read)
+
+    def _named(self, flight: _Flight, data_rank: int, loss: dict[str, Any]) -> NonFiniteLossError:
+        """The error for a loss of a pipeline that is not finite: its processes look for the layer, one after another.
+
+        They come to that behind all that was given out before, of which rank 0 has to do its part.
+        """
+        for other in self._flights:
+            if not other.begun:
+                self._crew.member.sweep(other.order)
+        batches = [batch for batch in self._shares[flight.wave][data_rank] if batch[0] <= loss["sequence"]]
+        order: Order = {"do": "trace", "item": self._crew.next_item(), "set": self._name, "data_rank": data_rank}
+        order |= {"batch": batches[-1][0], "sequence": loss["sequence"], "pattern": loss["pattern"]}
+        self._crew.world.tell(order)
+        where = self._crew.member.trace(order)
+        if where is None:
+            where = self._crew.world.take(f"traced/{order['item']}", "the layer of a loss that is not finite")
+        return NonFiniteLossError(loss["value"], loss["sequence"], loss["pattern"], where)
 
 
 def _firsts(share: Sequence[Range]) -> list[int]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from icsearch.block import Batch, BranchState
+from icsearch.block import Batch, Branch, BranchState
 from icsearch.divergence import KlSweeper
+from icsearch.errors import NonFiniteLossError
 from icsearch.journal import Event
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
@@ -19,10 +20,10 @@ from icsearch.processes.wave_jobs import JOBS
 from icsearch.processes.wire import Packet, Wire
 from icsearch.processes.world import World, has_own_gpu
 from icsearch.states import Keeping, StateStore
-from icsearch.sweep import Sweeper, SweepResult, kernel_notes
+from icsearch.sweep import LM_HEAD, Sweeper, SweepResult, kernel_notes
 
 Order = dict[str, Any]
-Measured = tuple[SweepResult, Packet]
+Measured = tuple[SweepResult | NonFiniteLossError, Packet]
 UNLIMITED = 2**62  # bytes: what is kept is decided by rank 0, by the plan
 
 
@@ -59,12 +60,11 @@ class Member:
         """Let go of what is of no use to the committed pattern and its flips."""
         self._sweepers[order["set"]].retain(Pattern(order["base"]))
 
-    def sweep(
-        self, order: Order, on_layer: Callable[[int], None] = lambda _: None
-    ) -> tuple[SweepResult, Packet] | None:
+    def sweep(self, order: Order, on_layer: Callable[[int], None] = lambda _: None) -> Measured | None:
         """This process's part of one sweep; the losses come from the last process of each pipeline.
 
-        Beside them the packet of that process says what its pipeline took and noted.
+        Beside them the packet of that process says what its pipeline took and noted. A loss that is not finite is what
+        comes in place of them, where the layer that it comes from may be another process's: see `trace`.
         """
         share = order["shares"][self.data_rank]
         if share is None:  # the last wave may have fewer batches than there are pipelines
@@ -80,12 +80,47 @@ class Member:
             branches, taken = sweeper.advance(starts, wave, self._heeding(on_layer), before.branches)
             taken += before.layer_sequences
             asked = [Pattern(letters) for letters in order["asked"]]
-            result = sweeper.measure(asked, wave, branches, taken) if self._is_last else None
+            result = self._measure(sweeper, asked, wave, branches, taken) if self._is_last else None
         packet = Packet(branches, taken, read + weights.bytes_read, tuple(sorted({*before.notes, *notes})))
         if result is not None:
             return result, packet
         self._wire.send(order["item"], packet)
         return None
+
+    def _measure(
+        self, sweeper: Sweeper, asked: list[Pattern], wave: list[Batch], branches: list[Branch], taken: int
+    ) -> SweepResult | NonFiniteLossError:
+        try:
+            return sweeper.measure(asked, wave, branches, taken)
+        except NonFiniteLossError as error:
+            if self._place == 0:  # it has all layers, and has named the one
+                raise
+            return error
+
+    def trace(self, order: Order) -> str | None:
+        """This process's part of a forward that looks for where a sequence's states are first not finite.
+
+        The process that finds it returns where; to those behind it, a packet without branches says that it is found.
+        """
+        if self.data_rank != order["data_rank"]:
+            return None
+        before = self._wire.receive(order["item"]) if self._place else None
+        if before is not None and not before.branches:
+            self._hand_on(order, [])
+            return None
+        arriving = None
+        if before is not None:
+            (branch,) = before.branches
+            arriving = BranchState(branch.hidden_states[0], branch.selections[0])
+        pattern, batch = Pattern(order["pattern"]), self._batches[order["set"]][order["batch"]]
+        row = order["sequence"] - batch.first
+        where, left = self._sweepers[order["set"]].trace(pattern, batch, row, arriving)
+        self._hand_on(order, [] if where else [Branch([pattern], [left.hidden_states], [left.selection])])
+        return where or (LM_HEAD if self._is_last else None)
+
+    def _hand_on(self, order: Order, branches: list[Branch]) -> None:
+        if not self._is_last:
+            self._wire.send(order["item"], Packet(branches, 0))
 
     def do_job(self, order: Order, on_layer: Callable[[int], None] = lambda _: None) -> list[Event] | None:
         """This process's part of a job: its wave, if there is one for it. Every process must hold all layers."""
@@ -108,6 +143,8 @@ class Member:
 def losses_message(done: Measured) -> dict[str, Any]:
     """What the last process of a pipeline has to say of a sweep, as JSON holds it: floats keep their bits."""
     result, packet = done
+    if isinstance(result, NonFiniteLossError):
+        return {"not finite": {name: getattr(result, name) for name in ("value", "sequence", "pattern")}}
     return {
         "nll": result.nll,
         "kl": result.kl,

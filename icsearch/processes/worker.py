@@ -20,6 +20,9 @@ def serve(world: World) -> None:
             member.set_up(order)
         elif order["do"] == "retain":
             member.retain(order)
+        elif order["do"] == "trace":
+            if (where := member.trace(order)) is not None:
+                world.post(f"traced/{order['item']}", where)
         elif order["do"] == "job":
             if (events := member.do_job(order)) is not None:
                 world.post(f"events/{order['item']}/{member.data_rank}", events)

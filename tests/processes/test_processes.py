@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -114,6 +115,20 @@ def test_one_is_killed_and_the_run_resumed_by_another_number(
     assert not (out / "pattern.json").exists()
     alone(greedy(deeper, longer, out))
     assert_same(out, whole)
+
+
+def test_a_pipeline_names_the_layer_of_a_loss_that_is_not_finite(
+    glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    """It is the last process that sees the loss, and another one that has the layer."""
+    copy = Path(shutil.copytree(glm_checkpoint, tmp_path / "copy"))
+    tiny.overflow_in(copy, 1)
+    out = tmp_path / "run"
+    with Ranks(2, greedy(copy, tokens, out, "--pp", 2), tmp_path / "logs") as ranks:
+        assert ranks.wait() == [1, 1]
+        (line,) = ranks.complaints(0)
+        assert "the loss of sequence 0 under FFFFFF is nan, first seen behind decoder layer 1:" in line
+    assert [line for line in (out / "journal.jsonl").read_text().splitlines() if "nan" in line.lower()] == []
 
 
 def assert_refused(ranks: Ranks, text: str) -> None:
