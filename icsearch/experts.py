@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from icsearch import block_sizes
+from icsearch.families.calls import instead_of_forward
 
 _TAKES = ["hidden_states", "top_k_index", "top_k_weights"]
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,14 +36,11 @@ def _is_experts(module: nn.Module) -> bool:
 @contextlib.contextmanager
 def chunked(experts: Iterable[Any]) -> Iterator[None]:
     """Within the block these modules work on EXPERT_CHUNK_TOKENS tokens at once; of no more they see one call."""
-    changed = list(experts)
-    for module in changed:
-        module.forward = partial(by_chunks, module.forward, block_sizes.EXPERT_CHUNK_TOKENS)
-    try:
+    with contextlib.ExitStack() as stack:
+        for module in experts:
+            by_so_many = partial(by_chunks, module.forward, block_sizes.EXPERT_CHUNK_TOKENS)
+            stack.enter_context(instead_of_forward(module, by_so_many))
         yield
-    finally:
-        for module in changed:
-            del module.forward
 
 
 def by_chunks(

@@ -72,7 +72,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": {"", "block_sizes", "errors", "families.attention", "ops"},
     "weights.shards": {"errors", "weights.header"},
     "weights.fp8": {"errors", "weights.checkpoint", "weights.configfile", "weights.shards"},
-    "experts": {"block_sizes"},
+    "experts": {"block_sizes", "families.calls"},
     "model": {
         "errors", "experts", "families.attention", "families.calls", "families.decoder", "families.ending", "kernels",
         "pattern", "slot", "weights.holding",
