@@ -7,7 +7,6 @@ tokens add up downstream; the report sets its prediction beside what the pattern
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +15,20 @@ import numpy as np
 
 from icsearch.block import Batch, cut_waves
 from icsearch.cosine_dp import solve
-from icsearch.errors import IcsearchError
-from icsearch.files import write_atomically
+from icsearch.errors import IcsearchError, first_line
+from icsearch.files import typed_path, write_atomically
 from icsearch.journal import Event
-from icsearch.jsonfile import read_object, strict, write_object
+from icsearch.jsonfile import (
+    OBJECT,
+    TEXT,
+    FieldError,
+    check_fields,
+    optional,
+    read_object,
+    strict,
+    whole,
+    write_object,
+)
 from icsearch.pattern import Pattern
 from icsearch.planning import plan
 from icsearch.processes.launch import check_device, grids
@@ -38,6 +47,16 @@ if TYPE_CHECKING:
     from icsearch.processes.world import World
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
+_ARRAYS = ("cosine", "overlap")
+_HEADER_BYTES = 4096  # far more than numpy writes before an array
+_ROUNDING = 1e-6  # by which a mean cosine may pass 1
+_MANIFEST_FIELDS = {
+    "format": TEXT,
+    "queries": whole(1),
+    "model": TEXT,
+    "calibration": TEXT,
+    "numerics": optional(OBJECT),
+}
 _NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "block_elements", "threads")
 
 
@@ -174,32 +193,54 @@ def _other_numerics(measured: dict[str, Any], start: Event) -> list[str]:
 def _read_similarity(path: Path, start: Event) -> Event:
     """A similarity.npz as an event, refused unless it is of the same model and batches."""
     expected, advice = "the similarity.json that dp-baseline wrote beside it", "leave --similarity out"
-    manifest = read_object(path.with_suffix(".json"), expected=expected, advice=advice, error=IcsearchError)
+    path = typed_path(str(path), IcsearchError)
+    described = path.parent / f"{path.stem or 'similarity'}.json"
+    manifest = read_object(described, expected=expected, advice=advice, error=IcsearchError)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            squares = {name: arrays[name] for name in ("cosine", "overlap")}
-        queries, found = int(manifest["queries"]), {name: manifest[name] for name in ("model", "calibration")}
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-        raise IcsearchError(
-            f"cannot use {path} ({type(error).__name__}: {error}): expected a similarity.npz of dp-baseline; {advice}"
-        ) from None
+        check_fields(manifest, _MANIFEST_FIELDS)
+    except FieldError as error:
+        raise IcsearchError(f"{described} is damaged ({error}): {advice}") from None
+    found = {name: manifest[name] for name in ("model", "calibration")}
     wanted = {name: _identity(start)[name] for name in found}
-    if manifest.get("format") != SIMILARITY_FORMAT or found != wanted:
+    if manifest["format"] != SIMILARITY_FORMAT or found != wanted:
         other = [name for name in found if found[name] != wanted[name]] or ["format"]
-        raise IcsearchError(f"{path} belongs to another {' and another '.join(other)}: leave --similarity out")
-    numerics = strict(manifest.get("numerics"))
-    layers = start["num_layers"]
-    if any(square.shape != (layers, layers) for square in squares.values()):
-        raise IcsearchError(f"{path} is not {layers} x {layers}, the model's DSA layers: leave --similarity out")
+        raise IcsearchError(f"{path} belongs to another {' and another '.join(other)}: {advice}")
+    queries = manifest["queries"]
     return {
         "event": "similarity",
         "sequences": [0, len(start["tokens"])],
         "queries": queries,
-        "numerics": numerics if isinstance(numerics, dict) else {},
-        **{name: _triangle(square * queries) for name, square in squares.items()},
+        "numerics": strict(manifest.get("numerics") or {}),
+        **{name: _triangle(square * queries) for name, square in _read_squares(path, start["num_layers"]).items()},
         "layer_sequences": 0,
         "seconds": 0.0,
     }
+
+
+def _read_squares(path: Path, layers: int) -> dict[str, Any]:
+    """`cosine` and `overlap` of a similarity.npz, float64 [layers, layers] each; raises IcsearchError.
+
+    What is larger than that is not read: a small archive can hold arrays larger than memory.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            sizes = [arrays.zip.getinfo(f"{name}.npy").file_size for name in _ARRAYS]
+            small = max(sizes) <= 8 * layers * layers + _HEADER_BYTES
+            squares = {name: arrays[name] for name in _ARRAYS} if small else {}
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds by the kind of damage
+        raise IcsearchError(
+            f"cannot use {path} ({type(error).__name__}: {first_line(error)}): expected a similarity.npz of "
+            "dp-baseline; leave --similarity out"
+        ) from None
+    if any(squares.get(name, np.zeros(0)).shape != (layers, layers) for name in _ARRAYS):
+        raise IcsearchError(f"{path} is not {layers} x {layers}, the model's DSA layers: leave --similarity out")
+    for name, square in squares.items():
+        if square.dtype != np.float64 or not (np.abs(square) <= 1 + _ROUNDING).all():
+            raise IcsearchError(
+                f"{name} of {path} does not hold float64 numbers from -1 to 1 alone: expected what dp-baseline wrote; "
+                "leave --similarity out"
+            )
+    return squares
 
 
 def _triangle(square: Any) -> list[list[float]]:

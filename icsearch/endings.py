@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ from icsearch.files import is_disk_full
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 128 + signal.SIGTERM
 
+# A path that the user gave, or may not use; one that is missing can have gone while the command ran.
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+_OTHER_PATH = "check its permissions, or give another path"
 _GOES_ON = "without --fresh, it continues where it stopped"
 
 
@@ -52,8 +56,14 @@ def run_to_its_end(command: Callable[[], object], debug: bool) -> int:
         return EXIT_FAILURE
     except Exception as error:  # the last line of defence: whatever happens, one line and a status
         message, status = explain(error)
-        _say(f"{traceback.format_exc() if debug else ''}icsearch: {' '.join(message.split())}\n")
+        _say(f"{traceback.format_exc() if debug else ''}icsearch: {one_line(message)}\n")
         return status
+
+
+def one_line(message: str) -> str:
+    """The message on one line, with escapes for what is no sign: names from outside can hold a terminal's commands."""
+    line = " ".join(message.split())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
 
 
 def explain(error: Exception) -> tuple[str, int]:
@@ -66,6 +76,8 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"the disk is full ({_where(error)}): free some space and repeat the command; {_GOES_ON}", EXIT_FAILURE
     if isinstance(error, MemoryError):
         return f"out of memory ({first_line(error)}): free some and repeat the command; {_GOES_ON}", EXIT_FAILURE
+    if isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename:
+        return f"cannot use {_shortened(error.filename)} ({error.strerror}): {_OTHER_PATH}", EXIT_BAD_INPUT
     return f"{type(error).__name__}: {error} (--debug shows where)", EXIT_FAILURE
 
 
@@ -86,6 +98,11 @@ def _origin(context: Any, parameter: Any) -> str:
     if source == "ENVIRONMENT":
         return f" (from the environment, {context.auto_envvar_prefix}_{parameter.name.upper()})"
     return ""
+
+
+def _shortened(name: object) -> str:
+    text = os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    return text if len(text) <= 200 else f"{text[:196]}..."
 
 
 def _where(error: Exception) -> str:

@@ -1,5 +1,7 @@
 """Errors that are the user's to mend: each message says what was found, what was expected, what to do."""
 
+MAX_SAID = 200  # characters of another library's error within a message of ours
+
 
 class IcsearchError(Exception):
     """Bad input. The command line prints the message as one line and exits with `exit_status`."""
@@ -54,6 +56,10 @@ class NonFiniteLossError(IcsearchError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line: its first, or its name where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What another library's error says, in one line: its first, or its name where it says nothing.
+
+    A first line that ends with a colon says nothing alone: then the next one comes with it. Long ones are cut.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return said if len(said) <= MAX_SAID else f"{said[: MAX_SAID - 3]}..."

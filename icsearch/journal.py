@@ -15,6 +15,7 @@ from typing import Any
 
 from icsearch.errors import JournalError
 from icsearch.files import naming
+from icsearch.jsonfile import unambiguous
 
 JOURNAL_FORMAT = "icsearch.journal/1"
 Event = dict[str, Any]
@@ -71,7 +72,7 @@ class Journal:
 
     def _parse(self, line: bytes, number: int) -> Event:
         try:
-            event = json.loads(line, parse_constant=_refuse_constant)
+            event = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=unambiguous)
         except (ValueError, RecursionError):
             event = None
         if not isinstance(event, dict) or "event" not in event:

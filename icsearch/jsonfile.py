@@ -32,13 +32,15 @@ def read_object(
     With `version`, the object's `format` must be that.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unambiguous)
     except FileNotFoundError:
         raise error(f"no file {path}: expected {expected}; {advice}") from None
     except OSError as problem:
         raise error(f"cannot read {path} ({problem.strerror or problem}): expected {expected}; {advice}") from None
     except RecursionError:
         raise error(f"{path} is nested too deeply: expected {expected}; {advice}") from None
+    except AmbiguityError as problem:
+        raise error(f"{path} {problem}: expected {expected}; {advice}") from None
     except ValueError as problem:  # not UTF-8, not JSON, a number of 5000 digits
         raise error(f"{path} is not JSON ({problem}): expected {expected}; {advice}") from None
     if not isinstance(document, dict):
@@ -46,6 +48,19 @@ def read_object(
     if version is not None and document.get("format") != version:
         raise error(f"{path} has format {shown(document.get('format'))}: expected {version!r}; {advice}")
     return document
+
+
+class AmbiguityError(ValueError):
+    """An object that says a thing twice: readers differ in which one they take."""
+
+
+def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for json's `object_pairs_hook`; raises AmbiguityError where a name comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise AmbiguityError(f"has {shown(next(name for name in names if names.count(name) > 1))} twice")
+    return found
 
 
 def write_object(path: Path, document: Mapping[str, Any]) -> None:

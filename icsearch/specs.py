@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from icsearch.errors import PatternError
+from icsearch.files import typed_path
+from icsearch.jsonfile import shown
 from icsearch.pattern import Pattern, PatternFile, load_pattern_file, parse_retention
 from icsearch.resources import published_patterns
 
@@ -71,24 +74,24 @@ def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: b
     if spec.startswith("published:"):
         file = load_pattern_file(_published_path(spec.removeprefix("published:")))
         return [_from_file(spec, file, file.pattern, target, force)]
-    if re.fullmatch(r"[A-Z]+|[fs]+", spec) and not Path(spec).exists():  # other letters: their position gets named
+    if re.fullmatch(r"[A-Z]+|[fs]+", spec) and not os.path.exists(spec):  # other letters: their position gets named
         return [NamedPattern(spec.upper(), Pattern.parse(spec, num_layers), "letters")]
     return _from_path(spec, target, retentions, force)
 
 
 def _published_path(name: str) -> Path:
-    path = published_patterns() / f"{name}.json"
-    if Path(name).name != name or not path.exists():
-        known = ", ".join(sorted(file.stem for file in published_patterns().glob("*.json")))
-        raise PatternError(f"no published pattern {name!r}: known are {known}")
-    return path
+    known = sorted(file.stem for file in published_patterns().glob("*.json"))
+    if name not in known:
+        raise PatternError(f"no published pattern {shown(name)}: known are {', '.join(known)}")
+    return published_patterns() / f"{name}.json"
 
 
 def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
-    text, _, at = spec.partition("@") if not Path(spec).exists() else (spec, "", "")
-    path = Path(text) / "pattern.json" if Path(text).is_dir() else Path(text)
+    text, _, at = spec.partition("@") if not os.path.exists(spec) else (spec, "", "")
+    path = typed_path(text, PatternError)
+    path = path / "pattern.json" if path.is_dir() else path
     if not path.exists():
-        raise PatternError(f"unknown pattern {spec!r}: expected {EXPECTED}")
+        raise PatternError(f"unknown pattern {shown(spec)}: expected {EXPECTED}")
     file = load_pattern_file(path)
     label = _label(path, file.method)
     wanted = [parse_retention(at)] if at else list(retentions)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from icsearch.calibration.batches import CALIBRATION_FORMAT, Calibration, check_arrays, described
 from icsearch.errors import CalibrationError
 from icsearch.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory, write_atomically
-from icsearch.jsonfile import read_object, shown, write_object
+from icsearch.jsonfile import TEXT, FieldError, check_fields, optional, read_object, shown, write_object
 from icsearch.texts.sources import MANIFEST_FILE, TOKENS_FILE
 
 
@@ -101,6 +101,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CalibrationError(
             f"{path} has format {shown(manifest.get('format'))}: expected {CALIBRATION_FORMAT!r}; {advice}"
         )
+    try:
+        check_fields(manifest, {"source": optional(TEXT)})  # which a run's journal takes over
+    except FieldError as error:
+        raise DamagedCacheError(f"{path} is damaged ({error}): {advice}") from None
     return manifest
 
 

@@ -26,9 +26,11 @@ def export_pattern(
 ) -> None:
     """Print what an engine needs to run a pattern, or write a checkpoint that has it. Warnings go to stderr."""
     from icsearch.engines.export import export
+    from icsearch.files import typed_path
     from icsearch.pattern import load_pattern_file, parse_retention
 
-    path = file / "pattern.json" if file.is_dir() else file
+    path = typed_path(str(file), IcsearchError)
+    path = path / "pattern.json" if path.is_dir() else path
     kept = parse_retention(retention) if retention else None
     if checkpoint is not None and engine is None:
         from icsearch.engines.native import NativeRequest

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icsearch.errors import IcsearchError
-from icsearch.files import is_disk_full, write_atomically
+from icsearch.files import is_disk_full, typed_path, write_atomically
 from icsearch.report.eval_terminal import eval_table
 from icsearch.report.eval_view import EvalRow, EvalView, view_eval
 from icsearch.report.kink import Kink, find_kink
@@ -115,6 +115,8 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     """
     if not runs:
         raise ReportError("no run to report on: give at least one directory of icsearch greedy, dp-baseline or eval")
+    runs = [typed_path(str(run), ReportError) for run in runs]
+    out = typed_path(str(out), ReportError)
     if out.is_dir():
         raise ReportError(f"{out} is a directory: give the name of an HTML file, such as {out / 'report.html'}")
     if not out.parent.is_dir():

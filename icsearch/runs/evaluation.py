@@ -10,8 +10,9 @@ from typing import Any
 
 from icsearch.errors import IcsearchError, JournalError
 from icsearch.journal import Event
-from icsearch.jsonfile import read_object, write_object
+from icsearch.jsonfile import FieldError, read_object, write_object
 from icsearch.pattern import Pattern
+from icsearch.runs.eval_schema import check_document, check_later, check_start
 from icsearch.statistics import Difference, mean_loss, paired_difference, wilson_interval
 
 EVAL_FORMAT = "icsearch.eval/1"
@@ -52,15 +53,19 @@ class EvalRecord:
         for number, event in enumerate(events, start=1):
             try:
                 record.apply(event)
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            except FieldError as error:
                 raise JournalError(
-                    f"journal line {number} is not an evaluation's ({type(error).__name__}: {error}): "
-                    "give another --out, or start over with --fresh"
+                    f"journal line {number} is not an evaluation's ({error}): give another --out, or start over with "
+                    "--fresh"
                 ) from None
         return record
 
     def apply(self, event: Event) -> None:
-        """Take one event in."""
+        """Take one event in; raises FieldError where it is none of this evaluation."""
+        if self.start:
+            check_later(event, self.start)
+        else:
+            check_start(event)
         kind = event["event"]
         if kind == "start":
             self.start = event
@@ -74,13 +79,14 @@ class EvalRecord:
             self.notes.append(event["text"])
         elif kind == "finish":
             self.finished = True
-        else:
-            raise ValueError(f"unknown event {kind!r}")
 
     def _apply_measures(self, event: Event) -> None:
         first, last = event["sequences"]
         for letters, table in event["patterns"].items():
             known = self.measures.setdefault(letters, {})
+            layers = {int(layer) for layer in table["overlap"]}
+            if known and next(iter(known.values())).overlap.keys() != layers:
+                raise FieldError(f"overlap of {letters} has other layers than before")
             for offset, sequence in enumerate(range(first, last)):
                 overlap = {int(layer): sums[offset] for layer, sums in table["overlap"].items()}
                 known[sequence] = SequenceMeasures(
@@ -253,7 +259,12 @@ def verdict(difference: Difference, is_full: bool) -> str:
 def load_eval(path: Path) -> dict[str, Any]:
     """Read an eval.json; a version that this code does not know is refused."""
     expected, advice = "the eval.json of icsearch eval", "evaluate again with this version"
-    return read_object(path, expected=expected, advice=advice, error=IcsearchError, version=EVAL_FORMAT)
+    document = read_object(path, expected=expected, advice=advice, error=IcsearchError, version=EVAL_FORMAT)
+    try:
+        check_document(document)
+    except FieldError as error:
+        raise IcsearchError(f"{path} is damaged ({error}): {advice}") from None
+    return document
 
 
 def save_eval(path: Path, record: EvalRecord) -> dict[str, Any]:

@@ -166,6 +166,8 @@ def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> li
     The sequences' digests and tokens follow from the fingerprint, and runs of earlier versions have no digests.
     """
     lines = []
+    if part == "options" and found.get("method") != wanted.get("method"):
+        return [f"method {_short(found.get('method'))}, now {_short(wanted.get('method'))}"]  # all else follows
     if part == "options":
         found = {**{key: value for key, value in _BEFORE_THE_OPTION.items() if key in wanted}, **found}
     for key in sorted(found.keys() | wanted.keys()):

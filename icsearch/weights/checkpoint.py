@@ -123,7 +123,10 @@ def _shards(directory: Path) -> tuple[Path, ...]:
         promised: dict[str, set[str]] = {}
         for tensor, file in weight_map.items():
             if not isinstance(file, str):
-                raise ModelError(f"{INDEX_NAME} of {directory} has {shown(file)} for {tensor}: expected a file name")
+                raise ModelError(
+                    f"{INDEX_NAME} of {directory} has {shown(file)} for {shown(tensor)}: expected a file name; "
+                    "download it again"
+                )
             promised.setdefault(file, set()).add(tensor)
     elif (directory / SINGLE_NAME).exists():
         promised = {SINGLE_NAME: set()}

@@ -9,11 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from icsearch.errors import ModelError
-from icsearch.jsonfile import MAX_LAYERS, FieldError, Kind, check_fields, list_of, optional, shown, whole
+from icsearch.jsonfile import MAX_LAYERS, FieldError, Kind, check_fields, list_of, one_of, optional, shown, whole
 
 FP8 = "fp8"
 _BLOCK = [128, 128]  # of weights with one scale, where the config does not say
-_ALWAYS = {"num_hidden_layers": whole(1, MAX_LAYERS), "num_nextn_predict_layers": whole(0, MAX_LAYERS)}
+_ALWAYS = {
+    "num_hidden_layers": whole(1, MAX_LAYERS),
+    "num_nextn_predict_layers": whole(0, MAX_LAYERS),
+    "indexer_types": list_of(one_of("full", "shared")),  # transformers takes any other word for full
+}
 
 
 def check_config(config: Mapping[str, Any], name: str, kinds: Mapping[str, Kind] | None = None) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from icsearch.errors import ModelError
 from icsearch.families.decoder import decoder_layers
 from icsearch.weights.checkpoint import Checkpoint
 from icsearch.weights.conversion import Conversion, check_finite, check_rehearsed, layer_prefix
@@ -37,6 +38,8 @@ class Reader:
             check_none_quantised(checkpoint, self._shards)
         self._conversion = Conversion(model, dtype, quantizer)
         self._tied = check_rehearsed(checkpoint, model, self._conversion.rehearse(self._shards))
+        if quantizer is None:
+            self._check_floating()
         self._of_layer, self._outside = self._sorted()
         self._known_finite: set[int] = set()
         self._parked: dict[int, dict[str, torch.Tensor]] = {}
@@ -55,6 +58,17 @@ class Reader:
             else:
                 outside[name] = target
         return of_layer, outside
+
+    def _check_floating(self) -> None:
+        """Raise ModelError where whole numbers are stored in place of weights: some quantisations are nothing else."""
+        parameters = dict(self.model.named_parameters())
+        for name, target in self._conversion.targets(self._shards).items():
+            weight, stored = parameters.get(target), self._shards[name].dtype
+            if weight is not None and weight.is_floating_point() and stored.startswith(("I", "U", "BOOL")):
+                raise ModelError(
+                    f"tensor {name} of {self._checkpoint.name} is {stored}: expected floating-point weights, as "
+                    "config.json names no quantization_config; convert the checkpoint, or use its own config"
+                )
 
     def bytes_read(self) -> int:
         """Bytes of weights read from the shards so far."""

@@ -1,0 +1,198 @@
+"""What the fields of an evaluation must be: of its eval.json, and of the events in its journal. No state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from icsearch.journal import Event
+from icsearch.jsonfile import (
+    DURATION,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    FieldError,
+    Kind,
+    check_fields,
+    layers,
+    letters,
+    list_of,
+    one_of,
+    optional,
+    shown,
+    whole,
+)
+from icsearch.pattern import CALIBRATION_FIELDS, MODEL_FIELDS
+
+PHASES = ("prefill", "decode")
+WAYS = ("forced", "generated")
+_FINITE = Kind(  # a perplexity can be far larger than any loss
+    "a finite number", lambda value: NUMBER.fits(value) or (type(value) is float and abs(value) <= sys.float_info.max)
+)
+_error = optional(NUMBER)  # null: one sequence has none
+_layer = Kind("layer numbers as names", lambda value: all(key.isdecimal() and len(key) < 6 for key in value))
+_described = {"name": TEXT, "method": TEXT, "in_sample": FLAG, "foreign": FLAG}
+_common = {
+    "icsearch_version": optional(TEXT),
+    "layer_indices": optional(layers()),
+    "model": OBJECT,
+    "calibration": OBJECT,
+    "options": optional(OBJECT),
+    "environment": optional(OBJECT),
+}
+
+
+def each(fields: Mapping[str, Kind], more: Callable[[Any], bool] = lambda value: True) -> Kind:
+    """A list of objects with these fields; `more` is asked of each one whose fields are right."""
+
+    def fits(value: Any) -> bool:
+        return list_of(OBJECT).fits(value) and all(_has(one, fields) and more(one) for one in value)
+
+    return Kind(f"a list of objects with {', '.join(fields)}", fits)
+
+
+def _has(value: Mapping[str, Any], fields: Mapping[str, Kind]) -> bool:
+    return all(kind.fits(value.get(name)) for name, kind in fields.items())
+
+
+# --- eval.json --------------------------------------------------------------------------------------------------------
+
+
+def check_document(document: dict[str, Any]) -> None:
+    """Raise FieldError where a field of an eval.json is missing or other than its kind."""
+    check_fields(document, {**_common, "rows": list_of(OBJECT), "notes": optional(list_of(TEXT))})
+    check_fields(document["model"], MODEL_FIELDS)
+    check_fields(document["calibration"], CALIBRATION_FIELDS)
+    check_fields(document, _BESIDE_ROWS)
+    if not document["rows"]:
+        raise FieldError("rows is an empty list: expected one for each pattern")
+    for row in document["rows"]:
+        check_fields(row, {"pattern": letters(), **_ROW})
+        check_fields(row, {"pattern": letters(len(document["rows"][0]["pattern"]))})
+
+
+_BOUNDS = dict.fromkeys(("accuracy", "low", "high"), NUMBER)
+_ACCURACY = Kind("accuracy, low and high", lambda value: OBJECT.fits(value) and _has(value, _BOUNDS))
+_ROW = {
+    **_described,
+    "loss": NUMBER,
+    "delta": NUMBER,
+    "std_err": _error,
+    "perplexity": optional(_FINITE),
+    "kl": NUMBER,
+    "kl_std_err": _error,
+    "top1_agreement": NUMBER,
+    "verdict": TEXT,
+    "positions": optional(each({"first": whole(0), "last": whole(1), "delta": NUMBER, "std_err": _error})),
+    "borrowed_overlap": optional(
+        Kind(
+            "an object of a number for each layer",
+            lambda value: OBJECT.fits(value) and _layer.fits(value) and all(map(NUMBER.fits, value.values())),
+        )
+    ),
+    "tasks": optional(each({"kind": TEXT, **dict.fromkeys(WAYS, optional(_ACCURACY))})),
+}
+_ESTIMATE = {
+    "context": whole(1),
+    **dict.fromkeys(
+        (
+            "indexer_share_full",
+            "indexer_share_pattern",
+            "removed_share",
+            "prefill_speedup_estimate",
+            "decode_speedup_estimate",
+        ),
+        NUMBER,
+    ),
+}
+_BESIDE_ROWS = {
+    "gaps": optional(each({"name": TEXT, "uniform": TEXT, "gap_closed": _error, "std_err": _error})),
+    "cost": optional(OBJECT),
+    "cost_rows": optional(each({"name": TEXT, "rows": each(_ESTIMATE)})),
+    "measured": optional(
+        each(
+            {"name": TEXT, "phase": one_of(*PHASES), "length": whole(1), "min": NUMBER, "median": NUMBER, "max": NUMBER}
+        )
+    ),
+}
+
+
+# --- the journal ------------------------------------------------------------------------------------------------------
+
+
+def check_start(event: Event) -> None:
+    """Raise FieldError where the first event is not that of an evaluation, or its fields disagree."""
+    if event.get("event") != "start":
+        raise FieldError(f"event is {shown(event.get('event'))}: expected start, which every journal begins with")
+    check_fields(event, {**_common, "start_pattern": letters(), "tokens": list_of(whole(1))})
+    check_fields(event, {"choosing_queries": whole(1)})
+    check_fields(event, {"bucket_edges": layers(sys.maxsize), "tokens": Kind("at least one sequence", bool)})
+    num_layers, buckets = len(event["start_pattern"]), len(event["bucket_edges"]) - 1
+    check_fields(
+        event,
+        {
+            "bucket_tokens": list_of(list_of(whole(0), buckets), len(event["tokens"])),
+            "patterns": each({**_described, "pattern": letters(num_layers)}),
+        },
+    )
+    check_fields(event["model"], MODEL_FIELDS)
+    check_fields(event["calibration"], CALIBRATION_FIELDS)
+
+
+def check_later(event: Event, start: Event) -> None:
+    """Raise FieldError where another event is none of an evaluation that began so."""
+    fields = _event_fields(start)
+    kind = event.get("event")
+    if kind not in list(fields):  # a list: a damaged journal's kind may not be hashable
+        raise FieldError(f"event is {shown(kind)}: expected one of {', '.join(fields)}")
+    check_fields(event, fields[kind])
+    if kind == "measures":
+        _check_measures(event, start)
+
+
+def _event_fields(start: Event) -> dict[str, dict[str, Kind]]:
+    sequences, pattern = len(start["tokens"]), letters(len(start["start_pattern"]))
+    waves = Kind(f"a range within 0 to {sequences}", lambda value: _is_range(value, sequences))
+    hits = Kind("true or false for each question", lambda value: list_of(FLAG).fits(value) and bool(value))
+    return {
+        "measures": {
+            "sequences": waves,
+            "patterns": OBJECT,
+            "layer_sequences": whole(0),
+            "seconds": DURATION,
+            "weight_bytes": optional(whole(0)),
+        },
+        "task": {"pattern": pattern, "kind": TEXT, "forced": hits, "generated": hits},
+        "extra": {"name": TEXT},
+        "note": {"text": TEXT},
+        "finish": {},
+    }
+
+
+def _check_measures(event: Event, start: Event) -> None:
+    """Raise FieldError where a pattern's sums are not one for each sequence, or for each bucket of each."""
+    first, last = event["sequences"]
+    buckets = len(start["bucket_edges"]) - 1
+    sums = list_of(NUMBER, last - first)
+    by_layer = Kind(
+        f"{last - first} sums for each layer",
+        lambda value: OBJECT.fits(value) and _layer.fits(value) and all(map(sums.fits, value.values())),
+    )
+    pattern = letters(len(start["start_pattern"]))
+    for name, table in event["patterns"].items():
+        if not (pattern.fits(name) and OBJECT.fits(table)):
+            raise FieldError(f"patterns has {shown(name)}: expected the sums of {pattern.name}")
+        check_fields(
+            table,
+            {
+                **dict.fromkeys(("nll", "kl", "agree"), sums),
+                "bucket_nll": list_of(list_of(NUMBER, buckets), last - first),
+                "overlap": by_layer,
+            },
+        )
+
+
+def _is_range(value: Any, most: int) -> bool:
+    return list_of(whole(0, most), 2).fits(value) and value[0] < value[1]
