@@ -102,16 +102,20 @@ def _files(directory: Path) -> Iterator[str]:
                 yield path.relative_to(directory).as_posix()
 
 
-def check_target(out: Path, source: Path) -> Path:
-    """Where the copy will be, links resolved. Raises CopyError where something is there, or it lies in the source."""
+def free_place(out: Path) -> Path:
+    """Where the copy will be, links resolved; raises CopyError where something is there."""
     target = typed_path(str(out), CopyError).resolve()
-    if target.is_relative_to(source.resolve()):
-        raise CopyError(f"{out} lies inside of the checkpoint {source}: give another --checkpoint directory")
     if target.exists() and not target.is_dir():
         raise CopyError(f"{out} is a file: give a --checkpoint directory that does not exist yet")
     if target.is_dir() and any(target.iterdir()):
         raise CopyError(f"{out} is not empty: give a --checkpoint directory that does not exist yet, or is empty")
     return target
+
+
+def check_outside(target: Path, source: Path) -> None:
+    """Raise CopyError where the copy would lie inside of its source."""
+    if target.is_relative_to(source.resolve()):
+        raise CopyError(f"{target} lies inside of the checkpoint {source}: give another --checkpoint directory")
 
 
 @contextlib.contextmanager

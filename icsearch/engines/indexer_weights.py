@@ -1,8 +1,9 @@
 """Which tensors of a checkpoint are the indexer of which decoder layer, by their names alone.
 
-In every DSA family an indexer is a submodule called `indexer` of a layer, so its weights, and the scales of quantised
-ones, are `…layers.N.….indexer.…`. Indexers of multi-token prediction are no part of it: they come after the decoder's
-last layer, or under a prefix of their own, which holds fewer layers.
+In the files of nearly all DSA families an indexer is a submodule called `indexer` of a layer, so its weights, and the
+scales of quantised ones, are `…layers.N.….indexer.…` (minimax_m3_vl calls them otherwise; nothing is found there).
+Indexers of multi-token prediction are no part of it: they come after the decoder's last layer, or under a prefix of
+their own, which holds fewer layers.
 """
 
 from __future__ import annotations

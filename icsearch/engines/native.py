@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from icsearch.engines.checkpoint_copy import Copied, CopyPlan, check_target, fill_directory, plan_copy, whole_directory
+from icsearch.engines.checkpoint_copy import (
+    Copied,
+    CopyPlan,
+    check_outside,
+    fill_directory,
+    free_place,
+    plan_copy,
+    whole_directory,
+)
 from icsearch.engines.indexer_weights import indexers_by_layer
 from icsearch.engines.letters import ExportError, decoder_letters
 from icsearch.engines.native_config import NativeConfig, declared_shared, edit_config, num_hidden_layers
@@ -62,20 +70,11 @@ def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lamb
     Raises an IcsearchError where pattern and checkpoint do not belong together, `out` is taken, or there is no room.
     """
     file = _chosen(load_pattern_file(request.file), request.retention)
+    target = free_place(request.out)
     checkpoint = _open(request, file)
-    target = check_target(request.out, checkpoint.directory)
-    letters = _letters(file, checkpoint)
-    shards = {path.name: read_header(path).entries for path in checkpoint.shards}
-    indexers = indexers_by_layer((entry.name for entries in shards.values() for entry in entries), len(letters))
-    model_type = str(checkpoint.config.get("model_type", ""))
-    _check_same_weights(request, file, checkpoint)
-    _check_full_layers(file, _native(file, checkpoint), set(indexers))
-    if request.drop_indexers:
-        check_droppable(model_type)
-    names = _unwanted(letters, indexers) if request.drop_indexers else set()
-    dropped = {shard: [entry for entry in entries if entry.name in names] for shard, entries in shards.items()}
-    config = edit_config(checkpoint.config, checkpoint.name, letters)
-    plan = _plan(checkpoint, file, config, {shard: entries for shard, entries in dropped.items() if entries})
+    check_outside(target, checkpoint.directory)
+    edit = _edit(request, file, checkpoint)
+    plan = _plan(checkpoint, file, edit)
     with whole_directory(target) as directory:
         copied = fill_directory(plan, directory, tell)
         open_checkpoint(str(directory))  # checked as any checkpoint is, before it gets its name
@@ -83,15 +82,48 @@ def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lamb
         out=request.out,
         source=checkpoint.name,
         pattern=file.pattern,
-        config=config,
+        config=edit.config,
         copied=copied,
         left_out=(*plan.gone, *plan.left_out),
-        dropped=tuple(entry for entries in dropped.values() for entry in entries),
-        notes=(
-            *notes(model_type, letters, request.drop_indexers, (checkpoint.directory / "params.json").exists()),
-            *stage_notes(file, model_type, len(letters)),
-        ),
+        dropped=tuple(entry for entries in edit.dropped.values() for entry in entries),
+        notes=tuple(_notes(request, file, checkpoint, edit)),
     )
+
+
+@dataclass(frozen=True)
+class _Edit:
+    """What of a checkpoint changes: the config, by one letter a decoder layer, and the tensors that shards lose."""
+
+    letters: str
+    config: NativeConfig
+    dropped: dict[str, list[Entry]]
+
+
+def _edit(request: NativeRequest, file: PatternFile, checkpoint: Checkpoint) -> _Edit:
+    """What the pattern makes of the checkpoint; raises ExportError where the two do not belong together."""
+    letters = _letters(file, checkpoint)
+    config = edit_config(checkpoint.config, checkpoint.name, letters)
+    shards = {path.name: read_header(path).entries for path in checkpoint.shards}
+    indexers = indexers_by_layer((entry.name for entries in shards.values() for entry in entries), len(letters))
+    _check_same_weights(request, file, checkpoint)
+    _check_full_layers(file, _native(file, checkpoint), set(indexers))
+    if not request.drop_indexers:
+        return _Edit(letters, config, {})
+    check_droppable(_model_type(checkpoint))
+    unwanted = _unwanted(letters, indexers)
+    dropped = {shard: [entry for entry in entries if entry.name in unwanted] for shard, entries in shards.items()}
+    return _Edit(letters, config, {shard: entries for shard, entries in dropped.items() if entries})
+
+
+def _notes(request: NativeRequest, file: PatternFile, checkpoint: Checkpoint, edit: _Edit) -> Iterator[str]:
+    model_type = _model_type(checkpoint)
+    has_params = (checkpoint.directory / "params.json").exists()
+    yield from notes(model_type, edit.letters, request.drop_indexers, has_params)
+    yield from stage_notes(file, model_type, len(edit.letters))
+
+
+def _model_type(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.config.get("model_type", ""))
 
 
 def _chosen(file: PatternFile, retention: Fraction | None) -> PatternFile:
@@ -161,14 +193,15 @@ def _unwanted(letters: str, indexers: dict[int, list[str]]) -> set[str]:
     return {name for layer, names in indexers.items() if letters[layer] == SHARED for name in names}
 
 
-def _plan(checkpoint: Checkpoint, file: PatternFile, config: NativeConfig, dropped: dict[str, list[Entry]]) -> CopyPlan:
+def _plan(checkpoint: Checkpoint, file: PatternFile, edit: _Edit) -> CopyPlan:
     written = {
-        "config.json": json.dumps(config.document, indent=2) + "\n",
+        "config.json": json.dumps(edit.config.document, indent=2) + "\n",
         PATTERN_NAME: json.dumps(strict(file.to_json()), indent=2) + "\n",
     }
     if (checkpoint.directory / INDEX_NAME).exists():
-        written[INDEX_NAME] = json.dumps(_index(checkpoint, dropped), indent=2) + "\n"
-    return plan_copy(checkpoint, {shard: {e.name for e in entries} for shard, entries in dropped.items()}, written)
+        written[INDEX_NAME] = json.dumps(_index(checkpoint, edit.dropped), indent=2) + "\n"
+    dropped = {shard: {entry.name for entry in entries} for shard, entries in edit.dropped.items()}
+    return plan_copy(checkpoint, dropped, written)
 
 
 def _index(checkpoint: Checkpoint, dropped: dict[str, list[Entry]]) -> dict[str, Any]:

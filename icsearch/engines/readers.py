@@ -30,7 +30,7 @@ def check_droppable(model_type: str) -> None:
     """Raise ExportError where nobody is known to load this kind of model without the indexers of its S layers."""
     if model_type not in LOAD_WITHOUT_INDEXERS:
         raise ExportError(
-            f"--drop-indexers: nothing is known to load a {model_type} checkpoint without the indexers of its S layers "
+            f"--drop-indexers: nothing is known to load a model of type {model_type} without the S layers' indexers "
             f"(known for {', '.join(LOAD_WITHOUT_INDEXERS)}): leave the option out"
         )
 

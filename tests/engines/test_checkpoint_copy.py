@@ -19,8 +19,9 @@ from icsearch.engines import checkpoint_copy
 from icsearch.engines.checkpoint_copy import (
     Copied,
     CopyError,
-    check_target,
+    check_outside,
     fill_directory,
+    free_place,
     plan_copy,
     whole_directory,
 )
@@ -46,7 +47,7 @@ def source(tmp_path: Path) -> Path:
 
 def copy(source: Path, out: Path, dropped: dict[str, set[str]], tell: Callable[[str], None] = print) -> Copied:
     plan = plan_copy(open_checkpoint(str(source)), dropped, NEW)
-    with whole_directory(check_target(out, source)) as directory:
+    with whole_directory(free_place(out)) as directory:
         return fill_directory(plan, directory, tell)
 
 
@@ -227,12 +228,13 @@ def test_places_that_cannot_be(source: Path, tmp_path: Path, monkeypatch: pytest
 def test_places_in_the_source_are_refused(source: Path, tmp_path: Path, place: str) -> None:
     (tmp_path / "link").symlink_to("source")
     with pytest.raises(CopyError, match="lies inside of the checkpoint"):
-        check_target(tmp_path / place, source)
+        check_outside((tmp_path / place).resolve(), source)
+    check_outside(tmp_path / "source-2", source)
 
 
 def test_places_that_are_taken_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CopyError, match="is a file"):
-        check_target(tmp_path / "file", source)
+        free_place(tmp_path / "file")
     with pytest.raises(CopyError, match="is not empty"):
-        check_target(tmp_path, source)
+        free_place(tmp_path)

@@ -275,7 +275,7 @@ def test_what_transformers_ignores_is_said(small: Path, tmp_path: Path, family: 
     assert any(f"does not read the pattern of a {family} config" in note for note in result.notes)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["index_topk_pattern"] == LETTERS
     if family == "axk2":
-        with pytest.raises(IcsearchError, match="nothing is known to load a axk2 checkpoint"):
+        with pytest.raises(IcsearchError, match="nothing is known to load a model of type axk2"):
             exported(small, tmp_path / "dropped", drop_indexers=True)
     else:
         assert any("random indexers" in note for note in exported(small, tmp_path / "d", drop_indexers=True).notes)

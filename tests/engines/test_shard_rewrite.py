@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from icsearch.engines import shard_rewrite
 from icsearch.engines.shard_rewrite import rewrite_shard, rewritten_bytes
 from icsearch.errors import ModelError, ShardError
-from icsearch.weights.header import BITS, make_header, read_header
+from icsearch.weights.header import BITS, Entry, make_header, read_header
 
 RANDOM = torch.Generator().manual_seed(0)
 TENSORS = {
@@ -70,6 +71,20 @@ def test_a_small_buffer_is_enough(source: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(shard_rewrite, "_BUFFER_BYTES", 5)
     rewrite_shard(source, tmp_path / "target", ["half"])
     assert load_file(tmp_path / "target").keys() == TENSORS.keys() - {"half"}
+
+
+def test_a_large_shard_needs_little_memory(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    entry = Entry("large", "U8", (2**26,), 0, 2**26)
+    source.write_bytes(make_header([entry, Entry("spare", "U8", (1,), 0, 1)], {}))
+    os.truncate(source, source.stat().st_size + 2**26 + 1)
+    tracemalloc.start()
+    try:
+        rewrite_shard(source, tmp_path / "target", ["spare"])
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert [one.bytes for one in read_header(tmp_path / "target").entries] == [2**26]
 
 
 def test_a_damaged_source_is_one_line(source: Path, tmp_path: Path) -> None:
