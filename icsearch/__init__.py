@@ -5,10 +5,36 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icsearch.api import apply_pattern, load, restore
+    from icsearch.api.engines import export_pattern
+    from icsearch.api.models import apply_pattern, load, restore
+    from icsearch.api.runs import calibrate, evaluate_patterns, find_pattern
+    from icsearch.errors import IcsearchError
+    from icsearch.pattern import Pattern, PatternFile, Step, load_pattern_file
 
-__all__ = ["__version__", "apply_pattern", "load", "restore"]
+__all__ = [
+    "IcsearchError",
+    "Pattern",
+    "PatternFile",
+    "Step",
+    "__version__",
+    "apply_pattern",
+    "calibrate",
+    "evaluate_patterns",
+    "export_pattern",
+    "find_pattern",
+    "load",
+    "load_pattern_file",
+    "restore",
+]
 __version__ = "0.1.0"
+
+_PLACES = {
+    "api.engines": ("export_pattern",),
+    "api.models": ("apply_pattern", "load", "restore"),
+    "api.runs": ("calibrate", "evaluate_patterns", "find_pattern"),
+    "errors": ("IcsearchError",),
+    "pattern": ("Pattern", "PatternFile", "Step", "load_pattern_file"),
+}
 
 
 def __dir__() -> list[str]:
@@ -16,9 +42,10 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """The public functions, imported when first asked for: `import icsearch` alone loads no torch."""
-    if name in __all__:
-        from icsearch import api
+    """The public names, imported when first asked for: `import icsearch` alone loads no torch."""
+    from importlib import import_module
 
-        return getattr(api, name)
+    for place, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"icsearch.{place}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -225,10 +225,11 @@ ALLOWED: dict[str, set[str]] = {
     "cli.plan": {
         "cli.options", "planning.devices", "planning.forecast", "planning.plan", "planning.report", "requests",
     },
+    "listening": {"runs.record", "search"},
     "tracking": set(),
     "tracking.rows": {"pattern", "runs.commit", "runs.record", "runs.refinement", "statistics"},
     "tracking.trackers": {"errors", "files", "jsonfile", "tracking.rows"},
-    "tracking.listener": {"errors", "runs.record", "search", "tracking.rows", "tracking.trackers"},
+    "tracking.listener": {"errors", "listening", "runs.record", "search", "tracking.rows", "tracking.trackers"},
     "cli.running": {"endings", "processes.world", "progress", "requests", "search", "weights.loading"},
     "cli.calibrate": {"cli.options", "requests", "setup.inputs"},
     "cli.greedy": {
@@ -246,8 +247,17 @@ ALLOWED: dict[str, set[str]] = {
         "", "cli.baseline", "cli.calibrate", "cli.evaluate", "cli.export", "cli.greedy", "cli.plan", "cli.report",
         "endings", "processes.launch", "processes.together", "processes.world",
     },
-    "api": {"errors", "model", "pattern", "slot", "specs", "weights.checkpoint", "weights.layout", "weights.loading"},
-    "__init__": {"api"},
+    "api": set(),
+    "api.models": {
+        "errors", "model", "pattern", "slot", "specs", "weights.checkpoint", "weights.layout", "weights.loading",
+    },
+    "api.options": {"pattern", "planning.plan", "requests"},
+    "api.runs": {
+        "api.options", "calibration", "evaluate", "greedy", "listening", "pattern", "progress", "report", "requests",
+        "runs.record", "runs.results", "search", "setup.inputs", "tracking.listener",
+    },
+    "api.engines": {"api.options", "engines.export", "pattern"},
+    "__init__": {"api.engines", "api.models", "api.runs", "errors", "pattern"},
     "__main__": {"cli"},
 }  # fmt: skip
 
@@ -301,6 +311,10 @@ NO_TORCH = [
     "runs.eval_schema",
     "runs.evaluation",
     "progress",
+    "api.options",
+    "api.runs",
+    "api.engines",
+    "listening",
     "tracking.rows",
     "tracking.trackers",
     "tracking.listener",

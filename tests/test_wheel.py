@@ -45,6 +45,7 @@ def test_wheel_carries_what_it_needs(installed: Path) -> None:
     assert (package / "demo" / "tokenizer.json").exists()
     assert (package / "patterns" / "glm-5-1-4.json").exists()
     assert (package / "templates" / "report.html").exists()
+    assert (package / "py.typed").exists()
     assert not (installed / "tests").exists()
 
 

@@ -9,45 +9,34 @@ from pathlib import Path
 from typing import Any
 
 from icsearch.errors import first_line
+from icsearch.listening import Passing
 from icsearch.runs.record import RunRecord
 from icsearch.search import Progress
 from icsearch.tracking.rows import MakeRow, eval_rows, run_rows
 from icsearch.tracking.trackers import RunTracker, check_trackers
 
 
-class Tracked:
+class Tracked(Passing):
     """A display with trackers beside it. What one of them raises is said once, and that one is left out from then."""
 
     def __init__(self, inner: Progress, names: Sequence[str], out: Path, say: Callable[[str], None]) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._names = list(dict.fromkeys(names))
         self._out = out
         self._say = say
         self._trackers: dict[str, RunTracker] = {}
 
-    def info(self, text: str) -> None:
-        self._inner.info(text)
-
-    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None:
-        self._inner.planned(rows, layer_sequences, done)
-
-    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
-        self._inner.step_started(step, patterns, layer_sequences)
-
-    def layer_done(self, layer_sequences: int) -> None:
-        self._inner.layer_done(layer_sequences)
-
     def losses_known(self, record: RunRecord, step: int | str) -> None:
-        self._inner.losses_known(record, step)
+        super().losses_known(record, step)
         if step == 0:
             self.tell_run(record)
 
     def committed(self, record: RunRecord) -> None:
-        self._inner.committed(record)
+        super().committed(record)
         self.tell_run(record)
 
     def tried(self, record: RunRecord) -> None:
-        self._inner.tried(record)
+        super().tried(record)
         self.tell_run(record)
 
     def tell_run(self, record: RunRecord) -> None:

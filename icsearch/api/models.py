@@ -1,4 +1,4 @@
-"""The public Python API: F/S patterns on transformers models in place, and off again.
+"""F/S patterns on transformers models in place, and off again.
 
 A patched model is the model itself with a slot in place of each indexer (`slot.py`): its forward, `generate`,
 `save_pretrained`, `state_dict` and `deepcopy` are its own. Pattern and selection live in one store per model.

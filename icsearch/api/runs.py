@@ -1,0 +1,125 @@
+"""The commands as functions: calibrate, search, evaluate. The same requests, the same code, the same directories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from icsearch.api.options import calibration_request, parsed
+from icsearch.listening import Passing
+from icsearch.pattern import Pattern, PatternFile, Step
+from icsearch.progress import make_listener
+from icsearch.report import EvalView, view_eval, write_eval_results, write_results
+from icsearch.requests import EvalRequest, GreedyRequest
+from icsearch.runs import results
+from icsearch.runs.record import RunRecord
+from icsearch.search import Progress
+from icsearch.tracking.listener import Tracked, tracked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from icsearch.api.options import CalibrationOptions, EvalOptions, SearchOptions
+    from icsearch.calibration import Calibration
+
+OnStep = Callable[[Step], object]
+
+
+def calibrate(
+    model: str | Path,
+    source: str | Path,
+    out: str | Path,
+    *,
+    fresh: bool = False,
+    **options: Unpack[CalibrationOptions],
+) -> Calibration:
+    """Batches of a text source for a model, as `icsearch calibrate` makes them, cached in the directory `out`.
+
+    `source` is what the command takes: ``demo``, a text file, ``hf:NAME``, or a directory of ready batches. The same
+    call again reads the cache; another one is refused unless `fresh`. Raises IcsearchError for bad input.
+    """
+    from icsearch.setup.inputs import calibrate as make
+
+    return make(calibration_request(model, source, dict(options)), Path(out), fresh)[0]
+
+
+def find_pattern(
+    model: str | Path,
+    calibration: str | Path,
+    out: str | Path,
+    *,
+    on_step: OnStep | None = None,
+    progress: bool = False,
+    trackers: Sequence[str] = (),
+    **options: Unpack[SearchOptions],
+) -> PatternFile:
+    """Search as `icsearch greedy` does, and return the content of pattern.json; `out` is the RUN directory.
+
+    `on_step` is called with each flip that this call commits, once that is in the journal. What it raises ends the
+    search there and comes out of this call; the same call later continues behind that flip, and one of a finished
+    run returns its result. `progress` shows on stderr what the command shows; `trackers` are accelerate's.
+
+    Raises IcsearchError for bad input, and for a run that was begun with other options.
+    """
+    from icsearch.greedy import greedy
+
+    asked: dict[str, Any] = dict(options)
+    request = GreedyRequest(calibration_request(model, calibration, asked), out=Path(out), **parsed(asked))
+    with _heard(progress, trackers, request.out) as tracking:
+        listener = tracking if on_step is None else _StepListener(tracking, on_step)
+        record = greedy(request, listener, write_results)
+        tracking.tell_run(record)
+    return results.pattern_file(record)
+
+
+def evaluate_patterns(
+    model: str | Path,
+    patterns: Sequence[str | Path | Pattern],
+    calibration: str | Path,
+    out: str | Path,
+    *,
+    progress: bool = False,
+    trackers: Sequence[str] = (),
+    **options: Unpack[EvalOptions],
+) -> EvalView:
+    """Measure patterns as `icsearch eval` does; `out` is the directory of its results.
+
+    A pattern is a SPEC of the command line, a RUN directory, or a `Pattern`. The rows come with most F layers first,
+    the unmodified model at the top; `document` is the content of eval.json. Raises IcsearchError for bad input.
+    """
+    from icsearch.evaluate import evaluate
+
+    asked: dict[str, Any] = dict(options)
+    specs = tuple(map(str, patterns))
+    where = calibration_request(model, calibration, asked)
+    request = EvalRequest(where, out=Path(out), patterns=specs, **parsed(asked))
+    with _heard(progress, trackers, request.out) as tracking:
+        document = evaluate(request, tracking, write_eval_results)
+        tracking.tell_evaluation(document)
+    return view_eval(document, request.out.resolve().name)
+
+
+class _StepListener(Passing):
+    """Hands each committed flip on to a function."""
+
+    def __init__(self, inner: Progress, on_step: OnStep) -> None:
+        super().__init__(inner)
+        self._on_step = on_step
+
+    def committed(self, record: RunRecord) -> None:
+        super().committed(record)
+        self._on_step(record.steps()[-1])
+
+
+@contextmanager
+def _heard(progress: bool, trackers: Sequence[str], out: Path) -> Iterator[Tracked]:
+    """The display of a run with its trackers, closed however the run ends."""
+    display = make_listener(quiet=not progress)
+    loud = make_listener(quiet=False)
+    try:
+        with tracked(display, trackers, out, loud.info) as tracking:
+            yield tracking
+    finally:
+        display.close()

@@ -1,0 +1,150 @@
+"""The commands as functions: the same files as the commands write, a callback, and options that keep step."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+from dataclasses import fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import icsearch
+import tiny
+from icsearch import cli
+from icsearch.api.options import CalibrationOptions, EvalOptions, SearchOptions
+from icsearch.requests import CalibrationRequest, EvalRequest, GreedyRequest
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_tokens(tmp_path_factory.mktemp("few"), sequences=2, length=24)
+
+
+def command(*arguments: object) -> None:
+    assert cli._run([*map(str, arguments), "--quiet"], debug=True) == 0
+
+
+def document(path: Path) -> dict[str, Any]:
+    """The content of a result, without what it cost."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    return {**content, "cost": None}
+
+
+def test_a_search_is_the_commands(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
+    """The same result, and the same options, so that either goes on with the other's run."""
+    found = icsearch.find_pattern(
+        glm_checkpoint, few, tmp_path / "api", retention=0.5, keep_full=[2], batch_size=1, memory="1GB", strategy="lazy"
+    )
+    options = ["--retention", "1/2", "--keep-full", "2", "--batch-size", 1, "--strategy", "lazy"]
+    command("greedy", glm_checkpoint, "--calibration", few, "--out", tmp_path / "command", *options)
+    command("greedy", glm_checkpoint, "--calibration", few, "--out", tmp_path / "api", *options)
+    assert document(tmp_path / "api" / "pattern.json") == document(tmp_path / "command" / "pattern.json")
+    assert found == icsearch.load_pattern_file(tmp_path / "api" / "pattern.json")
+    assert (tmp_path / "api" / "report.html").exists()
+
+
+def test_the_callback_hears_each_new_step_and_may_end_the_search(
+    glm_checkpoint: Path, few: Path, tmp_path: Path
+) -> None:
+    heard: list[icsearch.Step] = []
+
+    def stop(step: icsearch.Step) -> None:
+        heard.append(step)
+        if step.step == 2:
+            raise StopIteration("enough")
+
+    with pytest.raises(StopIteration, match="enough"):
+        icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", num_shared=3, on_step=stop)
+    assert not (tmp_path / "run" / "pattern.json").exists()
+    for _ in range(2):  # goes on, and then returns the finished run
+        found = icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", num_shared=3, on_step=heard.append)
+        assert tuple(heard) == found.steps
+
+
+def test_progress_and_trackers(
+    glm_checkpoint: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    icsearch.find_pattern(glm_checkpoint, few, tmp_path / "quiet", num_shared=1)
+    assert capsys.readouterr().out == ""
+    icsearch.find_pattern(glm_checkpoint, few, tmp_path / "loud", num_shared=1, progress=True, trackers=["tensorboard"])
+    assert "step 1/1" in capsys.readouterr().err
+    assert list((tmp_path / "loud").rglob("events.out.tfevents.*"))
+
+
+def test_an_evaluation_is_the_commands(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command("greedy", glm_checkpoint, "--calibration", few, "--num-shared", 2, "--out", run)
+    view = icsearch.evaluate_patterns(
+        glm_checkpoint, [run, icsearch.Pattern("FSSSSS"), "uniform:1/2"], few, tmp_path / "api", retentions=["5/6"]
+    )
+    patterns = ["--pattern", run, "--pattern", "FSSSSS", "--pattern", "uniform:1/2", "--retention", "5/6"]
+    command("eval", glm_checkpoint, "--calibration", few, "--out", tmp_path / "command", *patterns)
+    assert document(tmp_path / "api" / "eval.json") == document(tmp_path / "command" / "eval.json")
+    assert [row.pattern.letters.count("F") for row in view.rows] == [6, 5, 3, 1]
+    assert view.rows[0].is_baseline
+
+
+def test_calibrate_is_the_commands(glm_checkpoint: Path, tmp_path: Path) -> None:
+    made = icsearch.calibrate(glm_checkpoint, "demo", tmp_path / "api", seq_len=32, num_sequences=3, seed=5)
+    assert made.input_ids.shape == (3, 32)
+    sizes = ["--seq-len", 32, "--num-sequences", 3, "--seed", 5]
+    assert (
+        cli._run([*map(str, ["calibrate", glm_checkpoint, "demo", "--out", tmp_path / "command", *sizes])], True) == 0
+    )
+    for name in ("calibration.safetensors", "calibration.json"):
+        assert (tmp_path / "api" / name).read_bytes() == (tmp_path / "command" / name).read_bytes()
+    with pytest.raises(icsearch.IcsearchError, match="num_sequences"):
+        icsearch.calibrate(glm_checkpoint, "demo", tmp_path / "api", seq_len=32, num_sequences=4, seed=5)
+
+
+def test_export_takes_a_result_a_file_and_a_run(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
+    found = icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", num_shared=2)
+    texts = {
+        icsearch.export_pattern(one, "vllm").text
+        for one in (found, tmp_path / "run", tmp_path / "run" / "pattern.json")
+    }
+    assert len(texts) == 1
+    assert found.pattern.letters in texts.pop()
+    assert found.steps[0].pattern in icsearch.export_pattern(found, "vllm", Fraction(5, 6)).text
+
+
+def test_bad_requests_are_the_commands(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
+    with pytest.raises(icsearch.IcsearchError, match="retention 2 is out of range"):
+        icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", retention=2)
+    with pytest.raises(icsearch.IcsearchError, match="--strategy 'fast' is unknown"):
+        icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", strategy="fast")
+    with pytest.raises(TypeError, match="retenton"):
+        icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", retenton=0.5)  # type: ignore[call-arg]
+    assert not (tmp_path / "run").exists()
+
+
+def names(kind: type) -> set[str]:
+    return {one.name for one in fields(kind)}
+
+
+def test_the_options_are_those_of_the_requests() -> None:
+    given = {"model", "source", "calibration", "out", "patterns"}
+    alone = {"dp", "pp"}  # of several processes, which a launcher starts
+    calibration = names(CalibrationRequest) - given
+    assert set(CalibrationOptions.__annotations__) == calibration
+    assert set(SearchOptions.__annotations__) == (names(GreedyRequest) | calibration) - given - alone
+    # An evaluation's requests have the name `patterns` for what is an argument here.
+    assert set(EvalOptions.__annotations__) == (names(EvalRequest) | calibration) - given
+
+
+def test_no_public_name_is_that_of_a_module() -> None:
+    """A module that is imported becomes an attribute of the package, in place of a lazy name."""
+    modules = {module.name for module in pkgutil.iter_modules(icsearch.__path__)}
+    assert modules.isdisjoint(icsearch.__all__)
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    for name in icsearch.__all__:
+        found = getattr(icsearch, name)
+        assert name == "__version__" or found.__doc__
+    assert dir(icsearch) == sorted(icsearch.__all__)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = icsearch.nothing
