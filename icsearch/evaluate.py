@@ -31,6 +31,7 @@ from icsearch.setup.run_options import run_options
 from icsearch.setup.start_event import start_event
 from icsearch.setup.sweep_scorer import count_in_sweeps, process_rows, weight_notes, weight_rows
 from icsearch.specs import NamedPattern, Target, resolve_specs
+from icsearch.weights.layout import Layout
 from icsearch.weights.loading import load_tokenizer
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event
         layout.start_pattern,
         start["calibration"]["fingerprint"],
         frozenset(start["calibration"]["sequences"]),
+        layout.layer_indices,
+        layout.num_layers,
     )
     named = resolve_specs(request.patterns, target, request.retentions, request.force)
     start["patterns"] = [_describe(one) for one in named]
@@ -113,7 +116,15 @@ def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event
 
 
 def _describe(named: NamedPattern) -> dict[str, Any]:
-    return {**asdict(named), "pattern": named.pattern.letters}
+    described = {**asdict(named), "pattern": named.pattern.letters}
+    return {name: value for name, value in described.items() if name != "notes"}
+
+
+def _reading_notes(request: EvalRequest, layout: Layout) -> list[str]:
+    """How patterns that an engine is given were read."""
+    target = Target("", "", layout.start_pattern, "", frozenset(), layout.layer_indices, layout.num_layers)
+    named = resolve_specs(request.patterns, target, request.retentions, force=True)
+    return [f"{one.name}: {note}" for one in named for note in one.notes]
 
 
 def task_length(request: EvalRequest, inputs: Inputs) -> int:
@@ -137,7 +148,8 @@ def _measure(
     rows = [*plan.model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
     listener.planned(rows, total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
-    for text in dict.fromkeys((*loaded.notes, *weight_notes(loaded), *_uncounted(inputs))):
+    read = _reading_notes(request, inputs.layout)
+    for text in dict.fromkeys((*loaded.notes, *weight_notes(loaded), *_uncounted(inputs), *read)):
         if text not in record.notes:
             append({"event": "note", "text": text})
     waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)

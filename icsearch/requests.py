@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -79,8 +80,11 @@ class RunRequest:
         """Where held-out sequences come from, for a command that needs some beside those that it scores on."""
         return None
 
-    def check(self, start: Pattern) -> None:
-        """Refuse what cannot be done with a model of this start pattern; raises PatternError."""
+    def check(self, start: Pattern, layer_indices: Sequence[int] = (), num_layers: int | None = None) -> None:
+        """Refuse what cannot be done with a model of this start pattern and these layers; raises PatternError.
+
+        `layer_indices` are the decoder layers of its letters, by default all, and `num_layers` their number.
+        """
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class PatternRequest(RunRequest):
         known = recorded.get("stages")
         return self if self.stages is not None or known is None else replace(self, stages=known)
 
-    def check(self, start: Pattern) -> None:
+    def check(self, start: Pattern, layer_indices: Sequence[int] = (), num_layers: int | None = None) -> None:
         self.resolve_num_shared(start)
 
     def resolve_num_shared(self, start: Pattern) -> int:
@@ -185,7 +189,7 @@ class GreedyRequest(PatternRequest):
         """As many as the blocks of a pipeline that was asked for; one chosen for lack of memory changes nothing."""
         return (self.pp or 1) if self.stages is None else self.stages
 
-    def check(self, start: Pattern) -> None:
+    def check(self, start: Pattern, layer_indices: Sequence[int] = (), num_layers: int | None = None) -> None:
         pipeline_blocks(len(start), range(len(start)), self.pp or 1)
         known = self if self.stages is not None else replace(self, stages=1)  # a run that goes on may have others
         known.resolve_num_shared(start)
@@ -254,8 +258,9 @@ class EvalRequest(RunRequest):
     measure: tuple[int, ...] = ()
     lm_eval: tuple[str, ...] = ()
 
-    def check(self, start: Pattern) -> None:
-        resolve_specs(self.patterns, Target("", "", start, ""), self.retentions, force=True)
+    def check(self, start: Pattern, layer_indices: Sequence[int] = (), num_layers: int | None = None) -> None:
+        target = Target("", "", start, "", layer_indices=tuple(layer_indices), num_hidden_layers=num_layers)
+        resolve_specs(self.patterns, target, self.retentions, force=True)
 
 
 def parse_share(retention: str | None) -> Fraction | None:

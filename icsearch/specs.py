@@ -1,15 +1,18 @@
-"""Patterns as named on the command line by a SPEC: `full`, `uniform:1/4`, `published:NAME`, a file, or letters."""
+"""Patterns as named on the command line by a SPEC: `full`, `uniform:1/4`, `published:NAME`, a file, letters, or what
+an engine is given today."""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from icsearch.engines.backbone import Backbone
+from icsearch.engines.importing import import_pattern, is_engine_source
 from icsearch.errors import PatternError
 from icsearch.files import typed_path
 from icsearch.jsonfile import shown
@@ -17,18 +20,30 @@ from icsearch.pattern import Pattern, PatternFile, load_pattern_file, parse_rete
 from icsearch.resources import published_patterns
 
 REFERENCE_RETENTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
-EXPECTED = "full, uniform:1/4, published:NAME, a pattern.json or RUN (RUN@1/2: at that retention), or letters"
+EXPECTED = (
+    "full, uniform:1/4, published:NAME, a pattern.json or RUN (RUN@1/2: at that retention), letters, or what an engine "
+    "is given (a config.json, overrides as JSON, freq:4,offset:2)"
+)
+NAME_LENGTH = 32  # of a name in a table
 
 
 @dataclass(frozen=True)
 class Target:
-    """The model that patterns are for."""
+    """The model that patterns are for. `layer_indices` are the decoder layers of its letters, by default all."""
 
     model_type: str
     fingerprint: str
     start: Pattern  # all F but for native S layers
     calibration_fingerprint: str
     sequences: frozenset[str] = frozenset()  # digests of the calibration sequences
+    layer_indices: tuple[int, ...] = ()
+    num_hidden_layers: int | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The decoder layers, for patterns that count them all."""
+        indices = self.layer_indices or tuple(range(len(self.start)))
+        return Backbone(self.num_hidden_layers or indices[-1] + 1, indices, self.model_type or None)
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class NamedPattern:
     """A pattern with what is known of its origin.
 
     `method` groups patterns in a picture. `in_sample`: it was searched on some of the sequences it is evaluated on.
-    `foreign`: it belongs to another model, and was let through by --force.
+    `foreign`: it belongs to another model, and was let through by --force. `notes`: how it was read.
     """
 
     name: str
@@ -44,6 +59,7 @@ class NamedPattern:
     method: str
     in_sample: bool = False
     foreign: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def resolve_specs(
@@ -59,9 +75,12 @@ def resolve_specs(
     return _with_unique_names(found)
 
 
-def pattern_of(spec: str, start: Pattern) -> Pattern:
+def pattern_of(
+    spec: str, start: Pattern, layer_indices: Sequence[int] = (), num_hidden_layers: int | None = None
+) -> Pattern:
     """The pattern that a SPEC names, for a model of this start pattern; whose pattern it is does not matter here."""
-    return resolve_specs([spec], Target("", "", start, ""), force=True)[-1].pattern
+    target = Target("", "", start, "", layer_indices=tuple(layer_indices), num_hidden_layers=num_hidden_layers)
+    return resolve_specs([spec], target, force=True)[-1].pattern
 
 
 def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
@@ -76,7 +95,22 @@ def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: b
         return [_from_file(spec, file, file.pattern, target, force)]
     if re.fullmatch(r"[A-Z]+|[fs]+", spec) and not os.path.exists(spec):  # other letters: their position gets named
         return [NamedPattern(spec.upper(), Pattern.parse(spec, num_layers), "letters")]
+    if is_engine_source(spec):
+        return [_from_engine(spec, target, force)]
     return _from_path(spec, target, retentions, force)
+
+
+def _from_engine(spec: str, target: Target, force: bool) -> NamedPattern:
+    """What an engine runs with a config, overrides or numbers, by that engine's rules."""
+    found = import_pattern(spec, None, target.backbone)
+    name = spec if len(spec) <= NAME_LENGTH else _short(spec, found.engine.title)
+    file = found.pattern_file(name)
+    return replace(_from_file(name, file, file.pattern, target, force), notes=found.notes)
+
+
+def _short(spec: str, title: str) -> str:
+    """The end of a path, or whose settings these are."""
+    return Path(spec).name if Path(spec).suffix in (".json", ".gguf") else f"{title} settings"
 
 
 def _published_path(name: str) -> Path:
@@ -159,9 +193,7 @@ def _with_unique_names(found: list[NamedPattern]) -> list[NamedPattern]:
     unique = list(dict.fromkeys(found))
     names = [named.name for named in unique]
     return [
-        named
-        if names.count(named.name) == 1
-        else NamedPattern(f"{named.name} {named.pattern}", named.pattern, named.method, named.in_sample, named.foreign)
+        named if names.count(named.name) == 1 else replace(named, name=f"{named.name} {named.pattern}")
         for named in unique
     ]
 

@@ -22,7 +22,6 @@ ALLOWED: dict[str, set[str]] = {
     "resources": set(),
     "statistics": set(),
     "pattern": {"errors", "jsonfile"},
-    "specs": {"errors", "files", "jsonfile", "pattern", "resources"},
     "engines": set(),
     "engines.letters": {"errors", "pattern"},
     "engines.schedule": {"pattern"},
@@ -33,9 +32,18 @@ ALLOWED: dict[str, set[str]] = {
     "engines.table": {
         "engines.engine", "engines.keys", "engines.letters", "engines.rendering", "engines.schedule", "engines.stages",
     },
-    "engines.cautions": {"engines.engine", "engines.schedule", "engines.stages", "engines.table", "pattern"},
-    "engines.export": {
-        "engines.cautions", "engines.engine", "engines.letters", "engines.table", "jsonfile", "pattern",
+    "engines.backbone": {"errors", "jsonfile"},
+    "engines.gguf_file": {"engines.backbone", "engines.keys", "files", "jsonfile", "pattern"},
+    "engines.texts": {"engines.backbone", "engines.engine", "engines.keys", "engines.table", "jsonfile"},
+    "engines.reading": {
+        "engines.backbone", "engines.engine", "engines.keys", "engines.schedule", "jsonfile", "pattern",
+    },
+    "engines.importing": {
+        "engines.backbone", "engines.engine", "engines.gguf_file", "engines.letters", "engines.reading",
+        "engines.table", "engines.texts", "errors", "files", "pattern",
+    },
+    "specs": {
+        "engines.backbone", "engines.importing", "errors", "files", "jsonfile", "pattern", "resources",
     },
     "cost": {"errors", "pattern"},
     "cosine_dp": {"errors", "pattern"},
@@ -50,6 +58,18 @@ ALLOWED: dict[str, set[str]] = {
         "errors", "journal", "jsonfile", "pattern", "runs.commit", "runs.journal_schema", "runs.loss_table",
         "runs.refinement", "runs.similarity_sums", "statistics",
     },
+    "engines.losses": {"pattern", "runs.record"},
+    "engines.repair": {"engines.losses", "pattern"},
+    "engines.cautions": {"engines.engine", "engines.schedule", "engines.stages", "engines.table", "pattern"},
+    "engines.serving": {
+        "engines.cautions", "engines.engine", "engines.letters", "engines.losses", "engines.repair", "engines.stages",
+        "pattern",
+    },
+    "engines.export": {
+        "engines.cautions", "engines.engine", "engines.letters", "engines.serving", "engines.table", "jsonfile",
+        "pattern",
+    },
+    "engines.fitting": {"engines.backbone", "engines.letters", "engines.reading", "engines.table", "pattern"},
     "runs.results": {"pattern", "runs.record", "runs.refinement"},
     "runs.eval_schema": {"journal", "jsonfile", "pattern"},
     "runs.evaluation": {"errors", "journal", "jsonfile", "pattern", "runs.eval_schema", "statistics"},
@@ -199,7 +219,7 @@ ALLOWED: dict[str, set[str]] = {
         "block", "cost", "errors", "journal", "lm_eval_bridge", "measure", "measures", "model", "pattern",
         "planning.plan", "processes.launch", "processes.wave_jobs", "processes.world", "requests", "runs.evaluation",
         "search", "setup.inputs", "setup.prepare", "setup.run_options", "setup.start_event", "setup.sweep_scorer",
-        "specs", "tasks", "weights.loading",
+        "specs", "tasks", "weights.layout", "weights.loading",
     },
     "report": {
         "engines.export", "engines.table", "errors", "files", "pattern", "planning.plan", "runs.commit",
@@ -210,6 +230,10 @@ ALLOWED: dict[str, set[str]] = {
     "engines.native_config": {
         "engines.engine", "engines.keys", "engines.letters", "engines.schedule", "errors", "jsonfile", "pattern",
         "weights.configfile",
+    },
+    "engines.writing": {
+        "engines.backbone", "engines.export", "engines.gguf_file", "engines.letters", "engines.native_config",
+        "engines.table", "jsonfile",
     },
     "engines.shard_rewrite": {"errors", "files", "weights.header"},
     "engines.checkpoint_copy": {
@@ -241,11 +265,16 @@ ALLOWED: dict[str, set[str]] = {
         "tracking.listener",
     },
     "cli.native": {"engines.native", "planning.plan"},
-    "cli.export": {"cli.native", "cli.options", "engines.native", "engines.export", "errors", "files", "pattern"},
+    "cli.export": {
+        "cli.native", "cli.options", "engines.backbone", "engines.export", "engines.fitting", "engines.letters",
+        "engines.losses", "engines.native", "engines.serving", "engines.writing", "errors", "files", "pattern",
+        "runs.record",
+    },
+    "cli.importing": {"cli.options", "engines.backbone", "engines.importing"},
     "cli.report": {"cli.options", "report"},
     "cli": {
-        "", "cli.baseline", "cli.calibrate", "cli.evaluate", "cli.export", "cli.greedy", "cli.plan", "cli.report",
-        "endings", "processes.launch", "processes.together", "processes.world",
+        "", "cli.baseline", "cli.calibrate", "cli.evaluate", "cli.export", "cli.greedy", "cli.importing", "cli.plan",
+        "cli.report", "endings", "processes.launch", "processes.together", "processes.world",
     },
     "api": set(),
     "api.models": {
@@ -322,6 +351,8 @@ NO_TORCH = [
     "engines.export",
     "weights.header",
     "engines.native",
+    "engines.importing",
+    "engines.writing",
 ]
 
 

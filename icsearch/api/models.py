@@ -6,6 +6,7 @@ A patched model is the model itself with a slot in place of each indexer (`slot.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -39,7 +40,7 @@ def load(
     """
     checkpoint = open_checkpoint(name_or_path, trust_remote_code=trust_remote_code)
     layout = inspect(checkpoint, trust_remote_code)
-    fitting = None if pattern is None else _fit(pattern, layout.start_pattern)
+    fitting = None if pattern is None else _fit(pattern, layout.start_pattern, layout.layer_indices, layout.num_layers)
     model = loading.load(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code).model
     return restore(model) if fitting is None else apply_pattern(model, fitting)
 
@@ -48,10 +49,10 @@ def apply_pattern(model: Model, pattern: str | Pattern) -> Model:
     """Make a loaded transformers model follow the pattern, in place; returns the model.
 
     `pattern` is a Pattern, its letters (one per DSA layer, layer 0 first), or any SPEC of the command line: a
-    pattern.json, a RUN, ``RUN@1/2``, ``uniform:1/4``, ``published:NAME``. A pattern that was applied before is
-    replaced. Run one forward at a time on a patched model. A KV cache holds no indexer keys of S layers, so continue
-    it only under the pattern that filled it. Saving writes the checkpoint as it was: a pattern travels as a
-    pattern.json.
+    pattern.json, a RUN, ``RUN@1/2``, ``uniform:1/4``, ``published:NAME``, or what an engine is given, such as its
+    config.json. A pattern that was applied before is replaced. Run one forward at a time on a patched model. A KV
+    cache holds no indexer keys of S layers, so continue it only under the pattern that filled it. Saving writes the
+    checkpoint as it was: a pattern travels as a pattern.json.
 
     Raises PatternError, and leaves the model alone, where the pattern has another length, asks F of a layer that the
     checkpoint itself shares, or the model has no indexers.
@@ -62,7 +63,7 @@ def apply_pattern(model: Model, pattern: str | Pattern) -> Model:
             f"{type(model).__name__} has no indexers: expected a DeepSeek-Sparse-Attention model of transformers, "
             "such as deepseek_v32 or glm_moe_dsa"
         )
-    store = SelectionStore(_fit(pattern, _start_pattern(owners)))
+    store = SelectionStore(_fit(pattern, _start_pattern(owners), *_decoder_layers(model)))
     for position, owner in enumerate(owners):
         put_slot(owner, position).store = store
     return model
@@ -85,16 +86,22 @@ def _owners(model: nn.Module) -> list[nn.Module]:
     return [owner for _, owner in indexer_owners(model)]
 
 
+def _decoder_layers(model: Any) -> tuple[list[int], int]:
+    """Those with an indexer, and how many there are in all."""
+    return [index for index, _ in indexer_owners(model)], len(model.get_decoder().layers)
+
+
 def _start_pattern(owners: list[nn.Module]) -> Pattern:
     """The unmodified model: S on the layers that the checkpoint itself shares, F elsewhere."""
     indexers = [getattr(owner.indexer, "inner", owner.indexer) for owner in owners]
     return Pattern("".join(SHARED if indexer is None else FULL for indexer in indexers))
 
 
-def _fit(pattern: str | Pattern, start: Pattern) -> Pattern:
-    """The pattern, checked against the unmodified model's; raises PatternError."""
+def _fit(pattern: str | Pattern, start: Pattern, layer_indices: Sequence[int], num_layers: int) -> Pattern:
+    """The pattern, checked against the unmodified model's, whose decoder layers these are; raises PatternError."""
     letters = isinstance(pattern, Pattern) or not set(pattern) - set("FfSs")
-    fitting = Pattern.parse(str(pattern), len(start)) if letters else pattern_of(str(pattern), start)
+    spec = str(pattern)
+    fitting = Pattern.parse(spec, len(start)) if letters else pattern_of(spec, start, layer_indices, num_layers)
     refused = [layer for layer in start.shared_layers if fitting.is_full(layer)]
     if refused:
         raise PatternError(

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from icsearch import __version__
-from icsearch.cli import baseline, calibrate, evaluate, export, greedy, plan, report
+from icsearch.cli import baseline, calibrate, evaluate, export, greedy, importing, plan, report
 from icsearch.endings import raise_on_sigterm, run_to_its_end
 from icsearch.processes.launch import read_launch
 
@@ -54,6 +54,7 @@ app.command("plan", cls=Command)(plan.plan_search)
 app.command("dp-baseline", cls=Command)(baseline.similarity_baseline)
 app.command("eval", cls=Command)(evaluate.evaluate_patterns)
 app.command("export", cls=Command)(export.export_pattern)
+app.command("import", cls=Command, context_settings={"ignore_unknown_options": True})(importing.import_engine_pattern)
 app.command("report", cls=Command)(report.report_on_runs)
 
 

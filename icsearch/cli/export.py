@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from icsearch.cli.native import CheckpointOption, DropIndexers, ModelOption, OtherWeights, write_checkpoint
 from icsearch.cli.options import ConfigFile, EngineName
 from icsearch.errors import IcsearchError
+
+if TYPE_CHECKING:
+    from icsearch.pattern import PatternFile
 
 
 def export_pattern(
@@ -18,14 +21,45 @@ def export_pattern(
     retention: Annotated[
         str | None, typer.Option(help="Take the run's pattern at this retention instead of its last.")
     ] = None,
+    model_config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG.json", help="The checkpoint's config.json, or its directory: check the pattern against it."
+        ),
+    ] = None,
+    serve_pp: Annotated[
+        str | None,
+        typer.Option(metavar="N|0,20,40", help="Pipeline stages that it will be served in, or each one's first layer."),
+    ] = None,
+    repair: Annotated[
+        str,
+        typer.Option(
+            help="Where a stage of --serve-pp would start on S: add (make that layer F), same (and another one S, by "
+            "the run's losses), none (leave it)."
+        ),
+    ] = "add",
+    gguf: Annotated[
+        Path | None, typer.Option(metavar="OLD.gguf", help="llamacpp: the model to copy, with the pattern set.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="NEW", help="Write the file that the engine reads: NEW.gguf, or --model-config's with the keys."
+        ),
+    ] = None,
     checkpoint: CheckpointOption = None,
     model: ModelOption = None,
     drop_indexers: DropIndexers = False,
     other_weights: OtherWeights = False,
     config: ConfigFile = None,
 ) -> None:
-    """Print what an engine needs to run a pattern, or write a checkpoint that has it. Warnings go to stderr."""
+    """Print what an engine needs to run a pattern, or write a checkpoint that has it. All else goes to stderr."""
+    from icsearch.engines.backbone import load_config
     from icsearch.engines.export import export
+    from icsearch.engines.fitting import with_config
+    from icsearch.engines.letters import ExportError
+    from icsearch.engines.serving import Serving
+    from icsearch.engines.writing import write_file
     from icsearch.files import typed_path
     from icsearch.pattern import load_pattern_file, parse_retention
 
@@ -35,14 +69,38 @@ def export_pattern(
     if checkpoint is not None and engine is None:
         from icsearch.engines.native import NativeRequest
 
+        for_engines = {"--serve-pp": serve_pp, "--gguf": gguf, "--out": out, "--model-config": model_config}
+        if given := [name for name, value in for_engines.items() if value is not None]:
+            raise IcsearchError(f"{', '.join(given)} belong to --engine NAME: leave them out with --checkpoint")
         write_checkpoint(NativeRequest(path, checkpoint, model, kept, drop_indexers, other_weights))
         return
     if engine is None or checkpoint is not None:
         raise IcsearchError("export needs one of --engine NAME and --checkpoint OUT")
     if model is not None or drop_indexers or other_weights:
         raise IcsearchError("--model, --drop-indexers and --other-weights belong to --checkpoint OUT: leave them out")
-    result = export(load_pattern_file(path), engine, kept)
-    typer.echo(f"{result.title}: {result.how}", err=True)
-    for warning in result.warnings:
+    if gguf is not None and out is None:
+        raise ExportError("--gguf is copied to another file: give --out NEW.gguf")
+    pattern_file = load_pattern_file(path)
+    notes: list[str] = []
+    if model_config is not None:
+        pattern_file, notes = with_config(pattern_file, load_config(model_config), str(model_config))
+    serving = None if serve_pp is None else Serving(serve_pp, repair, _losses(path, pattern_file))
+    result = export(pattern_file, engine, kept, serving)
+    written = [] if out is None else write_file(result, model_config, gguf, out)
+    for warning in (*notes, *result.warnings, *written):
         typer.echo(f"warning: {warning}", err=True)
-    typer.echo(result.text)
+    if out is None:
+        typer.echo(f"{result.title}: {result.how}", err=True)
+        typer.echo(result.text)
+    else:
+        typer.echo(f"wrote {out}")
+
+
+def _losses(path: Path, pattern_file: PatternFile) -> dict[str, float]:
+    """All that the run measured where its journal is there, else what its pattern.json holds."""
+    from icsearch.engines.losses import losses_of_file, losses_of_run
+    from icsearch.runs.record import JOURNAL_NAME, load_run
+
+    if path.name == "pattern.json" and (path.parent / JOURNAL_NAME).exists():
+        return losses_of_run(load_run(path.parent), len(pattern_file.pattern))
+    return losses_of_file(pattern_file)

@@ -13,12 +13,11 @@ from icsearch.pattern import Pattern, PatternFile
 PIPELINE_SIZES = (2, 4, 8)
 
 
-def find_warnings(
-    engine: Engine, pattern: Pattern, file: PatternFile, letters: str, sizes: Sequence[int] | None
-) -> list[str]:
-    """All warnings for a pattern of a file in these letters; `sizes` are the serving layout's layers per stage.
+def find_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str, layout_known: bool) -> list[str]:
+    """All warnings for a pattern of a file in these letters.
 
-    Without a layout, the usual numbers of stages are looked at, where it is known how the engine cuts.
+    Where the serving layout is not known, the usual numbers of stages are looked at, if it is known how the engine
+    cuts.
     """
     model_type = file.model.get("model_type")
     found = [
@@ -26,7 +25,7 @@ def find_warnings(
         *_layer_warnings(engine, pattern, file, letters),
         *[note for of_type, note in engine.notes if of_type in ("", model_type)],
     ]
-    if sizes is None:
+    if not layout_known:
         found += _usual_stages(engine, pattern, file)
     if file.model.get("wrapper_config") and engine.wrapper_note:
         found.append(engine.wrapper_note)

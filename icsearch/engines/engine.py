@@ -13,22 +13,28 @@ TYPES, PATTERN, FREQ, OFFSET = "indexer_types", "index_topk_pattern", "index_top
 SWITCH = "use_index_cache"
 
 
+HEEDED, NEEDED = "heeded", "needed"
+
+
 @dataclass(frozen=True)
 class Reader:
     """How an engine reads the keys of a config.
 
     `order`: the keys that say which layers are F, the first that is there wins; `freq` and `offset` are the names of
-    the two numbers. `past_the_end`: a pattern shorter than the model is F from there on, and what is longer is not
-    read (False: such a pattern is refused here). `switch`: without `use_index_cache` every layer is F.
-    `first_is_full`: layer 0 is F whatever the pattern says.
+    the two numbers, and what the engine makes of `unknown` keys is not known. `past_the_end`: a pattern shorter than
+    the model is F from there on, and what is longer is not read (False: refused here). `switch` says what
+    `use_index_cache` does: nothing (None), false turns all layers F (HEEDED), so does its absence (NEEDED), but for a
+    freq above 1 with `switched_by_freq`. `first_is_full`: layer 0 is F whatever the pattern says.
     """
 
     order: tuple[str, ...] = (TYPES, PATTERN, FREQ)
     schedule: Schedule = COMMON
     freq: str = FREQ
     offset: str = OFFSET
+    unknown: tuple[str, ...] = ()
     past_the_end: bool = False
-    switch: bool = False
+    switch: str | None = None
+    switched_by_freq: bool = False
     first_is_full: bool = False
 
 
@@ -59,3 +65,8 @@ class Engine:
     partition_variable: str | None = None
     writes: str | None = None
     reader: Reader = Reader()
+    readers: tuple[tuple[str, Reader], ...] = ()  # of model types that it reads in another way
+
+    def reader_of(self, model_type: str | None) -> Reader:
+        """How it reads a config of this type."""
+        return dict(self.readers).get(model_type or "", self.reader)

@@ -9,6 +9,7 @@ from typing import Any
 from icsearch.engines.cautions import find_warnings
 from icsearch.engines.engine import Engine
 from icsearch.engines.letters import ExportError, decoder_letters
+from icsearch.engines.serving import Serving, fit_stages
 from icsearch.engines.table import find_engine
 from icsearch.jsonfile import FieldError, check_fields
 from icsearch.pattern import MODEL_FIELDS, Pattern, PatternFile
@@ -31,16 +32,22 @@ class Export:
     warnings: tuple[str, ...]
 
 
-def export(pattern_file: PatternFile, engine: str, retention: Fraction | None = None) -> Export:
+def export(
+    pattern_file: PatternFile, engine: str, retention: Fraction | None = None, serving: Serving | None = None
+) -> Export:
     """The pattern of a pattern.json for one engine; with `retention`, an earlier pattern of the same run.
 
-    Raises ExportError for an unknown engine or a pattern that the checkpoint cannot run, PatternError where the
-    run holds no pattern of that retention.
+    With `serving`, the pattern is made fit for a pipeline layout: it may then come out as another one, and a warning
+    says so. Raises ExportError for an unknown engine or a pattern that the checkpoint cannot run, PatternError where
+    the run holds no pattern of that retention.
     """
     target = find_engine(engine)
     pattern = pattern_file.pattern if retention is None else pattern_file.at_retention(retention)
     check_model(pattern_file.model)
     check_native(pattern, pattern_file.model)
+    stage_warnings: list[str] = []
+    if serving is not None:
+        pattern, stage_warnings = _fit_stages(pattern, pattern_file, target, serving)
     letters = engine_letters(target, pattern, pattern_file)
     if target.all_layers_alike and len(letters) != len(pattern):
         raise ExportError(
@@ -58,8 +65,13 @@ def export(pattern_file: PatternFile, engine: str, retention: Fraction | None = 
         pattern=pattern,
         letters=letters,
         settings=settings,
-        warnings=tuple(find_warnings(target, pattern, pattern_file, letters, None)),
+        warnings=(*stage_warnings, *find_warnings(target, pattern, pattern_file, letters, serving is not None)),
     )
+
+
+def _fit_stages(pattern: Pattern, file: PatternFile, engine: Engine, serving: Serving) -> tuple[Pattern, list[str]]:
+    num_layers = len(decoder_letters(pattern, file.layer_indices, file.model.get("num_hidden_layers")))
+    return fit_stages(pattern, file, engine, num_layers, serving)
 
 
 def engine_letters(engine: Engine, pattern: Pattern, file: PatternFile) -> str:

@@ -28,7 +28,7 @@ def decoder_letters(pattern: Pattern, layer_indices: Sequence[int], num_hidden_l
         if indices != list(range(len(pattern))):
             raise ExportError(
                 "the pattern covers only some decoder layers, and the file does not say how many there are: "
-                "add model.num_hidden_layers from the checkpoint's config.json, or give --config"
+                "add model.num_hidden_layers from the checkpoint's config.json, or give --model-config"
             )
         return pattern.letters
     if indices[-1] >= num_hidden_layers:

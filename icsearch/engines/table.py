@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from icsearch.engines import keys
-from icsearch.engines.engine import FREQ, PATTERN, TYPES, Engine, Reader
+from icsearch.engines.engine import FREQ, HEEDED, NEEDED, PATTERN, TYPES, Engine, Reader
 from icsearch.engines.letters import ExportError
 from icsearch.engines.rendering import config_json, json_flag, plain_flags
-from icsearch.engines.schedule import ATOM, MEGATRON
+from icsearch.engines.schedule import ASCEND_V4, ATOM, MEGATRON
 from icsearch.engines.stages import split_front, split_vllm
 
 MAY_IGNORE = "For other types it may ignore the pattern and run every layer as F without a word: check."
@@ -34,7 +34,7 @@ VLLM = Engine(
     wrapper_note="the config wraps a text model: the override is nested in text_config, as vLLM needs it",
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
-    reader=Reader(order=(PATTERN, FREQ), past_the_end=True),
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED),
 )
 SGLANG = Engine(
     name="sglang",
@@ -92,7 +92,8 @@ ATOM_ENGINE = Engine(
         ),
         ("deepseek_v4", "on DeepSeek V4 ATOM's letters count all layers, vllm-ascend's only those with an indexer"),
     ),
-    reader=Reader(schedule=ATOM, past_the_end=True, switch=True),
+    reader=Reader(schedule=ATOM, past_the_end=True, switch=NEEDED, switched_by_freq=True),
+    readers=(("deepseek_v4", Reader(order=(PATTERN,), unknown=(TYPES, FREQ), past_the_end=True, switch=NEEDED)),),
 )
 VLLM_ASCEND = Engine(
     name="vllm-ascend",
@@ -112,7 +113,8 @@ VLLM_ASCEND = Engine(
     dsa_letters_only=("deepseek_v4",),
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
-    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=True),
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED),
+    readers=(("deepseek_v4", Reader(order=(PATTERN, FREQ), schedule=ASCEND_V4, past_the_end=True, switch=NEEDED)),),
 )
 LLAMACPP = Engine(
     name="llamacpp",

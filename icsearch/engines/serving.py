@@ -1,0 +1,102 @@
+"""A pattern in the layout that it will be served in: which stages would start on S, and the repair."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from icsearch.engines.cautions import partition_setting
+from icsearch.engines.engine import Engine
+from icsearch.engines.letters import ExportError
+from icsearch.engines.losses import Losses
+from icsearch.engines.repair import ADD, NONE, REPAIRS, SAME, Repair, add_full, move_full
+from icsearch.engines.stages import describe, serving_sizes, stages_on_shared
+from icsearch.pattern import Pattern, PatternFile
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A pipeline layout as typed, what to do where a stage would start on S, and the losses that the run measured.
+
+    `repair` is add (make these layers F), same (and as many others S), or none (leave the pattern as it is).
+    """
+
+    layout: str
+    repair: str = ADD
+    losses: Losses = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.repair not in REPAIRS:
+            raise ExportError(f"--repair {self.repair!r} is not known: expected {', '.join(REPAIRS)}")
+
+
+def fit_stages(
+    pattern: Pattern, file: PatternFile, engine: Engine, num_layers: int, serving: Serving
+) -> tuple[Pattern, list[str]]:
+    """The pattern as it can be served, and what was changed and why.
+
+    Raises ExportError for a layout that does not fit, and where a stage would start on a layer that the checkpoint
+    itself shares.
+    """
+    sizes = serving_sizes(serving.layout, num_layers, engine.title, engine.split)
+    wrong = stages_on_shared(pattern, file.layer_indices, sizes)
+    if not wrong:
+        return pattern, []
+    trouble = describe(sizes, wrong)
+    partition = partition_setting(engine, pattern, file.layer_indices, sizes)
+    elsewhere = f"; or leave the pattern as it is and set {partition}" if partition else ""
+    positions = [bisect_left(file.layer_indices, layer) for _, layer in wrong]
+    _check_native(positions, file, trouble, elsewhere)
+    if serving.repair == NONE:
+        return pattern, [f"{trouble}; left as it is{elsewhere}"]
+    added = add_full(pattern, positions, serving.losses)
+    moved = move_full(pattern, positions, serving.losses)
+    chosen, other = (added, moved) if serving.repair == ADD else (moved, added)
+    if chosen is None:
+        raise ExportError(
+            f"{trouble}; --repair {SAME} needs the losses of a run to choose what to give up, and "
+            f"{_lack(serving.losses)}: give --repair {ADD}, or a RUN directory"
+        )
+    text = f"{trouble}: {_describe(chosen, pattern, file, serving.losses)}"
+    if other is not None:
+        name = SAME if serving.repair == ADD else ADD
+        text += f"; --repair {name}: {_describe(other, pattern, file, serving.losses)}"
+    return chosen.pattern, [text + elsewhere]
+
+
+def _check_native(positions: Sequence[int], file: PatternFile, trouble: str, elsewhere: str) -> None:
+    native = [file.layer_indices[p] for p in positions if p in (file.model.get("native_shared") or [])]
+    if native:
+        raise ExportError(
+            f"{trouble}; the checkpoint has no indexer at layer {native[0]}: give other first layers with --serve-pp"
+            f"{elsewhere}"
+        )
+
+
+def _lack(losses: Losses) -> str:
+    return "the file's do not say what enough other layers cost" if losses else "the file holds none"
+
+
+def _describe(repair: Repair, pattern: Pattern, file: PatternFile, losses: Losses) -> str:
+    """What a repair changes, the indexers that then run, and the loss with where it comes from."""
+    changes = [f"F at {_layers(repair.made_full, file)}"]
+    if repair.made_shared:
+        changes.append(f"S at {_layers(repair.made_shared, file)}")
+    before, after = len(pattern.full_layers), len(repair.pattern.full_layers)
+    kept = f"{after} F as before" if after == before else f"{after} F instead of {before}"
+    return f"{' and '.join(changes)} ({kept}, {_loss(repair, pattern, losses)})"
+
+
+def _layers(positions: Sequence[int], file: PatternFile) -> str:
+    return ", ".join(str(file.layer_indices[position]) for position in positions)
+
+
+def _loss(repair: Repair, pattern: Pattern, losses: Losses) -> str:
+    if not losses:
+        return "the file holds no losses"
+    if repair.loss is None:
+        return "loss unknown: the run never shared these layers alone"
+    how = "measured in the run" if repair.measured else "estimated from the run's losses, evaluate it"
+    before = f" for {losses[pattern.letters]:.4f}" if pattern.letters in losses else ""
+    return f"loss {repair.loss:.4f}{before}, {how}"

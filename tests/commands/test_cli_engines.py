@@ -1,0 +1,125 @@
+"""export and import on the command line: what is to be pasted comes out whole, and what is wrong in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from icsearch import cli
+from icsearch.resources import published_patterns
+
+LONG = published_patterns() / "glm-5-1-4.json"
+DEMO = published_patterns() / "demo-greedy.json"
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    status = cli._run([str(argument) for argument in arguments], debug=False)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, "")
+    lines = [line for line in err.splitlines() if not line.startswith(("warning: ", "note: "))]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("columns", ["80", "20"])
+def test_what_is_pasted_is_never_wrapped(columns: str) -> None:
+    letters = json.loads(LONG.read_text())["pattern"]
+    command = [sys.executable, "-m", "icsearch", "export", str(LONG), "--engine", "vllm"]
+    environment = {**os.environ, "COLUMNS": columns, "TERM": "xterm"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == (f'--hf-overrides \'{{"use_index_cache": true, "index_topk_pattern": "{letters}"}}\'\n')
+    back = subprocess.run(
+        [*command[:3], "import", done.stdout], capture_output=True, text=True, check=True, env=environment
+    )
+    assert back.stdout == f"{letters}\n"
+    back = subprocess.run(
+        [*command[:3], "import", *shlex.split(done.stdout)], capture_output=True, text=True, check=True
+    )
+    assert back.stdout == f"{letters}\n"  # without quotes around the whole, as one pastes it
+
+
+def test_a_repair_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "export", DEMO, "--engine", "sglang", "--retention", "1/4", "--serve-pp", "2")
+    assert status == 0
+    assert '"FFSSSSFSFSSFSSSS"' in out
+    assert "stage 2 would start on S (layer 8)" in err and "estimated from the run's losses" in err
+    assert "SGLang: add this flag" in err
+    _, same, _ = run(capsys, "export", DEMO, "--engine", "sglang", "--retention", "1/4", "--serve-pp", "2",
+                     "--repair", "same")  # fmt: skip
+    assert same.count("F") == '"FFSSSSFSSSSFSSSS"'.count("F")
+    assert "0,20,40" in refused(capsys, "export", DEMO, "--engine", "trtllm", "--serve-pp", "2")
+
+
+def test_a_config_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config, new = tmp_path / "config.json", tmp_path / "new.json"
+    config.write_text(json.dumps({"model_type": "glm_moe_dsa", "num_hidden_layers": 78}))
+    command = ("export", LONG, "--engine", "trtllm", "--model-config", config, "--out", new)
+    assert run(capsys, *command)[1] == f"wrote {new}\n"
+    status, out, err = run(capsys, "import", new)
+    assert (status, out, err) == (0, json.loads(LONG.read_text())["pattern"] + "\n", "note: read as transformers does; "
+                                  "--engine names another\n")  # fmt: skip
+    assert "exists" in refused(capsys, *command)
+
+
+def test_a_gguf_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from test_gguf import make
+
+    pattern = tmp_path / "pattern.json"
+    assert run(capsys, "import", "freq:2,offset:1", "--engine", "vllm", "--layers", 4, "--out", pattern)[0] == 0
+    old, new = make(tmp_path / "old.gguf"), tmp_path / "new.gguf"
+    assert run(capsys, "export", pattern, "--engine", "llamacpp", "--gguf", old, "--out", new)[0] == 0
+    assert run(capsys, "import", new)[1] == "FSFS\n"
+    assert "give --out" in refused(capsys, "export", pattern, "--engine", "llamacpp", "--gguf", old)
+
+
+def test_import_writes_a_pattern_that_export_takes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pattern = tmp_path / "pattern.json"
+    status, out, err = run(capsys, "import", "megatron:freq:4", "--layers", 10, "--out", pattern)
+    assert (status, out, err) == (0, "FSSSFSSSFS\n", f"wrote {pattern}\n")
+    out = run(capsys, "export", pattern, "--engine", "megatron")[1]
+    assert out == "--dsa-indexer-topk-freq 4 --dsa-indexer-skip-topk-offset 1\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["import", "freq:4"], "give --layers N"),
+        (["import", "freq:4", "--layers", "4", "--model-config", "x"], "give one of them"),
+        (["import", "freq:4", "--laers", "4"], "cannot read 'freq:4 --laers 4'"),
+        (["import"], "SOURCE"),
+        (["import", "none.json"], "no file none.json"),
+        (["import", "freq:4", "--layers", "4", "--engine", "tgi"], "unknown engine 'tgi'"),
+        (["export", LONG, "--engine", "megatron"], "the nearest that they can give is"),
+        (["export", DEMO, "--engine", "vllm", "--out", "x.json"], "takes flags"),
+        (["export", DEMO, "--engine", "vllm", "--serve-pp", "3", "--repair", "x"], "expected add, same, none"),
+    ],
+)
+def test_bad_input_in_one_line(capsys: pytest.CaptureFixture[str], arguments: list[Any], words: str) -> None:
+    assert words in refused(capsys, *arguments)
+
+
+def test_an_engines_settings_are_evaluated(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    overrides = json.dumps({"use_index_cache": True, "index_topk_pattern": "FFFF" + "S" * 12})
+    shorter = tmp_path / "overrides.json"
+    shorter.write_text(json.dumps({"use_index_cache": True, "index_topk_pattern": "FFSS"}))
+    status, _, err = run(
+        capsys, "eval", "demo", "--calibration", "demo", "--num-sequences", 2, "--out", tmp_path / "eval",
+        "--pattern", overrides, "--pattern", shorter, "--pattern", "megatron:freq:4", "--quiet",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    document = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    letters = {row["pattern"] for row in document["rows"]}
+    assert letters == {"F" * 16, "FFFF" + "S" * 12, "FFSS" + "F" * 12, "FSSS" * 4}
+    assert any("past the end vLLM takes F" in note for note in document["notes"])

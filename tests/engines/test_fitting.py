@@ -1,0 +1,109 @@
+"""A pattern beside the config.json of the checkpoint that will be served, and that config with the keys in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_files import LETTERS, pattern_file
+from icsearch.engines.export import export
+from icsearch.engines.fitting import with_config
+from icsearch.engines.letters import ExportError
+from icsearch.engines.writing import write_file
+from icsearch.jsonfile import write_object
+from icsearch.pattern import PatternFile
+
+N = len(LETTERS)
+CONFIG = {"model_type": "glm_moe_dsa", "num_hidden_layers": N, "hidden_size": 64}
+
+
+def fitted(file: PatternFile | None = None, **config: Any) -> tuple[PatternFile, list[str]]:
+    return with_config(file or pattern_file(num_hidden_layers=None), {**CONFIG, **config}, "config.json")
+
+
+def test_the_config_says_what_the_file_does_not() -> None:
+    file, notes = fitted()
+    assert file.model["num_hidden_layers"] == N
+    assert notes == []
+    assert not any("does not say how many" in warning for warning in export(file, "vllm").warnings)
+
+
+def test_multi_token_prediction() -> None:
+    assert fitted(num_nextn_predict_layers=1)[1] == [
+        "the checkpoint has 1 layer of multi-token prediction: not in the pattern, they stay F"
+    ]
+    with pytest.raises(ExportError, match="16 letters, config.json 15 layers and 1 of multi-token prediction"):
+        fitted(num_hidden_layers=N - 1, num_nextn_predict_layers=1)
+
+
+def test_native_shared_layers_of_the_config() -> None:
+    native = [i for i, letter in enumerate(LETTERS) if letter == "S"][:2]
+    kinds = ["shared" if i in native else "full" for i in range(N)]
+    file, _ = fitted(indexer_types=kinds)
+    assert file.model["native_shared"] == native
+    assert any("2 S layers are the checkpoint's own" in warning for warning in export(file, "vllm").warnings)
+    file, _ = fitted(index_topk_freq=4)  # FFSSSF...: S at 3, where the pattern has F
+    with pytest.raises(ExportError, match="only F to S edits are possible"):
+        export(file, "vllm")
+
+
+def test_a_wrapped_config() -> None:
+    config = {"model_type": "mistral_large4", "text_config": {"num_hidden_layers": N}}
+    file, _ = with_config(pattern_file(model_type=None, num_hidden_layers=None), config, "config.json")
+    assert export(file, "vllm").settings["text_config"]["index_topk_pattern"] == LETTERS
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"num_hidden_layers": N + 1}, "16 letters for layers 0 to 15, config.json has 17 layers with an indexer"),
+        ({"model_type": "deepseek_v32"}, "for model_type glm_moe_dsa, config.json has deepseek_v32"),
+        ({"layer_types": ["sliding_attention"] + ["indexed_attention"] * 15}, "do not belong together"),
+    ],
+)
+def test_what_does_not_belong_together(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ExportError, match=words):
+        fitted(pattern_file(), **config)
+
+
+# --- the config written anew ----------------------------------------------------------------------------------------
+
+
+def test_a_config_is_written_with_consistent_keys(tmp_path: Path) -> None:
+    from transformers import GlmMoeDsaConfig
+
+    stale = {**CONFIG, "index_topk_freq": 4, "index_skip_topk_offset": 3, "index_topk_pattern": None}
+    write_object(tmp_path / "config.json", stale)
+    result = export(pattern_file(), "transformers")
+    assert write_file(result, tmp_path / "config.json", None, tmp_path / "new.json") == []
+    written = json.loads((tmp_path / "new.json").read_text())
+    assert written == {**CONFIG, **result.settings, "use_index_cache": True}
+    kinds = GlmMoeDsaConfig.from_dict(written).indexer_types
+    assert "".join("F" if kind == "full" else "S" for kind in kinds) == LETTERS
+    assert json.loads((tmp_path / "config.json").read_text()) == stale
+
+
+def test_a_wrapped_config_is_written_inside(tmp_path: Path) -> None:
+    config = {"model_type": "mistral_large4", "text_config": {"num_hidden_layers": N, "index_topk_freq": 4}, "a": 1}
+    write_object(tmp_path / "config.json", config)
+    result = export(pattern_file(model_type="mistral_large4", wrapper_config=True), "trtllm")
+    write_file(result, tmp_path, None, tmp_path / "new.json")
+    written = json.loads((tmp_path / "new.json").read_text())
+    inner = {"num_hidden_layers": N, **result.settings["text_config"], "use_index_cache": True}
+    assert written == {**config, "text_config": inner}
+
+
+def test_files_that_are_not_written(tmp_path: Path) -> None:
+    write_object(tmp_path / "config.json", CONFIG)
+    for engine, words in (
+        ("vllm", "vLLM reads no file of ours, it takes flags"),
+        ("llamacpp", "give that one with --gguf"),
+        ("transformers", "give the original with --model-config"),
+    ):
+        with pytest.raises(ExportError, match=words):
+            write_file(export(pattern_file(), engine), None, None, tmp_path / "new")
+    with pytest.raises(ExportError, match="exists: give another --out"):
+        write_file(export(pattern_file(), "transformers"), tmp_path / "config.json", None, tmp_path / "config.json")

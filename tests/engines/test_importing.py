@@ -1,0 +1,288 @@
+"""What an engine is given today, read by its own rule; and what no engine would run as it is meant."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icsearch.engines.backbone import Backbone
+from icsearch.engines.importing import import_pattern, is_engine_source
+from icsearch.errors import IcsearchError, PatternError
+from icsearch.jsonfile import write_object
+from icsearch.resources import published_patterns
+
+GLM = {"model_type": "glm_moe_dsa", "num_hidden_layers": 6}
+SIX = Backbone.alike(6)
+
+
+def read(keys: dict[str, Any], engine: str | None = None, backbone: Backbone | None = SIX) -> tuple[str, list[str]]:
+    found = import_pattern(json.dumps(keys), engine, backbone)
+    return found.pattern.letters, list(found.notes)
+
+
+# --- configs --------------------------------------------------------------------------------------------------------
+
+
+def test_indexer_types_win_over_letters_and_these_over_numbers() -> None:
+    numbers = {"index_topk_freq": 3, "index_skip_topk_offset": 1}
+    letters = {"index_topk_pattern": "FFSFFS", **numbers}
+    types = {"indexer_types": ["full", "shared"] * 3, **letters}
+    for keys, expected in ((types, "FSFSFS"), (letters, "FFSFFS"), (numbers, "FSSFSS")):
+        assert read({**GLM, **keys}, "transformers", None)[0] == expected
+    notes = read({**GLM, **types}, "transformers", None)[1]
+    assert notes == [
+        "index_topk_pattern says something else: transformers goes by indexer_types",
+        "index_topk_freq says something else: transformers goes by indexer_types",
+    ]
+
+
+def test_vllm_and_sglang_do_not_look_at_indexer_types() -> None:
+    keys = {"use_index_cache": True, "indexer_types": ["full", "shared"] * 3, "index_topk_pattern": "FFSFFS"}
+    for engine in ("vllm", "sglang"):
+        letters, notes = read(keys, engine)
+        assert letters == "FFSFFS"
+        assert any("indexer_types says something else" in note for note in notes)
+    letters, notes = read({"indexer_types": ["full", "shared"] * 3}, "sglang")
+    assert letters == "FFFFFF"
+    assert notes == ["no key that SGLang reads (it does not read indexer_types): every layer is F"]
+
+
+def test_transformers_reads_as_transformers_does() -> None:
+    from transformers import GlmMoeDsaConfig, HYV4Config, MistralLarge4TextConfig
+
+    cases: list[dict[str, Any]] = [
+        {},
+        {"index_topk_freq": 4},
+        {"index_topk_freq": 3, "index_skip_topk_offset": 1},
+        {"index_topk_pattern": "FFSSFSSFF", "index_topk_freq": 4},
+        {"index_topk_pattern": ["full", "shared"] * 4 + ["full"]},
+        {"indexer_types": ["full"] * 8 + ["shared"], "index_topk_pattern": "FFSSFSSFF"},
+    ]
+    for kind in (GlmMoeDsaConfig, HYV4Config, MistralLarge4TextConfig):
+        for keys in cases:
+            config = kind.from_dict({"num_hidden_layers": 9, **keys})
+            expected = "".join("F" if one == "full" else "S" for one in config.indexer_types)
+            name = kind.model_type.removesuffix("_text")
+            ours = read({"model_type": name, "num_hidden_layers": 9, **keys}, "transformers", None)[0]
+            assert ours == expected, (name, keys)
+
+
+def test_wrapped_configs_and_what_stands_beside() -> None:
+    wrapped = {"model_type": "mistral_large4", "text_config": {"num_hidden_layers": 3, "index_topk_pattern": "FSF"}}
+    assert read(wrapped, "transformers", None) == ("FSF", [])
+    letters, notes = read({**wrapped, "index_topk_pattern": "FSS"}, "transformers", None)
+    assert letters == "FSF"
+    assert notes == ["index_topk_pattern stands beside text_config, where the text model does not read it: left out"]
+
+
+def test_layers_of_multi_token_prediction_are_no_part_of_it() -> None:
+    config = {**GLM, "num_nextn_predict_layers": 1, "indexer_types": ["full", "shared"] * 3 + ["full"]}
+    letters, notes = read(config, "transformers", None)
+    assert letters == "FSFSFS"
+    assert notes == ["indexer_types has 7 letters, the last 1 of multi-token prediction: left out"]
+
+
+def test_only_layers_with_an_indexer_have_letters() -> None:
+    kinds = ["sliding_attention", "indexed_attention", "sliding_attention", "indexed_attention", "indexed_attention"]
+    config = {"model_type": "dots3_note", "num_hidden_layers": 5, "layer_types": kinds, "index_topk_pattern": "SFSSF"}
+    found = import_pattern(json.dumps(config), "vllm")
+    assert (found.pattern.letters, found.backbone.layer_indices) == ("FSF", (1, 3, 4))
+    assert any("layers 0, 2 have no indexer: S says nothing there" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "layers"),
+    [
+        ({"model_type": "deepseek_v4", "compress_ratios": [0, 0, 4, 128, 4, 128]}, (2, 4)),
+        ({"model_type": "glm5_next", "layer_types": ["linear_attention"] * 5 + ["full_attention"]}, (5,)),
+        ({"model_type": "minimax_m3_vl", "sparse_attention_config": {"sparse_attention_freq": [0, 1] * 3}}, (1, 3, 5)),
+        ({"model_type": "qwen4_exp", "layer_types": ["linear_attention", "indexed_attention"] * 3}, (1, 3, 5)),
+    ],
+)
+def test_which_layers_have_an_indexer(keys: dict[str, Any], layers: tuple[int, ...]) -> None:
+    found = import_pattern(json.dumps({"num_hidden_layers": 6, **keys}), "transformers")
+    assert found.backbone.layer_indices == layers
+
+
+def test_a_family_that_mixes_kinds_must_say_where() -> None:
+    with pytest.raises(PatternError, match="does not say which layers of this glm5_next model have an indexer"):
+        read({"model_type": "glm5_next", "num_hidden_layers": 6}, None, None)
+
+
+# --- overrides and flags --------------------------------------------------------------------------------------------
+
+
+def test_the_switch() -> None:
+    pattern = {"index_topk_pattern": "FSSFSS"}
+    assert read({**pattern, "use_index_cache": True}, "atom") == ("FSSFSS", [])
+    assert read(pattern, "vllm")[0] == "FSSFSS"
+    assert "run every layer as F" in read(pattern, "vllm")[1][0]
+    assert read(pattern, "sglang") == ("FSSFSS", [])
+    for keys, engine in (
+        (pattern, "atom"),
+        ({**pattern, "use_index_cache": False}, "vllm"),
+        ({**pattern, "use_index_cache": False}, "atom"),
+    ):
+        letters, notes = read(keys, engine)
+        assert letters == "FFFFFF"
+        assert any("with use_index_cache true alone: as given, every layer is F" in note for note in notes)
+    assert read({"index_topk_freq": 3}, "atom") == ("FFSSFS", [])  # a freq above 1 is a switch by itself
+
+
+def test_a_pattern_that_is_shorter_or_longer_than_the_model() -> None:
+    for engine in ("vllm", "sglang"):
+        assert read({"use_index_cache": True, "index_topk_pattern": "FSS"}, engine)[0] == "FSSFFF"
+        letters, notes = read({"use_index_cache": True, "index_topk_pattern": "FSSFSSSS"}, engine)
+        assert letters == "FSSFSS"
+        assert any("reads no further" in note for note in notes)
+    for engine in ("transformers", "trtllm", "lmdeploy"):
+        key = {"indexer_types": ["full", "shared"], "index_topk_pattern": "FS"}
+        with pytest.raises(PatternError, match="has 2 letters, the model 6"):
+            read(key, engine)
+
+
+def test_tensorrt_llm_takes_layer_0_as_full() -> None:
+    letters, notes = read({"index_topk_pattern": "SSFSFS"}, "trtllm")
+    assert letters == "FSFSFS"
+    assert notes == ["TensorRT-LLM takes layer 0 as F, whatever is given"]
+    with pytest.raises(PatternError, match="vLLM would be given a pattern it cannot run: pattern starts with S"):
+        read({"use_index_cache": True, "index_topk_pattern": "SSFSFS"}, "vllm")
+
+
+def test_deepseek_v4_in_both_encodings() -> None:
+    v4 = Backbone(8, (2, 4, 6), "deepseek_v4")
+    all_layers = {"use_index_cache": True, "index_topk_pattern": "FFFFSFSF"}
+    assert read(all_layers, "atom", v4)[0] == "FSS"
+    assert read({"use_index_cache": True, "index_topk_pattern": "FSS"}, "vllm-ascend", v4) == ("FSS", [])
+    assert read({"use_index_cache": True, "index_topk_freq": 2}, "vllm-ascend", v4)[0] == "FFS"
+    with pytest.raises(PatternError, match="how ATOM reads index_topk_freq for deepseek_v4 is not known"):
+        read({"use_index_cache": True, "index_topk_freq": 2}, "atom", v4)
+
+
+def test_freq_and_offset_by_each_engines_rule() -> None:
+    for text, expected in (
+        ("freq:4", "FFSSSF"),
+        ("freq:4,offset:3", "FFFSSS"),
+        ("vllm:freq:4", "FFSSSF"),
+        ("megatron:freq:4", "FSSSFS"),
+        ("megatron:freq:4,offset:3", "FFFSSS"),
+        ("atom:freq:4,offset:3", "FFFFSS"),
+        ("--dsa-indexer-topk-freq 4 --dsa-indexer-skip-topk-offset 3", "FFFSSS"),
+        ("--dsa-indexer-topk-freq=4", "FSSSFS"),
+    ):
+        assert import_pattern(text, None, SIX).pattern.letters == expected
+    assert "offset 2 by default" in import_pattern("freq:4", None, SIX).notes[0]
+    assert import_pattern("megatron:freq:4", None, SIX).notes == ()
+
+
+def test_the_engine_follows_from_the_keys() -> None:
+    for text, engine in (
+        ('{"use_index_cache": true, "index_topk_pattern": "FS"}', "vllm"),
+        ('--json-model-override-args \'{"index_topk_pattern": "FS"}\'', "sglang"),
+        ('--hf-overrides \'{"indexer_types": ["full", "shared"]}\'', "lmdeploy"),
+        ('{"glm-dsa.attention.indexer.types": [true, false]}', "llamacpp"),
+        ('{"indexer_types": ["full", "shared"]}', "transformers"),
+    ):
+        found = import_pattern(text)
+        assert (found.engine.name, found.pattern.letters) == (engine, "FS")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_files_and_directories(tmp_path: Path) -> None:
+    write_object(tmp_path / "config.json", {**GLM, "index_topk_freq": 4})
+    write_object(tmp_path / "overrides.json", {"use_index_cache": True, "index_topk_pattern": "FSSFSS"})
+    assert import_pattern(str(tmp_path / "config.json")).pattern.letters == "FFSSSF"
+    assert import_pattern(str(tmp_path)).pattern.letters == "FFSSSF"
+    assert import_pattern(str(tmp_path / "overrides.json"), "vllm").pattern.letters == "FSSFSS"
+    assert import_pattern(f"vllm:{tmp_path / 'overrides.json'}").pattern.letters == "FSSFSS"
+    assert is_engine_source(str(tmp_path)) and is_engine_source(str(tmp_path / "overrides.json"))
+
+
+def test_our_own_files_are_none(tmp_path: Path) -> None:
+    own = published_patterns() / "glm-5.2-native.json"
+    assert not is_engine_source(str(own))
+    with pytest.raises(PatternError, match="a file of icsearch itself"):
+        import_pattern(str(own))
+
+
+def test_a_config_of_another_size_is_refused() -> None:
+    with pytest.raises(PatternError, match="has 6 layers, the model 7"):
+        import_pattern(json.dumps({**GLM, "index_topk_freq": 4}), None, Backbone.alike(7))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("freq:0", "index_topk_freq is 0: expected an integer from 1"),
+        ("freq:4,offset:0", "starts with S"),
+        ("freq:four", "expected freq:4 or freq:4,offset:2"),
+        ("freq:4;offset:2", "expected freq:4 or freq:4,offset:2"),
+        ("{", "is not JSON"),
+        ('{"index_topk_freq": null}', "index_topk_freq is None: expected an integer from 1"),
+        ('{"index_topk_freq": 2.5}', "expected an integer from 1"),
+        ('{"index_topk_freq": true}', "expected an integer from 1"),
+        ('{"index_topk_freq": 4, "index_skip_topk_offset": "2"}', "index_skip_topk_offset is '2'"),
+        ('{"index_topk_pattern": "ffss"}', "'f' at position 0: expected F and S in capitals"),
+        ('{"index_topk_pattern": ""}', "expected the letters F and S"),
+        ('{"index_topk_pattern": 4}', "expected the letters F and S"),
+        ('{"index_topk_pattern": ["full", "S"]}', "has 'S' for layer 1: expected full or shared"),
+        ('{"indexer_types": ["F", "S"]}', "transformers takes a list of anything else as all full"),
+        ('{"indexer_types": "FS"}', "expected a list of full and shared"),
+        ('{"indexer_types": []}', "expected a list of full and shared"),
+        ('{"text_config": 3}', "text_config is 3: expected an object"),
+        ('{"num_hidden_layers": 0}', "num_hidden_layers is 0"),
+        ('{"num_hidden_layers": 3, "model_type": []}', "model_type"),
+        ("--hf-overrides", "is not JSON"),
+        ("--hf-overrides '{", "cannot be split into flags"),
+        ("--port 80", "no flag of a pattern"),
+        ("--dsa-indexer-topk-freq four", "expected a whole number"),
+        ("[1, 2]", "no file"),
+        ("nowhere.json", "no file nowhere.json"),
+        ("nowhere.gguf", "cannot read nowhere.gguf"),
+        ("tgi:freq:4", "no file"),
+        ("\0", "cannot use the path"),
+        ("x" * 300, "cannot use the path"),
+    ],
+)
+def test_what_cannot_be_read(text: str, words: str) -> None:
+    with pytest.raises(PatternError, match=words) as caught:
+        import_pattern(text, None, SIX if "num_hidden_layers" not in text else None)
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_need_to_know_how_many_layers() -> None:
+    with pytest.raises(PatternError, match="does not say how many layers there are: give --layers N"):
+        import_pattern("freq:4")
+
+
+KEYS = ["indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset", "use_index_cache",
+        "text_config", "num_hidden_layers", "layer_types", "compress_ratios", "model_type",
+        "num_nextn_predict_layers", "sparse_attention_config", "glm-dsa.attention.indexer.types",
+        "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"]  # fmt: skip
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 5000) | st.floats() | st.sampled_from(["F", "FS", "full", "shared"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(
+    keys=st.dictionaries(st.sampled_from(KEYS), anything),
+    engine=st.sampled_from([None, "transformers", "vllm", "trtllm", "atom", "vllm-ascend", "llamacpp", "megatron"]),
+    known=st.booleans(),
+)
+def test_any_json_is_read_or_refused_in_one_line(keys: dict[str, Any], engine: str | None, known: bool) -> None:
+    try:
+        found = import_pattern(json.dumps(keys), engine, SIX if known else None)
+    except IcsearchError as error:
+        assert "\n" not in str(error)
+    else:
+        assert found.pattern.letters[0] == "F"
+        assert len(found.pattern) == len(found.backbone.layer_indices)

@@ -1,0 +1,94 @@
+"""What is exported for an engine reads back as the same pattern, for every engine and every pattern it can express."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from icsearch.engines.backbone import Backbone
+from icsearch.engines.export import export
+from icsearch.engines.importing import import_pattern
+from icsearch.engines.letters import ExportError
+from icsearch.engines.schedule import MEGATRON
+from icsearch.engines.table import ENGINES
+from icsearch.pattern import Pattern, PatternFile
+
+MODEL_TYPES = [None, "glm_moe_dsa", "deepseek_v32", "hy_v4", "mistral_large4", "deepseek_v4", "dots3_note"]
+
+
+@st.composite
+def files(draw: Any) -> PatternFile:
+    """Patterns on all layers of a model, or on some of them; wrapped or not; of any type."""
+    num_layers = draw(st.integers(1, 14))
+    indices = draw(st.just(set(range(num_layers))) | st.sets(st.integers(0, num_layers - 1), min_size=1))
+    letters = "F" + draw(st.text("FS", min_size=len(indices) - 1, max_size=len(indices) - 1))
+    model = {
+        "model_type": draw(st.sampled_from(MODEL_TYPES)),
+        "num_hidden_layers": num_layers,
+        "wrapper_config": draw(st.booleans()),
+    }
+    return PatternFile(Pattern(letters), tuple(sorted(indices)), method="greedy", model=model)
+
+
+def backbone_of(file: PatternFile) -> Backbone:
+    return Backbone(file.model["num_hidden_layers"], file.layer_indices, file.model["model_type"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@given(file=files())
+def test_export_and_import_give_the_same_pattern(engine: str, file: PatternFile) -> None:
+    try:
+        exported = export(file, engine)
+    except ExportError:  # only Megatron refuses, and only what its two numbers cannot give
+        all_indexed = len(file.pattern) == file.model["num_hidden_layers"]
+        assert engine == "megatron" and not (all_indexed and MEGATRON.fit(file.pattern.letters))
+        return
+    imported = import_pattern(exported.text, engine, backbone_of(file))
+    assert imported.pattern == file.pattern
+    assert imported.backbone.layer_indices == file.layer_indices
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@given(num_layers=st.integers(1, 14), freq=st.integers(1, 6), offset=st.integers(1, 6))
+def test_every_schedule_goes_through_every_engine(engine: str, num_layers: int, freq: int, offset: int) -> None:
+    file = PatternFile(
+        Pattern(MEGATRON.letters(num_layers, freq, offset)),
+        tuple(range(num_layers)),
+        method="greedy",
+        model={"model_type": "glm_moe_dsa", "num_hidden_layers": num_layers},
+    )
+    assert import_pattern(export(file, engine).text, engine, backbone_of(file)).pattern == file.pattern
+
+
+@given(file=files())
+def test_transformers_keys_in_a_config_say_the_model_too(file: PatternFile) -> None:
+    keys = export(file, "transformers").settings
+    types = ["indexed_attention" if i in file.layer_indices else "other" for i in range(backbone_of(file).num_layers)]
+    about = {"num_hidden_layers": len(types), "layer_types": types, "model_type": file.model["model_type"]}
+    inner = keys.get("text_config", keys)
+    config = {"text_config": {**about, **inner}} if "text_config" in keys else {**about, **inner}
+    imported = import_pattern(json.dumps(config), "transformers")
+    assert (imported.pattern, imported.backbone.layer_indices) == (file.pattern, file.layer_indices)
+
+
+@given(file=files())
+def test_flags_may_be_pasted_with_others_around_them(file: PatternFile) -> None:
+    flag, value = shlex.split(export(file, "vllm").text)
+    for text in (f"--port 8000 {flag} {shlex.quote(value)} --quiet", f"{flag}={shlex.quote(value)}"):
+        assert import_pattern(text, None, backbone_of(file)).pattern == file.pattern
+
+
+def test_a_written_pattern_file_loads_again(tmp_path: Path) -> None:
+    from icsearch.pattern import load_pattern_file
+
+    found = import_pattern("freq:4", "megatron", Backbone.alike(6))
+    found.pattern_file("freq:4").save(tmp_path / "pattern.json")
+    file = load_pattern_file(tmp_path / "pattern.json")
+    assert (file.pattern.letters, file.layer_indices, file.method) == ("FSSSFS", (0, 1, 2, 3, 4, 5), "imported")
+    assert file.model["source"] == "freq:4, as Megatron-LM reads it"
