@@ -115,6 +115,15 @@ def _hy_v4(**changes: Any) -> Any:
     )
 
 
+# n-gram embeddings in the first layer, which take token ids; stored in two parts
+NGRAMS = {
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 16,
+    "heads_per_ngram": 2,
+    "ngram_vocab_size_base": 50,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "split_ngram_parts": 2,
+}
 CONFIGS: dict[str, Callable[..., Any]] = {
     "deepseek_v32": lambda **changes: transformers.DeepseekV32Config(**{**MLA, **changes}),
     "glm_moe_dsa": lambda **changes: transformers.GlmMoeDsaConfig(**{**MLA, **changes}),
@@ -145,6 +154,10 @@ def save_checkpoint(directory: Path, family: str, seed: int = 0, **changes: Any)
     """A random checkpoint of a family with a tokenizer; `changes` to its config, or to its language model's."""
     torch.manual_seed(seed)
     config = CONFIGS[family](**changes)
-    getattr(transformers, CLASSES[family])._from_config(config).save_pretrained(directory)
+    model = getattr(transformers, CLASSES[family])._from_config(config)
+    for module in model.modules():
+        if hasattr(module, "tid2eid"):  # made without a choice: all tokens to expert 0
+            module.tid2eid.random_(config.n_routed_experts)
+    model.save_pretrained(directory)
     save_tokenizer(directory)
     return directory

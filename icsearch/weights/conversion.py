@@ -8,6 +8,7 @@ is refused before anything is read.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -36,7 +37,7 @@ class Conversion:
         from transformers.modeling_utils import LoadStateDictConfig
 
         self._model = model
-        mapping: Any = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+        mapping: Any = [_anywhere(one) for one in get_model_conversion_mapping(model, hf_quantizer=quantizer)]
         self._settings = LoadStateDictConfig(
             device_map={"": "cpu"},
             dtype=dtype,
@@ -80,6 +81,14 @@ class Conversion:
             target, _ = rename_source_key(name, renamings, converters, prefix, state)
             found[name] = name if target not in state and name in state else target
         return found
+
+
+def _anywhere(step: Any) -> Any:
+    """A step of a mapping that runs on whatever device it is told: we say cpu, and in rehearsal meta."""
+    step = copy.copy(step)
+    if getattr(step, "force_cpu", False):
+        step.force_cpu = False
+    return step
 
 
 def layer_prefix(model: Any) -> str:

@@ -12,11 +12,12 @@ import transformers
 
 import icsearch
 import tiny_families
-from conftest import random_batches, random_ids
+from conftest import Made, random_batches, random_ids
 from icsearch.families.attention import Core
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.similarity import SimilaritySweep, direct_similarity
+from icsearch.slot import SelectionStore
 from icsearch.sweep import Sweeper, naive_nll
 from icsearch.weights import loading
 from icsearch.weights.checkpoint import open_checkpoint
@@ -67,6 +68,25 @@ def test_sweep_equals_naive_for_every_pattern(dsa: DsaModel) -> None:
     for pattern in patterns:
         assert swept[pattern.letters] == naive_nll(dsa, pattern, batches), pattern
     assert len({tuple(losses) for losses in swept.values()}) == len(patterns)
+
+
+@pytest.mark.parametrize(("family", "changes"), [("qwen4_exp", tiny_families.NGRAMS), ("deepseek_v4", {})])
+@pytest.mark.parametrize("offload", ["none", "disk"])
+def test_layers_that_take_token_ids(made: Made, family: str, changes: dict[str, Any], offload: str) -> None:
+    """N-gram embeddings and experts by token: the ids are each batch's own."""
+    directory, batches = made(family, **changes), random_batches(4)
+    resident = loading.load(open_checkpoint(str(directory)))
+    expected = naive_nll(resident, Pattern("FSS"), batches)
+    dsa = loading.load(open_checkpoint(str(directory)), offload=offload)
+    assert Sweeper(dsa).sweep([Pattern("FSS")], batches).nll["FSS"] == expected
+    with torch.inference_mode():
+        calls, states = dsa.capture_calls(batches[0].input_ids), dsa.embed(batches[0].input_ids)
+        with dsa.holding(0):
+            own, others = (
+                dsa.run_layer(0, states, calls[0].on(batch.input_ids), SelectionStore(Pattern("FSS")))
+                for batch in batches
+            )
+    assert not torch.equal(own, others)
 
 
 def test_bfloat16(checkpoint: Path) -> None:
