@@ -47,6 +47,11 @@ Publish = Callable[[Path, dict[str, Any]], object]
 DEFAULT_CONTEXTS = (10_000, 60_000, 120_000, 200_000)  # the lengths of the paper's table
 TASK_SEED = 0
 ROOM_TO_WRITE = 16  # tokens decoded behind a prompt
+EXTRAS = {  # what is done for each of them, in words
+    "cost_rows": "counting the work of each pattern, and what that makes its speed-up",
+    "measured": "timing prefill and decoding on this machine",
+    "lm_eval": "running lm-evaluation-harness",
+}
 
 
 def evaluate(
@@ -158,7 +163,7 @@ def _measure(
     _run_tasks(questions, loaded.dsa, patterns, record, append, listener)
     for name, compute in _extras(request, inputs, loaded, record).items():
         if name not in record.extras:
-            listener.info(f"{name.replace('_', ' ')} ...")
+            listener.info(f"{EXTRAS[name]} ...")
             append({"event": "extra", "name": name, "value": compute()})
     append({"event": "finish"})
 

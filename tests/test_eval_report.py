@@ -480,9 +480,9 @@ def test_in_sample_rows_are_marked(document: dict[str, Any]) -> None:
 def test_verdicts_are_short() -> None:
     found = {one["verdict"]: short_verdict(one["verdict"]) for one in made_up_document()["rows"]}
     assert found["the unmodified model"] == "unmodified"
-    assert {"measurable", "clear", "heavy"} <= set(found.values())
+    assert {"small loss", "clear loss", "heavy loss"} <= set(found.values())
     assert short_verdict("no loss seen: within two standard errors of the unmodified model") == "no loss seen"
-    assert short_verdict("lower loss than the unmodified model, beyond two standard errors") == "lower"
+    assert short_verdict("lower loss than the unmodified model, beyond two standard errors") == "lower loss"
     assert short_verdict("one sequence says nothing about the error: evaluate more") == "one sequence"
 
 

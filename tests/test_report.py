@@ -367,6 +367,23 @@ def test_summary_fits_80_columns_without_a_terminal(made_up: MadeUpRun) -> None:
     assert len(text.splitlines()) < 50
 
 
+def test_the_steps_of_a_search_by_kl_show_a_pattern_of_16_layers() -> None:
+    """With a column more, and still within 80 columns."""
+    from rich.console import Console
+
+    out, told = io.StringIO(), events(MadeUpRun())
+    told[0]["options"]["objective"] = "kl"
+    for event in told:
+        if event["event"] == "losses":
+            event["kl"] = [[0.0001 * value for value in sums] for sums in event["nll"]]
+    record = RunRecord.replay(told)
+    Console(width=80, file=out).print(summary_table(record))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for commit in record.commits:
+        assert any(line.lstrip().startswith(f"{commit.step} ") and commit.pattern in line for line in lines)
+
+
 # --- the page -------------------------------------------------------------------------------------------------------
 
 

@@ -35,13 +35,13 @@ def eval_table(document: dict[str, Any]) -> RenderableType:
 
 
 def short_verdict(verdict: str) -> str:
-    """The verdict in a word or two: ``clear``, ``no loss seen``."""
+    """The verdict in two or three words: ``clear loss``, ``no loss seen``."""
     head = re.split(r"[:,]| than | says ", verdict, maxsplit=1)[0]
-    return re.sub(r"^(a|the) | loss$| model$", "", head)
+    return re.sub(r"^(a|the) | model$", "", head).replace("measurable", "small")
 
 
 def _losses(view: EvalView) -> Table:
-    table = _table("pattern", "F", "loss", "delta ± std_err", "KL", "top-1", "loss seen")
+    table = _table("pattern", "F", "loss", "delta ± std_err", "KL", "top-1", "verdict")
     for row in view.rows:
         table.add_row(
             _name(row),
@@ -94,7 +94,7 @@ def _table(*columns: str, wrap_heads: bool = False) -> Table:
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        left = column in ("pattern", "against", "loss seen")
+        left = column in ("pattern", "against", "verdict")
         table.add_column(
             column, justify="left" if left else "right", no_wrap=not wrap_heads or left, overflow="ellipsis"
         )

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 ROWS_SHOWN = 24  # a longer search shows its first and last steps
 FIRST_ROWS, LAST_ROWS = 6, 14
-KL_WIDTH = 11  # of the column that a search by KL has more
 PATTERN_WIDTH = 23  # a longer pattern shows the letters around the flip
+KL_PATTERN_WIDTH = 18  # beside the column that a search by KL has more
 FULL_STYLE, SHARED_STYLE, FLIP_STYLE = "bold white on dark_blue", "dim", "bold yellow"
 
 
@@ -89,7 +89,8 @@ def _refinement(refinement: RefinementSection) -> Table:
 
 def _steps(view: RunView) -> Table:
     by_kl = ["KL"] if view.record.by_kl else []
-    table = _table("step", "layer", "F", "loss", "delta ± std_err", *by_kl, "tie", "pattern")
+    gap = 0 if by_kl else 1  # one place less between the columns, where there is one more
+    table = _table("step", "layer", "F", "loss", "delta ± std_err", *by_kl, "tie", "pattern", gap=gap)
     steps = view.steps
     left_out = len(steps) - FIRST_ROWS - LAST_ROWS if len(steps) > ROWS_SHOWN else 0
     for index, point in enumerate(steps):
@@ -110,7 +111,7 @@ def _step_cells(view: RunView, point: Point) -> tuple[str | Text, ...]:
         _delta(point),
         *([numbers.compact(point.kl.delta)] if point.kl else []),
         f"={ties}" if ties else "",
-        around_flip(point.pattern, point.layer or 0, PATTERN_WIDTH - (KL_WIDTH if point.kl else 0)),
+        around_flip(point.pattern, point.layer or 0, KL_PATTERN_WIDTH if point.kl else PATTERN_WIDTH),
     )
 
 
@@ -133,11 +134,11 @@ def around_flip(pattern: Pattern, layer: int, width: int = PATTERN_WIDTH) -> Tex
     return text.append("…" if last < n else "", style=SHARED_STYLE)
 
 
-def _table(*columns: str) -> Table:
+def _table(*columns: str, gap: int = 1) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, gap))
     for column in columns:
         left = column in ("pattern", "swaps")
         table.add_column(column, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")

@@ -209,7 +209,8 @@ class EvalRecord:
             "rows": self.rows(),
             "gaps": self._gaps(),
             "cost": {
-                "layer_evaluations": self.layer_sequences / len(self.start["tokens"]),
+                "layer_evaluations": round(self.layer_sequences / len(self.start["tokens"])),
+                "layer_sequences": self.layer_sequences,
                 "seconds": round(self.seconds, 3),
                 **({"weight_bytes": self.weight_bytes} if self.weight_bytes else {}),
             },

@@ -13,13 +13,16 @@ from icsearch.runs.refinement import Trial
 def cost(record: RunRecord) -> dict[str, Any]:
     """What the search took. A layer evaluation is one decoder layer run once over all calibration sequences.
 
+    `layer_sequences` counts each run of a layer on each sequence. Over the number of sequences that need not be whole:
+    a race leaves some of them out, and a run that was interrupted begins some of them anew.
     A candidate that was scored on a part of the sequences counts as that part of an evaluation. A naive search
     scores every candidate of every step on all sequences, those that this one left stale or gave up too.
     """
     searched, refined = _search_evaluations(record), _refinement_evaluations(record)
     return {
         "candidate_evaluations": _number(searched + refined),
-        "layer_evaluations": _layer_evaluations(record),
+        "layer_evaluations": round(_layer_evaluations(record)),
+        "layer_sequences": record.layer_sequences,
         "naive_layer_evaluations": _naive_patterns(record) * record.start["decoder_layers"],
         "seconds": round(record.seconds, 3),
         **({"refinement_evaluations": _number(refined)} if record.refinement else {}),
