@@ -22,7 +22,7 @@ from icsearch.engines.indexer_weights import indexers_by_layer
 from icsearch.engines.letters import ExportError, decoder_letters
 from icsearch.engines.native_config import NativeConfig, declared_shared, edit_config, num_hidden_layers
 from icsearch.engines.readers import check_droppable, notes, stage_notes
-from icsearch.jsonfile import read_object, strict, whole
+from icsearch.jsonfile import read_object, shown, strict, whole
 from icsearch.pattern import SHARED, Pattern, PatternFile, load_pattern_file
 from icsearch.weights.checkpoint import INDEX_NAME, Checkpoint, fingerprint, open_checkpoint
 from icsearch.weights.header import Entry, read_header
@@ -123,7 +123,8 @@ def _notes(request: NativeRequest, file: PatternFile, checkpoint: Checkpoint, ed
 
 
 def _model_type(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.config.get("model_type", ""))
+    found = checkpoint.config.get("model_type")
+    return found if isinstance(found, str) and found.isprintable() else shown(found)
 
 
 def _chosen(file: PatternFile, retention: Fraction | None) -> PatternFile:
@@ -146,7 +147,7 @@ def _open(request: NativeRequest, file: PatternFile) -> Checkpoint:
 def _letters(file: PatternFile, checkpoint: Checkpoint) -> str:
     """One letter a decoder layer; raises ExportError where the file is for another kind of model."""
     layers = num_hidden_layers(checkpoint.config, checkpoint.name)
-    here, there = checkpoint.config.get("model_type"), file.model.get("model_type")
+    here, there = _model_type(checkpoint), file.model.get("model_type")
     if there is not None and here != there:
         raise ExportError(f"the pattern is for model_type {there}, {checkpoint.name} is {here}: give its own --model")
     if file.model.get("num_hidden_layers") not in (None, layers):
@@ -195,13 +196,20 @@ def _unwanted(letters: str, indexers: dict[int, list[str]]) -> set[str]:
 
 def _plan(checkpoint: Checkpoint, file: PatternFile, edit: _Edit) -> CopyPlan:
     written = {
-        "config.json": json.dumps(edit.config.document, indent=2) + "\n",
-        PATTERN_NAME: json.dumps(strict(file.to_json()), indent=2) + "\n",
+        "config.json": _text("config.json", edit.config.document),
+        PATTERN_NAME: _text(PATTERN_NAME, strict(file.to_json())),
     }
     if (checkpoint.directory / INDEX_NAME).exists():
-        written[INDEX_NAME] = json.dumps(_index(checkpoint, edit.dropped), indent=2) + "\n"
+        written[INDEX_NAME] = _text(INDEX_NAME, _index(checkpoint, edit.dropped))
     dropped = {shard: {entry.name for entry in entries} for shard, entries in edit.dropped.items()}
     return plan_copy(checkpoint, dropped, written)
+
+
+def _text(name: str, document: dict[str, Any]) -> str:
+    try:
+        return json.dumps(document, indent=2) + "\n"
+    except RecursionError:  # from Python 3.12 on, reading goes deeper than writing
+        raise ExportError(f"{name} is nested too deeply to be written again: download it again") from None
 
 
 def _index(checkpoint: Checkpoint, dropped: dict[str, list[Entry]]) -> dict[str, Any]:

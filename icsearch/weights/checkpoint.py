@@ -145,7 +145,7 @@ def _no_weights(directory: Path) -> str:
 
 def _check_shard(directory: Path, file: str, promised: set[str]) -> None:
     path = directory / file
-    if Path(file).name != file or file in ("", ".."):  # such names lead out of the directory
+    if Path(file).name != file or file in ("", "..") or not file.isprintable():  # the first ones lead out of it
         raise ModelError(f"{INDEX_NAME} names {file!r}: expected a file name inside {directory}; download it again")
     if not typed_path(str(path), ModelError).exists():
         raise ModelError(f"shard {file} is missing from {directory}: {INDEX_NAME} lists it; download it again")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import fp8_fixtures
@@ -288,6 +292,62 @@ def test_a_model_without_indexer_names_keeps_all(small: Path, tmp_path: Path) ->
     with pytest.raises(IcsearchError, match="named as an indexer's: leave out --drop-indexers"):
         exported(small, tmp_path / "out", drop_indexers=True)
     assert not (tmp_path / "out").exists()
+
+
+KEYS = ["indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset", "text_config", "model_type"]
+KEYS += ["num_hidden_layers", "quantization_config", "x"]
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "y"]), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    config=st.dictionaries(st.sampled_from(KEYS), json_values, max_size=3),
+    metadata=st.dictionaries(st.sampled_from(["total_size", "total_parameters", "x"]), json_values) | json_values,
+    drop=st.booleans(),
+    native=st.sampled_from([None, [], [2]]),
+)
+@settings(max_examples=80, deadline=None)
+def test_whatever_config_and_index_say_it_is_whole_or_one_line(
+    checkpoints: dict[tuple[str, bool], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    config: dict[str, Any],
+    metadata: Any,
+    drop: bool,
+    native: list[int] | None,
+) -> None:
+    source = checkpoints["glm_moe_dsa", True]
+    base = tmp_path_factory.mktemp("any")
+    hostile = Path(shutil.copytree(source, base / "model", copy_function=os.link))
+    for name, changes in (("config.json", config), (INDEX_NAME, {"metadata": metadata})):
+        document = json.loads((hostile / name).read_text())
+        (hostile / name).unlink()
+        (hostile / name).write_text(json.dumps({**document, **changes}))
+    pattern = load_pattern_file(source.parent / "pattern.json")
+    replace(pattern, model={**pattern.model, "native_shared": native}).save(base / "pattern.json")
+    try:
+        exported(hostile, base / "out", model=str(hostile), drop_indexers=drop, other_weights=True)
+    except IcsearchError as error:
+        assert "\n" not in str(error) and error.exit_status == 2
+        assert {path.name for path in base.iterdir()} == {"model", "pattern.json"}
+        return
+    written = json.loads((base / "out" / "config.json").read_text())
+    assert (written.get("text_config") or written)["index_topk_pattern"] == LETTERS
+    open_checkpoint(str(base / "out"))
+
+
+@pytest.mark.parametrize("levels", [100, 900, *range(940, 1000, 4), 100_000])
+def test_a_config_of_many_levels(small: Path, tmp_path: Path, levels: int) -> None:
+    """Where reading ends and where writing ends is Python's matter: between them it must be one line too."""
+    path = small / "config.json"
+    path.write_text(path.read_text().rstrip().removesuffix("}") + f', "deep": {"[" * levels}{"]" * levels}}}')
+    try:
+        exported(small, tmp_path / "out", model=str(small), other_weights=True)
+    except IcsearchError as error:
+        assert levels > 100 and "nested too deeply" in str(error)
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_source_is_as_it_was(small: Path, tmp_path: Path) -> None:

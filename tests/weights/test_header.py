@@ -250,9 +250,11 @@ OUTSIDE = {
     "the same, longer": "./one.safetensors",
 }
 NOT_THERE = {
-    "a NUL byte": ("one\0.safetensors", "cannot use the path"),
+    "a NUL byte": ("one\0.safetensors", "expected a file name inside"),
     "300 letters": ("x" * 300, "cannot use the path"),
-    "half a surrogate pair": ("\ud800.safetensors", "cannot use the path|is missing"),
+    "half a surrogate pair": ("\ud800.safetensors", "expected a file name inside"),
+    "an escape sequence": ("\x1b[2J.safetensors", r"names '\\x1b\[2J.safetensors': expected a file name inside"),
+    "two lines": ("one\n.safetensors", "expected a file name inside"),
     "missing": ("two.safetensors", "is missing"),
     "a number": (1, "expected a file name"),
     "null": (None, "expected a file name"),
@@ -277,6 +279,35 @@ def test_an_index_that_names_no_file(tmp_path: Path, case: str) -> None:
     with pytest.raises(ModelError, match=reason) as caught:
         open_checkpoint(str(indexed(tmp_path / "model", {"a": name})))
     assert "\n" not in str(caught.value)
+
+
+shard_names = st.sampled_from(["one.safetensors", "../outside.safetensors", "x/one.safetensors", "..", ""]) | st.text(
+    max_size=8
+)
+indexes = st.fixed_dictionaries(
+    {}, optional={"weight_map": st.dictionaries(st.sampled_from("abx"), shard_names, max_size=3) | json_values}
+).map(json.dumps) | json_values.map(json.dumps)
+
+
+@given(indexes)
+@settings(max_examples=200, deadline=None)
+def test_whatever_an_index_says_all_shards_lie_in_its_directory(
+    tmp_path_factory: pytest.TempPathFactory, text: str
+) -> None:
+    base = tmp_path_factory.getbasetemp() / "index"
+    if not base.exists():
+        base.mkdir()
+        (base / "outside.safetensors").write_bytes(WHOLE)
+        indexed(base / "model", {})
+        (base / "model" / "x").mkdir()
+        (base / "model" / "x" / "one.safetensors").write_bytes(WHOLE)
+    (base / "model" / INDEX_NAME).write_text(text)
+    try:
+        shards = open_checkpoint(str(base / "model")).shards
+    except IcsearchError as error:
+        assert "\n" not in str(error) and error.exit_status == 2
+        return
+    assert shards == (base / "model" / "one.safetensors",)
 
 
 INDEX_KINDS: dict[str, Callable[[Path], Any]] = {
