@@ -226,9 +226,9 @@ ALLOWED: dict[str, set[str]] = {
         "runs.evaluation", "runs.record", "runs.refinement", "runs.results", "statistics",
     },
     "engines.indexer_weights": set(),
-    "engines.readers": {"engines.letters", "engines.stages", "engines.table", "pattern"},
+    "engines.readers": {"engines.cautions", "engines.letters", "engines.stages", "engines.table", "pattern"},
     "engines.native_config": {
-        "engines.engine", "engines.keys", "engines.letters", "engines.schedule", "errors", "jsonfile", "pattern",
+        "engines.engine", "engines.keys", "engines.reading", "engines.table", "errors", "jsonfile", "pattern",
         "weights.configfile",
     },
     "engines.writing": {

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from icsearch.engines.engine import FREQ, OFFSET, PATTERN, SWITCH, TYPES
-from icsearch.engines.keys import KINDS, config_keys
-from icsearch.engines.letters import ExportError
-from icsearch.engines.schedule import COMMON
+from icsearch.engines.keys import config_keys
+from icsearch.engines.reading import read_letters
+from icsearch.engines.table import TRANSFORMERS
 from icsearch.errors import ModelError
 from icsearch.jsonfile import MAX_LAYERS, shown, whole
-from icsearch.pattern import FULL, SHARED
+from icsearch.pattern import SHARED
 from icsearch.weights.configfile import language_config
 
 KEYS = (TYPES, PATTERN, SWITCH, FREQ, OFFSET)
@@ -66,28 +66,8 @@ def num_hidden_layers(config: Mapping[str, Any], name: str) -> int:
 
 
 def declared_shared(config: Mapping[str, Any], name: str) -> set[int]:
-    """The decoder layers that a config itself shares, read as transformers does: types, else letters, else freq.
-
-    Raises ExportError for types or letters that are none.
-    """
-    inner, layers = language_config(config, name), num_hidden_layers(config, name)
-    types, letters, freq, offset = (inner.get(key) for key in (TYPES, PATTERN, FREQ, OFFSET))
-    words = {KINDS[FULL]: False, KINDS[SHARED]: True}
-    if types is not None:
-        return _shared_among(types, words, layers)
-    if letters is not None:
-        listed = list(letters) if isinstance(letters, str) else letters
-        return _shared_among(listed, {FULL: False, SHARED: True, **words}, layers)
-    every = int(freq) if whole(1).fits(freq) else 1  # type: ignore[arg-type]  # they fit
-    begin = int(offset) if whole(0).fits(offset) else None  # type: ignore[arg-type]
-    return {layer for layer, letter in enumerate(COMMON.letters(layers, every, begin)) if letter == SHARED}
-
-
-def _shared_among(found: Any, meaning: Mapping[str, bool], layers: int) -> set[int]:
-    known = isinstance(found, list) and all(isinstance(one, str) and one in meaning for one in found)
-    if not known or len(found) != layers:
-        raise ExportError(
-            f"config.json has {shown(found)} for which layers share: expected {layers} times {' or '.join(meaning)}; "
-            "use the config that belongs to the weights"
-        )
-    return {layer for layer, one in enumerate(found) if meaning[one]}
+    """The decoder layers that a config itself shares, as transformers reads it; raises EngineConfigError."""
+    keys, layers = language_config(config, name), num_hidden_layers(config, name)
+    model_type = config.get("model_type")
+    found = read_letters(keys, TRANSFORMERS, layers, model_type=model_type if isinstance(model_type, str) else None)
+    return {layer for layer, letter in enumerate(found.letters) if letter == SHARED}

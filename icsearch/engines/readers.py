@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from icsearch.engines.cautions import PIPELINE_SIZES
 from icsearch.engines.letters import ExportError
 from icsearch.engines.stages import describe, split_vllm, stages_on_shared
 from icsearch.engines.table import ENGINES, TRANSFORMERS, VLLM
 from icsearch.pattern import SHARED, PatternFile
-
-PIPELINE_SIZES = (2, 4, 8)
 
 # The numbers are of pull requests, in each project's own repository.
 _VLLM_AND_SGLANG = ("vLLM from #45895 on", "SGLang from #30531 on")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GlmMoeDsaConfig
+from transformers import GlmMoeDsaConfig, HYV4Config
 
 from icsearch.engines.indexer_weights import indexers_by_layer
 from icsearch.engines.native_config import declared_shared, edit_config, native_keys, num_hidden_layers
@@ -64,7 +64,7 @@ DECLARED = {
     "then letters": ({"index_topk_pattern": "FS", "index_topk_freq": 1}, {1}),
     "letters as a list of types": ({"index_topk_pattern": ["full", "shared"]}, {1}),
     "then freq": ({"index_topk_freq": 2, "index_skip_topk_offset": 1}, {1}),
-    "nulls": ({"indexer_types": None, "index_topk_pattern": None, "index_topk_freq": None}, set()),
+    "nulls": ({"indexer_types": None, "index_topk_pattern": None}, set()),
     "nothing": ({}, set()),
 }
 
@@ -85,11 +85,19 @@ def test_what_a_config_declares(case: str) -> None:
         {"index_topk_pattern": "fs"},
         {"index_topk_pattern": "FSS"},
         {"index_topk_pattern": 7},
+        {"index_topk_freq": None},  # transformers fails on it
     ],
 )
 def test_a_config_that_declares_nonsense_is_refused(keys: dict[str, Any]) -> None:
-    with pytest.raises(IcsearchError, match="for which layers share: expected 2 times"):
+    with pytest.raises(IcsearchError, match="indexer_types|index_topk_pattern|index_topk_freq"):
         declared_shared({"num_hidden_layers": 2, **keys}, "x")
+
+
+def test_a_family_that_shares_by_itself() -> None:
+    """hy_v4 reads `indexer_types` alone, and without them shares three layers of four."""
+    config = {"num_hidden_layers": 6, "model_type": "hy_v4"}
+    types = HYV4Config(num_hidden_layers=6).indexer_types
+    assert declared_shared(config, "x") == {layer for layer, kind in enumerate(types) if kind == "shared"} == {2, 3, 4}
 
 
 @pytest.mark.parametrize("found", [None, 0, -1, "6", 2.0, True, 10**9])
