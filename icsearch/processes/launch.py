@@ -78,9 +78,10 @@ class Grid:
     def batches_per_wave(self, batches: int) -> int:
         """The most of a data rank's batches that may go through streamed layers together.
 
-        In a pipeline its processes would wait for one another with fewer waves, though each reads its layers for each.
+        In a pipeline its processes would wait for one another with fewer waves, though each reads its layers for each:
+        so there are at most `WAVES_PER_PLACE` of them for each place.
         """
-        return batches if self.pipeline == 1 else max(1, batches // (WAVES_PER_PLACE * self.pipeline))
+        return batches if self.pipeline == 1 else -(-batches // (WAVES_PER_PLACE * self.pipeline))
 
     @property
     def packets(self) -> int:

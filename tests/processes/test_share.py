@@ -127,4 +127,7 @@ def test_a_pipeline_wants_several_waves() -> None:
     assert Share(Grid(1, 1)).batches_per_wave(24) == 24
     assert Share(Grid(2, 1)).batches_per_wave(24) == 12
     assert Share(Grid(1, 2)).batches_per_wave(24) == 6
-    assert Share(Grid(1, 8)).batches_per_wave(24) == 1
+    assert Share(Grid(1, 8)).batches_per_wave(24) == 2
+    for batches in range(1, 40):  # and never so many that each is read for more than two for each process
+        waves = -(-batches // Share(Grid(1, 2)).batches_per_wave(batches))
+        assert min(batches, 3) <= waves <= 4
