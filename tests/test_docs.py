@@ -49,7 +49,8 @@ def check(command: Command) -> None:
     named = {word.partition("=")[0] for word in command.arguments if word.startswith("--")}
     assert named <= options, f"{name} has no {', '.join(named - options)}"
     assert name in group.commands or name.startswith("--"), f"Unknown command {name}"
-    if name in group.commands and not command.shortened and not named & {"--help", "--config"}:
+    configured = "--config" in named or "ICSEARCH_CONFIG" in command.environment  # the file is there in a page's run
+    if name in group.commands and not (command.shortened or configured or "--help" in named):
         with group.commands[name].make_context(name, words):
             pass
 

@@ -11,12 +11,26 @@ from icsearch.cli.options import ConfigFile
 
 
 def report_on_runs(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="RUN directories, finished or not.")],
-    out: Annotated[Path, typer.Option(metavar="FILE.html", help="Where to write the page.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="RUN directories, finished or not, or those of an eval.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where to write it.", show_default="a model card: to stdout"),
+    ] = None,
+    model_card: Annotated[
+        bool,
+        typer.Option("--model-card", help="A section for a model card of the Hugging Face hub, with its metadata."),
+    ] = False,
     config: ConfigFile = None,
 ) -> None:
-    """Write one self-contained HTML page about one or several runs, from their journals alone."""
-    from icsearch.report import write_report
+    """Write one self-contained HTML page about one or several runs, from their journals alone, or a model card."""
+    from icsearch import report
 
-    write_report(runs, out)
+    if out is None and not model_card:
+        raise report.ReportError("report needs --out FILE.html to write the page to, or --model-card")
+    if out is None:
+        typer.echo(report.model_card(runs), nl=False)
+        return
+    (report.write_model_card if model_card else report.write_report)(runs, out)
     typer.echo(f"wrote {out}")

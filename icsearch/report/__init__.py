@@ -34,10 +34,12 @@ __all__ = [
     "eval_csv",
     "eval_table",
     "find_kink",
+    "model_card",
     "summary_table",
     "view_eval",
     "view_run",
     "write_eval_results",
+    "write_model_card",
     "write_report",
     "write_results",
 ]
@@ -113,19 +115,61 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     Unfinished runs are shown as such. Raises JournalError where a directory is not a RUN or its journal cannot be
     read, ReportError where `out` cannot be written.
     """
+    out = _checked_out(out, "report.html")
+    searched, evaluated = _views(runs)
+    _write(out, render_page(searched, evaluated))
+
+
+def model_card(runs: Sequence[Path]) -> str:
+    """A model-card section with the hub's metadata, for finished RUN directories and those that hold an eval.json.
+
+    Raises ReportError where a run is not finished, or they are of several checkpoints; JournalError as `write_report`.
+    """
+    from icsearch.report.card import render_card
+
+    searched, evaluated = _views(runs)
+    for view in searched:
+        if not view.finished:
+            raise ReportError(f"the search {view.name} is not finished: repeat its command to finish it")
+    models = {str((model or {}).get("fingerprint")) for model in _models(searched, evaluated)}
+    if len(models) > 1:
+        raise ReportError(f"a model card is of one checkpoint, and these are of {len(models)}: give those of one")
+    return render_card(searched, evaluated)
+
+
+def write_model_card(runs: Sequence[Path], out: Path) -> None:
+    """Write `model_card` to a file; raises as that does, and ReportError where `out` cannot be written."""
+    out = _checked_out(out, "card.md")
+    _write(out, model_card(runs))
+
+
+def _models(searched: Sequence[RunView], evaluated: Sequence[EvalView]) -> list[dict[str, Any] | None]:
+    return [*(view.start["model"] for view in searched), *(view.document.get("model") for view in evaluated)]
+
+
+def _views(runs: Sequence[Path]) -> tuple[list[RunView], list[EvalView]]:
+    """The searches and the evaluations of these directories."""
     if not runs:
         raise ReportError("no run to report on: give at least one directory of icsearch greedy, dp-baseline or eval")
     runs = [typed_path(str(run), ReportError) for run in runs]
+    evaluated = [run for run in runs if (run / EVAL_NAME).is_file()]
+    searches = [_view(load_run(run), run) for run in runs if run not in evaluated]
+    return searches, [_eval_view(load_eval(one / EVAL_NAME), one) for one in evaluated]
+
+
+def _checked_out(out: Path, example: str) -> Path:
+    """Refuse a place that no file can be written to, before anything is read."""
     out = typed_path(str(out), ReportError)
     if out.is_dir():
-        raise ReportError(f"{out} is a directory: give the name of an HTML file, such as {out / 'report.html'}")
+        raise ReportError(f"{out} is a directory: give the name of a file, such as {out / example}")
     if not out.parent.is_dir():
         raise ReportError(f"no directory {out.parent} to write {out.name} into: create it, or give another --out")
-    evaluated = [run for run in runs if (run / EVAL_NAME).is_file()]
-    evaluations = [_eval_view(load_eval(one / EVAL_NAME), one) for one in evaluated]
-    page = render_page([_view(load_run(run), run) for run in runs if run not in evaluated], evaluations)
+    return out
+
+
+def _write(out: Path, content: str) -> None:
     try:
-        write_atomically(out, page)
+        write_atomically(out, content)
     except OSError as error:
         if is_disk_full(error):
             raise
