@@ -124,7 +124,8 @@ class Memory:
             return grid.words
         smaller = "a smaller --batch-size, " if self.shape.batch_size > 1 else ""
         return (
-            f"{grid.words}; {idle} of the {grid.size} have nothing to do, for {sequences} sequences make "
+            f"{grid.words}; {idle} of the {grid.size} {'has' if idle == 1 else 'have'} nothing to do, for {sequences} "
+            "sequences make "
             f"{shares} share{'s' if shares > 1 else ''}: give {smaller}more sequences, or start fewer processes"
         )
 
@@ -173,7 +174,8 @@ def _choose_offload(
     chosen = offload.choose(request.offload, on_cpu, weight_sizes(inputs, options, share), fits, free)
     if share.grid.size == 1:
         return chosen
-    return replace(chosen, why=f"{chosen.why}, in each process", pass_bytes=chosen.pass_bytes * share.grid.size)
+    one_pass = offload.pass_bytes(chosen.where, weight_sizes(inputs, options)) if chosen.streamed else 0
+    return replace(chosen, why=f"{chosen.why}, in each process", pass_bytes=one_pass * share.grid.data)
 
 
 def plan_share(

@@ -74,7 +74,17 @@ def test_streaming_that_is_asked_for(request_: GreedyRequest, inputs: Inputs) ->
     """All batches of a data rank go through the layers together; what is read is read by both."""
     memory = chosen(request_, inputs, 2, 10**9, "disk")
     assert (memory.share.grid, memory.batches_per_wave) == (Grid(2, 1), 2)  # 3 batches for two
-    assert memory.offload.pass_bytes == pytest.approx(2 * inputs.source.num_bytes, rel=0.01)
+    assert memory.offload.pass_bytes == 2 * inputs.source.num_bytes
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 1), Grid(1, 2), Grid(1, 4), Grid(2, 2)])
+def test_a_pass_reads_the_checkpoint_once_for_each_data_rank(
+    request_: GreedyRequest, inputs: Inputs, grid: Grid
+) -> None:
+    """However unequal the blocks of a pipeline are."""
+    asked = replace(request_, offload="disk")
+    memory = plan_memory(asked, inputs, run_options(asked, inputs, []), Share(grid))
+    assert memory.offload.pass_bytes == grid.data * inputs.source.num_bytes
 
 
 def test_nothing_fits(request_: GreedyRequest, inputs: Inputs) -> None:
@@ -96,7 +106,7 @@ def test_a_grid_that_cannot_be_cut_does_not_hide_that_memory_is_short(request_: 
     [
         (Grid(8, 1), 12, "2 of the 8 have nothing to do, for 12 sequences make 6 shares: give a smaller --batch-size"),
         (Grid(4, 2), 5, "2 of the 8 have nothing to do, for 5 sequences make 3 shares"),
-        (Grid(2, 1), 2, "1 of the 2 have nothing to do, for 2 sequences make 1 share:"),
+        (Grid(2, 1), 2, "1 of the 2 has nothing to do, for 2 sequences make 1 share:"),
         (Grid(4, 1), 7, "4 processes, which share the sequences"),
         (Grid(1, 8), 2, "8 processes, which share the layers"),
     ],

@@ -191,7 +191,11 @@ def test_an_interrupt_that_comes_while_the_reason_to_end_is_found(pair: Pair, mo
 
     monkeypatch.setattr(together, "explain", interrupted)
     error = IcsearchError("no such layer")
-    assert together._reason(World(Launch(0, 2), None, pair.first), error) is error
+    try:
+        reason = together._reason(World(Launch(0, 2), None, pair.first), error)
+    except KeyboardInterrupt:
+        pytest.fail("the interrupt was raised")
+    assert reason is error
     assert pair.first.end == End(2, 0, "rank 0 failed: no such layer")
 
 
