@@ -67,7 +67,7 @@ class Peak:
     """The highest resident memory of this process from `start` on, in bytes, and what was resident then.
 
     On Linux the kernel's high-water mark (VmHWM) is set back at the start; elsewhere, and where that is refused,
-    the peak is that of the whole life of the process (ru_maxrss), loading included. `method` says which.
+    the peak is that of the whole life of the process, loading included. `method` says which.
     """
 
     baseline: int = 0
@@ -78,12 +78,12 @@ class Peak:
             Path("/proc/self/clear_refs").write_text("5")
             self.method = "VmHWM since loading"
         except OSError:
-            self.method = "ru_maxrss of the process"
-        self.baseline = self._high_water()
+            self.method = "peak of the process"
+        self.baseline = high_water()
         return self
 
     def numbers(self) -> Json:
-        high = self._high_water()
+        high = high_water()
         return {
             "peak_bytes": high,
             "loaded_bytes": self.baseline,
@@ -91,10 +91,17 @@ class Peak:
             "memory_method": self.method,
         }
 
-    def _high_water(self) -> int:
-        if self.method.startswith("VmHWM"):
-            status = Path("/proc/self/status").read_text().splitlines()
-            return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024
+
+def high_water() -> int:
+    """The highest resident memory of this program since it began, in bytes.
+
+    Where Linux tells it (VmHWM): ru_maxrss is also that of the program which this process was before it began, of
+    a parent that has loaded a large model.
+    """
+    try:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) * 1024
+    except (OSError, StopIteration):
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import resource
 from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoints
-from measuring import RESULTS, WORK, Clock, Json, Results, machine, run_child, write_json
+from measuring import RESULTS, WORK, Clock, Json, Results, high_water, machine, run_child, write_json
 
 FORMAT = "icsearch.bench.memory/1"
 LAYERS = 4
@@ -66,8 +65,7 @@ def child(spec: Json) -> Json:
         memory=spec["memory"],
     )
     greedy(request, listener)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"measured_bytes": peak, **planned_bytes(listener.rows)}
+    return {"measured_bytes": high_water(), **planned_bytes(listener.rows)}
 
 
 def planned_bytes(rows: dict[str, str]) -> Json:
