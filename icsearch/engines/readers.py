@@ -73,7 +73,7 @@ def _weight_notes(model_type: str, dropped: bool) -> Iterator[str]:
     elif TRANSFORMERS.title in known:
         yield (
             "the S layers' indexer weights are still there: transformers leaves them unread and lists them as "
-            "unexpected; --drop-indexers leaves them out"
+            "unexpected, vllm-ascend may refuse them; --drop-indexers leaves them out"
         )
 
 
