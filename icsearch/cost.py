@@ -78,6 +78,8 @@ class ModelShape:
     shares and speed-ups of a model that mixes kinds are upper bounds. MTP layers are not counted. `gate_rank`: the
     query projection makes output gates too, from the query latent before and behind its norm, and each of a layer's
     two norms has a low-rank gate (A.X-K2; the norm before a dense MLP has none, and is counted as if it had).
+    `q_lora_rank` 0: queries, the indexer's too, come straight from the hidden states (Mistral-Large-4, whose layers
+    without RoPE are counted as if they had it).
     """
 
     hidden_size: int
@@ -119,7 +121,7 @@ class ModelShape:
             layers=layers,
             dsa_layers=_dsa_layers(config, layers) if dsa_layers is None else dsa_layers,
             heads=_size(config, "num_attention_heads"),
-            q_lora_rank=_size(config, "q_lora_rank"),
+            q_lora_rank=_query_rank(config),
             kv_lora_rank=_size(config, "kv_lora_rank"),
             qk_nope_head_dim=_size(config, "qk_nope_head_dim"),
             qk_rope_head_dim=_size(config, "qk_rope_head_dim", least=0),
@@ -140,13 +142,14 @@ class ModelShape:
     @property
     def index_weights(self) -> int:
         """Weights of one indexer: queries from the query latent, keys and head weights from the hidden state."""
-        queries = self.q_lora_rank * self.index_heads * self.index_head_dim
+        queries = (self.q_lora_rank or self.hidden_size) * self.index_heads * self.index_head_dim
         return queries + self.hidden_size * (self.index_head_dim + self.index_heads)
 
     @property
     def projection_weights(self) -> int:
         """Weights of one layer's attention: query down and up, key-value down, key and value up, output."""
-        query = self.q_lora_rank * (self.hidden_size + self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim))
+        heads = self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        query = self.q_lora_rank * (self.hidden_size + heads) if self.q_lora_rank else self.hidden_size * heads
         key_value = self.heads * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
         output = self.heads * self.v_head_dim * self.hidden_size
         return query + self.hidden_size * self.latent + key_value + output + self._gate_weights
@@ -197,6 +200,13 @@ def _size(config: dict[str, Any], *keys: str, least: int = 1) -> int:
             "glm_moe_dsa"
         )
     return value
+
+
+def _query_rank(config: dict[str, Any]) -> int:
+    """Rank of the query latent; 0 in the one make that has none, which lists its layers without RoPE."""
+    if config.get("no_rope_layers") and config.get("q_lora_rank") is None:
+        return 0
+    return _size(config, "q_lora_rank")
 
 
 def _dense_layers(config: dict[str, Any], layers: int) -> int:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +21,12 @@ from torch import nn
 from icsearch import block_sizes, ops
 from icsearch.errors import ModelError
 from icsearch.families.attention import Core, Observer
+from icsearch.families.indexer import arguments, bound, has_scores, index_queries, turns
 
 NAME = "icsearch"  # of our attention, in transformers' registry
 
-# (owner, query, key, value, mask, scaling) to core attention, as far as it does not depend on a selection.
-MakeCore = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], Core]
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-_INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "qk_rope_head_dim", "softmax_scale")
 _HARMLESS = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position")  # no dropout: we do not train
 _ATTENTION_PARTS = ("expand_kv", "kv_b_proj", "qk_nope_head_dim", "v_head_dim")
 
@@ -41,13 +38,15 @@ def has_arithmetic(owner: nn.Module, indexer: nn.Module | None) -> bool:
     """
     if not all(hasattr(owner, name) for name in _ATTENTION_PARTS) or hasattr(owner, "sinks"):
         return False
-    if indexer is None:
-        return True
-    return all(hasattr(indexer, name) for name in _INDEXER_PARTS) and "q_resid" in _arguments(indexer)
+    return indexer is None or has_scores(indexer)
 
 
-def _arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(module.forward).parameters
+def is_windowed(layer: nn.Module) -> bool:
+    """Whether a layer of another kind attends to a sliding window, which the block-wise arithmetic knows too."""
+    return any(
+        isinstance(getattr(module, "sliding_window", None), int) and hasattr(module, "expand_kv")
+        for module in layer.modules()
+    )
 
 
 @dataclass(frozen=True)
@@ -57,44 +56,36 @@ class Blockwise:
     rotate: Rotate
     block_elements: int
 
-    def select(
-        self,
-        indexer: Any,
-        hidden_states: torch.Tensor,
-        q_resid: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        *rest: Any,  # mask, position ids and cache: we are causal, and without a cache
-        **named_rest: Any,
-    ) -> torch.Tensor:
-        """What a call of the indexer returns: int32 [B, S, k]. States [B, S, D], q_resid [B, S, Q]."""
-        queries, keys, weights = self.projections(indexer, hidden_states, q_resid, position_embeddings)
+    def select(self, indexer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What a call of the indexer with these arguments returns: int32 [B, S, k], of [B, S, D] states."""
+        queries, keys, weights = self.projections(indexer, *args, **kwargs)
         return ops.select(queries, keys, weights, indexer.index_topk, self.block_elements)
 
-    def projections(
-        self,
-        indexer: Any,
-        hidden_states: torch.Tensor,
-        q_resid: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def projections(self, indexer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What scores are made of: queries [B, S, H, D], keys [B, S, D], and the heads' weights [B, S, H], scaled."""
-        batch, length, _ = hidden_states.shape
-        queries = indexer.wq_b(q_resid).view(batch, length, indexer.n_heads, indexer.head_dim)
+        call = bound(indexer, args, kwargs)
+        hidden_states = call["hidden_states"]
         keys = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)  # [B, S, 1, D]
         weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
         return (
-            self._rotated(indexer, queries, position_embeddings),
-            self._rotated(indexer, keys, position_embeddings).squeeze(2),
+            self._rotated(indexer, index_queries(indexer, call), call["position_embeddings"]),
+            self._rotated(indexer, keys, call["position_embeddings"]).squeeze(2),
             weights * (indexer.n_heads**-0.5 * indexer.softmax_scale),
         )
 
     def _rotated(self, indexer: Any, states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if not turns(indexer):
+            return states
         rope, rest = states.split([indexer.qk_rope_head_dim, indexer.head_dim - indexer.qk_rope_head_dim], dim=-1)
         return torch.cat([self.rotate(rope, *angles), rest], dim=-1)
 
-    def core(
-        self, owner: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: torch.Tensor, scaling: float
-    ) -> Core:
+    def window(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, scaling: float
+    ) -> torch.Tensor:
+        """Attention of a layer of another kind, to the last `window` tokens: [B, S, H, V]."""
+        return ops.window_attention(query, key, value, window, scaling)
+
+    def core(self, owner: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Core:
         """Core attention over compressed keys [B, 1, S, L] and their RoPE part [B, 1, S, R], which come as value."""
         heads, length, latent, rope = query.shape[1], query.shape[2], key.shape[-1], value.shape[-1]
         no_rope, value_dim = query.shape[-1] - rope, owner.v_head_dim
@@ -112,15 +103,18 @@ class Blockwise:
 
 
 @contextlib.contextmanager
-def attending(config: Any, make_core: MakeCore, observer: Observer | None) -> Iterator[None]:
-    """Within the block the model's attention modules run `make_core`, and the observer hears of every layer."""
+def attending(config: Any, blockwise: Blockwise, observer: Observer | None) -> Iterator[None]:
+    """Within the block the model's attention modules run ours, and the observer hears of every DSA layer."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(
         owner: Any, query: Any, key: Any, value: Any, mask: Any, *, indices: Any, scaling: float, **more: Any
     ) -> tuple[torch.Tensor, None]:
+        window = more.pop("sliding_window", None) if indices is None else None
         _check_known(owner, more)
-        core = make_core(owner, query, key, value, mask, scaling)
+        if window is not None:
+            return blockwise.window(query, key, value, window, scaling), None
+        core = blockwise.core(owner, query, key, value, scaling)
         output = core(indices)
         if observer is not None:
             observer(output, indices, core)
@@ -173,10 +167,10 @@ def find_rotation(indexer: Any) -> Rotate:
     Nothing in a config tells the layout. Scores are compared, not tokens: among equal scores any choice is right.
     Raises ModelError where no layout fits: the indexer then does something else.
     """
-    inputs, causal = _probe(indexer)
+    inputs = _probe(indexer)
     topk, indexer.index_topk = indexer.index_topk, PROBE_TOPK
     try:
-        own = indexer(*inputs, causal, None)[:, PROBE_TOPK:].long()  # the queries that have a choice
+        own = indexer(**inputs)[:, PROBE_TOPK:].long()  # the queries that have a choice
     finally:
         indexer.index_topk = topk
     gaps = {rotate: _gap(indexer, rotate, inputs, own) for rotate in (ops.rotate_interleaved, ops.rotate_half_split)}
@@ -186,6 +180,15 @@ def find_rotation(indexer: Any) -> Rotate:
             "the block-wise arithmetic does not choose what this model's own indexers choose: give --kernels reference"
         )
     return best
+
+
+def scores_alike(indexer: nn.Module) -> bool:
+    """Whether an indexer of this make, its weights aside, chooses as the block-wise arithmetic does."""
+    try:
+        find_rotation(random_copy(indexer))
+    except ModelError:
+        return False
+    return True
 
 
 def random_copy(indexer: nn.Module) -> nn.Module:
@@ -202,7 +205,7 @@ def random_copy(indexer: nn.Module) -> nn.Module:
     return copied.to("cpu")
 
 
-def _probe(indexer: Any) -> tuple[tuple[Any, ...], torch.Tensor]:
+def _probe(indexer: Any) -> dict[str, Any]:
     """Random hidden states, query residuals and angles, one sequence, the same every time; and the causal mask."""
     weight, rope = indexer.wk.weight, indexer.qk_rope_head_dim
     generator = torch.Generator().manual_seed(0)
@@ -211,14 +214,19 @@ def _probe(indexer: Any) -> tuple[tuple[Any, ...], torch.Tensor]:
         return torch.randn(1, PROBE_TOKENS, *shape, generator=generator).to(weight.device, weight.dtype)
 
     turns = noise(rope // 2).float().repeat(1, 1, 2)
-    angles = (turns.cos().to(weight.dtype), turns.sin().to(weight.dtype))
-    causal = torch.ones(1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=weight.device).tril_()
-    return (noise(weight.shape[1]), noise(indexer.wq_b.weight.shape[1]), angles), causal
+    inputs = {
+        "position_embeddings": (turns.cos().to(weight.dtype), turns.sin().to(weight.dtype)),
+        "hidden_states": noise(weight.shape[1]),
+        "q_resid": noise(indexer.wq_b.weight.shape[1]),
+        "attention_mask": torch.ones(1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=weight.device).tril_(),
+        "position_ids": torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0),
+    }
+    return {name: value for name, value in inputs.items() if name in arguments(indexer)}
 
 
-def _gap(indexer: Any, rotate: Rotate, inputs: tuple[Any, ...], own: torch.Tensor) -> float:
+def _gap(indexer: Any, rotate: Rotate, inputs: dict[str, Any], own: torch.Tensor) -> float:
     """How far the scores of the chosen tokens are from the highest ones, at most, in units of the scores' spread."""
-    queries, keys, weights = Blockwise(rotate, 1).projections(indexer, *inputs)
+    queries, keys, weights = Blockwise(rotate, 1).projections(indexer, **inputs)
     scores = ops.mask_future(ops.index_scores(queries.float(), keys.float(), weights), 0)[:, PROBE_TOPK:]
     chosen = scores.gather(-1, own).sort(dim=-1, descending=True).values
     highest = scores.topk(PROBE_TOPK, dim=-1).values

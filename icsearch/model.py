@@ -16,7 +16,17 @@ from icsearch.families.attention import Observer, run_observed
 from icsearch.families.calls import FirstLayerReached, LayerCall, embedding_nothing, recorded
 from icsearch.families.decoder import decoder_layers
 from icsearch.families.ending import Ending
-from icsearch.kernels import Blockwise, attending, compressed, find_rotation, has_arithmetic, mask_stand_in, random_copy
+from icsearch.families.indexer import turns
+from icsearch.kernels import (
+    Blockwise,
+    attending,
+    compressed,
+    find_rotation,
+    has_arithmetic,
+    is_windowed,
+    mask_stand_in,
+    random_copy,
+)
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, find_indexers, put_slot
 from icsearch.weights.holding import LayerWeights
@@ -58,13 +68,20 @@ class DsaModel:
 
     @property
     def has_arithmetic(self) -> bool:
-        """Whether the block-wise arithmetic is that of all layers of this model: none of another kind between them."""
-        if len(self.slots) != len(self.layers):
+        """Whether the block-wise arithmetic is that of all layers of this model, as far as their parts tell."""
+        others = set(range(len(self.layers))) - set(self.layer_indices)
+        if not all(is_windowed(self.layers[index]) for index in others):
             return False
         return all(has_arithmetic(owner, slot.inner) for owner, slot in zip(self.owners, self.slots, strict=True))
 
+    @property
+    def telling_indexer(self) -> Any:
+        """The indexer that tells the RoPE layout: the first one that turns anything, else the first; or None."""
+        found = [slot.inner for slot in self.slots if slot.inner is not None]
+        return next((one for one in found if turns(one)), next(iter(found), None))
+
     def _make_blockwise(self, block_elements: int) -> Blockwise:
-        indexer = next(slot.inner for slot in self.slots if slot.inner is not None)
+        indexer = self.telling_indexer
         return Blockwise(find_rotation(random_copy(indexer)), block_elements)
 
     @property
@@ -116,7 +133,7 @@ class DsaModel:
         with contextlib.ExitStack() as stack:
             if self.blockwise is not None:
                 stack.enter_context(compressed(self.owners))
-                stack.enter_context(attending(self.config, self.blockwise.core, self._observer))
+                stack.enter_context(attending(self.config, self.blockwise, self._observer))
                 stack.enter_context(self._selecting(self.blockwise.select))
                 stack.enter_context(chunked(self._experts))
             yield

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from icsearch.block_sizes import block_size
+from icsearch.block_sizes import MIN_BLOCK, block_size
 
 GROUP, HEAP_RATIO = 4, 64  # where, and in what groups, tokens compete by their highest score first: see `highest`
 
@@ -192,6 +192,27 @@ def dense_attention(
         mask = _block_mask(selection[:, first:last], first, last)
         prefix = (key[:, :, :last], value[:, :, :last])
         attended = functional.scaled_dot_product_attention(query[:, :, first:last], *prefix, mask, scale=scaling)
+        output[:, first:last] = attended.transpose(1, 2)
+    return output
+
+
+def window_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, scaling: float
+) -> torch.Tensor:
+    """Attention of each query to itself and the `window` - 1 tokens before it, by blocks of `window` queries.
+
+    query [B, H, S, Q], key [B, H, S, Q], value [B, H, S, V]. Returns [B, S, H, V].
+    """
+    batch, heads, length, _ = query.shape
+    output = query.new_empty(batch, length, heads, value.shape[-1])
+    for first, last in blocks(0, length, max(window, MIN_BLOCK)):
+        begin = max(0, first - window + 1)
+        distance = torch.arange(first, last, device=query.device).unsqueeze(1) - torch.arange(
+            begin, last, device=query.device
+        )
+        mask = (distance >= 0) & (distance < window)  # [b, t]
+        seen = (key[:, :, begin:last], value[:, :, begin:last])
+        attended = functional.scaled_dot_product_attention(query[:, :, first:last], *seen, mask, scale=scaling)
         output[:, first:last] = attended.transpose(1, 2)
     return output
 

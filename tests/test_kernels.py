@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,8 @@ def test_indexers_that_do_something_else_are_refused(family_checkpoint: Path, mo
     dsa = load(family_checkpoint, None)
     indexer: Any = dsa.slots[0].inner
 
-    def farthest(hidden_states: torch.Tensor, *_: Any) -> torch.Tensor:
+    @functools.wraps(indexer.forward)
+    def farthest(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         return torch.arange(indexer.index_topk, dtype=torch.int32).expand(*hidden_states.shape[:2], -1)
 
     monkeypatch.setattr(indexer, "forward", farthest)

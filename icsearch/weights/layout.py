@@ -17,6 +17,7 @@ from icsearch.families.classes import auto_class
 from icsearch.families.decoder import check_layers_stand_alone
 from icsearch.families.ending import streams
 from icsearch.families.selection import SelectionForm, index_heads, read_form
+from icsearch.kernels import scores_alike
 from icsearch.model import DsaModel
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.weights.checkpoint import Checkpoint
@@ -75,7 +76,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
     make_quantizer(checkpoint)  # refuses a quantisation that cannot be read
     config = load_config(checkpoint, trust_remote_code)
     skeleton = DsaModel(_skeleton(checkpoint, config, trust_remote_code))
-    indexer = next((slot.inner for slot in skeleton.slots if slot.inner is not None), None)
+    indexer = skeleton.telling_indexer
     if indexer is None:
         raise ModelError(
             f"{checkpoint.name} is a {config.model_type} model and has no indexers: "
@@ -86,7 +87,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
     with _named(checkpoint):
         check_layers_stand_alone(text_config)
         selection, (heads, head_dim) = read_form(indexer), index_heads(indexer)
-    known = skeleton.has_arithmetic
+    known = skeleton.has_arithmetic and scores_alike(indexer)
     return Layout(
         model_type=config.model_type,
         num_layers=len(skeleton.layers),
