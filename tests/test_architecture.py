@@ -274,8 +274,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli.importing": {"cli.options", "engines.backbone", "engines.importing"},
     "cli.report": {"cli.options", "report"},
     "cli": {
-        "", "cli.baseline", "cli.calibrate", "cli.evaluate", "cli.export", "cli.greedy", "cli.importing", "cli.plan",
-        "cli.report", "endings", "processes.launch", "processes.together", "processes.world",
+        "", "cli.baseline", "cli.calibrate", "cli.config", "cli.evaluate", "cli.export", "cli.greedy",
+        "cli.importing", "cli.plan", "cli.report", "endings", "processes.launch", "processes.together", "processes.world",
     },
     "api": set(),
     "api.models": {

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 from icsearch import __version__
 from icsearch.cli import baseline, calibrate, evaluate, export, greedy, importing, plan, report
+from icsearch.cli.config import drop_outranked
 from icsearch.endings import raise_on_sigterm, run_to_its_end
 from icsearch.processes.launch import read_launch
 
@@ -46,6 +47,11 @@ class Command(TyperCommand):
         super().__init__(*arguments, **options)
         for parameter in self.params:
             parameter.show_envvar = False  # type: ignore[attr-defined]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; of options that exclude one another, the one that was given closest to the command line counts."""
+        drop_outranked(ctx)
+        return super().invoke(ctx)
 
 
 app.command("calibrate", cls=Command)(calibrate.calibrate_batches)

@@ -6,7 +6,7 @@ A value goes through the same parser as one that is typed, so a run cannot tell 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ else:
     import tomli as tomllib
 
 COMMON = "common"
+EXCLUSIVE = (("retention", "num_shared"), ("model_config", "layers"))
 _NOT_IN_A_FILE = ("config", "help")
+_PLACES = ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP")  # as the parser calls them; the last one is the config file
 
 # The options of one command, by the name that they have on the command line, without dashes in front.
 Options = Mapping[str, Any]
@@ -64,23 +66,41 @@ def defaults(path: Path, document: dict[str, Any], known: Mapping[str, Options])
     An option of [common] goes to the commands that have it. Raises ConfigError, with the nearest name where a table
     or an option is unknown.
     """
-    every = {name: option for options in known.values() for name, option in options.items()}
-    tables = {COMMON: every, **known}
+    every = {name for options in known.values() for name in options}
     for table, values in document.items():
-        if table not in tables:
-            raise ConfigError(f"{path}: {_unknown_table(table, values, tables, every)}")
+        if table not in (COMMON, *known):
+            raise ConfigError(f"{path}: {_unknown_table(table, values, (COMMON, *known), every)}")
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {table} is {shown(values)}: expected a table, [{table}]")
-        _check(path, table, values, tables[table])
-    return {
-        command: {
-            option.name: _typed(values[key], option)
-            for values in (_by_option(document.get(table, {})) for table in (COMMON, command))
-            for key, option in options.items()
-            if key in values
-        }
-        for command, options in known.items()
-    }
+        _check(path, table, values, known.values() if table == COMMON else [known[table]])
+    common = _by_option(document.get(COMMON, {}))
+    return {name: _values(common, _by_option(document.get(name, {})), options) for name, options in known.items()}
+
+
+def drop_outranked(context: typer.Context) -> None:
+    """Of options that exclude one another, take back those from a weaker place than another one that was given.
+
+    So `--num-shared` stands above a `retention` of a config file. Two from the same place stay, to be refused.
+    """
+    for names in EXCLUSIVE:
+        found = {name: _rank(context, name) for name in names}
+        strongest = min(found.values())
+        for name in names:
+            if strongest < found[name] < len(_PLACES):
+                context.params[name] = None
+
+
+def _rank(context: typer.Context, name: str) -> int:
+    """How far from the command line an option's value comes; the number of places where it is a default."""
+    place = getattr(context.get_parameter_source(name), "name", "")
+    return _PLACES.index(place) if place in _PLACES else len(_PLACES)
+
+
+def _values(common: dict[str, Any], own: dict[str, Any], options: Options) -> dict[str, Any]:
+    """What a command's parameters are by the file; what its own table says takes back what excludes it in [common]."""
+    weaker = {other for names in EXCLUSIVE for name in names if name.replace("_", "-") in own for other in names}
+    merged = {**{key: value for key, value in common.items() if key.replace("-", "_") not in weaker}, **own}
+    return {options[key].name: _typed(value, options[key]) for key, value in merged.items() if key in options}
 
 
 def _options(command: Any) -> dict[str, Any]:
@@ -97,15 +117,17 @@ def _by_option(values: dict[str, Any]) -> dict[str, Any]:
     return {key.replace("_", "-"): value for key, value in values.items()}
 
 
-def _check(path: Path, table: str, values: dict[str, Any], options: Options) -> None:
-    """Raise ConfigError for an option that the table does not have, one said twice, or a value of no use."""
+def _check(path: Path, table: str, values: dict[str, Any], commands: Iterable[Options]) -> None:
+    """Raise ConfigError for an option that no command here has, one said twice, or a value of no use to one of them."""
     if len(_by_option(values)) != len(values):
         raise ConfigError(f"{path}: [{table}] says an option twice, with - and with _: leave one out")
     for key, value in values.items():
-        option = options.get(key.replace("_", "-"))
-        if option is None:
-            raise ConfigError(f"{path}: [{table}] has no option {shown(key)}{_nearest(key.replace('_', '-'), options)}")
-        if expected := _wrong(value, option):
+        name = key.replace("_", "-")
+        having = [options[name] for options in commands if name in options]
+        if not having:
+            known = {name for options in commands for name in options}
+            raise ConfigError(f"{path}: [{table}] has no option {shown(key)}{_nearest(name, known)}")
+        for expected in filter(None, (_wrong(value, option) for option in having)):
             raise ConfigError(f"{path}: [{table}] {key} is {shown(value)}: expected {expected}")
 
 
@@ -132,7 +154,7 @@ def _typed(value: Any, option: Any) -> Any:
     return str(value)
 
 
-def _unknown_table(table: str, value: Any, tables: Iterable[str], every: Options) -> str:
+def _unknown_table(table: str, value: Any, tables: Iterable[str], every: Collection[str]) -> str:
     if not isinstance(value, dict) and table.replace("_", "-") in every:
         return f"{table} stands in no table: write it below [{COMMON}] or below a command, such as [greedy]"
     return f"unknown table {shown(table)}{_nearest(table, tables)}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import tiny
 from icsearch import cli
@@ -102,6 +103,38 @@ def test_required_options_several_values_and_flags(
     assert document["options"]["contexts"] == [1000]
 
 
+def test_of_two_that_exclude_one_another_the_stronger_place_counts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--num-shared and --retention; from the same place, both are refused, as on the command line."""
+    config = write(tmp_path / "a.toml", '[common]\nretention = "1/2"\n')
+    own = write(tmp_path / "own.toml", '[common]\nretention = "1/2"\n[plan]\nnum-shared = 3\n')
+    both = write(tmp_path / "both.toml", '[plan]\nretention = "1/2"\nnum-shared = 3\n')
+
+    def shared(*arguments: object) -> object:
+        return planned(capsys, *arguments)["search"]["num_shared"]
+
+    assert shared("--config", config) == 8
+    assert shared("--config", config, "--num-shared", 5) == 5
+    assert shared("--config", own) == 3
+    assert shared("--config", own, "--retention", "3/4") == 4
+    assert "give one of them" in refused(capsys, "plan", "demo", "--config", both)
+    monkeypatch.setenv("ICSEARCH_PLAN_NUM_SHARED", "6")
+    assert shared("--config", config) == 6
+    assert shared("--config", config, "--retention", "3/4") == 4
+    monkeypatch.setenv("ICSEARCH_PLAN_RETENTION", "3/4")
+    assert "give one of them" in refused(capsys, "plan", "demo")
+
+
+def test_every_command_takes_a_file_and_each_of_its_options_there() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    for name, command in group.commands.items():
+        options = [one for one in command.params if one.param_type_name == "option" and one.name != "help"]
+        assert "config" in {one.name for one in options}, name
+        for one in options:
+            assert one.opts == [f"--{one.name.replace('_', '-')}"], "a variable is called by the parameter's name"
+
+
 BAD_FILES: dict[str, tuple[str, str]] = {
     "not TOML": ("[greedy\nseed = 1", "is not TOML ("),
     "an unknown option": ('[greedy]\nretenton = "1/4"', "[greedy] has no option 'retenton': did you mean retention?"),
@@ -116,6 +149,10 @@ BAD_FILES: dict[str, tuple[str, str]] = {
     "a word for a flag": ('[greedy]\nquiet = "yes"', "[greedy] quiet is 'yes': expected true or false"),
     "a flag for a number": ("[greedy]\nseed = true", "[greedy] seed is True: expected a text or a number"),
     "a list": ("[greedy]\nseed = [1]", "[greedy] seed is a list: expected a text or a number"),
+    "a list for one of the commands": (
+        '[common]\nretention = ["1/2"]',
+        "[common] retention is a list: expected a text",
+    ),
     "a list of lists": ("[eval]\npattern = [[1]]", "[eval] pattern is a list: expected a text or a number, or a list"),
     "a date": ("[greedy]\nseed = 2026-11-21", "expected a text or a number"),
     "twice": ("[greedy]\nseq-len = 9\nseq_len = 9", "[greedy] says an option twice"),

@@ -52,7 +52,7 @@ def test_completion_of_commands_options_and_values() -> None:
     assert completed("icsearch eval demo --kernels b") == ["blockwise"]
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", *(pytest.param(shell, marks=pytest.mark.slow) for shell in ("zsh", "fish"))])
 def test_the_script_to_install(shell: str, tmp_path: Path) -> None:
     """It asks the installed command, and lies where the shell looks for it."""
     test = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "HOME": str(tmp_path)}

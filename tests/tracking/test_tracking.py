@@ -13,6 +13,7 @@ from accelerate import tracking
 from accelerate.utils import LoggerType
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import several
 import tiny
 from icsearch import cli
 from icsearch.greedy import greedy
@@ -268,6 +269,22 @@ def test_a_damaged_state_is_said_and_costs_nothing(
         (out / STATE_NAME).write_text(content)
         assert search(glm_checkpoint, few, out, "--tracker", "tensorboard") == 0
         assert "remove it, and all rows are logged again" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_of_several_processes_the_first_one_logs(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["greedy", glm_checkpoint, "--calibration", few, "--num-shared", 3, "--out", out]
+    result = several.launched(several.torchrun(2), [*command, "--tracker", "tensorboard"])
+    assert result.returncode == 0, result.stderr
+    check_whole(out)
+
+
+def test_a_search_by_kl_logs_it(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert search(glm_checkpoint, few, out, "--tracker", "tensorboard", "--objective", "kl") == 0
+    steps = document(out)["steps"]
+    assert [value for _, value in logged(out)["kl"]] == pytest.approx([0, *(step["kl"] for step in steps)], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["abacus", next(n for n in TRACKERS if n not in tracking.get_available_trackers())])
