@@ -113,3 +113,13 @@ def typed_path(text: str, error: type[IcsearchError]) -> Path:
         short = text if len(text) <= 60 else f"{text[:56]}..."
         raise error(f"cannot use the path {short!r} ({reason}): give another one") from None
     return path
+
+
+def check_new(path: Path, error: type[IcsearchError]) -> None:
+    """Raise `error` where a file cannot be written anew: it exists, or its directory is missing or locked."""
+    path = typed_path(str(path), error)
+    if path.exists():
+        raise error(f"{path} exists: give another --out, or remove it first")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        reason = "may not be written to" if path.parent.is_dir() else "is no directory"
+        raise error(f"cannot write {path}: {path.parent} {reason}; give another --out, or make it first")

@@ -91,7 +91,7 @@ def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: b
         retention = parse_retention(spec.removeprefix("uniform:"))
         return [NamedPattern(f"uniform {retention}", Pattern.uniform(num_layers, retention), "uniform")]
     if spec.startswith("published:"):
-        file = load_pattern_file(_published_path(spec.removeprefix("published:")))
+        file = load_pattern_file(published_path(spec))
         return [_from_file(spec, file, file.pattern, target, force)]
     if re.fullmatch(r"[A-Z]+|[fs]+", spec) and not os.path.exists(spec):  # other letters: their position gets named
         return [NamedPattern(spec.upper(), Pattern.parse(spec, num_layers), "letters")]
@@ -113,8 +113,10 @@ def _short(spec: str, title: str) -> str:
     return Path(spec).name if Path(spec).suffix in (".json", ".gguf") else f"{title} settings"
 
 
-def _published_path(name: str) -> Path:
+def published_path(spec: str) -> Path:
+    """The file of `published:NAME`; raises PatternError with the names that there are."""
     known = sorted(file.stem for file in published_patterns().glob("*.json"))
+    name = spec.removeprefix("published:")
     if name not in known:
         raise PatternError(f"no published pattern {shown(name)}: known are {', '.join(known)}")
     return published_patterns() / f"{name}.json"

@@ -234,7 +234,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "engines.writing": {
         "engines.backbone", "engines.export", "engines.gguf_file", "engines.letters", "engines.native_config",
-        "engines.table", "jsonfile",
+        "engines.table", "files", "jsonfile",
     },
     "engines.shard_rewrite": {"errors", "files", "weights.header"},
     "engines.checkpoint_copy": {
@@ -269,9 +269,9 @@ ALLOWED: dict[str, set[str]] = {
     "cli.export": {
         "cli.native", "cli.options", "engines.backbone", "engines.export", "engines.fitting", "engines.letters",
         "engines.losses", "engines.native", "engines.serving", "engines.writing", "errors", "files", "pattern",
-        "runs.record",
+        "runs.record", "specs",
     },
-    "cli.importing": {"cli.options", "engines.backbone", "engines.importing"},
+    "cli.importing": {"cli.options", "engines.backbone", "engines.importing", "files"},
     "cli.report": {"cli.options", "report"},
     "cli": {
         "", "cli.baseline", "cli.calibrate", "cli.config", "cli.evaluate", "cli.export", "cli.greedy",

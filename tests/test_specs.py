@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from icsearch.errors import PatternError
+from icsearch.jsonfile import write_object
 from icsearch.pattern import Pattern, PatternFile, Step
 from icsearch.specs import Target, resolve_specs
 
@@ -122,3 +123,41 @@ def test_a_run_without_steps_holds_one_pattern_only(tmp_path: Path) -> None:
     assert letters(f"{path}@1/2") == ["FSSF"]
     with pytest.raises(PatternError, match="no pattern with 1 F layers"):
         letters(f"{path}@1/4")
+
+
+# --- what an engine is given ----------------------------------------------------------------------------------------
+
+OVERRIDES = '{"use_index_cache": true, "index_topk_pattern": "FSSF"}'
+
+
+def test_settings_of_an_engine_are_specs(tmp_path: Path) -> None:
+    config = {"model_type": "glm_moe_dsa", "num_hidden_layers": 4, "index_topk_freq": 2, "index_skip_topk_offset": 1}
+    write_object(tmp_path / "config.json", config)
+    path = str(tmp_path / "config.json")
+    specs = [OVERRIDES, f"--hf-overrides '{OVERRIDES}'", "freq:3", "megatron:freq:3", path, str(tmp_path)]
+    assert letters(*specs) == ["FSSF", "FFSS", "FSSF", "FSFS", "FSFS"]  # the first two are one and the same
+    (named,) = resolve_specs([OVERRIDES], TARGET)[1:]
+    assert (named.name, named.method) == ("vLLM settings", "imported")
+    assert named.notes == ("read as vLLM does; --engine names another",)
+
+
+def test_an_engines_letters_count_decoder_layers() -> None:
+    target = replace(TARGET, start=Pattern("FFF"), layer_indices=(1, 3, 4), num_hidden_layers=6)
+    assert letters('{"use_index_cache": true, "index_topk_pattern": "SFSSFS"}', target=target) == ["FSF"]
+    assert letters("freq:4", target=target) == ["FSS"]  # FFSSSF over all six
+
+
+def test_the_config_of_another_model_is_refused_unless_forced(tmp_path: Path) -> None:
+    config = {"model_type": "deepseek_v32", "num_hidden_layers": 4, "index_topk_pattern": "FSSF"}
+    write_object(tmp_path / "config.json", config)
+    with pytest.raises(PatternError, match="model type deepseek_v32, this model has glm_moe_dsa"):
+        letters(str(tmp_path))
+    assert letters(str(tmp_path), force=True) == ["FSSF"]
+    write_object(tmp_path / "config.json", {**config, "num_hidden_layers": 5})
+    with pytest.raises(PatternError, match="5 letters|has 5 layers, the model 4|has 4 letters"):
+        letters(str(tmp_path), force=True)
+
+
+def test_full_of_an_engine_where_the_checkpoint_shares() -> None:
+    with pytest.raises(PatternError, match="asks F of layer 2"):
+        letters("freq:2,offset:3", target=replace(TARGET, start=Pattern("FFSF"), model_type=""))

@@ -12,11 +12,12 @@ from icsearch.cli.options import ConfigFile, EngineName
 from icsearch.errors import IcsearchError
 
 if TYPE_CHECKING:
+    from icsearch.engines.export import Export
     from icsearch.pattern import PatternFile
 
 
 def export_pattern(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A pattern.json, or a RUN directory.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A pattern.json, a RUN directory, or published:NAME.")],
     engine: EngineName = None,
     retention: Annotated[
         str | None, typer.Option(help="Take the run's pattern at this retention instead of its last.")
@@ -57,14 +58,11 @@ def export_pattern(
     from icsearch.engines.backbone import load_config
     from icsearch.engines.export import export
     from icsearch.engines.fitting import with_config
-    from icsearch.engines.letters import ExportError
     from icsearch.engines.serving import Serving
     from icsearch.engines.writing import write_file
-    from icsearch.files import typed_path
     from icsearch.pattern import load_pattern_file, parse_retention
 
-    path = typed_path(str(file), IcsearchError)
-    path = path / "pattern.json" if path.is_dir() else path
+    path = _pattern_path(str(file))
     kept = parse_retention(retention) if retention else None
     if checkpoint is not None and engine is None:
         from icsearch.engines.native import NativeRequest
@@ -78,8 +76,10 @@ def export_pattern(
         raise IcsearchError("export needs one of --engine NAME and --checkpoint OUT")
     if model is not None or drop_indexers or other_weights:
         raise IcsearchError("--model, --drop-indexers and --other-weights belong to --checkpoint OUT: leave them out")
+    if repair != "add" and serve_pp is None:
+        raise IcsearchError("--repair says what to do with the stages of --serve-pp: give both, or leave it out")
     if gguf is not None and out is None:
-        raise ExportError("--gguf is copied to another file: give --out NEW.gguf")
+        raise IcsearchError("--gguf is copied to another file: give --out NEW.gguf")
     pattern_file = load_pattern_file(path)
     notes: list[str] = []
     if model_config is not None:
@@ -87,13 +87,29 @@ def export_pattern(
     serving = None if serve_pp is None else Serving(serve_pp, repair, _losses(path, pattern_file))
     result = export(pattern_file, engine, kept, serving)
     written = [] if out is None else write_file(result, model_config, gguf, out)
-    for warning in (*notes, *result.warnings, *written):
+    _show(result, out, [*notes, *result.warnings, *written])
+
+
+def _show(result: Export, out: Path | None, warnings: list[str]) -> None:
+    """The text alone on stdout: it is to be pasted, or piped."""
+    for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
     if out is None:
         typer.echo(f"{result.title}: {result.how}", err=True)
         typer.echo(result.text)
     else:
         typer.echo(f"wrote {out}")
+
+
+def _pattern_path(text: str) -> Path:
+    """The pattern.json of what was typed."""
+    from icsearch.files import typed_path
+    from icsearch.specs import published_path
+
+    if text.startswith("published:"):
+        return published_path(text)
+    path = typed_path(text, IcsearchError)
+    return path / "pattern.json" if path.is_dir() else path
 
 
 def _losses(path: Path, pattern_file: PatternFile) -> dict[str, float]:

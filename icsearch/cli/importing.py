@@ -15,7 +15,7 @@ def import_engine_pattern(
     source: Annotated[
         list[str],
         typer.Argument(
-            metavar="SOURCE...",
+            metavar="SOURCE",
             help="What an engine is given: a config.json or its checkpoint directory, a GGUF, a file or text with "
             "overrides as JSON, launch flags, freq:4,offset:2.",
         ),
@@ -45,7 +45,10 @@ def import_engine_pattern(
     """
     from icsearch.engines.backbone import Backbone, EngineConfigError, load_config, read_backbone
     from icsearch.engines.importing import import_pattern
+    from icsearch.files import check_new
 
+    if out is not None:
+        check_new(out, EngineConfigError)
     if model_config is not None and layers is not None:
         raise EngineConfigError("--model-config and --layers both say how many layers there are: give one of them")
     backbone = None if layers is None else Backbone.alike(layers)

@@ -13,7 +13,7 @@ from typing import Any
 
 from icsearch.engines.backbone import Backbone, EngineConfigError
 from icsearch.engines.keys import GGUF_KEY
-from icsearch.files import naming, sync_directory
+from icsearch.files import check_new, naming, sync_directory
 from icsearch.jsonfile import MAX_LAYERS, shown
 from icsearch.pattern import FULL
 
@@ -44,8 +44,7 @@ def write_gguf(letters: str, source: Path, out: Path) -> list[str]:
             "give the GGUF of the model that the pattern was found on"
         )
     notes = _check_indexers(reader, letters, source)
-    if out.exists():
-        raise EngineConfigError(f"{out} exists: give another --out, or remove it first")
+    check_new(out, EngineConfigError)
     _copy(reader, letters, out)
     return notes
 

@@ -30,18 +30,26 @@ def losses_of_run(record: RunRecord, num_layers: int) -> dict[str, float]:
 def flip_costs(pattern: Pattern, losses: Losses) -> dict[int, float]:
     """What sharing each layer costs around a pattern, in nats per token, by position; unknown ones are left out.
 
-    That is the difference of two measured losses, of patterns that differ in this layer alone: of all such pairs
-    the nearest to `pattern` by the letters that differ, and then the one with fewest F.
+    That is the difference of two measured losses, of patterns that differ in this layer alone. Of all such pairs it
+    is the one that is most like `pattern` around the layer: first in how far away the F before and the F behind it
+    are, which says whose selection is borrowed and by how many layers, then in all letters, then the one with the
+    fewest F.
     """
-    best: dict[int, tuple[int, int, str]] = {}
+    best: dict[int, tuple[int, int, int, str]] = {}
     for letters in losses:
         away = sum(a != b for a, b in zip(letters, pattern.letters, strict=True))
         for layer, letter in enumerate(letters):
-            if letter == SHARED or shared(letters, layer) not in losses:
-                continue
-            distance = away - (pattern.letters[layer] == SHARED)  # of the nearer one of the pair
-            best[layer] = min(best.get(layer, (len(letters), 0, "")), (distance, letters.count(FULL), letters))
-    return {layer: losses[shared(letters, layer)] - losses[letters] for layer, (_, _, letters) in best.items()}
+            if letter == FULL and shared(letters, layer) in losses:
+                nearness = (_context(letters, pattern.letters, layer), away, letters.count(FULL), letters)
+                best[layer] = min(best.get(layer, nearness), nearness)
+    return {layer: losses[shared(letters, layer)] - losses[letters] for layer, (*_, letters) in best.items()}
+
+
+def _context(letters: str, others: str, layer: int) -> int:
+    """By how many layers the F before and the F behind a layer lie elsewhere in the other pattern."""
+    before = abs(letters.rfind(FULL, 0, layer) - others.rfind(FULL, 0, layer))
+    behind = [len(text) if (found := text.find(FULL, layer + 1)) < 0 else found for text in (letters, others)]
+    return before + abs(behind[0] - behind[1])
 
 
 def shared(letters: str, layer: int) -> str:

@@ -54,10 +54,7 @@ def fit_stages(
     moved = move_full(pattern, positions, serving.losses)
     chosen, other = (added, moved) if serving.repair == ADD else (moved, added)
     if chosen is None:
-        raise ExportError(
-            f"{trouble}; --repair {SAME} needs the losses of a run to choose what to give up, and "
-            f"{_lack(serving.losses)}: give --repair {ADD}, or a RUN directory"
-        )
+        raise ExportError(f"{trouble}; --repair {SAME}: {_lack(added, serving.losses)}: give --repair {ADD}")
     text = f"{trouble}: {_describe(chosen, pattern, file, serving.losses)}"
     if other is not None:
         name = SAME if serving.repair == ADD else ADD
@@ -74,8 +71,14 @@ def _check_native(positions: Sequence[int], file: PatternFile, trouble: str, els
         )
 
 
-def _lack(losses: Losses) -> str:
-    return "the file's do not say what enough other layers cost" if losses else "the file holds none"
+def _lack(added: Repair, losses: Losses) -> str:
+    """Why no layers can be given up for those that must become F."""
+    if not losses:
+        return "which layers to give up is chosen by the losses of a run, and the file holds none"
+    others = len(added.pattern.full_layers) - len(added.made_full) - 1
+    if others < len(added.made_full):
+        return f"{len(added.made_full)} layers must become F, and only {others} others could be given up for them"
+    return "the file's losses do not say what enough other layers cost; those in the journal of a RUN may"
 
 
 def _describe(repair: Repair, pattern: Pattern, file: PatternFile, losses: Losses) -> str:

@@ -10,6 +10,7 @@ from icsearch.engines.gguf_file import write_gguf
 from icsearch.engines.letters import ExportError
 from icsearch.engines.native_config import edit_config
 from icsearch.engines.table import find_engine
+from icsearch.files import check_new
 from icsearch.jsonfile import write_object
 
 
@@ -30,7 +31,6 @@ def write_file(result: Export, config: Path | None, gguf: Path | None, out: Path
         raise ExportError(
             f"--out is a config.json with the keys for {result.title}: give the original with --model-config"
         )
-    if out.exists():
-        raise ExportError(f"{out} exists: give another --out, or remove it first")
+    check_new(out, ExportError)
     write_object(out, edit_config(load_config(config), str(config), result.letters).document)
     return []

@@ -62,6 +62,12 @@ def test_a_repair_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert "0,20,40" in refused(capsys, "export", DEMO, "--engine", "trtllm", "--serve-pp", "2")
 
 
+def test_published_patterns_go_by_their_name(capsys: pytest.CaptureFixture[str]) -> None:
+    by_name = run(capsys, "export", "published:glm-5-1-4", "--engine", "vllm")
+    assert by_name == run(capsys, "export", LONG, "--engine", "vllm")
+    assert "known are" in refused(capsys, "export", "published:gpt", "--engine", "vllm")
+
+
 def test_a_config_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config, new = tmp_path / "config.json", tmp_path / "new.json"
     config.write_text(json.dumps({"model_type": "glm_moe_dsa", "num_hidden_layers": 78}))
@@ -103,6 +109,12 @@ def test_import_writes_a_pattern_that_export_takes(capsys: pytest.CaptureFixture
         (["import", "freq:4", "--layers", "4", "--engine", "tgi"], "unknown engine 'tgi'"),
         (["export", LONG, "--engine", "megatron"], "the nearest that they can give is"),
         (["export", DEMO, "--engine", "vllm", "--out", "x.json"], "takes flags"),
+        (["export", DEMO, "--engine", "vllm", "--repair", "same"], "give both, or leave it out"),
+        (["import", "freq:4", "--layers", "4", "--out", DEMO], "exists: give another --out"),
+        (
+            ["import", "freq:4", "--layers", "4", "--out", "no/where.json"],
+            "cannot write no/where.json: no is no directory",
+        ),
         (["export", DEMO, "--engine", "vllm", "--serve-pp", "3", "--repair", "x"], "expected add, same, none"),
     ],
 )

@@ -138,10 +138,16 @@ def test_without_losses_it_is_said() -> None:
     result = export(pattern_file("FFSFSFFF"), "vllm", serving=Serving("2"))
     assert result.pattern.letters == "FFSFFFFF"
     assert "(7 F instead of 6, the file holds no losses)" in result.warnings[0]
-    with pytest.raises(
-        ExportError, match="--repair same needs the losses of a run .*the file holds none: give --repair"
-    ):
+    with pytest.raises(ExportError, match="chosen by the losses of a run, and the file holds none: give --repair"):
         export(pattern_file("FFSFSFFF"), "vllm", serving=Serving("2", "same"))
+
+
+def test_why_nothing_can_be_given_up() -> None:
+    few = {"FFFFFFFF": 2.0, "FFSFFFFF": 2.1}
+    with pytest.raises(ExportError, match="losses do not say what enough other layers cost; those in the journal"):
+        export(pattern_file("FFSFSFFF"), "vllm", serving=Serving("2", "same", few))
+    with pytest.raises(ExportError, match="3 layers must become F, and only 1 others could be given up"):
+        export(pattern_file("FSSFSSSS"), "vllm", serving=Serving("4", "same", few))
 
 
 def test_layers_are_those_of_the_decoder() -> None:
