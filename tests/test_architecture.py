@@ -275,7 +275,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli.report": {"cli.options", "report"},
     "cli": {
         "", "cli.baseline", "cli.calibrate", "cli.config", "cli.evaluate", "cli.export", "cli.greedy",
-        "cli.importing", "cli.plan", "cli.report", "endings", "processes.launch", "processes.together", "processes.world",
+        "cli.importing", "cli.plan", "cli.report", "endings", "processes.launch", "processes.together",
+        "processes.world",
     },
     "api": set(),
     "api.models": {

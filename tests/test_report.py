@@ -32,12 +32,13 @@ from icsearch.report import (
     write_results,
 )
 from icsearch.report.choices import guarantee, step_note, what_was_left_out
-from icsearch.report.curve import comparison_picture, run_picture
+from icsearch.report.curve import LABEL_LETTER, Mark, Series, comparison_picture, curve_picture, run_picture
 from icsearch.report.heatmap import heat_picture, step_rows
 from icsearch.report.page import minus, render_page, strip_rows
 from icsearch.report.scales import Axis, CostScale, cost_scale, nice_step, tick_label
 from icsearch.report.view import RunView, headline, kink_sentence
 from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
+from icsearch.statistics import Difference
 from run_fixtures import MadeUpRun, events, write_run
 from test_search import LONG_START, ManySequences, long_run
 
@@ -222,6 +223,26 @@ def test_far_uniform_patterns_are_named_at_the_edge(small: RunView) -> None:
     for point in picture.series[0].points:
         assert picture.left <= point.x <= picture.right
         assert picture.top <= point.high <= point.y <= point.low <= picture.bottom
+
+
+def flat_and_short() -> Series:
+    """A curve that stays below its baseline, a uniform pattern near it, and two far above it."""
+    marks = tuple(Mark(float(k), Difference(-0.002 * (k > 0), 0.0025), "", "") for k in range(4))
+    costs = {3: 0.0025, 8: 0.43, 12: 0.39}
+    return Series(
+        marks, tuple(Mark(float(k), Difference(cost, 0.0025), f"uniform {k}", "") for k, cost in costs.items())
+    )
+
+
+def test_labels_at_the_edge_lie_on_nothing_and_within_the_picture() -> None:
+    picture = curve_picture([flat_and_short()], "", 12.5)
+    near, *far = picture.series[0].references
+    assert not near.off_scale and all(one.off_scale for one in far)
+    assert picture.top <= near.high and max(one.label_y for one in far) < picture.zero
+    for one in picture.series[0].references:
+        width = len(one.label) * LABEL_LETTER
+        left = one.label_x - (width if one.anchor == "end" else 0)
+        assert left >= 0 and left + width <= picture.width
 
 
 def test_comparison_is_by_share_of_layers(small: RunView, staged: RunView) -> None:

@@ -317,12 +317,13 @@ def _refinement_rows(plan: SearchPlan) -> list[tuple[str, str]]:
 def model_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
     """Model and numerics in words."""
     model, options = start["model"], start["options"]
+    threads = f"{options['threads']} thread{'' if options['threads'] == 1 else 's'}"
+    calls = f"{options['batch_size']} sequence{'' if options['batch_size'] == 1 else 's'} a call"
     found = [
         ("model", f"{model['name_or_path']} ({model['model_type']}, {start['decoder_layers']} layers)"),
         (
             "numerics",
-            f"{options['dtype']} on {options['device']}, {options['threads']} threads, "
-            f"{options['batch_size']} sequences a call, {options['kernels']} kernels",
+            f"{options['dtype']} on {options['device']}, {threads}, {calls}, {options['kernels']} kernels",
         ),
     ]
     if shared := model["native_shared"]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from icsearch.report import numbers
 from icsearch.report.scales import Axis, tick_label
 from icsearch.report.view import Point, Reference, RunView
 from icsearch.statistics import Difference
 
-OFF_SCALE = 2.0  # a uniform pattern more than this many times above the curve is named at the edge instead
-LABEL_LINE = 15.0  # pixels between lines of text
+OFF_SCALE = 2.0  # a uniform pattern higher than this many times the curve's height is named at the edge instead
+LABEL_LINE, LABEL_LETTER = 15.0, 6.8  # pixels between lines of text, and from letter to letter
 KINK_LABEL = 150.0  # pixels that the kink's label needs
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 66.0, 18.0, 16.0, 62.0
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 74.0, 18.0, 16.0, 62.0
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def curve_picture(
     """Place every series on common axes. `size` is ``wide`` or ``narrow`` (for a phone)."""
     width, height = (760.0, 430.0) if size == "wide" else (380.0, 400.0)
     x_axis = Axis(0.0, max(x_high, 1.0), MARGIN_LEFT, width - MARGIN_RIGHT)
-    low, high = loss_range(series)
-    y_axis = Axis(low, high, height - MARGIN_BOTTOM, MARGIN_TOP)
+    y_axis = _loss_axis(series, height)
+    high = y_axis.high
     y_ticks = y_axis.ticks(6)
     y_step = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else high
     return CurvePicture(
@@ -161,6 +161,15 @@ def curve_picture(
     )
 
 
+def _loss_axis(series: Sequence[Series], height: float) -> Axis:
+    """The loss axis; where labels at the top edge would lie on the zero line or the curve, it begins below them."""
+    low, high = loss_range(series)
+    axis = Axis(low, high, height - MARGIN_BOTTOM, MARGIN_TOP)
+    labels = MARGIN_TOP + LABEL_LINE * sum(mark.difference.delta > high for one in series for mark in one.references)
+    highest = max((mark.top for one in series for mark in one.marks), default=0.0)
+    return replace(axis, end=labels) if len(series) == 1 and axis.at(max(0.0, highest)) < labels else axis
+
+
 def loss_range(series: Sequence[Series]) -> tuple[float, float]:
     """(low, high) of the loss axis: all of the curves, and the uniform patterns that are not far above them."""
     marks = [mark for one in series for mark in one.marks]
@@ -168,7 +177,8 @@ def loss_range(series: Sequence[Series]) -> tuple[float, float]:
     high = max((mark.top for mark in marks), default=0.0)
     if high <= 0:
         high = max((mark.top for mark in references), default=0.0)
-    shown = [mark for mark in references if mark.top <= OFF_SCALE * high]
+    extent = high - min([0.0, *(mark.bottom for mark in marks)])
+    shown = [mark for mark in references if mark.top <= OFF_SCALE * extent]
     high = max([high, *(mark.top for mark in shown)])
     low = min([0.0, *(mark.bottom for mark in [*marks, *shown])])
     return (1.08 * low, 1.08 * high) if high > 0 else (min(low, 0.0), 1e-3)
@@ -219,10 +229,12 @@ def _place_references(marks: Sequence[Mark], x_axis: Axis, y_axis: Axis, with_la
 
 def _place_reference(mark: Mark, x_axis: Axis, y_axis: Axis, off_scale: bool, row: int, with_labels: bool) -> Placed:
     x = x_axis.at(mark.x)
-    y = y_axis.end + 4 if off_scale else y_axis.at(mark.difference.delta)
+    y = MARGIN_TOP + 4 if off_scale else y_axis.at(mark.difference.delta)
     label = mark.label if with_labels else ""
+    to_the_left = x > (x_axis.start + x_axis.end) / 2
     if off_scale and label:
         label = f"{label}: {numbers.difference(mark.difference)}"
+        to_the_left = x - x_axis.start > LABEL_LETTER * len(label)
     return Placed(
         x=x,
         y=y,
@@ -231,9 +243,9 @@ def _place_reference(mark: Mark, x_axis: Axis, y_axis: Axis, off_scale: bool, ro
         label=label,
         tooltip=mark.tooltip,
         off_scale=off_scale,
-        label_x=x - 10 if off_scale or x > (x_axis.start + x_axis.end) / 2 else x + 10,
+        label_x=x - 10 if to_the_left else x + 10,
         label_y=y + 5 + row * LABEL_LINE if off_scale else y - 6,
-        anchor="end" if off_scale or x > (x_axis.start + x_axis.end) / 2 else "start",
+        anchor="end" if to_the_left else "start",
     )
 
 
