@@ -27,6 +27,28 @@ class Terminated(BaseException):
     """SIGTERM came: as KeyboardInterrupt, no error that anything but the end of the command should handle."""
 
 
+def open_closed_streams() -> None:
+    """Streams that whoever started this process has closed lead nowhere from here on.
+
+    Else the next file to be opened would get the number of one, and hold whatever is printed there.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is not None:
+            continue
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != number and not _is_open(number):
+            os.dup2(null, number)
+        setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
 def raise_on_sigterm() -> None:
     """From here on SIGTERM, by which schedulers and shut-downs end a process, unwinds it as Ctrl-C does.
 

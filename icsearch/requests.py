@@ -25,6 +25,18 @@ KERNELS = ("auto", "blockwise", "reference")
 AUTO = "auto"
 OFFLOADS = (AUTO, RESIDENT, CPU, DISK)
 MIN_BLOCK_ELEMENTS = 2**10
+# More than any run has use for. What a library makes of far more is a crash, or work without end.
+MOST = {
+    "--seq-len": 2**31 - 1,
+    "--num-sequences": 2**31 - 1,
+    "--batch-size": 2**31 - 1,
+    "--threads": 1024,
+    "--block-elements": 2**40,
+    "--tasks": 10**6,
+    "--task-length": 2**31 - 1,
+    "--context": 2**40,
+    "--measure": 2**31 - 1,
+}
 REFINEMENTS = ("swaps",)
 DEMO_HELDOUT = {"demo": "demo:heldout", "demo:calibration": "demo:heldout"}  # what is held out of the built-in corpus
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
@@ -42,6 +54,10 @@ class CalibrationRequest:
     num_sequences: int | None = None
     seed: int = 0
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _check_most("--seq-len", self.seq_len)
+        _check_most("--num-sequences", self.num_sequences)
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,9 @@ class RunRequest:
         _check_choice("--dtype", self.dtype, DTYPES)
         _check_choice("--kernels", self.kernels, KERNELS)
         _check_choice("--offload", self.offload, OFFLOADS)
+        _check_most("--batch-size", self.batch_size)
+        _check_most("--threads", self.threads)
+        _check_most("--block-elements", self.block_elements)
         if self.block_elements is not None and self.kernels == "reference":
             raise IcsearchError("--block-elements belongs to the block-wise kernels: leave it out, or --kernels")
         if self.block_elements is not None and self.block_elements < MIN_BLOCK_ELEMENTS:
@@ -121,8 +140,8 @@ class PatternRequest(RunRequest):
         wanted = self._wanted_flips(start)
         if wanted > largest:
             raise PatternError(
-                f"cannot share {wanted} more layers: {largest} of the {len(start)} DSA layers can be flipped (layer 0, "
-                "--keep-full, first layers of stages and native S layers stay as they are); "
+                f"cannot share {shown(wanted)} more layers: {largest} of the {len(start)} DSA layers can be flipped "
+                "(layer 0, --keep-full, first layers of stages and native S layers stay as they are); "
                 f"give --num-shared {largest} or less"
             )
         return wanted
@@ -141,7 +160,9 @@ class PatternRequest(RunRequest):
             if not start.is_full(layer):
                 raise PatternError(f"--keep-full names layer {layer}, which the checkpoint itself shares: leave it out")
         if not 1 <= self.num_stages <= total:
-            raise PatternError(f"--stages {self.num_stages} is out of range: give 1 to {total} for {total} DSA layers")
+            raise PatternError(
+                f"--stages {shown(self.num_stages)} is out of range: give 1 to {total} for {total} DSA layers"
+            )
         blocks = split_stages(total, self.num_stages)
         if len(blocks) != self.num_stages:
             raise PatternError(
@@ -258,6 +279,13 @@ class EvalRequest(RunRequest):
     measure: tuple[int, ...] = ()
     lm_eval: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_most("--tasks", self.tasks)
+        _check_most("--task-length", self.task_length)
+        _check_most("--context", *self.contexts)
+        _check_most("--measure", *self.measure)
+
     def check(self, start: Pattern, layer_indices: Sequence[int] = (), num_layers: int | None = None) -> None:
         target = Target("", "", start, "", layer_indices=tuple(layer_indices), num_hidden_layers=num_layers)
         resolve_specs(self.patterns, target, self.retentions, force=True)
@@ -275,6 +303,12 @@ def parse_layers(text: str, option: str) -> frozenset[int]:
     if bad:
         raise IcsearchError(f"{option} has {shown(bad[0])}: expected layer numbers with commas between, such as 0,5,9")
     return frozenset(int(part) for part in parts)
+
+
+def _check_most(option: str, *values: int | None) -> None:
+    for value in values:
+        if value is not None and value > MOST[option]:
+            raise IcsearchError(f"{option} {shown(value)} is out of range: give at most {MOST[option]}")
 
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

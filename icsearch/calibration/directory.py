@@ -74,6 +74,7 @@ def read_tokens(path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_] | None
     from safetensors import SafetensorError, safe_open
 
     try:
+        path.open("rb").close()  # safetensors takes a file that may not be read for one that is not there
         with safe_open(path, framework="numpy") as file:
             names = list(file.keys())
             tensors = {name: file.get_tensor(name) for name in ("input_ids", "loss_mask") if name in names}

@@ -25,6 +25,8 @@ PACKING = (
 BATCH_DOCUMENTS = 16
 BATCH_CHARS = 1_000_000
 
+MAX_TOKENS = 2**28  # far above any calibration: some 10 GB while they are packed, a year of searching
+
 # A tokenizer of transformers. Not imported for its type: that would import the library.
 Tokenizer = Any
 
@@ -161,6 +163,11 @@ def check_request(tokenizer: Tokenizer, seq_len: int, num_sequences: int) -> Non
         raise CalibrationError(f"--seq-len is {seq_len}: expected at least 2, as the first token is never predicted")
     if num_sequences < 1:
         raise CalibrationError(f"--num-sequences is {num_sequences}: expected at least 1")
+    if seq_len * num_sequences > MAX_TOKENS:
+        raise CalibrationError(
+            f"--num-sequences {num_sequences} of {seq_len} tokens are more than memory would hold, and a search could "
+            f"use: give at most {MAX_TOKENS // seq_len}"
+        )
 
 
 def _too_little(source: TextSource, tally: Tally, filled: int, seq_len: int, num_sequences: int) -> str:

@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from icsearch import __version__
 from icsearch.cli import baseline, calibrate, evaluate, export, greedy, importing, plan, report
 from icsearch.cli.config import drop_outranked
-from icsearch.endings import raise_on_sigterm, run_to_its_end
+from icsearch.endings import open_closed_streams, raise_on_sigterm, run_to_its_end
 from icsearch.processes.launch import read_launch
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ app.command("report", cls=Command)(report.report_on_runs)
 
 def main() -> None:
     """Entry point: turn every way to end into one line on stderr and an exit status."""
+    open_closed_streams()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a plain terminal is no reason to fail
     raise_on_sigterm()
     debug = "--debug" in sys.argv or os.environ.get("ICSEARCH_DEBUG", "").lower() in TRUE

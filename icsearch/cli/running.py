@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from icsearch.endings import Terminated
+from icsearch.errors import IcsearchError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,6 +41,8 @@ def say(text: str) -> None:
 
 def world_of(context: typer.Context, timeout: float) -> World | None:
     """The processes of this run, where a launcher has started several; they hear of the time-out."""
+    if not math.isfinite(timeout):
+        raise IcsearchError(f"--timeout {timeout} is no time: give a number of seconds")
     world: World | None = context.obj
     if world is not None:
         world.set_timeout(timeout)

@@ -13,7 +13,9 @@ from typing import Any
 import psutil
 
 from icsearch.errors import IcsearchError
+from icsearch.jsonfile import shown
 
+MAX_RATE = 1e24  # far above all devices of the world together
 MB, GB, TB = 10**6, 10**9, 10**12
 CUDA, CPU = "cuda", "cpu"
 
@@ -117,6 +119,7 @@ def parse_devices(
 def parse_rate(text: str, option: str) -> float:
     """A rate as typed: 989T, 4.8TB, 50GB/s, in units per second; raises IcsearchError."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGTP]?)(?:B|FLOPS|FLOP)?(?:/S)?", text.strip().upper())
-    if match is None or float(match[1]) <= 0:
-        raise IcsearchError(f"{option} {text!r} is not a rate: give a number with a unit, such as 4.8TB/s or 989T")
-    return float(match[1]) * 1000.0 ** " KMGTP".index(match[2] or " ")
+    rate = float(match[1]) * 1000.0 ** " KMGTP".index(match[2] or " ") if match else 0.0
+    if not 0 < rate <= MAX_RATE:
+        raise IcsearchError(f"{option} {shown(text)} is not a rate: give a number with a unit, such as 4.8TB/s or 989T")
+    return rate

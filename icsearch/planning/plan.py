@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from icsearch.errors import IcsearchError
+from icsearch.jsonfile import MAX_COUNT, shown
 from icsearch.planning.footprint import Call, head_bytes
 from icsearch.states import Keeping
 from icsearch.strategies import Options
@@ -334,9 +335,10 @@ def model_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
 def parse_bytes(text: str) -> int:
     """A size as typed, such as 8GB, 500MB or 2GiB, in bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
-        raise IcsearchError(f"memory {text!r} is not a size: give a number with a unit, such as 8GB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
+    if not 0 < size <= MAX_COUNT:
+        raise IcsearchError(f"memory {shown(text)} is not a size: give a number with a unit, such as 8GB or 500MB")
+    return int(size)
 
 
 def format_bytes(size: int) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from icsearch.errors import IcsearchError
+from icsearch.jsonfile import shown
 from icsearch.strategies import split_stages
 
 WAVES_PER_PLACE = 2  # of a pipeline whose layers are streamed
@@ -48,8 +49,8 @@ def read_launch(environment: Mapping[str, str]) -> Launch:
 
 def _number(environment: Mapping[str, str], name: str, least: int) -> int:
     text = environment.get(name, "")
-    if not text.isdecimal() or int(text) < least:
-        raise IcsearchError(f"{name} is {text!r} in the environment: expected a number from {least}; use torchrun")
+    if not text.isdecimal() or len(text) > 9 or int(text) < least:
+        raise IcsearchError(f"{name} is {shown(text)} in the environment: expected a number from {least}; use torchrun")
     return int(text)
 
 

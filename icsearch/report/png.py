@@ -45,7 +45,8 @@ def curve_png(view: RunView, dpi: int = 160) -> bytes:
 def _style(axes: Axes, view: RunView) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    name = _short(str(view.start["model"].get("name_or_path", "")), 50)
+    known = str(view.start["model"].get("name_or_path", ""))
+    name = _short(known.encode(errors="replace").decode(), 50)  # a path may have bytes that are no sign
     state = "" if view.finished else " (unfinished)"
     axes.set_title(f"{name}: loss by shared layers{state}", loc="left", fontsize=11, color=INK, parse_math=False)
     axes.set_xlabel(f"shared layers (S) of {view.num_layers}", color=INK, labelpad=16)

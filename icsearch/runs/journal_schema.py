@@ -49,7 +49,7 @@ RUN_OPTION_FIELDS = {
     "device": optional(TEXT),
     "batch_size": optional(whole(1)),
     "attention": optional(TEXT),
-    "threads": optional(whole(1)),
+    "threads": optional(whole(1, 1024)),
     "kernels": optional(one_of("blockwise", "reference")),
     "block_elements": optional(whole(1024)),
 }

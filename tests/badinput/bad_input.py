@@ -138,10 +138,14 @@ class Place:
         words = [str(word) for word in row.words(self)]
         return self.refuses_words(words, row, capfd)
 
-    def refuses_words(self, words: Sequence[str], row: Row, capfd: pytest.CaptureFixture[str]) -> str:
+    def refuses_words(
+        self, words: Sequence[str], row: Row, capfd: pytest.CaptureFixture[str], *owned: Path, nobody: bool = False
+    ) -> str:
+        """As `refuses`; with `nobody`, by a user whom permissions bind, and who owns some paths."""
         before = tree(self.root)
         capfd.readouterr()
-        status = cli._run(list(words), debug=False)
+        with as_nobody(*owned) if nobody else contextlib.nullcontext():
+            status = cli._run(list(words), debug=False)
         out, err = capfd.readouterr()
         line = self.one_line(status, out, err, row)
         assert tree(self.root) == before
@@ -171,8 +175,15 @@ def _state(path: Path) -> tuple[object, ...]:
     if path.name == ".lock":  # of a RUN directory: opened anew by whoever looks into it, and always empty
         return mode, status.st_size
     if stat.S_ISREG(status.st_mode):
-        return mode, hashlib.sha256(path.read_bytes()).hexdigest(), status.st_mtime_ns
+        return mode, _digest(path), status.st_mtime_ns
     return (mode,)
+
+
+def _digest(path: Path) -> str:
+    """Of the content; of a file that is locked against whoever runs the tests, nothing."""
+    with contextlib.suppress(PermissionError):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    return ""
 
 
 @contextlib.contextmanager

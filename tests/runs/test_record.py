@@ -17,7 +17,7 @@ from icsearch.errors import JournalError
 from icsearch.journal import Event, Journal
 from icsearch.pattern import load_pattern_file
 from icsearch.report import write_results
-from icsearch.requests import KERNELS, MIN_BLOCK_ELEMENTS, OBJECTIVES, REFINEMENTS
+from icsearch.requests import KERNELS, MIN_BLOCK_ELEMENTS, MOST, OBJECTIVES, REFINEMENTS
 from icsearch.runs.journal_schema import OPTION_FIELDS
 from icsearch.runs.record import RunRecord, load_run
 from icsearch.runs.results import cost, pattern_file
@@ -261,5 +261,6 @@ def test_the_schema_knows_every_option_that_can_be_asked_for() -> None:
     for option, values in (("strategy", STRATEGIES), ("objective", OBJECTIVES), ("refine", REFINEMENTS)):
         assert all(OPTION_FIELDS[option].fits(value) for value in values)
     assert all(OPTION_FIELDS["kernels"].fits(value) for value in KERNELS if value != "auto")
+    assert OPTION_FIELDS["threads"].fits(MOST["--threads"])
     least = OPTION_FIELDS["block_elements"]
     assert least.fits(MIN_BLOCK_ELEMENTS) and not least.fits(MIN_BLOCK_ELEMENTS - 1)
