@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from icsearch.families.calls import LayerCall
+from icsearch.families.handed import hand_on, take_up, tensors_of
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.resting import OnDevice
@@ -43,7 +44,7 @@ class Branch:
 
     patterns: list[Pattern]
     hidden_states: list[torch.Tensor]  # per batch [B, T, D]
-    selections: list[Any]  # per batch, what the last F indexer returned
+    selections: list[Any]  # per batch, what the last F indexer returned, and what else layers hand on
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class BranchState:
     @property
     def bytes(self) -> int:
         """Memory that it holds. States of S layers share their selection; it counts for each of them."""
-        tensors = [value for value in (self.hidden_states, self.selection) if isinstance(value, torch.Tensor)]
+        tensors = [self.hidden_states, *tensors_of(self.selection)]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -156,14 +157,14 @@ class LayerBlock:
         hidden_states, selections = [], []
         for states, selection, batch in zip(branch.hidden_states, branch.selections, wave, strict=True):
             here = self.resting.take(selection)
-            store = SelectionStore(patterns[0], here)
+            store = take_up(SelectionStore(patterns[0]), here)
             if probe is not None:
                 store.probe = partial(probe, batch, patterns)
             call = self.calls_for(batch)[index].on(batch.input_ids)
             output = self.model.run_layer(index, self.resting.take(states), call, store)
             hidden_states.append(self.resting.lay(output))
-            # an S layer borrows what rests already
-            selections.append(selection if store.selection is here else self.resting.lay(store.selection))
+            left = hand_on(store, here)  # an S layer borrows what rests already
+            selections.append(selection if left is here else self.resting.lay(left))
         return Branch(patterns, hidden_states, selections)
 
     def calls_for(self, batch: Batch) -> list[LayerCall]:

@@ -16,6 +16,7 @@ from icsearch.families.attention import Observer, run_observed
 from icsearch.families.calls import FirstLayerReached, LayerCall, embedding_nothing, recorded
 from icsearch.families.decoder import decoder_layers
 from icsearch.families.ending import Ending
+from icsearch.families.handed import own_containers
 from icsearch.families.indexer import turns
 from icsearch.kernels import (
     Blockwise,
@@ -192,6 +193,12 @@ class DsaModel:
 
         In families with hyper-connections states have one more dimension, or are so many times as wide.
         """
+        with own_containers(call, store) as own:
+            return self._run_in_role(index, hidden_states, own, store)
+
+    def _run_in_role(
+        self, index: int, hidden_states: torch.Tensor, call: LayerCall, store: SelectionStore
+    ) -> torch.Tensor:
         slot = self._slot_of.get(index)
         if slot is None:
             return self._run(index, hidden_states, call)

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from icsearch.families.handed import map_tensors
+
 
 class OnDevice:
     """States stay where they were computed."""
@@ -24,16 +26,17 @@ class OnDevice:
 
 
 class InCpuMemory(OnDevice):
-    """States rest in CPU memory; selections that are no tensors stay as they are."""
+    """States rest in CPU memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
     def lay(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
+        return map_tensors(value, self._copy)
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         pinned = self._device.type == "cuda"
-        return torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pinned).copy_(value)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned).copy_(tensor)
 
     def take(self, value: Any) -> Any:
-        return value.to(self._device) if isinstance(value, torch.Tensor) else value
+        return map_tensors(value, lambda tensor: tensor.to(self._device))

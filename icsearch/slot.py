@@ -7,8 +7,8 @@ indexer's place: as F it calls the indexer and remembers the selection, as S it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ class SelectionStore:
     # Where set, S layers run their own indexer beside, and this hears (position, borrowed, own selection).
     probe: Callable[[int, Any, Any], None] | None = None
     source: int | None = None  # position of the layer that made the selection; None where that is not known
+    # What else layers have left for later ones, by the name of their argument: see `families.handed`.
+    left: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def check_left_by(self, position: int) -> None:
         """Raise ModelError where a layer ran as F and left no selection here: then no S layer could take it over."""

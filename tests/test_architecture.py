@@ -87,7 +87,8 @@ ALLOWED: dict[str, set[str]] = {
     "families.selection": {"errors"},
     "families.classes": set(),
     "families.calls": set(),
-    "families.decoder": {"errors"},
+    "families.decoder": set(),
+    "families.handed": {"families.calls", "slot"},
     "families.indexer": set(),
     "families.ending": {"errors", "families.calls"},
     "families.attention": {"errors", "pattern", "slot"},
@@ -97,10 +98,10 @@ ALLOWED: dict[str, set[str]] = {
     "experts": {"block_sizes", "families.calls"},
     "model": {
         "errors", "experts", "families.attention", "families.calls", "families.decoder", "families.ending",
-        "families.indexer", "kernels", "pattern", "slot", "weights.holding",
+        "families.handed", "families.indexer", "kernels", "pattern", "slot", "weights.holding",
     },
     "weights.layout": {
-        "cost", "errors", "families.classes", "families.decoder", "families.ending", "families.selection", "kernels",
+        "cost", "errors", "families.classes", "families.ending", "families.handed", "families.selection", "kernels",
         "model", "pattern", "weights.checkpoint", "weights.fp8",
     },
     "weights.conversion": {
@@ -115,8 +116,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "losses": {"block_sizes"},
     "states": {"pattern"},
-    "resting": set(),
-    "block": {"families.calls", "model", "pattern", "resting", "slot", "states"},
+    "resting": {"families.handed"},
+    "block": {"families.calls", "families.handed", "model", "pattern", "resting", "slot", "states"},
     "sweep": {
         "block", "errors", "families.calls", "losses", "memory", "model", "pattern", "resting", "slot", "states",
     },
@@ -134,7 +135,7 @@ ALLOWED: dict[str, set[str]] = {
     "endings": {"errors", "files"},
     "processes.watch": {"endings", "errors"},
     "processes.world": {"errors", "processes.launch", "processes.watch"},
-    "processes.wire": {"block", "errors", "pattern", "processes.launch", "processes.world"},
+    "processes.wire": {"block", "errors", "families.handed", "pattern", "processes.launch", "processes.world"},
     "processes.wave_jobs": {"block", "journal", "measures", "model", "pattern", "similarity"},
     "processes.member": {
         "block", "divergence", "errors", "journal", "model", "pattern", "processes.launch", "processes.wave_jobs",

@@ -225,7 +225,8 @@ def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.B
     batch_size, elements = options["batch_size"], options.get("block_elements")
     copies = plan.KL_HEAD_COPIES if options.get("objective") == KL else plan.NLL_HEAD_COPIES
     if elements is not None and layout.sizes is not None:
-        return plan.blockwise_shape(Call(layout.sizes, batch_size, seq_len, dtype_bytes, elements), copies)
+        shape = plan.blockwise_shape(Call(layout.sizes, batch_size, seq_len, dtype_bytes, elements), copies)
+        return replace(shape, left_numbers=layout.left_numbers)
     return plan.BatchShape(
         batch_size=batch_size,
         seq_len=seq_len,
@@ -238,6 +239,7 @@ def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.B
         vocab_size=layout.vocab_size,
         head_copies=copies,
         streams=layout.streams,
+        left_numbers=layout.left_numbers,
         selection_bytes=None if layout.selection.plain else layout.selection.bytes_per_query(seq_len),
         known=layout.reference_known,
     )

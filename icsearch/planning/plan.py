@@ -43,11 +43,12 @@ class BatchShape:
     head_copies: int = NLL_HEAD_COPIES
     streams: int = 1  # of hidden states between layers
     selection_bytes: int | None = None  # of one query; None: index_topk indices, or as many as there are tokens
+    left_numbers: int = 0  # that layers hand on for each token beside states and selection
     known: bool = True  # whether the reference modules take what is counted here; else that is a guess
 
     @property
     def branch_bytes(self) -> int:
-        """One branch's state: hidden states and selection."""
+        """One branch's state: hidden states, the selection, and what else layers hand on."""
         return sum(self._state_tensors)
 
     @property

@@ -15,6 +15,7 @@ from torch import distributed
 
 from icsearch.block import Branch
 from icsearch.errors import ModelError
+from icsearch.families.handed import Handed
 from icsearch.pattern import Pattern
 from icsearch.processes.launch import IN_FLIGHT
 from icsearch.processes.world import World
@@ -102,11 +103,20 @@ def _pack(packet: Packet) -> tuple[dict[str, Any], list[torch.Tensor]]:
             tensors.append(value)
         return numbers[id(value)]
 
+    def numbered(handed: Any) -> Any:
+        if not isinstance(handed, Handed):
+            return number_of(handed)
+        left = {
+            name: {key: [number_of(one) for one in kept] for key, kept in ofs.items()}
+            for name, ofs in handed.left.items()
+        }
+        return {"selection": number_of(handed.selection), "left": left}
+
     branches = [
         {
             "patterns": [pattern.letters for pattern in branch.patterns],
             "hidden_states": [number_of(states) for states in branch.hidden_states],
-            "selections": [number_of(selection) for selection in branch.selections],
+            "selections": [numbered(selection) for selection in branch.selections],
         }
         for branch in packet.branches
     ]
@@ -116,11 +126,20 @@ def _pack(packet: Packet) -> tuple[dict[str, Any], list[torch.Tensor]]:
 
 
 def _unpack(header: dict[str, Any], tensors: list[torch.Tensor]) -> Packet:
+    def handed(item: Any) -> Any:
+        if not isinstance(item, dict):
+            return None if item is None else tensors[item]
+        left = {
+            name: {key: tuple(tensors[number] for number in kept) for key, kept in ofs.items()}
+            for name, ofs in item["left"].items()
+        }
+        return Handed(handed(item["selection"]), left)
+
     branches = [
         Branch(
             [Pattern(letters) for letters in branch["patterns"]],
             [tensors[number] for number in branch["hidden_states"]],
-            [None if number is None else tensors[number] for number in branch["selections"]],
+            [handed(item) for item in branch["selections"]],
         )
         for branch in header["branches"]
     ]

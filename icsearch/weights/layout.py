@@ -14,8 +14,8 @@ from torch import nn
 from icsearch.cost import ModelShape
 from icsearch.errors import ModelError, first_line
 from icsearch.families.classes import auto_class
-from icsearch.families.decoder import check_layers_stand_alone
 from icsearch.families.ending import streams
+from icsearch.families.handed import numbers_left
 from icsearch.families.selection import SelectionForm, index_heads, read_form
 from icsearch.kernels import scores_alike
 from icsearch.model import DsaModel
@@ -42,6 +42,7 @@ class Layout:
     attention_heads: int
     attention: str  # transformers' name of the attention function that its modules run: sdpa, or eager
     streams: int  # of hidden states between layers; 1 without hyper-connections
+    left_numbers: int  # that layers hand on for each token beside states and selection
     selection: SelectionForm
     index_heads: int
     index_head_dim: int
@@ -85,7 +86,6 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         )
     text_config = skeleton.config
     with _named(checkpoint):
-        check_layers_stand_alone(text_config)
         selection, (heads, head_dim) = read_form(indexer), index_heads(indexer)
     known = skeleton.has_arithmetic and scores_alike(indexer)
     return Layout(
@@ -101,6 +101,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         attention_heads=text_config.num_attention_heads,
         attention=text_config._attn_implementation,
         streams=streams(text_config),
+        left_numbers=numbers_left(text_config),
         selection=selection,
         index_heads=heads,
         index_head_dim=head_dim,

@@ -87,12 +87,3 @@ def test_glm5_next_shares_through_the_slots_alone(made: Made, tmp_path: Path) ->
     assert naive_nll(shared, Pattern("FSS"), batches) == naive_nll(full, Pattern("FSS"), batches)
     swept: dict[str, Any] = Sweeper(shared).sweep([Pattern("FSS")], batches).nll
     assert swept["FSS"] == naive_nll(full, Pattern("FSS"), batches)
-
-
-def test_keys_shared_between_layers_are_refused(made: Made) -> None:
-    from icsearch.errors import ModelError
-    from icsearch.weights.layout import inspect
-
-    sharing = made("mistral_large4", kv_source_layers=[0, 1, 0, 1], no_rope_layers=[1, 0, 1, 0])
-    with pytest.raises(ModelError, match=r"decoder layer 2 uses keys and values of an earlier layer"):
-        inspect(open_checkpoint(str(sharing)))
