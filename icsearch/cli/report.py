@@ -16,7 +16,7 @@ def report_on_runs(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Where to write it.", show_default="a model card: to stdout"),
+        typer.Option(metavar="FILE", help="Where to write it. Without this, a model card is printed."),
     ] = None,
     model_card: Annotated[
         bool,
