@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icsearch.api.engines import export_pattern
+    from icsearch.api.engines import export_checkpoint, export_pattern
     from icsearch.api.models import apply_pattern, load, restore
     from icsearch.api.runs import calibrate, evaluate_patterns, find_pattern
     from icsearch.errors import IcsearchError
@@ -20,6 +20,7 @@ __all__ = [
     "apply_pattern",
     "calibrate",
     "evaluate_patterns",
+    "export_checkpoint",
     "export_pattern",
     "find_pattern",
     "load",
@@ -29,7 +30,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PLACES = {
-    "api.engines": ("export_pattern",),
+    "api.engines": ("export_checkpoint", "export_pattern"),
     "api.models": ("apply_pattern", "load", "restore"),
     "api.runs": ("calibrate", "evaluate_patterns", "find_pattern"),
     "errors": ("IcsearchError",),

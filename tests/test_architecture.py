@@ -288,7 +288,7 @@ ALLOWED: dict[str, set[str]] = {
         "api.options", "calibration", "evaluate", "greedy", "listening", "pattern", "progress", "report", "requests",
         "runs.record", "runs.results", "search", "setup.inputs", "tracking.listener",
     },
-    "api.engines": {"api.options", "engines.export", "pattern"},
+    "api.engines": {"api.options", "engines.export", "engines.native", "pattern"},
     "__init__": {"api.engines", "api.models", "api.runs", "errors", "pattern"},
     "__main__": {"cli"},
 }  # fmt: skip

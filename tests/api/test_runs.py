@@ -111,6 +111,18 @@ def test_export_takes_a_result_a_file_and_a_run(glm_checkpoint: Path, few: Path,
     assert found.steps[0].pattern in icsearch.export_pattern(found, "vllm", Fraction(5, 6)).text
 
 
+def test_a_checkpoint_is_the_commands(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    icsearch.find_pattern(glm_checkpoint, few, run, num_shared=3)
+    made = icsearch.export_checkpoint(run, tmp_path / "api", retention="4/6", drop_indexers=True)
+    options = ["--retention", "4/6", "--drop-indexers"]
+    assert cli._run([*map(str, ["export", run, "--checkpoint", tmp_path / "command", *options])], debug=True) == 0
+    names = sorted(path.name for path in (tmp_path / "command").iterdir())
+    assert names == sorted(path.name for path in made.out.iterdir())
+    assert all((made.out / name).read_bytes() == (tmp_path / "command" / name).read_bytes() for name in names)
+    assert made.pattern.letters.count("F") == 4
+
+
 def test_bad_requests_are_the_commands(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
     with pytest.raises(icsearch.IcsearchError, match="retention 2 is out of range"):
         icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", retention=2)
