@@ -1,4 +1,7 @@
-"""A loaded model of transformers, run layer by layer with F/S roles: the only file that knows its modules."""
+"""A loaded model of transformers, run layer by layer with F/S roles.
+
+What families do each in their own way is in `families`, how layers compute in `kernels`.
+"""
 
 from __future__ import annotations
 
@@ -82,8 +85,7 @@ class DsaModel:
         return next((one for one in found if turns(one)), next(iter(found), None))
 
     def _make_blockwise(self, block_elements: int) -> Blockwise:
-        indexer = self.telling_indexer
-        return Blockwise(find_rotation(random_copy(indexer)), block_elements)
+        return Blockwise(find_rotation(random_copy(self.telling_indexer)), block_elements)
 
     @property
     def held(self) -> range:

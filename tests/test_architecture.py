@@ -87,7 +87,7 @@ ALLOWED: dict[str, set[str]] = {
     "families.selection": {"errors"},
     "families.classes": set(),
     "families.calls": set(),
-    "families.decoder": set(),
+    "families.decoder": {"errors"},
     "families.handed": {"families.calls", "slot"},
     "families.indexer": set(),
     "families.ending": {"errors", "families.calls"},
@@ -101,8 +101,8 @@ ALLOWED: dict[str, set[str]] = {
         "families.handed", "families.indexer", "kernels", "pattern", "slot", "weights.holding",
     },
     "weights.layout": {
-        "cost", "errors", "families.classes", "families.ending", "families.handed", "families.selection", "kernels",
-        "model", "pattern", "weights.checkpoint", "weights.fp8",
+        "cost", "errors", "families.classes", "families.decoder", "families.ending", "families.handed",
+        "families.selection", "kernels", "model", "pattern", "weights.checkpoint", "weights.fp8",
     },
     "weights.conversion": {
         "errors", "families.decoder", "model", "weights.checkpoint", "weights.configfile", "weights.shards",

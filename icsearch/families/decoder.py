@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
+
+from icsearch.errors import ModelError
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -21,3 +24,12 @@ def layer_list(model: Any) -> nn.ModuleList | None:
         return named
     others = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     return others[0] if len(others) == 1 else None
+
+
+def check_one_each(indices: Sequence[int]) -> None:
+    """Raise ModelError where a decoder layer has several indexers: a letter says what one of them does."""
+    several = next((index for index in indices if indices.count(index) > 1), None)
+    if several is not None:
+        raise ModelError(
+            f"decoder layer {several} has {indices.count(several)} modules `indexer`: expected one for each layer"
+        )

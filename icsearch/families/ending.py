@@ -7,6 +7,7 @@ against its own forward: a family that does something else is refused, and not s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -71,8 +72,13 @@ class Ending:
         """The model's own logits where its last layer returns these states."""
         ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=last.device)
         with embedding_nothing(self._model), all_instead(self._layers, lambda *_, **__: last.as_subclass(LayerOutput)):
-            logits = self._model(input_ids=ids, use_cache=False).logits
+            logits = self._model(input_ids=ids, use_cache=False, **self._no_router_loss()).logits
         return logits.as_subclass(torch.Tensor)
+
+    def _no_router_loss(self) -> dict[str, bool]:
+        """Where a config asks for the experts' balancing loss: there are no routers in a forward without layers."""
+        asked = "output_router_logits" in inspect.signature(self._model.forward).parameters
+        return {"output_router_logits": False} if asked else {}
 
 
 def _head(model: Any) -> Head:

@@ -14,6 +14,7 @@ from torch import nn
 from icsearch.cost import ModelShape
 from icsearch.errors import ModelError, first_line
 from icsearch.families.classes import auto_class
+from icsearch.families.decoder import check_one_each
 from icsearch.families.ending import streams
 from icsearch.families.handed import numbers_left
 from icsearch.families.selection import SelectionForm, index_heads, read_form
@@ -86,6 +87,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         )
     text_config = skeleton.config
     with _named(checkpoint):
+        check_one_each(skeleton.layer_indices)
         selection, (heads, head_dim) = read_form(indexer), index_heads(indexer)
     known = skeleton.has_arithmetic and scores_alike(indexer)
     return Layout(

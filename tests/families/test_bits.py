@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from icsearch.families.attention import Core
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.similarity import SimilaritySweep, direct_similarity
-from icsearch.slot import SelectionStore
+from icsearch.slot import IndexerSlot, SelectionStore
 from icsearch.sweep import Sweeper, naive_nll
 from icsearch.weights import loading
 from icsearch.weights.checkpoint import open_checkpoint
@@ -172,3 +173,23 @@ def test_queries_without_a_choice_attend_alike(checkpoint: Path, dsa: DsaModel) 
         Sweeper(dsa).sweep([dsa.start_pattern], [batch])
     assert all(queries[:kept].all() for queries in same)
     assert not all(queries[kept] for queries in same)
+
+
+@pytest.mark.slow
+def test_generating(checkpoint: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a KV cache, S layers at rest in every step; the first token is that of a forward without one."""
+    letters, ids = "F" + "S" * (len(LAYERS.get(family, range(4))) - 1), random_ids(1)
+    patched = icsearch.load(str(checkpoint), letters)
+    called: list[int] = []
+    slots = [module for module in patched.modules() if isinstance(module, IndexerSlot)]
+    for slot in slots:
+        monkeypatch.setattr(slot, "_compute", partial(_counted, called, slot.position, slot._compute))
+    with torch.inference_mode():
+        tokens = patched.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert called == [0] * 4
+        assert tokens[0, -4] == patched(input_ids=ids, use_cache=False).logits[0, -1].argmax()
+
+
+def _counted(called: list[int], position: int, compute: Any, *args: Any) -> Any:
+    called.append(position)
+    return compute(*args)

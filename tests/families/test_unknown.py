@@ -81,6 +81,7 @@ def test_its_attention_cannot_be_heard(tmp_path: Path, tokens: Path, capsys: pyt
         ("silent", "Chooser does not say how many tokens it selects: expected the attributes"),
         ("past the call", "DSA layer 0 ran as F and did not call its indexer"),
         ("pair", "the indexer of DSA layer 0 returned a tuple: expected one tensor"),
+        ("twice", "decoder layer 0 has 2 modules `indexer`: expected one"),
         ("louder", "does more between its last decoder layer and its logits"),
     ],
 )

@@ -75,6 +75,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.hidden_size)
         self.mixer = Mixer(config)
+        if config.twist == "twice":
+            self.second = Mixer(config)
 
     def forward(self, hidden_states, position_ids):
         return hidden_states + self.mixer(self.norm(hidden_states))
