@@ -19,7 +19,7 @@ from pathlib import Path
 
 from icsearch.engines.losses import Losses, losses_of_file, losses_of_run
 from icsearch.engines.repair import Repair, add_full, move_full
-from icsearch.engines.stages import split_front, stages_on_shared
+from icsearch.engines.stages import split_front, stage_starts, stages_on_shared
 from icsearch.pattern import Pattern, load_pattern_file
 from icsearch.runs.record import RunRecord, load_run
 
@@ -29,9 +29,9 @@ def repairs(record: RunRecord, losses: Losses) -> Iterator[Repair]:
     for step in record.steps():
         pattern = Pattern(step.pattern)
         for stages in (2, 4):
-            layers = range(len(pattern))
-            must = [layer for _, layer in stages_on_shared(pattern, layers, split_front(len(pattern), stages))]
-            if must:
+            layers, sizes = range(len(pattern)), split_front(len(pattern), stages)
+            if stages_on_shared(pattern, layers, sizes):
+                must = stage_starts(layers, sizes)
                 found = (add_full(pattern, must, losses), move_full(pattern, must, losses))
                 yield from (one for one in found if one is not None and one.loss is not None)
 

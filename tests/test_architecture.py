@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "engines.gguf_file": {"engines.backbone", "engines.keys", "files", "jsonfile", "pattern"},
     "engines.texts": {"engines.backbone", "engines.engine", "engines.keys", "engines.table", "jsonfile"},
     "engines.reading": {
-        "engines.backbone", "engines.engine", "engines.keys", "engines.schedule", "jsonfile", "pattern",
+        "engines.backbone", "engines.engine", "engines.keys", "engines.schedule", "engines.table", "jsonfile",
+        "pattern",
     },
     "engines.importing": {
         "engines.backbone", "engines.engine", "engines.gguf_file", "engines.letters", "engines.reading",

@@ -14,7 +14,9 @@ INDEXED_TYPES = ("indexed_attention", "compressed_sparse_attention", "minimax_m3
 FULL_ATTENTION = (
     "full_attention"  # of DSA layers beside linear or sliding ones in older configs, of dense ones elsewhere
 )
+ALIKE_TYPES = ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "mistral_large4")
 MIXED_TYPES = ("dots3_note", "deepseek_v4", "glm5_next", "minimax_m3_vl", "qwen4_exp")
+INDEX_KEYS = ("index", "sparse_attention")  # how keys of indexers begin
 C4 = 4  # the compression of DeepSeek V4's layers that have an indexer
 MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
 
@@ -77,6 +79,12 @@ def read_backbone(config: Mapping[str, Any], name: str) -> Backbone:
     model_type = config.get("model_type") or inner.get("model_type")
     if not isinstance(model_type, str | None):
         raise EngineConfigError(f"{name} has model_type {shown(model_type)}: use the model's own config.json")
+    known = str(model_type).removesuffix("_text") in (*ALIKE_TYPES, *MIXED_TYPES)
+    if not known and not any(key.startswith(INDEX_KEYS) for key in inner):
+        raise EngineConfigError(
+            f"{name} is of a {model_type or 'nameless'} model and has no indexers: expected that of a "
+            "DeepSeek-Sparse-Attention model, such as deepseek_v32 or glm_moe_dsa"
+        )
     num_layers = inner["num_hidden_layers"]
     return Backbone(
         num_layers,

@@ -10,6 +10,7 @@ from icsearch.engines.backbone import EngineConfigError
 from icsearch.engines.engine import FREQ, HEEDED, OFFSET, PATTERN, SWITCH, TYPES, Engine, Reader
 from icsearch.engines.keys import GGUF_KEY, KINDS, MEGATRON_FREQ, MEGATRON_OFFSET
 from icsearch.engines.schedule import COMMON
+from icsearch.engines.table import TRANSFORMERS
 from icsearch.jsonfile import MAX_LAYERS, shown
 from icsearch.pattern import FULL, SHARED
 
@@ -45,6 +46,8 @@ def read_letters(
         letters = _fit_length(letters, key, engine, reader, num_letters, mtp_layers, notes)
         notes += _ignored(key, given, letters, engine, reader)
         letters = _switch(key, given, letters, engine, reader, notes)
+        if model_type and model_type.removesuffix("_text") not in engine.model_types:
+            notes.append(f"{engine.title} is not known to read {key} for {model_type}: it may run every layer as F")
     if reader.first_is_full and letters[0] == SHARED:
         notes.append(f"{engine.title} takes layer 0 as F, whatever is given")
         letters = FULL + letters[1:]
@@ -59,7 +62,7 @@ def _readable(given: Mapping[str, Any], engine: Engine, reader: Reader, model_ty
             f"how {engine.title} reads {unknown[0]} for {model_type} is not known here: "
             f"give {' or '.join(reader.order)}"
         )
-    types_alone = engine.name == "transformers" and model_type in DEFAULT_FREQ
+    types_alone = engine is TRANSFORMERS and model_type in DEFAULT_FREQ
     return [key for key in given if key in reader.order and not (types_alone and key != TYPES)]
 
 
@@ -78,7 +81,7 @@ def _default(
             "give another --engine"
         )
     unread = f" (it does not read {', '.join(given)})" if given else ""
-    freq = DEFAULT_FREQ.get(model_type or "", 1)
+    freq = DEFAULT_FREQ.get(model_type or "", 1) if engine is TRANSFORMERS else 1
     what = "every layer is F" if freq == 1 else f"every {freq}th layer is F, as {model_type} has it by default"
     notes.append(f"no key that {engine.title} reads{unread}: {what}")
     return COMMON.letters(num_letters, freq)

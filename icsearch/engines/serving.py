@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ from icsearch.engines.engine import Engine
 from icsearch.engines.letters import ExportError
 from icsearch.engines.losses import Losses
 from icsearch.engines.repair import ADD, NONE, REPAIRS, SAME, Repair, add_full, move_full
-from icsearch.engines.stages import describe, serving_sizes, stages_on_shared
+from icsearch.engines.stages import describe, serving_sizes, stage_starts, stages_on_shared
 from icsearch.pattern import Pattern, PatternFile
 
 
@@ -46,15 +45,15 @@ def fit_stages(
     trouble = describe(sizes, wrong)
     partition = partition_setting(engine, pattern, file.layer_indices, sizes)
     elsewhere = f"; or leave the pattern as it is and set {partition}" if partition else ""
-    positions = [bisect_left(file.layer_indices, layer) for _, layer in wrong]
-    _check_native(positions, file, trouble, elsewhere)
+    _check_native([layer for _, layer in wrong], file, trouble, elsewhere)
     if serving.repair == NONE:
         return pattern, [f"{trouble}; left as it is{elsewhere}"]
-    added = add_full(pattern, positions, serving.losses)
-    moved = move_full(pattern, positions, serving.losses)
+    starts = stage_starts(file.layer_indices, sizes)  # those that are F already must stay so
+    added = add_full(pattern, starts, serving.losses)
+    moved = move_full(pattern, starts, serving.losses)
     chosen, other = (added, moved) if serving.repair == ADD else (moved, added)
     if chosen is None:
-        raise ExportError(f"{trouble}; --repair {SAME}: {_lack(added, serving.losses)}: give --repair {ADD}")
+        raise ExportError(f"{trouble}; --repair {SAME}: {_lack(added, starts, serving.losses)}: give --repair {ADD}")
     text = f"{trouble}: {_describe(chosen, pattern, file, serving.losses)}"
     if other is not None:
         name = SAME if serving.repair == ADD else ADD
@@ -62,8 +61,9 @@ def fit_stages(
     return chosen.pattern, [text + elsewhere]
 
 
-def _check_native(positions: Sequence[int], file: PatternFile, trouble: str, elsewhere: str) -> None:
-    native = [file.layer_indices[p] for p in positions if p in (file.model.get("native_shared") or [])]
+def _check_native(layers: Sequence[int], file: PatternFile, trouble: str, elsewhere: str) -> None:
+    shared = {file.layer_indices[position] for position in file.model.get("native_shared") or []}
+    native = [layer for layer in layers if layer in shared]
     if native:
         raise ExportError(
             f"{trouble}; the checkpoint has no indexer at layer {native[0]}: give other first layers with --serve-pp"
@@ -71,11 +71,11 @@ def _check_native(positions: Sequence[int], file: PatternFile, trouble: str, els
         )
 
 
-def _lack(added: Repair, losses: Losses) -> str:
-    """Why no layers can be given up for those that must become F."""
+def _lack(added: Repair, starts: Sequence[int], losses: Losses) -> str:
+    """Why no layers can be given up for those that must become F; those that start a stage cannot."""
     if not losses:
         return "which layers to give up is chosen by the losses of a run, and the file holds none"
-    others = len(added.pattern.full_layers) - len(added.made_full) - 1
+    others = len(set(added.pattern.full_layers) - {0, *starts})
     if others < len(added.made_full):
         return f"{len(added.made_full)} layers must become F, and only {others} others could be given up for them"
     return "the file's losses do not say what enough other layers cost; those in the journal of a RUN may"

@@ -102,7 +102,7 @@ def _at_equals(word: str) -> list[str]:
 def written_for(keys: dict[str, Any], flag: str | None) -> Engine:
     """The engine that would read these keys: the flag's, else that of a key that one engine alone has.
 
-    A whole config.json is transformers' own.
+    A whole config.json is transformers' own, or vLLM's where transformers does not read the keys for such a model.
     """
     inner = text_keys(keys)
     if flag == SGLANG_ARGS:
@@ -111,7 +111,10 @@ def written_for(keys: dict[str, Any], flag: str | None) -> Engine:
         return LLAMACPP
     if MEGATRON_FREQ in inner:
         return MEGATRON_ENGINE
-    if SWITCH in inner and "num_hidden_layers" not in inner:
+    if "num_hidden_layers" in inner:
+        model_type = str(keys.get("model_type") or inner.get("model_type")).removesuffix("_text")
+        return TRANSFORMERS if model_type in TRANSFORMERS.model_types or TYPES in inner else VLLM
+    if SWITCH in inner:
         return VLLM
     if flag == HF_OVERRIDES:
         return LMDEPLOY if TYPES in inner else VLLM

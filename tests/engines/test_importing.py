@@ -14,6 +14,7 @@ from icsearch.engines.backbone import Backbone
 from icsearch.engines.importing import import_pattern, is_engine_source
 from icsearch.errors import IcsearchError, PatternError
 from icsearch.jsonfile import write_object
+from icsearch.pattern import load_pattern_file
 from icsearch.resources import published_patterns
 
 GLM = {"model_type": "glm_moe_dsa", "num_hidden_layers": 6}
@@ -70,6 +71,35 @@ def test_transformers_reads_as_transformers_does() -> None:
             name = kind.model_type.removesuffix("_text")
             ours = read({"model_type": name, "num_hidden_layers": 9, **keys}, "transformers", None)[0]
             assert ours == expected, (name, keys)
+
+
+def test_types_that_an_engine_is_not_known_to_share_for() -> None:
+    config = {"model_type": "deepseek_v32", "num_hidden_layers": 6, "index_topk_pattern": "FSSFSS"}
+    letters, notes = read(config, "transformers", None)
+    assert letters == "FSSFSS"
+    assert notes == [
+        "transformers is not known to read index_topk_pattern for deepseek_v32: it may run every layer as F"
+    ]
+    assert import_pattern(json.dumps(config)).engine.name == "vllm"
+    assert read({"model_type": "hy_v4", "num_hidden_layers": 6}, "vllm", None)[0] == "FFFFFF"
+
+
+def test_glm_5_2_as_shipped_is_the_published_pattern() -> None:
+    """With the keys that its config.json has, by every engine that is known to share for it."""
+    file = load_pattern_file(published_patterns() / "glm-5.2-native.json")
+    keys = {"indexer_types": ["full" if file.pattern.is_full(i) else "shared" for i in range(78)], "index_topk": 2048}
+    config = {
+        **{"model_type": "glm_moe_dsa", "num_hidden_layers": 78, "num_nextn_predict_layers": 1, **keys},
+        **{"index_topk_freq": 4, "index_skip_topk_offset": 3, "index_topk_pattern": None},
+    }
+    for engine in ("transformers", "vllm", "sglang", "trtllm", "lmdeploy", "atom", "vllm-ascend", "llamacpp"):
+        assert read(config, engine, None)[0] == file.pattern.letters, engine
+
+
+def test_models_without_indexers_are_none() -> None:
+    with pytest.raises(PatternError, match="is of a llama model and has no indexers"):
+        read({"model_type": "llama", "num_hidden_layers": 6}, None, None)
+    assert read({"model_type": "new_dsa", "num_hidden_layers": 2, "index_topk": 8}, None, None)[0] == "FF"
 
 
 def test_wrapped_configs_and_what_stands_beside() -> None:

@@ -16,6 +16,7 @@ from icsearch.engines.letters import ExportError
 from icsearch.engines.losses import flip_costs, losses_of_file, losses_of_run
 from icsearch.engines.repair import add_full, move_full
 from icsearch.engines.serving import Serving
+from icsearch.engines.stages import split_front, stages_on_shared
 from icsearch.pattern import Pattern, PatternFile, Step
 from icsearch.runs import results
 from run_fixtures import MadeUpRun, write_run
@@ -132,6 +133,23 @@ def test_the_repair_says_stage_layer_number_and_loss() -> None:
 def test_a_layout_that_fits_changes_nothing() -> None:
     assert export(searched(), "vllm", serving=Serving("0,3")).warnings == ()
     assert export(searched(), "vllm", serving=Serving("1")).pattern == searched().pattern
+
+
+@given(st.integers(0, 10**6), st.integers(4, 9), st.integers(2, 4), st.sampled_from(["add", "same"]), st.data())
+def test_no_stage_of_a_repaired_pattern_starts_on_shared(
+    seed: int, n: int, stages: int, repair: str, data: st.DataObject
+) -> None:
+    random.seed(seed)
+    path, scored = along_a_search([random.uniform(-1, 1) for _ in range(n)])
+    pattern = Pattern(data.draw(st.sampled_from(path)))
+    try:
+        result = export(pattern_file(pattern.letters), "sglang", serving=Serving(str(stages), repair, scored))
+    except ExportError as refused:
+        assert "layers must become F, and only" in str(refused)
+        return
+    assert stages_on_shared(result.pattern, range(n), split_front(n, stages)) == []
+    if repair == "same":
+        assert len(result.pattern.full_layers) == len(pattern.full_layers)
 
 
 def test_without_losses_it_is_said() -> None:
