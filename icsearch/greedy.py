@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from icsearch.journal import Event
 from icsearch.pattern import Pattern
 from icsearch.planning import plan, rehearsal
-from icsearch.planning.memory_plan import Memory
 from icsearch.processes.launch import check_device, grids, pipeline_blocks
 from icsearch.refine import SwapRefinement
 from icsearch.requests import KL, GreedyRequest
@@ -16,6 +15,7 @@ from icsearch.runs.record import RunRecord
 from icsearch.runs.rundir import part_of
 from icsearch.search import Progress, Search
 from icsearch.setup.inputs import Inputs
+from icsearch.setup.memory_plan import Memory
 from icsearch.setup.prepare import Loaded, Publish, load_together, opened, publish_nothing
 from icsearch.setup.start_event import pattern_start
 from icsearch.setup.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring, weight_rows

@@ -20,13 +20,13 @@ from icsearch.errors import JournalError, NonFiniteLossError, PatternError
 from icsearch.journal import Event, Journal
 from icsearch.measures import naive_measures
 from icsearch.pattern import Pattern, load_pattern_file
-from icsearch.planning.memory_plan import Memory
 from icsearch.progress import Quiet, commit_line
 from icsearch.report import curve_csv, summary_table, view_run
 from icsearch.report.page import render_page
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import pattern_file
 from icsearch.search import Scoring, Search
+from icsearch.setup.memory_plan import Memory
 from icsearch.setup.sweep_scorer import SweepScorer
 from icsearch.states import StateStore
 from icsearch.strategies import Task, looks_of, make_strategy

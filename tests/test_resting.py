@@ -14,15 +14,15 @@ from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.planning import plan
 from icsearch.planning.footprint import Call
-from icsearch.planning.memory_plan import Memory
 from icsearch.planning.modelfile import open_model_file
+from icsearch.planning.offload import Offload
 from icsearch.resting import InCpuMemory, OnDevice
+from icsearch.setup.memory_plan import Memory
 from icsearch.states import Keeping, StateStore
 from icsearch.sweep import Sweeper
 from icsearch.weights import loading
 from icsearch.weights.checkpoint import open_checkpoint
 from icsearch.weights.holding import DISK
-from icsearch.weights.offload import Offload
 
 PATTERNS = [Pattern(letters) for letters in ("FFFFFF", "FSFFFF", "FFFSFF", "FFFFSS", "FSSSSS")]
 CPU = torch.device("cpu")

@@ -17,11 +17,11 @@ from icsearch.block import Batch, BranchState, cut_batches
 from icsearch.journal import Event, Journal
 from icsearch.pattern import Pattern
 from icsearch.planning import plan, rehearsal
-from icsearch.planning.memory_plan import batch_shape
 from icsearch.planning.plan import plan_kept
 from icsearch.progress import Quiet
 from icsearch.runs.record import RunRecord
 from icsearch.search import Scores, Scoring, Search
+from icsearch.setup.memory_plan import batch_shape
 from icsearch.setup.sweep_scorer import SweepScorer
 from icsearch.states import Keeping, StateStore
 from icsearch.strategies import Task, looks_of, make_strategy

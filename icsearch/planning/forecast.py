@@ -23,13 +23,13 @@ from icsearch.planning.devices import CPU as DEVICE_CPU
 from icsearch.planning.devices import Devices
 from icsearch.planning.layer_time import CallWork, Efficiency, efficiency_of, head_call, layer_call
 from icsearch.planning.modelfile import open_model_file
+from icsearch.planning.offload import pass_bytes
 from icsearch.planning.placement import MEMORY_SHARE, Case, Fit, fit, placements, weight_sizes, why_nothing_fits
 from icsearch.planning.rehearsal import Sweep
 from icsearch.planning.workload import Plays, Workload, layer_evaluations, likely_passes, share_of_exact
 from icsearch.requests import PatternRequest
 from icsearch.strategies import STRATEGIES
 from icsearch.weights.holding import DISK
-from icsearch.weights.offload import pass_bytes
 
 DEFAULT_SEQUENCES = 24
 SECONDS_AN_HOUR = 3600.0

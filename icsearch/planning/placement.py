@@ -16,11 +16,11 @@ from icsearch.planning.devices import CPU as DEVICE_CPU
 from icsearch.planning.devices import Device, Devices
 from icsearch.planning.footprint import Call
 from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
+from icsearch.planning.offload import SHARE_OF_CPU, WeightSizes, choose, plan_waves
 from icsearch.planning.plan import BatchShape, Kept, format_bytes
 from icsearch.planning.workload import Workload
 from icsearch.processes.launch import Grid, can_be_cut, pipeline_blocks
 from icsearch.weights.holding import CPU, DISK, RESIDENT
-from icsearch.weights.offload import SHARE_OF_CPU, WeightSizes, choose, plan_waves
 
 OFFLOADS = (RESIDENT, CPU, DISK)
 MEMORY_SHARE = 0.8  # of a device's memory, as a run takes by default of what is free

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from icsearch.block import Batch
 from icsearch.journal import Event
 from icsearch.model import DsaModel
-from icsearch.planning.memory_plan import Memory, plan_memory, plan_share
 from icsearch.processes.launch import Grid, pipeline_blocks
 from icsearch.processes.ledger import CALIBRATION, HELDOUT
 from icsearch.requests import RunRequest
@@ -23,6 +22,7 @@ from icsearch.runs.rundir import RunDirectory
 from icsearch.search import Progress
 from icsearch.setup.bring_up import bring_up, device_batches
 from icsearch.setup.inputs import Inputs, obtain, obtain_heldout, open_model
+from icsearch.setup.memory_plan import Memory, plan_memory, plan_share
 from icsearch.weights.holding import DISK
 from icsearch.weights.loading import resolve_device
 from icsearch.weights.shards import read_rate

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from icsearch.block import Batch, BranchState, cut_waves
 from icsearch.divergence import KlSweeper
 from icsearch.pattern import Pattern
-from icsearch.planning import plan
+from icsearch.planning import offload, plan
 from icsearch.processes.ledger import CALIBRATION, HELDOUT, Ledger
 from icsearch.requests import KL
 from icsearch.resting import InCpuMemory, OnDevice
@@ -17,7 +17,6 @@ from icsearch.setup.prepare import Loaded, Opened
 from icsearch.setup.start_event import environment_notes
 from icsearch.states import Keeping, StateStore
 from icsearch.sweep import Sweeper, kernel_notes
-from icsearch.weights import offload
 from icsearch.weights.layout import Layout
 
 

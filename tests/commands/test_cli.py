@@ -15,7 +15,7 @@ import torch
 import tiny
 from icsearch import cli
 from icsearch.block_sizes import BLOCK_ELEMENTS
-from icsearch.planning.memory_plan import batch_shape
+from icsearch.setup.memory_plan import batch_shape
 from icsearch.weights import layout
 from icsearch.weights.checkpoint import open_checkpoint
 

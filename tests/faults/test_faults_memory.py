@@ -25,12 +25,12 @@ from icsearch.errors import OutOfMemoryError
 from icsearch.journal import Journal
 from icsearch.memory import is_out_of_memory, out_of_memory
 from icsearch.pattern import Pattern
-from icsearch.planning.memory_plan import batch_shape
 from icsearch.progress import Quiet
 from icsearch.requests import CalibrationRequest
 from icsearch.runs.record import RunRecord
 from icsearch.search import Scores, Scoring, Search
 from icsearch.setup.inputs import open_model
+from icsearch.setup.memory_plan import batch_shape
 from icsearch.setup.sweep_scorer import SweepScorer
 from icsearch.states import Keeping, StateStore
 from icsearch.strategies import make_strategy

@@ -12,12 +12,12 @@ from icsearch.block_sizes import BLOCK_ELEMENTS
 from icsearch.errors import IcsearchError
 from icsearch.planning import plan
 from icsearch.planning.forecast import make_case
-from icsearch.planning.memory_plan import batch_shape
+from icsearch.planning.offload import SHARE_OF_CPU
 from icsearch.planning.placement import Placement, fit, placements, weight_bytes, weight_sizes, why_nothing_fits
+from icsearch.setup.memory_plan import batch_shape
 from icsearch.weights import layout
 from icsearch.weights.checkpoint import open_checkpoint
 from icsearch.weights.holding import CPU, DISK, RESIDENT
-from icsearch.weights.offload import SHARE_OF_CPU
 from plan_fixtures import DEEPSEEK, GLM, plan_request
 
 

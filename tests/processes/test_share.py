@@ -11,11 +11,11 @@ import tiny
 from icsearch.errors import IcsearchError
 from icsearch.planning import plan
 from icsearch.planning.forecast import make_case
-from icsearch.planning.memory_plan import Memory, Share, plan_memory, plan_share
 from icsearch.planning.placement import Placement, fit
 from icsearch.processes.launch import Grid, Launch, grids
 from icsearch.requests import CalibrationRequest, GreedyRequest
 from icsearch.setup.inputs import Inputs, obtain, open_model
+from icsearch.setup.memory_plan import Memory, Share, plan_memory, plan_share
 from icsearch.setup.run_options import run_options
 from icsearch.weights.holding import DISK
 from plan_fixtures import plan_request

@@ -17,9 +17,9 @@ from test_cli_eval import baseline, evaluation
 
 import tiny
 from icsearch.greedy import greedy as search
-from icsearch.planning.memory_plan import batch_shape
 from icsearch.progress import Quiet
 from icsearch.requests import CalibrationRequest, GreedyRequest
+from icsearch.setup.memory_plan import batch_shape
 from icsearch.weights.checkpoint import open_checkpoint
 from icsearch.weights.layout import inspect
 from icsearch.weights.reader import Reader

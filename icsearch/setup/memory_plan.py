@@ -11,15 +11,14 @@ import torch
 
 from icsearch.errors import IcsearchError
 from icsearch.memory import free_bytes, resident_bytes
-from icsearch.planning import plan
+from icsearch.planning import offload, plan
 from icsearch.planning.footprint import Call
+from icsearch.planning.offload import NO_OFFLOAD, Offload, WeightSizes
 from icsearch.processes.launch import Grid, Launch, can_be_cut, pipeline_blocks
 from icsearch.requests import AUTO, KL, PatternRequest, RunRequest
 from icsearch.setup.inputs import Inputs
-from icsearch.weights import offload
 from icsearch.weights.holding import CPU
 from icsearch.weights.layout import DTYPES, Layout
-from icsearch.weights.offload import NO_OFFLOAD, Offload, WeightSizes
 
 MEMORY_SHARE = 0.8  # of what is free when the run starts
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from icsearch.errors import IcsearchError
-from icsearch.weights.offload import SHARE_OF_CPU, Offload, WeightSizes, choose, plan_waves, rows
+from icsearch.planning.offload import SHARE_OF_CPU, Offload, WeightSizes, choose, plan_waves, rows
 
 SIZES = WeightSizes(outside=100, layers=(10, 30, 30, 30), on_disk=250)
 ENOUGH, TOO_LITTLE = int(200 / SHARE_OF_CPU) + 1, int(200 / SHARE_OF_CPU) - 2
