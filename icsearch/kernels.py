@@ -4,7 +4,8 @@ The model's modules stay in charge of projections, norms and RoPE of the attenti
 - the indexer's scoring and top-k, in the slot;
 - core attention, through transformers' registry of attention functions. Under a name of ours the attention module
   hands over the selection as `indices`; with `expand_kv` made to hand on what it gets, keys and values arrive as the
-  compressed latents that attention in absorbed form wants.
+  compressed latents that attention in absorbed form wants;
+- attention to a sliding window, in families that have such layers between.
 """
 
 from __future__ import annotations

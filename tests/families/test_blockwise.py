@@ -17,6 +17,7 @@ from conftest import Made, random_batches, random_ids
 from icsearch import block_sizes, ops
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
+from icsearch.similarity import SimilaritySweep
 from icsearch.sweep import Sweeper, naive_nll
 from icsearch.weights import loading
 from icsearch.weights.checkpoint import open_checkpoint
@@ -48,6 +49,19 @@ def test_losses_are_the_reference_modules(made: Made, family: str) -> None:
             expected = naive_nll(reference, pattern, batches)
         assert swept[pattern.letters] == pytest.approx(expected, rel=1e-5), pattern
         assert swept[pattern.letters] == naive_nll(ours, pattern, batches)
+
+
+@pytest.mark.usefixtures("_side")
+@pytest.mark.parametrize("family", OTHERS)
+def test_similarity_is_the_reference_modules(made: Made, family: str) -> None:
+    """Heard in another way: the core of each layer by itself, and not its attention module run again."""
+    reference, ours, (batch,) = load(made(family), None), load(made(family), 2000), random_batches(2)
+    with broken_by_our_rule(reference):
+        expected = SimilaritySweep(reference, 8).run(batch)
+    found = SimilaritySweep(ours, 8).run(batch)
+    for layer in range(len(ours.slots)):
+        assert found.cosine[layer] == pytest.approx(expected.cosine[layer], rel=1e-5)
+        assert found.overlap[layer] == pytest.approx(expected.overlap[layer], rel=1e-9)
 
 
 @pytest.mark.parametrize("family", OTHERS)
