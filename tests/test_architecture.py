@@ -85,7 +85,7 @@ ALLOWED: dict[str, set[str]] = {
     "families": set(),
     "families.selection": {"errors"},
     "families.classes": set(),
-    "families.calls": set(),
+    "families.calls": {"errors"},
     "families.decoder": {"errors"},
     "families.handed": {"families.calls", "slot"},
     "families.indexer": set(),

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+
+from icsearch.errors import ModelError
 
 TOKEN_ARGUMENTS = ("input_ids", "ple_input_ids")  # what layers may take a batch's token ids as
 
@@ -34,6 +37,11 @@ class LayerCall:
 def embedding_nothing(model: Any) -> Iterator[None]:
     """Within the block, the model's embedding makes zeros of any token ids, and needs no weights for it."""
     embedding = model.get_input_embeddings()
+    if getattr(embedding, "weight", None) is None:
+        raise ModelError(
+            f"the input embedding of {type(model).__name__} has no weight: expected a table with a row for each token; "
+            "this family cannot be searched"
+        )
     width, dtype = embedding.weight.shape[1], embedding.weight.dtype
 
     def zeros(input_ids: torch.Tensor) -> torch.Tensor:
@@ -47,18 +55,32 @@ def embedding_nothing(model: Any) -> Iterator[None]:
 def recorded(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
     """Within the block, layers do nothing but leave their call in the list; the last one ends the forward.
 
-    A family that hands the selection from layer to layer as an argument gets None there: the slots supply it.
+    A family that hands the selection from layer to layer as an argument gets None there: the slots supply it. Raises
+    ModelError where the forward does not call each layer once, in order.
     """
     calls: list[LayerCall] = []
 
-    def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def record(index: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if index != len(calls):
+            raise _out_of_order(len(calls), f"layer {index}")
         calls.append(LayerCall(args, kwargs))
         if len(calls) == len(layers):
             raise LastLayerReached
         return hidden_states.as_subclass(LayerOutput)
 
-    with contextlib.suppress(LastLayerReached), all_instead(layers, record):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(LastLayerReached))
+        for index, layer in enumerate(layers):
+            stack.enter_context(instead_of_forward(layer, partial(record, index)))
         yield calls
+        raise _out_of_order(len(calls), "none of the others")
+
+
+def _out_of_order(done: int, then: str) -> ModelError:
+    return ModelError(
+        f"the model's own forward calls {done} decoder layers in order and then {then}: expected each layer once; this "
+        "family cannot be searched layer by layer"
+    )
 
 
 @contextlib.contextmanager

@@ -82,6 +82,8 @@ def test_its_attention_cannot_be_heard(tmp_path: Path, tokens: Path, capsys: pyt
         ("past the call", "DSA layer 0 ran as F and did not call its indexer"),
         ("pair", "the indexer of DSA layer 0 returned a tuple: expected one tensor"),
         ("twice", "decoder layer 0 has 2 modules `indexer`: expected one"),
+        ("backwards", "calls 0 decoder layers in order and then layer 3: expected each layer once"),
+        ("fewer", "calls 3 decoder layers in order and then none of the others"),
         ("louder", "does more between its last decoder layer and its logits"),
     ],
 )

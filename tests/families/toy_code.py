@@ -95,7 +95,7 @@ class ToyModel(PreTrainedModel):
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, use_cache=None, **kwargs):
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         positions = torch.arange(states.shape[1]).unsqueeze(0)
-        for block in self.blocks:
+        for block in {"backwards": self.blocks[::-1], "fewer": self.blocks[:-1]}.get(self.config.twist, self.blocks):
             states = block(hidden_states=states, position_ids=positions)
         states = self.norm(states)
         if self.config.twist == "louder":
