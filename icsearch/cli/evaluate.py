@@ -39,7 +39,8 @@ def evaluate_patterns(
         typer.Option(
             metavar="SPEC",
             help="May be given several times: full, uniform:1/4, published:NAME, a pattern.json or RUN "
-            "(RUN@1/2: its pattern at that retention), or the letters.",
+            "(RUN@1/2: its pattern at that retention), the letters, or what an engine is given: a config.json, "
+            "overrides as JSON, freq:4,offset:2, with its name in front where rules differ (megatron:freq:4).",
         ),
     ],
     calibration: Calibration,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from icsearch.cli.options import ConfigFile
+from icsearch.cli.options import ConfigFile, EngineName
 
 
 def import_engine_pattern(
@@ -20,10 +20,7 @@ def import_engine_pattern(
             "overrides as JSON, launch flags, freq:4,offset:2.",
         ),
     ],
-    engine: Annotated[
-        str | None,
-        typer.Option(help="Whose rules to read it by.", show_default="the one that such keys are written for"),
-    ] = None,
+    engine: EngineName = None,
     model_config: Annotated[
         Path | None,
         typer.Option(
@@ -41,7 +38,8 @@ def import_engine_pattern(
 ) -> None:
     """Print the pattern that an engine runs today, one letter for each DSA layer. Notes go to stderr.
 
-    Launch flags can be pasted as they are: what is no option of this command is read as theirs.
+    It is read by the rules of --engine, by default of the one that such keys are written for. Launch flags can be
+    pasted as they are: what is no option of this command is read as theirs.
     """
     from icsearch.engines.backbone import Backbone, EngineConfigError, load_config, read_backbone
     from icsearch.engines.importing import import_pattern
