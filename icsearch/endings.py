@@ -116,7 +116,8 @@ def _origin(context: Any, parameter: Any) -> str:
         return ""
     source = getattr(context.get_parameter_source(parameter.name), "name", "")
     if source == "DEFAULT_MAP":
-        return f" (from the config file {context.params.get('config')})"
+        config = context.params.get("config") or context.find_root().params.get("config")
+        return f" (from the config file {config})"
     if source == "ENVIRONMENT":
         return f" (from the environment, {context.auto_envvar_prefix}_{parameter.name.upper()})"
     return ""

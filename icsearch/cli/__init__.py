@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +12,7 @@ from typer.core import TyperCommand
 
 from icsearch import __version__
 from icsearch.cli import baseline, calibrate, evaluate, export, greedy, importing, plan, report
-from icsearch.cli.config import drop_outranked
+from icsearch.cli.config import drop_outranked, use_config
 from icsearch.endings import open_closed_streams, raise_on_sigterm, run_to_its_end
 from icsearch.processes.launch import read_launch
 
@@ -34,6 +35,10 @@ app = typer.Typer(
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", allow_from_autoenv=False)] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="As --config of the command.", is_eager=True, callback=use_config),
+    ] = None,
 ) -> None:
     if version:
         typer.echo(f"icsearch {__version__}")

@@ -37,13 +37,14 @@ class ConfigError(IcsearchError):
 def use_config(context: typer.Context, path: Path | None) -> Path | None:
     """What `--config` does before the other options are looked at: its values become the command's defaults.
 
-    Raises ConfigError for a file that is no TOML, or names a table or an option that does not exist.
+    Before the command's name it is for whichever command follows, unless that one has a file of its own. Raises
+    ConfigError for a file that is no TOML, or names a table or an option that does not exist.
     """
     if path is not None and not context.resilient_parsing:
-        commands = getattr(context.find_root().command, "commands", {})
-        known = {name: _options(command) for name, command in commands.items()}
+        root = context.find_root()
+        known = {name: _options(command) for name, command in getattr(root.command, "commands", {}).items()}
         values = defaults(path, read_tables(path), known)
-        context.default_map = {**(context.default_map or {}), **values[context.info_name or ""]}
+        context.default_map = values if context is root else values[context.info_name or ""]
     return path
 
 

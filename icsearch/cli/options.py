@@ -44,7 +44,7 @@ ConfigFile = Annotated[
         metavar="FILE.toml",
         help="Options as TOML, in tables \\[common] and \\[greedy], \\[eval], ... Flags stand above environment "
         "variables, such as ICSEARCH_GREEDY_SEED for --seed, and these above the file.",
-        envvar="ICSEARCH_CONFIG",
+        allow_from_autoenv=False,  # ICSEARCH_CONFIG is that of all commands
         is_eager=True,  # before the options that it has values for
         callback=use_config,
         show_default=False,

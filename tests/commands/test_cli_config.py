@@ -60,6 +60,10 @@ def test_flags_above_the_environment_above_the_command_above_common(
     monkeypatch.setenv("ICSEARCH_CONFIG", str(both))
     assert shared() == 3
     assert shared("--config", common) == 2
+    status, out, _ = run(capsys, "--config", common, "plan", "demo", "--json")
+    assert (status, json.loads(out)["search"]["num_shared"]) == (0, 2)
+    status, out, _ = run(capsys, "--config", common, "plan", "demo", "--json", "--config", both)
+    assert (status, json.loads(out)["search"]["num_shared"]) == (0, 3)
 
 
 def test_a_run_cannot_tell_where_an_option_came_from(
@@ -168,8 +172,10 @@ def test_bad_files(capsys: pytest.CaptureFixture[str], tmp_path: Path, case: str
     text, expected = BAD_FILES[case]
     config = write(tmp_path / "bad.toml", text)
     out = tmp_path / "run"
-    line = refused(capsys, "greedy", "demo", "--calibration", "demo", "--out", out, "--config", config)
+    greedy = ["greedy", "demo", "--calibration", "demo", "--out", out]
+    line = refused(capsys, *greedy, "--config", config)
     assert expected in line
+    assert refused(capsys, "--config", config, *greedy) == line
     assert "bad.toml" in line or "--strategy" in line
     assert not out.exists()
 
