@@ -12,7 +12,7 @@ from icsearch.engines.backbone import EngineConfigError, text_keys
 from icsearch.engines.engine import FREQ, OFFSET, SWITCH, TYPES, Engine
 from icsearch.engines.keys import GGUF_KEY, MEGATRON_FREQ, MEGATRON_OFFSET
 from icsearch.engines.table import ENGINES, LLAMACPP, LMDEPLOY, MEGATRON_ENGINE, SGLANG, TRANSFORMERS, VLLM
-from icsearch.jsonfile import shown
+from icsearch.jsonfile import shown, unambiguous
 
 HF_OVERRIDES, SGLANG_ARGS = "--hf-overrides", "--json-model-override-args"
 NUMBER_FLAGS = {f"--{name.replace('_', '-')}": name for name in (MEGATRON_FREQ, MEGATRON_OFFSET)}
@@ -65,7 +65,7 @@ def for_engine(typed: Typed, engine: Engine) -> dict[str, Any]:
 
 def _parse_json(text: str) -> dict[str, Any]:
     try:
-        keys = json.loads(text)
+        keys = json.loads(text, object_pairs_hook=unambiguous)
     except (ValueError, RecursionError) as error:
         raise EngineConfigError(f"{text[:40]!r} is not JSON ({error}): quote it as one argument") from None
     if not isinstance(keys, dict):

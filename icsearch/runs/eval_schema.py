@@ -127,6 +127,7 @@ def check_start(event: Event) -> None:
     if event.get("event") != "start":
         raise FieldError(f"event is {shown(event.get('event'))}: expected start, which every journal begins with")
     check_fields(event, {**_common, "start_pattern": letters(), "tokens": list_of(whole(1))})
+    check_fields(event, {"icsearch_version": TEXT, "layer_indices": layers(), "options": OBJECT, "environment": OBJECT})
     check_fields(event, {"choosing_queries": whole(1)})
     check_fields(event, {"bucket_edges": layers(sys.maxsize), "tokens": Kind("at least one sequence", bool)})
     num_layers, buckets = len(event["start_pattern"]), len(event["bucket_edges"]) - 1

@@ -141,7 +141,9 @@ def test_a_similarity_of_objects_is_not_loaded(place: Place, capfd: pytest.Captu
 
 def test_tokens_that_are_a_pickle_are_not_loaded(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
     place.file("tokens/calibration.safetensors", pickle.dumps(Bomb(place.root / "mark")))
-    place.refuses(Row(lambda p: p.greedy(tokens="tokens"), "damaged or cannot be read", "bring the tokens again"), capfd)
+    place.refuses(
+        Row(lambda p: p.greedy(tokens="tokens"), "damaged or cannot be read", "bring the tokens again"), capfd
+    )
 
 
 def test_a_folder_of_pickles_is_no_dataset(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +162,11 @@ def test_code_of_a_checkpoint_is_not_run(place: Place, capfd: pytest.CaptureFixt
     (model / "own.py").write_text(f"import os\nos.mkdir({str(place.root / 'mark')!r})\n")
     document = json.loads((model / where).read_text())
     of = {"config.json": {"AutoConfig": "own.A", "AutoModelForCausalLM": "own.A"}}
-    changed = {"model_type": "own", "tokenizer_class": "Own", "auto_map": of.get(where, {"AutoTokenizer": ["own.A", None]})}
+    changed = {
+        "model_type": "own",
+        "tokenizer_class": "Own",
+        "auto_map": of.get(where, {"AutoTokenizer": ["own.A", None]}),
+    }
     (model / where).write_text(json.dumps({**document, **changed}))
     place.refuses(Row(lambda p: p.calibrate("demo", model=model), "cannot", ""), capfd)
 
