@@ -110,7 +110,7 @@ def _from_engine(spec: str, target: Target, force: bool) -> NamedPattern:
 
 def _short(spec: str, title: str) -> str:
     """The end of a path, or whose settings these are."""
-    return Path(spec).name if Path(spec).suffix in (".json", ".gguf") else f"{title} settings"
+    return Path(spec).name if Path(spec).suffix in (".json", ".gguf") else f"as {title}"
 
 
 def published_path(spec: str) -> Path:

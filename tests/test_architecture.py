@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
         "engines.engine", "engines.keys", "engines.letters", "engines.rendering", "engines.schedule", "engines.stages",
     },
     "engines.backbone": {"errors", "jsonfile"},
-    "engines.gguf_file": {"engines.backbone", "engines.keys", "files", "jsonfile", "pattern"},
+    "engines.gguf_scan": set(),
+    "engines.gguf_file": {"engines.backbone", "engines.gguf_scan", "engines.keys", "files", "jsonfile", "pattern"},
     "engines.texts": {"engines.backbone", "engines.engine", "engines.keys", "engines.table", "jsonfile"},
     "engines.reading": {
         "engines.backbone", "engines.engine", "engines.keys", "engines.schedule", "engines.table", "jsonfile",

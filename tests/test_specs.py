@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from icsearch.engines.export import export
+from icsearch.engines.table import ENGINES
 from icsearch.errors import PatternError
 from icsearch.jsonfile import write_object
 from icsearch.pattern import Pattern, PatternFile, Step
@@ -137,8 +139,14 @@ def test_settings_of_an_engine_are_specs(tmp_path: Path) -> None:
     specs = [OVERRIDES, f"--hf-overrides '{OVERRIDES}'", "freq:3", "megatron:freq:3", path, str(tmp_path)]
     assert letters(*specs) == ["FSSF", "FFSS", "FSSF", "FSFS", "FSFS"]  # the first two are one and the same
     (named,) = resolve_specs([OVERRIDES], TARGET)[1:]
-    assert (named.name, named.method) == ("vLLM settings", "imported")
+    assert (named.name, named.method) == ("as vLLM", "imported")
     assert named.notes == ("read as vLLM does; --engine names another",)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_export_prints_is_a_spec(engine: str) -> None:
+    file = replace(FILE, pattern=Pattern("FFSS"), model={"model_type": "glm_moe_dsa", "num_hidden_layers": 4})
+    assert letters(export(file, engine).text) == ["FFSS"]
 
 
 def test_an_engines_letters_count_decoder_layers() -> None:

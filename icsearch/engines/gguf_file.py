@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from icsearch.engines.backbone import Backbone, EngineConfigError
+from icsearch.engines.gguf_scan import check_header
 from icsearch.engines.keys import GGUF_KEY
 from icsearch.files import check_new, naming, sync_directory
 from icsearch.jsonfile import MAX_LAYERS, shown
@@ -20,7 +21,8 @@ from icsearch.pattern import FULL
 ARCHITECTURE = "glm-dsa"
 MODEL_TYPE = "glm_moe_dsa"
 _INDEXER_TENSOR = re.compile(r"blk\.(\d+)\.indexer\.")
-_UNREADABLE = (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError)  # what gguf raises on others
+# what its reader raises on other files
+_UNREADABLE = (ValueError, KeyError, IndexError, TypeError, OverflowError, MemoryError, RecursionError)
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], Backbone]:
@@ -53,6 +55,7 @@ def _open(path: Path) -> Any:
     """gguf's reader of a file of the architecture that has the key."""
     gguf = _package()
     try:
+        check_header(path)
         reader = gguf.GGUFReader(path)
         architecture = reader.get_field("general.architecture")
         name = None if architecture is None else architecture.contents()

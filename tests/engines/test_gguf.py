@@ -9,6 +9,8 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from icsearch.engines.backbone import EngineConfigError
 from icsearch.engines.gguf_file import read_gguf, write_gguf
@@ -124,6 +126,25 @@ def test_cut_files_are_refused(tmp_path: Path) -> None:
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
         with pytest.raises(EngineConfigError, match="cannot be read as GGUF|has the architecture"):
             write_gguf("FSFS", tmp_path / "cut.gguf", tmp_path / "new.gguf")
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_damaged_headers_are_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Whatever bytes are changed: an array of 2^63 elements is not gone through one by one."""
+    directory = tmp_path_factory.mktemp("damaged")
+    whole = bytearray(make(directory / "old.gguf", types=[True, False, True, True]).read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, min(600, len(whole) - 8)))
+        new = data.draw(st.binary(min_size=1, max_size=8) | st.just(b"\xff" * 8) | st.just(b"\0" * 8))
+        whole[at : at + len(new)] = new
+    (directory / "new.gguf").write_bytes(whole)
+    try:
+        keys, backbone = read_gguf(directory / "new.gguf")
+    except EngineConfigError as error:
+        assert "\n" not in str(error)
+    else:
+        assert backbone.num_layers >= 1 and keys.keys() <= {GGUF_KEY}
 
 
 def test_a_failed_copy_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
