@@ -211,7 +211,8 @@ def patterns_per_sweep(shape: BatchShape, weight_bytes: int, memory_bytes: int, 
         needed = shape.layer_bytes + least * shape.branch_bytes
         raise IcsearchError(
             f"memory budget {format_bytes(memory_bytes)} is too small: {format_bytes(weight_bytes)} of weights and "
-            f"about {format_bytes(needed)} for one candidate; raise --memory, or lower --batch-size or --seq-len"
+            f"about {format_bytes(needed)} for one candidate{_guess(shape.known)}; raise --memory, or lower "
+            "--batch-size or --seq-len"
         )
     return (branches - 2 - packets) // (1 + packets)
 
@@ -258,7 +259,7 @@ def rows(plan: SearchPlan, start: dict[str, Any]) -> list[tuple[str, str]]:
         (
             "memory",
             f"{format_bytes(plan.weight_bytes)} weights + {branches} branches x {format_bytes(plan.branch_bytes)} + "
-            f"{format_bytes(plan.layer_bytes)} in a layer{_guess(plan)}, "
+            f"{format_bytes(plan.layer_bytes)} in a layer{_guess(plan.layer_known)}, "
             f"of {format_bytes(plan.memory_bytes)} (estimate)",
         ),
         *_resting_rows(plan),
@@ -283,8 +284,8 @@ def _resting_rows(plan: SearchPlan) -> list[tuple[str, str]]:
     ]
 
 
-def _guess(plan: SearchPlan) -> str:
-    return "" if plan.layer_known else " (unknown for this family: counted as for dense attention and scores)"
+def _guess(known: bool) -> str:
+    return "" if known else " (unknown for this family: counted as for dense attention and scores)"
 
 
 def _peak_words(plan: SearchPlan) -> str:

@@ -12,6 +12,7 @@ import torch
 from test_bits import LAYERS
 
 import tiny
+from conftest import Made
 from icsearch import cli
 from icsearch.block import cut_batches
 from icsearch.pattern import Pattern
@@ -91,6 +92,16 @@ def test_streamed_weights_give_the_same_run(
     for document in (resident := pattern_of(searched), streamed := pattern_of(out)):
         document.pop("cost")
     assert streamed == resident
+
+
+@pytest.mark.parametrize(("family", "known"), [("deepseek_v4", False), ("mistral_large4", True)])
+def test_a_budget_that_is_too_small_says_whether_it_is_a_guess(
+    made: Made, family: str, known: bool, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = fixed(made(family), tokens, tmp_path / "r", "--num-shared", 1, "--memory", "50kB", "--offload", "none")
+    line = refused(capsys, "greedy", *arguments)
+    assert "memory budget 50.0 kB is too small" in line
+    assert ("unknown for this family" in line) == (not known)
 
 
 @pytest.mark.slow
