@@ -300,7 +300,7 @@ def _step(document: dict[str, Any], num_layers: int) -> Step:
     }
     by_kl = {"kl": optional(NUMBER), "kl_std_err": optional(NUMBER)}  # absent where the search went by the loss
     check_fields(document, {**fields, **by_kl})
-    values = {name: document.get(name) for name in (*fields, *by_kl)}
+    values: dict[str, Any] = {name: document.get(name) for name in (*fields, *by_kl)}
     if values["pattern"][values["layer"]] != SHARED:
         raise PatternError(f"step {shown(values['step'])} flips layer {values['layer']}, but its pattern has F there")
     unknown = ["std_err", *(["kl_std_err"] if values["kl"] is not None else [])]

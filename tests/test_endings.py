@@ -29,6 +29,26 @@ ENDS: dict[str, tuple[BaseException, int, str]] = {
         f"the disk is full (No space left on device, run/journal.jsonl): free some space {GOES_ON}",
     ),
     "a library's memory": (MemoryError(), 1, f"out of memory (MemoryError): free some {GOES_ON}"),
+    "a place that is locked": (
+        PermissionError(errno.EACCES, "Permission denied", "locked/run"),
+        2,
+        "cannot use locked/run (Permission denied): check its permissions, or give another path",
+    ),
+    "a name that is too long": (
+        OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300),
+        2,
+        f"cannot use {'x' * 196}... (File name too long): check its permissions, or give another path",
+    ),
+    "a file that went away": (
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "run/x"),
+        1,
+        "FileNotFoundError: [Errno 2] No such file or directory: 'run/x' (--debug shows where)",
+    ),
+    "commands for a terminal": (
+        JournalError("no \x1b[2J\u202efile\udcff\x00"),
+        2,
+        "no \\x1b[2J\\u202efile\\udcff\\x00",
+    ),
     "anything else": (KeyError("two\nlines"), 1, "KeyError: 'two\\nlines' (--debug shows where)"),
 }
 

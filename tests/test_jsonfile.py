@@ -46,6 +46,13 @@ def test_bad_files_are_one_line(tmp_path: Path, case: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("content", ['{"a": 1, "a": 1}', '{"b": [{"a": 1, "a": 2}]}', '{"\\u0061": 1, "a": 2}'])
+def test_what_is_said_twice_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "ships.json").write_text(content)
+    with pytest.raises(OwnError, match="ships.json has 'a' twice: expected a list of ships; build one"):
+        read(tmp_path / "ships.json")
+
+
 @pytest.mark.parametrize("name", ["none.json", "", "x" * 300, "nul\0byte", "ships.json/inside"])
 def test_bad_paths_are_one_line(tmp_path: Path, name: str) -> None:
     (tmp_path / "ships.json").write_text("{}")

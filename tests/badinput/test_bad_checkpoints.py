@@ -151,11 +151,24 @@ def last_halved(tensors: dict[str, Any]) -> dict[str, Any]:
     return {**tensors, "lm_head.weight": np.ascontiguousarray(tensors["lm_head.weight"][:, ::2])}
 
 
+def with_value(value: float) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The tensors with one number of the LM head replaced."""
+
+    def edit(tensors: dict[str, Any]) -> dict[str, Any]:
+        head = tensors["lm_head.weight"].copy()
+        head[3, 5] = value
+        return {**tensors, "lm_head.weight": head}
+
+    return edit
+
+
 WEIGHT_ROWS: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "of another model": (other_tensors(lambda t: {f"other.{name}": t[name] for name in t}), "missing", "weights"),
     "one is missing": (other_tensors(lambda t: {n: t[n] for n in t if "norm" not in n}), "norm", "weights"),
     "another shape": (other_tensors(last_halved), "lm_head.weight", "config"),
-    "integers": (other_tensors(lambda t: {n: t[n].astype(np.int32) for n in t}), "int", ""),
+    "integers": (other_tensors(lambda t: {n: t[n].astype(np.int32) for n in t}), "is I32", "convert the checkpoint"),
+    "a number that is none": (other_tensors(with_value(np.nan)), "NaN or infinite", "download or convert"),
+    "an infinite number": (other_tensors(with_value(np.inf)), "NaN or infinite", "download or convert"),
 }
 
 

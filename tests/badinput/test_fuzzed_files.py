@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from bad_input import Good
 from eval_fixtures import MadeUpEval, eval_events, made_up_document
 from icsearch import baseline
-from icsearch.calibration import check, load
+from icsearch.calibration import check, load, tokenizer_fingerprint
 from icsearch.calibration.batches import Limits
 from icsearch.engines.export import export
 from icsearch.engines.table import ENGINES
@@ -30,6 +30,7 @@ from icsearch.runs.evaluation import EvalRecord, load_eval
 from icsearch.runs.record import load_run
 from icsearch.weights import layout
 from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.weights.loading import load_tokenizer
 from icsearch.weights.shards import Shards
 from mutations import damaged, documents, few, many, reads_or_refuses, texts
 from run_fixtures import MadeUpRun, events
@@ -292,6 +293,27 @@ def test_configs_to_build(how: Any, good: Good, tmp_path: Path, outcomes: Outcom
         outcomes.of(lambda: layout.inspect(open_checkpoint(str(model))))
 
     fuzz(how, configs(json.loads((good.checkpoint / "config.json").read_text())), use)
+    outcomes.check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [few, many], ids=["few", "many"])
+def test_tokenizers(how: Any, good: Good, tmp_path: Path, outcomes: Outcomes) -> None:
+    model = Path(shutil.copytree(good.checkpoint, tmp_path / "model"))
+    path = model / "tokenizer.json"
+
+    def read() -> None:
+        tokenizer = load_tokenizer(open_checkpoint(str(model)))
+        assert tokenizer_fingerprint(tokenizer)
+
+    def use(content: bytes) -> None:
+        path.write_bytes(content)
+        outcomes.of(read)
+
+    document = json.loads(path.read_text())
+    few_words = dict(list(document["model"]["vocab"].items())[:12])  # else nearly every change is of a word
+    small = {**document, "model": {**document["model"], "vocab": few_words, "merges": []}}
+    fuzz(how, texts(small), use)
     outcomes.check()
 
 
