@@ -70,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
         "pattern",
     },
     "engines.fitting": {"engines.backbone", "engines.letters", "engines.reading", "engines.table", "pattern"},
+    "runs.similarity_file": {"errors", "files", "journal", "jsonfile", "runs.record"},
     "runs.results": {"pattern", "runs.record", "runs.refinement"},
     "runs.eval_schema": {"journal", "jsonfile", "pattern"},
     "runs.evaluation": {"errors", "journal", "jsonfile", "pattern", "runs.eval_schema", "statistics"},
@@ -211,9 +212,9 @@ ALLOWED: dict[str, set[str]] = {
         "setup.start_event", "setup.sweep_scorer", "states", "strategies", "weights.layout",
     },
     "baseline": {
-        "block", "cosine_dp", "errors", "files", "journal", "jsonfile", "pattern", "planning.plan", "processes.launch",
-        "processes.wave_jobs", "processes.world", "requests", "runs.record", "search", "setup.inputs", "setup.prepare",
-        "setup.start_event", "setup.sweep_scorer", "similarity", "weights.layout",
+        "block", "cosine_dp", "journal", "pattern", "planning.plan", "processes.launch", "processes.wave_jobs",
+        "processes.world", "requests", "runs.record", "runs.similarity_file", "search", "setup.inputs",
+        "setup.prepare", "setup.start_event", "setup.sweep_scorer", "similarity", "weights.layout",
     },
     "evaluate": {
         "block", "cost", "errors", "journal", "lm_eval_bridge", "measure", "measures", "model", "pattern",
@@ -307,6 +308,7 @@ NO_TORCH = [
     "runs.similarity_sums",
     "runs.record",
     "runs.results",
+    "runs.similarity_file",
     "runs.refinement",
     "statistics",
     "texts.corpus",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from icsearch.journal import Event
@@ -44,11 +44,11 @@ _common = {
 }
 
 
-def each(fields: Mapping[str, Kind], more: Callable[[Any], bool] = lambda value: True) -> Kind:
-    """A list of objects with these fields; `more` is asked of each one whose fields are right."""
+def _each(fields: Mapping[str, Kind]) -> Kind:
+    """A list of objects with these fields."""
 
     def fits(value: Any) -> bool:
-        return list_of(OBJECT).fits(value) and all(_has(one, fields) and more(one) for one in value)
+        return list_of(OBJECT).fits(value) and all(_has(one, fields) for one in value)
 
     return Kind(f"a list of objects with {', '.join(fields)}", fits)
 
@@ -85,14 +85,14 @@ _ROW = {
     "kl_std_err": _error,
     "top1_agreement": NUMBER,
     "verdict": TEXT,
-    "positions": optional(each({"first": whole(0), "last": whole(1), "delta": NUMBER, "std_err": _error})),
+    "positions": optional(_each({"first": whole(0), "last": whole(1), "delta": NUMBER, "std_err": _error})),
     "borrowed_overlap": optional(
         Kind(
             "an object of a number for each layer",
             lambda value: OBJECT.fits(value) and _layer.fits(value) and all(map(NUMBER.fits, value.values())),
         )
     ),
-    "tasks": optional(each({"kind": TEXT, **dict.fromkeys(WAYS, optional(_ACCURACY))})),
+    "tasks": optional(_each({"kind": TEXT, **dict.fromkeys(WAYS, optional(_ACCURACY))})),
 }
 _ESTIMATE = {
     "context": whole(1),
@@ -108,11 +108,11 @@ _ESTIMATE = {
     ),
 }
 _BESIDE_ROWS = {
-    "gaps": optional(each({"name": TEXT, "uniform": TEXT, "gap_closed": _error, "std_err": _error})),
+    "gaps": optional(_each({"name": TEXT, "uniform": TEXT, "gap_closed": _error, "std_err": _error})),
     "cost": optional(OBJECT),
-    "cost_rows": optional(each({"name": TEXT, "rows": each(_ESTIMATE)})),
+    "cost_rows": optional(_each({"name": TEXT, "rows": _each(_ESTIMATE)})),
     "measured": optional(
-        each(
+        _each(
             {"name": TEXT, "phase": one_of(*PHASES), "length": whole(1), "min": NUMBER, "median": NUMBER, "max": NUMBER}
         )
     ),
@@ -135,7 +135,7 @@ def check_start(event: Event) -> None:
         event,
         {
             "bucket_tokens": list_of(list_of(whole(0), buckets), len(event["tokens"])),
-            "patterns": each({**_described, "pattern": letters(num_layers)}),
+            "patterns": _each({**_described, "pattern": letters(num_layers)}),
         },
     )
     check_fields(event["model"], MODEL_FIELDS)

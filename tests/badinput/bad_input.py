@@ -18,7 +18,6 @@ import pytest
 from icsearch import cli
 
 LONGEST_LINE = 400  # characters, without the directory that the test works in
-SEARCHES = ("greedy", "dp-baseline")
 NOBODY = 65534
 
 Words = Sequence[object]

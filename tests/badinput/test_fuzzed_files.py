@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from bad_input import Good
 from eval_fixtures import MadeUpEval, eval_events, made_up_document
-from icsearch import baseline
 from icsearch.calibration import check, load, tokenizer_fingerprint
 from icsearch.calibration.batches import Limits
 from icsearch.engines.export import export
@@ -28,6 +27,7 @@ from icsearch.planning.modelfile import open_model_file
 from icsearch.report import write_report
 from icsearch.runs.evaluation import EvalRecord, load_eval
 from icsearch.runs.record import load_run
+from icsearch.runs.similarity_file import read_similarity
 from icsearch.weights import layout
 from icsearch.weights.checkpoint import open_checkpoint
 from icsearch.weights.loading import load_tokenizer
@@ -329,7 +329,7 @@ def test_similarities(how: Any, part: str, good: Good, tmp_path: Path, outcomes:
 
     def use(content: bytes) -> None:
         (tmp_path / part).write_bytes(content)
-        outcomes.of(lambda: baseline._read_similarity(tmp_path / "similarity.npz", start))
+        outcomes.of(lambda: read_similarity(tmp_path / "similarity.npz", start))
 
     whole = (tmp_path / part).read_bytes()
     fuzz(how, damaged(whole) if part.endswith("npz") else texts(json.loads(whole)), use)

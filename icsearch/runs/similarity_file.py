@@ -1,0 +1,131 @@
+"""similarity.npz and the similarity.json beside it: written by a similarity baseline, read by another. No torch."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icsearch.errors import IcsearchError, first_line
+from icsearch.files import typed_path, write_atomically
+from icsearch.journal import Event
+from icsearch.jsonfile import OBJECT, TEXT, FieldError, check_fields, optional, read_object, strict, whole, write_object
+from icsearch.runs.record import RunRecord
+
+SIMILARITY_FORMAT = "icsearch.similarity/1"
+_ARRAYS = ("cosine", "overlap")
+_HEADER_BYTES = 4096  # far more than numpy writes before an array
+_ROUNDING = 1e-6  # by which a mean cosine may pass 1
+_MANIFEST_FIELDS = {
+    "format": TEXT,
+    "queries": whole(1),
+    "model": TEXT,
+    "calibration": TEXT,
+    "numerics": optional(OBJECT),
+}
+_NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "block_elements", "threads")
+
+
+def save_similarity(out: Path, record: RunRecord) -> None:
+    """similarity.npz (lower triangles, zeros above) and similarity.json, which says what they belong to.
+
+    A similarity that was read from a file keeps the numerics that it was measured with there.
+    """
+    means = record.similarity_sums.means()
+    arrays = {name: square_of(means[name]) for name in ("cosine", "overlap")}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_atomically(out / "similarity.npz", buffer.getvalue())
+    identity, measured = _identity(record.start), record.similarity_sums.numerics
+    manifest = {"format": SIMILARITY_FORMAT, "queries": means["queries"], **identity}
+    if measured is not None:
+        manifest["numerics"] = measured
+    write_object(out / "similarity.json", manifest)
+
+
+def square_of(rows: list[list[float]]) -> Any:
+    """A lower triangle of N rows as float64 [N, N], with zeros above."""
+    square = np.zeros((len(rows), len(rows)))
+    for layer, row in enumerate(rows):
+        square[layer, : len(row)] = row
+    return square
+
+
+def _identity(start: Event) -> dict[str, Any]:
+    options = start["options"]
+    return {
+        "model": start["model"]["fingerprint"],
+        "calibration": start["calibration"]["fingerprint"],
+        "numerics": {name: options.get(name) for name in _NUMERICS},
+    }
+
+
+def other_numerics(measured: dict[str, Any], start: Event) -> list[str]:
+    """A note where a similarity from a file was measured with other numerics than the losses of this run."""
+    here = _identity(start)["numerics"]
+    differing = [f"{name} {measured.get(name)}, here {here[name]}" for name in here if measured.get(name) != here[name]]
+    if not differing:
+        return []
+    return [f"the similarity was measured in an earlier run with other numerics ({'; '.join(differing)})"]
+
+
+def read_similarity(path: Path, start: Event) -> Event:
+    """A similarity.npz as an event of a run that began so.
+
+    Raises IcsearchError unless it is whole, and of the same model and batches.
+    """
+    expected, advice = "the similarity.json that dp-baseline wrote beside it", "leave --similarity out"
+    path = typed_path(str(path), IcsearchError)
+    described = path.parent / f"{path.stem or 'similarity'}.json"
+    manifest = read_object(described, expected=expected, advice=advice, error=IcsearchError)
+    try:
+        check_fields(manifest, _MANIFEST_FIELDS)
+    except FieldError as error:
+        raise IcsearchError(f"{described} is damaged ({error}): {advice}") from None
+    found = {name: manifest[name] for name in ("model", "calibration")}
+    wanted = {name: _identity(start)[name] for name in found}
+    if manifest["format"] != SIMILARITY_FORMAT or found != wanted:
+        other = [name for name in found if found[name] != wanted[name]] or ["format"]
+        raise IcsearchError(f"{path} belongs to another {' and another '.join(other)}: {advice}")
+    queries = manifest["queries"]
+    return {
+        "event": "similarity",
+        "sequences": [0, len(start["tokens"])],
+        "queries": queries,
+        "numerics": strict(manifest.get("numerics") or {}),
+        **{name: _triangle(square * queries) for name, square in _read_squares(path, start["num_layers"]).items()},
+        "layer_sequences": 0,
+        "seconds": 0.0,
+    }
+
+
+def _read_squares(path: Path, layers: int) -> dict[str, Any]:
+    """`cosine` and `overlap` of a similarity.npz, float64 [layers, layers] each; raises IcsearchError.
+
+    What is larger than that is not read: a small archive can hold arrays larger than memory.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            sizes = [arrays.zip.getinfo(f"{name}.npy").file_size for name in _ARRAYS]
+            small = max(sizes) <= 8 * layers * layers + _HEADER_BYTES
+            squares = {name: arrays[name] for name in _ARRAYS} if small else {}
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds by the kind of damage
+        raise IcsearchError(
+            f"cannot use {path} ({type(error).__name__}: {first_line(error)}): expected a similarity.npz of "
+            "dp-baseline; leave --similarity out"
+        ) from None
+    if any(squares.get(name, np.zeros(0)).shape != (layers, layers) for name in _ARRAYS):
+        raise IcsearchError(f"{path} is not {layers} x {layers}, the model's DSA layers: leave --similarity out")
+    for name, square in squares.items():
+        if square.dtype != np.float64 or not (np.abs(square) <= 1 + _ROUNDING).all():
+            raise IcsearchError(
+                f"{name} of {path} does not hold float64 numbers from -1 to 1 alone: expected what dp-baseline wrote; "
+                "leave --similarity out"
+            )
+    return squares
+
+
+def _triangle(square: Any) -> list[list[float]]:
+    return [[float(value) for value in row[:layer]] for layer, row in enumerate(square)]
