@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from family_batches import Made
 
 import tiny_families
-from icsearch.block import Batch, cut_batches
 from icsearch.model import DsaModel
 from icsearch.weights import loading
 from icsearch.weights.checkpoint import open_checkpoint
-from tiny import VOCABULARY
 
 loading.quiet_transformers()
-
-LENGTH = 40
-Made = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +44,3 @@ def checkpoint(family: str, made: Made) -> Path:
 def dsa(checkpoint: Path) -> DsaModel:
     """Tests leave it as it was."""
     return loading.load(open_checkpoint(str(checkpoint)))
-
-
-def random_ids(sequences: int = 2, length: int = LENGTH, seed: int = 3) -> torch.Tensor:
-    return torch.randint(0, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
-
-
-def random_batches(sequences: int = 3, batch_size: int = 2) -> list[Batch]:
-    ids = random_ids(sequences)
-    return cut_batches(ids, torch.ones_like(ids, dtype=torch.bool), batch_size)

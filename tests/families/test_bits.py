@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from family_batches import Made, random_batches, random_ids
 
 import icsearch
 import tiny_families
-from conftest import Made, random_batches, random_ids
 from icsearch.families.attention import Core
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from family_batches import Made, random_batches, random_ids
 from test_bits import all_patterns
 from test_commands import BLOCKWISE
 from torch.nn import functional
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaIndexer
 
-from conftest import Made, random_batches, random_ids
 from icsearch import block_sizes, ops
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from family_batches import Made
 from test_bits import LAYERS
 
 import tiny
-from conftest import Made
 from icsearch import cli
 from icsearch.block import cut_batches
 from icsearch.pattern import Pattern

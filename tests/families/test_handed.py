@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from family_batches import Made, random_batches, random_ids
 from test_bits import all_patterns, stock
 from test_commands import fixed, pattern_of
 
-from conftest import Made, random_batches, random_ids
 from icsearch import cli
 from icsearch.block import LayerBlock
 from icsearch.families.handed import Handed, hand_on, map_tensors, take_up, tensors_of

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from family_batches import Made, random_batches, random_ids
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_bits import all_patterns, stock
 
-from conftest import Made, random_batches, random_ids
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
 from icsearch.sweep import Sweeper, naive_nll

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from family_batches import Made
 from test_commands import fixed, pattern_of
 
 import tiny_families
-from conftest import Made
 from icsearch import cli
 from several import launched, torchrun
 

@@ -43,7 +43,8 @@ def test_heads() -> None:
 
 
 def test_bytes_are_what_a_selection_takes(checkpoint: Any, dsa: Any) -> None:
-    from conftest import LENGTH, random_batches
+    from family_batches import LENGTH, random_batches
+
     from icsearch.sweep import Sweeper
     from icsearch.weights.checkpoint import open_checkpoint
     from icsearch.weights.layout import inspect

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import toy_code
+from family_batches import random_batches
 from test_bits import all_patterns
 from test_commands import fixed, pattern_of, refused, run
 
 import tiny
-from conftest import random_batches
 from icsearch.model import DsaModel
 from icsearch.sweep import Sweeper, naive_nll
 from icsearch.weights import loading
