@@ -16,7 +16,7 @@ from torch import nn
 from icsearch.errors import ModelError
 from icsearch.experts import chunked, find_experts
 from icsearch.families.attention import Observer, run_observed
-from icsearch.families.calls import FirstLayerReached, LayerCall, embedding_nothing, recorded
+from icsearch.families.calls import FirstLayerReached, LayerCall, check_layers_stand_alone, embedding_nothing, recorded
 from icsearch.families.decoder import decoder_layers
 from icsearch.families.ending import Ending
 from icsearch.families.handed import own_containers
@@ -57,6 +57,7 @@ class DsaModel:
         self.decoder = model.get_decoder()
         self.layers = decoder_layers(model)
         self._ending = Ending(model, self.layers)
+        self._checked = False  # that layers stand alone
         self.lm_head = self._ending.head
         self.weights = weights or LayerWeights(range(len(self.layers)))
         self.device = device or next(model.parameters()).device
@@ -169,6 +170,9 @@ class DsaModel:
         Masks, positions and rotary embeddings are then the model's own. The layers are left out, and no weights are
         needed. See `LayerCall.on` for families whose layers take token ids.
         """
+        if not self._checked:
+            check_layers_stand_alone(self.model, self.layers, self._decode, input_ids.device)
+            self._checked = True
         with embedding_nothing(self.model), recorded(self.layers) as calls:
             self._decode(input_ids)
         return calls

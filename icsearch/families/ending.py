@@ -15,9 +15,7 @@ import torch
 from torch import nn
 
 from icsearch.errors import ModelError
-from icsearch.families.calls import LayerOutput, all_instead, embedding_nothing
-
-PROBE_TOKENS = 2
+from icsearch.families.calls import PROBE_TOKENS, LayerOutput, embedding_nothing, in_order
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -71,7 +69,7 @@ class Ending:
     def _own_logits(self, last: torch.Tensor) -> torch.Tensor:
         """The model's own logits where its last layer returns these states."""
         ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=last.device)
-        with embedding_nothing(self._model), all_instead(self._layers, lambda *_, **__: last.as_subclass(LayerOutput)):
+        with embedding_nothing(self._model), in_order(self._layers, lambda *_, **__: last.as_subclass(LayerOutput)):
             logits = self._model(input_ids=ids, use_cache=False, **self._no_router_loss()).logits
         return logits.as_subclass(torch.Tensor)
 

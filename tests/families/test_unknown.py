@@ -84,6 +84,10 @@ def test_its_attention_cannot_be_heard(tmp_path: Path, tokens: Path, capsys: pyt
         ("twice", "decoder layer 0 has 2 modules `indexer`: expected one"),
         ("backwards", "calls 0 decoder layers in order and then layer 3: expected each layer once"),
         ("fewer", "calls 3 decoder layers in order and then none of the others"),
+        ("again", "calls 4 decoder layers in order and then layer 0: expected each layer once"),
+        ("fading", "changes the states between decoder layers 0 and 1"),
+        ("first states", "hands decoder layer 0 something that follows from the text"),
+        ("renamed ids", "hands decoder layer 0 something that follows from the text"),
         ("louder", "does more between its last decoder layer and its logits"),
     ],
 )

@@ -78,8 +78,8 @@ class Block(nn.Module):
         if config.twist == "twice":
             self.second = Mixer(config)
 
-    def forward(self, hidden_states, position_ids):
-        return hidden_states + self.mixer(self.norm(hidden_states))
+    def forward(self, hidden_states, position_ids, more=0):
+        return hidden_states + self.mixer(self.norm(hidden_states)) + more
 
 
 class ToyModel(PreTrainedModel):
@@ -95,8 +95,13 @@ class ToyModel(PreTrainedModel):
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, use_cache=None, **kwargs):
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         positions = torch.arange(states.shape[1]).unsqueeze(0)
-        for block in {"backwards": self.blocks[::-1], "fewer": self.blocks[:-1]}.get(self.config.twist, self.blocks):
-            states = block(hidden_states=states, position_ids=positions)
+        twist, embedded = self.config.twist, states
+        more = {"first states": embedded, "renamed ids": (input_ids % 7).unsqueeze(-1)}.get(twist, 0)
+        orders = {"backwards": self.blocks[::-1], "fewer": self.blocks[:-1], "again": [*self.blocks, *self.blocks]}
+        for block in orders.get(twist, self.blocks):
+            states = block(hidden_states=states, position_ids=positions, more=more)
+            if twist == "fading":
+                states = states * 0.5
         states = self.norm(states)
         if self.config.twist == "louder":
             states = states * 1.5
