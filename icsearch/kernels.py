@@ -201,7 +201,7 @@ def random_copy(indexer: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     for module in copied.modules():
         for name, weight in module.named_parameters(recurse=False):
-            values = torch.randn(weight.shape, generator=generator) * weight.shape[-1] ** -0.5
+            values = torch.randn(weight.shape, generator=generator) * max(weight.shape[-1], 1) ** -0.5
             setattr(module, name, nn.Parameter(values, requires_grad=False))
     return copied.to("cpu")
 
