@@ -89,7 +89,9 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
     with _named(checkpoint):
         check_one_each(skeleton.layer_indices)
         selection, (heads, head_dim) = read_form(indexer), index_heads(indexer)
-    known = skeleton.has_arithmetic and scores_alike(indexer)
+    # Sizes first: they refuse numbers that are no counts, on which no indexer can be tried.
+    sizes = ModelShape.from_config(text_config.to_dict()) if skeleton.has_arithmetic else None
+    known = sizes is not None and scores_alike(indexer)
     return Layout(
         model_type=config.model_type,
         num_layers=len(skeleton.layers),
@@ -110,7 +112,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         num_parameters=_num_parameters(skeleton.model),
         layer_parameters=tuple(_num_parameters(layer) for layer in skeleton.layers),
         has_arithmetic=known,
-        sizes=ModelShape.from_config(text_config.to_dict()) if known else None,
+        sizes=sizes if known else None,
     )
 
 
