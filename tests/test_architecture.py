@@ -276,7 +276,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "api": set(),
     "api.models": {
-        "errors", "model", "pattern", "slot", "specs", "weights.checkpoint", "weights.layout", "weights.loading",
+        "errors", "families.decoder", "model", "pattern", "slot", "specs", "weights.checkpoint", "weights.layout",
+        "weights.loading",
     },
     "api.options": {"pattern", "planning.plan", "requests"},
     "api.runs": {

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from icsearch.errors import PatternError
+from icsearch.families.decoder import decoder_layers
 from icsearch.model import indexer_owners
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, put_slot, take_slot
@@ -88,7 +89,7 @@ def _owners(model: nn.Module) -> list[nn.Module]:
 
 def _decoder_layers(model: Any) -> tuple[list[int], int]:
     """Those with an indexer, and how many there are in all."""
-    return [index for index, _ in indexer_owners(model)], len(model.get_decoder().layers)
+    return [index for index, _ in indexer_owners(model)], len(decoder_layers(model))
 
 
 def _start_pattern(owners: list[nn.Module]) -> Pattern:

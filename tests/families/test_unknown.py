@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 import toy_code
-from family_batches import random_batches
+from family_batches import random_batches, random_ids
 from test_bits import all_patterns
 from test_commands import fixed, pattern_of, refused, run
 
+import icsearch
 import tiny
 from icsearch.model import DsaModel
+from icsearch.pattern import Pattern
 from icsearch.sweep import Sweeper, naive_nll
 from icsearch.weights import loading
 from icsearch.weights.checkpoint import open_checkpoint
@@ -66,6 +68,23 @@ def test_it_is_searched(tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixt
     arguments = fixed(toy, tokens, tmp_path / "streamed", "--num-shared", 2, REMOTE, "--offload", "disk")
     assert run(capsys, "greedy", *arguments)[0] == 0
     assert pattern_of(tmp_path / "streamed")["loss"] == pattern_of(tmp_path / "run")["loss"]
+
+
+@torch.inference_mode()
+def test_a_pattern_is_applied_to_it_and_taken_off(tmp_path: Path) -> None:
+    """Its layers are called `blocks`."""
+    toy, ids = save_toy(tmp_path / "toy"), random_ids()
+    model = icsearch.load(str(toy), trust_remote_code=True)
+    unmodified, modules = model(ids).logits, dict(model.named_modules())
+    for letters in ("FSFS", "FSSS"):
+        assert icsearch.apply_pattern(model, letters) is model
+        dsa = load(toy)
+        expected = dsa.lm_head(dsa.final_hidden_states(ids, Pattern(letters)))
+        assert torch.equal(model(ids).logits, expected)
+        assert torch.equal(icsearch.load(str(toy), letters, trust_remote_code=True)(ids).logits, expected)
+        assert not torch.equal(expected, unmodified)
+    assert dict(icsearch.restore(model).named_modules()) == modules
+    assert torch.equal(model(ids).logits, unmodified)
 
 
 def test_its_attention_cannot_be_heard(tmp_path: Path, tokens: Path, capsys: pytest.CaptureFixture[str]) -> None:
