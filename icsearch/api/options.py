@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -12,6 +13,7 @@ from icsearch.planning.plan import parse_bytes
 from icsearch.requests import CalibrationRequest
 
 Retention = str | float | Fraction
+LARGEST_DENOMINATOR = 4096  # far more than a model has layers
 
 
 class CalibrationOptions(TypedDict, total=False):
@@ -74,8 +76,8 @@ def calibration_request(model: str | Path, source: str | Path, options: dict[str
 def parsed(options: dict[str, Any]) -> dict[str, Any]:
     """The options with text in place of numbers read as the command line reads it."""
     readers: dict[str, Callable[[Any], Any]] = {
-        "retention": _fraction,
-        "retentions": lambda values: tuple(map(_fraction, values)),
+        "retention": fraction,
+        "retentions": lambda values: tuple(map(fraction, values)),
         "memory": lambda value: parse_bytes(value) if isinstance(value, str) else value,
         "keep_full": frozenset,
         "refine_on": str,
@@ -84,5 +86,11 @@ def parsed(options: dict[str, Any]) -> dict[str, Any]:
     return {name: readers[name](value) if name in readers else value for name, value in options.items()}
 
 
-def _fraction(retention: Retention) -> Fraction:
+def fraction(retention: Retention) -> Fraction:
+    """A retention in (0, 1]; raises PatternError for another one.
+
+    A float is the simplest fraction near it, so that 5/7 and "5/7" keep as many of 14 layers.
+    """
+    if isinstance(retention, float) and math.isfinite(retention):
+        retention = Fraction(retention).limit_denominator(LARGEST_DENOMINATOR) or Fraction(retention)
     return parse_retention(str(retention))

@@ -14,7 +14,8 @@ import pytest
 import icsearch
 import tiny
 from icsearch import cli
-from icsearch.api.options import CalibrationOptions, EvalOptions, SearchOptions
+from icsearch.api.options import CalibrationOptions, EvalOptions, SearchOptions, fraction
+from icsearch.pattern import num_full
 from icsearch.requests import CalibrationRequest, EvalRequest, GreedyRequest
 
 
@@ -109,6 +110,18 @@ def test_export_takes_a_result_a_file_and_a_run(glm_checkpoint: Path, few: Path,
     assert len(texts) == 1
     assert found.pattern.letters in texts.pop()
     assert found.steps[0].pattern in icsearch.export_pattern(found, "vllm", Fraction(5, 6)).text
+
+
+@pytest.mark.parametrize(("retention", "full"), [(5 / 7, 10), ("5/7", 10), (Fraction(5, 7), 10), (0.25, 4), (1, 14)])
+def test_a_float_keeps_as_many_layers_as_its_fraction(retention: str | float | Fraction, full: int) -> None:
+    """5/7 as a float is a little more than 5/7: of 14 layers, 11 would be kept."""
+    assert num_full(fraction(retention), 14) == full
+
+
+@pytest.mark.parametrize("retention", [0.0, -0.5, 1.5, float("nan"), float("inf"), 1e-300])
+def test_floats_that_are_no_retention(retention: float) -> None:
+    with pytest.raises(icsearch.IcsearchError, match="retention"):
+        fraction(retention)
 
 
 def test_a_checkpoint_is_the_commands(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
