@@ -17,6 +17,7 @@ from icsearch import cli
 from icsearch.api.options import CalibrationOptions, EvalOptions, SearchOptions, fraction
 from icsearch.pattern import num_full
 from icsearch.requests import CalibrationRequest, EvalRequest, GreedyRequest
+from icsearch.resources import demo_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +111,40 @@ def test_export_takes_a_result_a_file_and_a_run(glm_checkpoint: Path, few: Path,
     assert len(texts) == 1
     assert found.pattern.letters in texts.pop()
     assert found.steps[0].pattern in icsearch.export_pattern(found, "vllm", Fraction(5, 6)).text
+
+
+def test_export_takes_a_published_pattern_as_the_command_does(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "published:demo-greedy"
+    assert cli._run(["export", name, "--engine", "vllm"], debug=True) == 0
+    assert capsys.readouterr().out == f"{icsearch.export_pattern(name, 'vllm').text}\n"
+    with pytest.raises(icsearch.IcsearchError, match="known are"):
+        icsearch.export_pattern("published:gpt", "vllm")
+
+
+@pytest.mark.parametrize("repair", [None, "same", "none"])
+def test_export_for_a_pipeline_is_the_commands(repair: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    name, config = "published:demo-greedy", demo_checkpoint() / "config.json"
+    made = icsearch.export_pattern(name, "sglang", "1/4", model_config=config, serve_pp=2, repair=repair)
+    options = [
+        "--retention",
+        "1/4",
+        "--model-config",
+        config,
+        "--serve-pp",
+        2,
+        *(["--repair", repair] if repair else []),
+    ]
+    assert cli._run([*map(str, ["export", name, "--engine", "sglang", *options])], debug=True) == 0
+    shown = capsys.readouterr()
+    assert shown.out == f"{made.text}\n"
+    warnings = [line.removeprefix("warning: ") for line in shown.err.splitlines() if line.startswith("warning: ")]
+    assert warnings == list(made.warnings)
+    assert any("stage 2 would start on S" in warning for warning in warnings)
+
+
+def test_a_checkpoint_of_a_published_pattern(tmp_path: Path) -> None:
+    made = icsearch.export_checkpoint("published:demo-greedy", tmp_path / "copy", model="demo", retention="1/2")
+    assert made.pattern.letters.count("F") == 8
 
 
 @pytest.mark.parametrize(("retention", "full"), [(5 / 7, 10), ("5/7", 10), (Fraction(5, 7), 10), (0.25, 4), (1, 14)])

@@ -30,7 +30,11 @@ def test_one_of_engine_and_checkpoint(capsys: pytest.CaptureFixture[str], tmp_pa
     for options in ([], ["--engine", "vllm", "--checkpoint", tmp_path / "out"]):
         assert "needs one of --engine NAME and --checkpoint OUT" in refused(capsys, "export", DEMO, *options)
     for option in (["--drop-indexers"], ["--model", "demo"], ["--other-weights"]):
-        assert "belong to --checkpoint OUT" in refused(capsys, "export", DEMO, "--engine", "vllm", *option)
+        assert "belongs to --checkpoint OUT" in refused(capsys, "export", DEMO, "--engine", "vllm", *option)
+    of_engines = [["--repair", "add"], ["--repair", "x"], ["--serve-pp", "2"], ["--gguf", "x"], ["--out", "x"]]
+    for option in [*of_engines, ["--model-config", "x"]]:
+        line = refused(capsys, "export", DEMO, "--checkpoint", tmp_path / "out", *option)
+        assert f"{option[0]} belongs to --engine NAME" in line
     assert not (tmp_path / "out").exists()
 
 
