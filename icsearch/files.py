@@ -11,6 +11,7 @@ from pathlib import Path
 
 from icsearch.errors import IcsearchError
 
+MAX_READ_BYTES = 2**28  # some ten times the index of the largest checkpoint
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -47,6 +48,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8; raises OSError and UnicodeDecodeError.
+
+    What is larger than any file that should be read whole is refused (EFBIG): some devices never end.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MAX_READ_BYTES + 1)
+    if len(data) > MAX_READ_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return data.decode()
 
 
 def make_directory(directory: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icsearch.errors import IcsearchError
-from icsearch.files import write_atomically
+from icsearch.files import read_text, write_atomically
 
 MAX_NUMBER = 1e100  # far above any loss, far below where sums and squares of float64 overflow
 MAX_COUNT = 2**53  # the integers that float64 holds exactly
@@ -32,7 +32,7 @@ def read_object(
     With `version`, the object's `format` must be that.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unambiguous)
+        document = json.loads(read_text(path), object_pairs_hook=unambiguous)
     except FileNotFoundError:
         raise error(f"no file {path}: expected {expected}; {advice}") from None
     except OSError as problem:

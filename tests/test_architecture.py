@@ -245,7 +245,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.readers", "jsonfile", "pattern", "weights.checkpoint", "weights.header",
     },
     "progress": {"report", "runs.record", "runs.refinement", "statistics"},
-    "cli.config": {"errors", "jsonfile"},
+    "cli.config": {"errors", "files", "jsonfile"},
     "cli.options": {"cli.config", "engines.table", "requests"},
     "cli.plan": {
         "cli.options", "planning.devices", "planning.forecast", "planning.plan", "planning.report", "requests",

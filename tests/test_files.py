@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from icsearch import files
 from icsearch.errors import ModelError
 from icsearch.files import is_disk_full, make_directory, remove_stale_temporaries, typed_path, write_atomically
 
@@ -82,3 +83,12 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["report.html"]
     assert target.read_text() == "old"
     assert not is_disk_full(FileNotFoundError())
+
+
+def test_a_text_is_read_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_READ_BYTES", 4)
+    (tmp_path / "text").write_bytes("aü\n".encode())
+    assert files.read_text(tmp_path / "text") == "aü\n"
+    (tmp_path / "text").write_bytes(b"12345")
+    with pytest.raises(OSError, match="File too large"):
+        files.read_text(tmp_path / "text")

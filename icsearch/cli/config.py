@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from icsearch.errors import IcsearchError, first_line
+from icsearch.files import read_text
 from icsearch.jsonfile import shown
 
 if sys.version_info >= (3, 11):
@@ -52,7 +53,7 @@ def read_tables(path: Path) -> dict[str, Any]:
     """The document of a TOML file. Raises ConfigError."""
     expected = "expected TOML with tables such as [common] and [greedy]"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"no config file {path}: {expected}") from None
     except OSError as error:

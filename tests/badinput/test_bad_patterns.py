@@ -73,6 +73,7 @@ PATTERN_FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "nothing": (lambda p: "pattern.json", "no file pattern.json", WRITE),
     "a directory without one": (lambda p: p.file("run/x").parent, "no file", WRITE),
     "a long name": (lambda p: "x" * 300, "File name too long", "give another one"),
+    "a device without end": (lambda p: "/dev/zero", "File too large", WRITE),
     "cut": (lambda p: p.changed(p.pattern(), lambda b: b[:99]), "is not JSON", WRITE),
     "empty": (lambda p: p.file("pattern.json"), "is not JSON", WRITE),
     "not UTF-8": (lambda p: p.file("pattern.json", b"\xff\xfe"), "is not JSON", WRITE),
