@@ -140,6 +140,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     assert cli._run(["report", str(run), "--model-card", "--out", str(out)], debug=False) == 0
     assert out.read_text() == shown
+    out.write_text("# My own README")
+    capsys.readouterr()
+    assert cli._run(["report", str(run), "--model-card", "--out", str(out)], debug=False) == 2
+    assert "exists: give another --out, or remove it first" in capsys.readouterr().err
+    assert out.read_text() == "# My own README"
     assert cli._run(["report", str(run)], debug=False) == 2
     assert "--out FILE.html" in capsys.readouterr().err
     assert cli._run(["report", str(run), "--model-card", "--out", str(tmp_path / "no" / "card.md")], debug=False) == 2

@@ -327,6 +327,21 @@ def test_write_report_of_several_runs(tmp_path: Path) -> None:
     assert page.count('<span class="badge">unfinished</span>') == 2  # in the table and in the run's section
 
 
+def test_a_page_of_ours_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    out, longest = tmp_path / "report.html", "m" * 5000
+    write_run(tmp_path / "one", MadeUpRun(name=longest))
+    write_run(tmp_path / "two", MadeUpRun(name="made-up/two"))
+    write_report([tmp_path / "one"], out)
+    write_report([tmp_path / "two"], out)
+    page = out.read_text(encoding="utf-8")
+    assert "made-up/two" in page and longest not in page
+    for own in ("<title>mine</title>", "", "# icsearch report"):
+        out.write_text(own)
+        with pytest.raises(ReportError, match="exists and is no page of icsearch: give another --out"):
+            write_report([tmp_path / "two"], out)
+        assert out.read_text() == own
+
+
 def test_bad_input(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     with pytest.raises(JournalError, match="holds no journal"):

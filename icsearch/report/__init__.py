@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from icsearch.errors import IcsearchError
-from icsearch.files import is_disk_full, typed_path, write_atomically
+from icsearch.files import check_new, is_disk_full, typed_path, write_atomically
 from icsearch.report.eval_terminal import eval_table
 from icsearch.report.eval_view import EvalRow, EvalView, view_eval
 from icsearch.report.kink import Kink, find_kink
@@ -74,6 +74,8 @@ EVAL_CSV_COLUMNS = (
     "pattern",
 )
 EVAL_NAME = "eval.json"
+PAGE_MARK = "– icsearch report</title>"  # as the template of a page has it
+_HEAD_BYTES = 2**16
 
 
 class ReportError(IcsearchError):
@@ -113,9 +115,11 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
     """One HTML page for RUN directories and for those that hold an eval.json, which come first.
 
     Unfinished runs are shown as such. Raises JournalError where a directory is not a RUN or its journal cannot be
-    read, ReportError where `out` cannot be written.
+    read, ReportError where `out` cannot be written, or is a file that is no page of ours: such a page is replaced.
     """
     out = _checked_out(out, "report.html")
+    if out.exists() and not _is_page(out):
+        raise ReportError(f"{out} exists and is no page of icsearch: give another --out, or remove it first")
     searched, evaluated = _views(runs)
     _write(out, render_page(searched, evaluated))
 
@@ -138,8 +142,9 @@ def model_card(runs: Sequence[Path]) -> str:
 
 
 def write_model_card(runs: Sequence[Path], out: Path) -> None:
-    """Write `model_card` to a file; raises as that does, and ReportError where `out` cannot be written."""
+    """Write `model_card` to a new file; raises as that does, and ReportError where `out` exists or has no place."""
     out = _checked_out(out, "card.md")
+    check_new(out, ReportError)
     _write(out, model_card(runs))
 
 
@@ -165,6 +170,17 @@ def _checked_out(out: Path, example: str) -> Path:
     if not out.parent.is_dir():
         raise ReportError(f"no directory {out.parent} to write {out.name} into: create it, or give another --out")
     return out
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is a page that a report wrote, which can be made again."""
+    if not path.is_file():  # a pipe or a device
+        return False
+    try:
+        with open(path, "rb") as file:
+            return PAGE_MARK.encode() in file.read(_HEAD_BYTES)
+    except OSError:  # locked: whose it is cannot be told
+        return False
 
 
 def _write(out: Path, content: str) -> None:
