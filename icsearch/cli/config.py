@@ -23,7 +23,15 @@ else:
     import tomli as tomllib
 
 COMMON = "common"
-EXCLUSIVE = (("retention", "num_shared"), ("model_config", "layers"))
+# Ways that exclude one another: the option that chooses each, and behind it those that belong to that way alone.
+EXCLUSIVE: tuple[tuple[tuple[str, ...], ...], ...] = (
+    (("retention",), ("num_shared",)),
+    (("model_config",), ("layers",)),
+    (
+        ("engine", "model_config", "serve_pp", "repair", "gguf", "out"),
+        ("checkpoint", "model", "drop_indexers", "other_weights"),
+    ),
+)
 _NOT_IN_A_FILE = ("config", "help")
 _PLACES = ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP")  # as the parser calls them; the last one is the config file
 
@@ -80,16 +88,18 @@ def defaults(path: Path, document: dict[str, Any], known: Mapping[str, Options])
 
 
 def drop_outranked(context: typer.Context) -> None:
-    """Of options that exclude one another, take back those from a weaker place than another one that was given.
+    """Of ways that exclude one another, take back the options of those from a weaker place than that of another one.
 
-    So `--num-shared` stands above a `retention` of a config file. Two from the same place stay, to be refused.
+    So `--num-shared` stands above a `retention` of a config file, and `--checkpoint` above an `engine` and a `serve-pp`
+    there. What comes from the same place stays, to be refused.
     """
-    for names in EXCLUSIVE:
-        found = {name: _rank(context, name) for name in names}
-        strongest = min(found.values())
-        for name in names:
-            if strongest < found[name] < len(_PLACES):
-                context.params[name] = None
+    for ways in EXCLUSIVE:
+        chosen = {way: _rank(context, way[0]) for way in ways}
+        strongest = min(chosen.values())
+        outranked = [way for way, rank in chosen.items() if rank > strongest]
+        for name in (name for way in outranked for name in way):
+            if strongest < _rank(context, name) < len(_PLACES):
+                context.params[name] = False if isinstance(context.params[name], bool) else None
 
 
 def _rank(context: typer.Context, name: str) -> int:
@@ -100,7 +110,10 @@ def _rank(context: typer.Context, name: str) -> int:
 
 def _values(common: dict[str, Any], own: dict[str, Any], options: Options) -> dict[str, Any]:
     """What a command's parameters are by the file; what its own table says takes back what excludes it in [common]."""
-    weaker = {other for names in EXCLUSIVE for name in names if name.replace("_", "-") in own for other in names}
+    weaker = set()
+    for ways in EXCLUSIVE:
+        chosen = [way for way in ways if way[0].replace("_", "-") in own]
+        weaker |= {name for way in ways if chosen and way not in chosen for name in way}
     merged = {**{key: value for key, value in common.items() if key.replace("-", "_") not in weaker}, **own}
     return {options[key].name: _typed(value, options[key]) for key, value in merged.items() if key in options}
 

@@ -12,6 +12,7 @@ import typer
 import tiny
 from icsearch import cli
 from icsearch.cli.config import ConfigError, read_tables
+from icsearch.resources import published_patterns
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -128,6 +129,41 @@ def test_of_two_that_exclude_one_another_the_stronger_place_counts(
     assert shared("--config", config, "--retention", "3/4") == 4
     monkeypatch.setenv("ICSEARCH_PLAN_RETENTION", "3/4")
     assert "give one of them" in refused(capsys, "plan", "demo")
+
+
+EXPORTED = published_patterns() / "demo-greedy.json"
+
+
+@pytest.mark.parametrize("file", ['engine = "vllm"\nserve-pp = 2\nrepair = "same"', "serve-pp = 2", 'out = "x"'])
+@pytest.mark.parametrize("table", ["export", "common"])
+def test_a_typed_checkpoint_stands_above_an_engine_of_a_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, file: str, table: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that belongs to the engine; and so does one of the environment."""
+    config = write(tmp_path / "a.toml", f"[{table}]\n{file}\n")
+    export = ["export", EXPORTED, "--config", config]
+    status, out, err = run(capsys, *export, "--checkpoint", tmp_path / "typed")
+    assert status == 0, err
+    assert "config.json" in out
+    monkeypatch.setenv("ICSEARCH_EXPORT_CHECKPOINT", str(tmp_path / "variable"))
+    assert run(capsys, *export)[0] == 0
+    names = [sorted(path.name for path in (tmp_path / place).iterdir()) for place in ("typed", "variable")]
+    assert names[0] == names[1]
+    line = refused(capsys, *export, "--serve-pp", 2)  # from a stronger place than the variable's
+    assert "--serve-pp belongs to --engine NAME" in line
+
+
+def test_a_typed_engine_stands_above_a_checkpoint_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    text = f"[export]\ncheckpoint = '{tmp_path / 'copy'}'\nmodel = 'demo'\ndrop-indexers = true\n"
+    config = write(tmp_path / "a.toml", text)
+    expected = run(capsys, "export", EXPORTED, "--engine", "vllm")
+    assert expected[0] == 0
+    assert run(capsys, "export", EXPORTED, "--config", config, "--engine", "vllm") == expected
+    own = write(tmp_path / "own.toml", text.replace("[export]", "[common]") + "[export]\nengine = 'vllm'\n")
+    assert run(capsys, "export", EXPORTED, "--config", own) == expected
+    both = write(tmp_path / "both.toml", text + "engine = 'vllm'\n")
+    assert "needs one of --engine NAME and --checkpoint OUT" in refused(capsys, "export", EXPORTED, "--config", both)
+    assert not (tmp_path / "copy").exists()
 
 
 def test_every_command_takes_a_file_and_each_of_its_options_there() -> None:
