@@ -17,7 +17,7 @@ def calibrate_batches(
     seq_len: SeqLen = None,
     num_sequences: NumSequences = None,
     seed: Seed = 0,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace other batches that lie in --out.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh/--no-fresh", help="Replace other batches that lie in --out.")] = False,
     trust_remote_code: Remote = False,
     config: ConfigFile = None,
 ) -> None:

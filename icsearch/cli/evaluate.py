@@ -64,7 +64,9 @@ def evaluate_patterns(
             metavar="TASKS", help="Run lm-evaluation-harness tasks (icsearch\\[lm-eval]).", show_default=False
         ),
     ] = "",
-    force: Annotated[bool, typer.Option("--force", help="Evaluate patterns of another model too, labelled.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force/--no-force", help="Evaluate patterns of another model too, labelled.")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[

@@ -27,12 +27,14 @@ ModelOption = Annotated[
     ),
 ]
 DropIndexers = Annotated[
-    bool, typer.Option("--drop-indexers", help="--checkpoint: leave out the S layers' indexer weights.")
+    bool,
+    typer.Option("--drop-indexers/--no-drop-indexers", help="--checkpoint: leave out the S layers' indexer weights."),
 ]
 OtherWeights = Annotated[
     bool,
     typer.Option(
-        "--other-weights", help="--checkpoint: the weights need not be those that the pattern was searched on."
+        "--other-weights/--no-other-weights",
+        help="--checkpoint: the weights need not be those that the pattern was searched on.",
     ),
 ]
 

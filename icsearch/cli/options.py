@@ -58,8 +58,10 @@ SeqLen = Annotated[
 ]
 NumSequences = Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="24")]
 Seed = Annotated[int, typer.Option(help="Seed of the choice and order of calibration texts.")]
-Remote = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings along.")]
-QuietFlag = Annotated[bool, typer.Option("--quiet", help="No plan and no progress, only the result.")]
+Remote = Annotated[
+    bool, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Run code that the checkpoint brings along.")
+]
+QuietFlag = Annotated[bool, typer.Option("--quiet/--no-quiet", help="No plan and no progress, only the result.")]
 SOURCE_HELP = (
     "Ready batches (a directory with calibration.safetensors), or a text source: demo, demo:heldout, "
     "FILE.txt, FILE.jsonl, FILE.parquet, hf:NAME[:CONFIG][:SPLIT]."
@@ -78,7 +80,7 @@ Dtype = Annotated[
     str,
     typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.", autocompletion=_requested("DTYPES")),
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Discard what the directory holds and start over.")]
+Fresh = Annotated[bool, typer.Option("--fresh/--no-fresh", help="Discard what the directory holds and start over.")]
 BatchSize = Annotated[
     int | None,
     typer.Option(min=1, help="Sequences per layer call; the bits follow it.", show_default="1024 tokens' worth"),

@@ -38,7 +38,7 @@ def plan_search(
     read_rate: Annotated[
         str | None, typer.Option(help="What the node reads weights from disk with.", show_default="4GB/s, assumed")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON (icsearch.plan/1).")] = False,
+    json: Annotated[bool, typer.Option("--json/--no-json", help="Print the plan as JSON (icsearch.plan/1).")] = False,
     config: ConfigFile = None,
 ) -> None:
     """Say what a search will take, from a config.json alone: memory, FLOPs, hours, and the command to start it."""

@@ -20,7 +20,10 @@ def report_on_runs(
     ] = None,
     model_card: Annotated[
         bool,
-        typer.Option("--model-card", help="A section for a model card of the Hugging Face hub, with its metadata."),
+        typer.Option(
+            "--model-card/--no-model-card",
+            help="A section for a model card of the Hugging Face hub, with its metadata.",
+        ),
     ] = False,
     config: ConfigFile = None,
 ) -> None:

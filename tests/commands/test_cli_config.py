@@ -166,6 +166,32 @@ def test_a_typed_engine_stands_above_a_checkpoint_of_a_file(capsys: pytest.Captu
     assert not (tmp_path / "copy").exists()
 
 
+def test_every_flag_can_be_taken_back() -> None:
+    group: Any = typer.main.get_command(cli.app)
+    flags = [one for command in group.commands.values() for one in command.params if getattr(one, "is_flag", False)]
+    flags = [one for one in flags if one.name != "help"]
+    assert {"fresh", "model_card", "drop_indexers"} <= {one.name for one in flags}
+    for one in flags:
+        assert one.secondary_opts == [f"--no-{one.name.replace('_', '-')}"]
+
+
+def test_a_run_that_a_file_would_throw_away_is_kept(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = tiny.save_tokens(tmp_path / "tokens", sequences=2, length=32)
+    config = write(tmp_path / "a.toml", "[greedy]\nfresh = true\nquiet = true\n")
+    out = tmp_path / "run"
+    greedy = ["greedy", glm_checkpoint, "--calibration", tokens, "--num-shared", 1, "--out", out]
+    assert run(capsys, *greedy, "--config", config)[0] == 0
+    journal = (out / "journal.jsonl").stat().st_ino
+    assert run(capsys, *greedy, "--config", config, "--no-fresh")[0] == 0
+    monkeypatch.setenv("ICSEARCH_GREEDY_FRESH", "0")
+    assert run(capsys, *greedy, "--config", config)[0] == 0
+    assert (out / "journal.jsonl").stat().st_ino == journal
+    status, _, err = run(capsys, *greedy, "--config", config, "--no-fresh", "--no-quiet")
+    assert (status, err != "") == (0, True)
+
+
 def test_every_command_takes_a_file_and_each_of_its_options_there() -> None:
     group: Any = typer.main.get_command(cli.app)
     for name, command in group.commands.items():
