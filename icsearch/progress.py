@@ -59,7 +59,7 @@ class Plain(Quiet):
     def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
         if step != self._step:  # a race begins to score many times in a step
-            self.info(f"{_step_name(step)}: scoring {patterns} patterns")
+            self.info(f"{_step_name(step)}: scoring {numbers.plural(patterns, 'pattern')}")
         self._step = step
 
     def layer_done(self, layer_sequences: int) -> None:
@@ -102,7 +102,7 @@ class Live(Plain):
             self._progress.start()
         else:
             self._progress.remove_task(self._task)
-        description = f"{_step_name(step)} · {patterns} patterns"
+        description = f"{_step_name(step)} · {numbers.plural(patterns, 'pattern')}"
         self._task = self._progress.add_task(description, total=layer_sequences, note="")
 
     def layer_done(self, layer_sequences: int) -> None:

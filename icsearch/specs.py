@@ -185,7 +185,7 @@ def _checked(named: NamedPattern, target: Target) -> NamedPattern:
         if not target.start.is_full(layer):
             raise PatternError(
                 f"pattern {named.name!r} asks F of layer {layer}, which this checkpoint shares natively and which has "
-                "no indexer: write S there"
+                f"no indexer: {'give letters with S there' if named.method == 'uniform' else 'write S there'}"
             )
     return named
 

@@ -220,10 +220,12 @@ def test_too_little_text(tokenizer: Any, tmp_path: Path) -> None:
     path.write_text(f"{TEXT} " * 3, encoding="utf-8")
     tokens = len(tokenizer(path.read_text())["input_ids"]) + 1
     filled = tokens // 32
-    with refused(f"{tokens} tokens in 1 documents", f"fill {filled} seq", "need 3200", f"--num-sequences {filled} "):
+    with refused(f"{tokens} tokens in 1 documents", f"fill {filled} seq", "need 3200", f"--num-sequences {filled}, "):
         build(str(path), tokenizer, num_sequences=100)
-    with refused("fill 0 sequences", "need 40000 tokens", "a smaller --seq-len"):
+    with refused("fill 0 sequences", "need 40000 tokens", "a smaller --seq-len (at least 2)"):
         build(str(path), tokenizer, seq_len=10_000)
+    with refused("need 400 tokens: give a source with at least that many, or 364 with --seq-len 91; "):
+        obtain(str(path), tokenizer, tmp_path / "cache", seq_len=100, limits=cal.Limits(VOCAB, 90, 128))
     path.write_text("  \n\n ", encoding="utf-8")
     with refused("holds no text"):
         build(str(path), tokenizer)

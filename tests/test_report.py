@@ -488,6 +488,13 @@ def test_page_has_its_parts(small: RunView) -> None:
         assert part in text, part
 
 
+def test_no_kink_is_looked_for_in_too_few_steps(small: RunView) -> None:
+    short = view_of(MadeUpRun(num_shared=3))
+    assert kink_sentence(short) == "Too few steps for a kink."
+    assert "How the kink is found" not in render_page([short])
+    assert "Too few" not in kink_sentence(small)
+
+
 def test_strings_of_the_journal_are_escaped() -> None:
     made_up = MadeUpRun(name=HOSTILE, notes=(HOSTILE,), num_shared=2)
     lines = events(made_up)

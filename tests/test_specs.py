@@ -140,7 +140,7 @@ def test_settings_of_an_engine_are_specs(tmp_path: Path) -> None:
     assert letters(*specs) == ["FSSF", "FFSS", "FSSF", "FSFS", "FSFS"]  # the first two are one and the same
     (named,) = resolve_specs([OVERRIDES], TARGET)[1:]
     assert (named.name, named.method) == ("as vLLM", "imported")
-    assert named.notes == ("read as vLLM does; --engine names another",)
+    assert named.notes == ("read as vLLM does; an engine's name in front, as in megatron:…, says another",)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

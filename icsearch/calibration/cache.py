@@ -63,7 +63,7 @@ def obtain(
     key = cache_key(source, fingerprint, seq_len, num_sequences, seed)
 
     def make() -> Calibration:
-        return build(source, tokenizer, key, vocab_size=limits.vocab_size)
+        return build(source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
 
     there = not rebuild and (cache_dir / TOKENS_FILE).exists()
     calibration, hit = _from_cache(cache_dir, key, make) if there else (make(), False)

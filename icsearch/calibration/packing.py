@@ -25,6 +25,7 @@ PACKING = (
 BATCH_DOCUMENTS = 16
 BATCH_CHARS = 1_000_000
 
+MIN_SEQ_LEN = 2  # the first token is never predicted
 MAX_TOKENS = 2**28  # far above any calibration: some 10 GB while they are packed, a year of searching
 
 # A tokenizer of transformers. Not imported for its type: that would import the library.
@@ -56,11 +57,14 @@ def pack(documents: Iterable[list[int]], seq_len: int, eos: int | None) -> Itera
                     break
 
 
-def build(source: TextSource, tokenizer: Tokenizer, key: Mapping[str, Any], *, vocab_size: int) -> Calibration:
+def build(
+    source: TextSource, tokenizer: Tokenizer, key: Mapping[str, Any], *, vocab_size: int, shortest: int = MIN_SEQ_LEN
+) -> Calibration:
     """Read, tokenise and pack `num_sequences` sequences of `seq_len` tokens; reads no further than needed.
 
     `key` is that of `cache_key`. Its `seed` decides the order of the documents (of the built-in corpus: the documents).
     Raises CalibrationError where the text is too little or its tokens do not fit a vocabulary of `vocab_size`.
+    `shortest` is the least length that the model makes sense of: no shorter one is advised.
     """
     seq_len, num_sequences = key["seq_len"], key["num_sequences"]
     check_request(tokenizer, seq_len, num_sequences)
@@ -69,7 +73,7 @@ def build(source: TextSource, tokenizer: Tokenizer, key: Mapping[str, Any], *, v
     documents = tally.count(_tokenised(source.documents(key["seed"]), tokenizer, prefix), 0 if eos is None else 1)
     sequences = list(islice(pack(documents, seq_len, eos), num_sequences))
     if len(sequences) < num_sequences:
-        raise CalibrationError(_too_little(source, tally, len(sequences), seq_len, num_sequences))
+        raise CalibrationError(_too_little(source, tally, len(sequences), key, shortest))
     input_ids = np.array(sequences, dtype=np.int64)  # [sequences, length]
     check_ids(input_ids, vocab_size)
     origin = {
@@ -159,8 +163,10 @@ _NO_TOKENIZER = (
 def check_request(tokenizer: Tokenizer, seq_len: int, num_sequences: int) -> None:
     if tokenizer is None:
         raise CalibrationError(_NO_TOKENIZER)
-    if seq_len < 2:
-        raise CalibrationError(f"--seq-len is {seq_len}: expected at least 2, as the first token is never predicted")
+    if seq_len < MIN_SEQ_LEN:
+        raise CalibrationError(
+            f"--seq-len is {seq_len}: expected at least {MIN_SEQ_LEN}, as the first token is never predicted"
+        )
     if num_sequences < 1:
         raise CalibrationError(f"--num-sequences is {num_sequences}: expected at least 1")
     if seq_len * num_sequences > MAX_TOKENS:
@@ -170,12 +176,19 @@ def check_request(tokenizer: Tokenizer, seq_len: int, num_sequences: int) -> Non
         )
 
 
-def _too_little(source: TextSource, tally: Tally, filled: int, seq_len: int, num_sequences: int) -> str:
+def _too_little(source: TextSource, tally: Tally, filled: int, key: Mapping[str, Any], shortest: int) -> str:
+    seq_len, num_sequences = key["seq_len"], key["num_sequences"]
     if tally.tokens == 0:
         return f"{source.text} holds no text: {num_sequences} sequences need {num_sequences * seq_len} tokens; add text"
-    advice = f"--num-sequences {filled} or a smaller --seq-len" if filled else "a smaller --seq-len"
+    ways = [f"--num-sequences {filled}"] if filled else []
+    if seq_len > shortest and tally.tokens >= num_sequences * shortest:
+        ways.append(f"a smaller --seq-len (at least {shortest})")
+    advice = f"pass {' or '.join(ways)}, or give a source with more text"
+    if not ways:
+        shorter = f", or {num_sequences * shortest} with --seq-len {shortest}" if shortest < seq_len else ""
+        advice = f"give a source with at least that many{shorter}; a sequence of this model has {shortest} or more"
     return (
         f"too little text: {source.text} holds {tally.tokens} tokens in {tally.documents} documents, which fill "
         f"{filled} sequences of {seq_len} (rests of cut documents are left out), but {num_sequences} sequences need "
-        f"{num_sequences * seq_len} tokens: pass {advice}, or give a source with more text"
+        f"{num_sequences * seq_len} tokens: {advice}"
     )

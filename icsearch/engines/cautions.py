@@ -6,11 +6,9 @@ from collections.abc import Sequence
 
 from icsearch.engines.engine import Engine
 from icsearch.engines.schedule import COMMON
-from icsearch.engines.stages import aligned_partition, describe, stage_starts, stages_on_shared
+from icsearch.engines.stages import aligned_partition, cut_in_words, usual_sizes_on_shared
 from icsearch.engines.table import TRANSFORMERS, TRTLLM
 from icsearch.pattern import Pattern, PatternFile
-
-PIPELINE_SIZES = (2, 4, 8)
 
 
 def find_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str, layout_known: bool) -> list[str]:
@@ -69,24 +67,8 @@ def _usual_stages(engine: Engine, pattern: Pattern, file: PatternFile) -> list[s
     if engine.split is None:
         return []
     num_layers = file.model.get("num_hidden_layers") or len(pattern)
-    found = []
-    for stages in PIPELINE_SIZES:
-        if stages > num_layers:
-            continue
-        sizes = engine.split(num_layers, stages)
-        if wrong := stages_on_shared(pattern, file.layer_indices, sizes):
-            found.append(f"{describe(sizes, wrong)}; {_remedy(engine, pattern, file, sizes)}")
-    return found
-
-
-def _remedy(engine: Engine, pattern: Pattern, file: PatternFile, sizes: Sequence[int]) -> str:
-    """How to serve in that many stages: by other cuts, or by a search that keeps the stages' first layers F."""
-    if partition := partition_setting(engine, pattern, file.layer_indices, sizes):
-        return f"{partition} makes every stage start on F"
-    starts = stage_starts(file.layer_indices, sizes)
-    if set(file.model.get("native_shared") or []) & set(starts):
-        return "the checkpoint shares such a layer itself: use another number of stages"
-    return f"search with --keep-full {','.join(map(str, starts))}"
+    wrong = usual_sizes_on_shared(pattern, file.layer_indices, num_layers, engine.split)
+    return [f"{cut_in_words(wrong)}: give --serve-pp {wrong[0]} if you serve it so"] if wrong else []
 
 
 def partition_setting(

@@ -115,7 +115,9 @@ def _guess_notes(typed: Typed) -> list[str]:
         return [
             "freq and offset are read as vLLM, SGLang and transformers do (offset 2 by default); --engine names one"
         ]
-    return [f"read as {typed.engine.title} does; --engine names another"] if typed.engine else []
+    if typed.engine is None:
+        return []
+    return [f"read as {typed.engine.title} does; an engine's name in front, as in megatron:…, says another"]
 
 
 def _read(source: Source, engine: Engine, given: Backbone | None, notes: list[str], name: str) -> Imported:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from icsearch.engines.cautions import PIPELINE_SIZES
 from icsearch.engines.letters import ExportError
-from icsearch.engines.stages import describe, split_vllm, stages_on_shared
+from icsearch.engines.stages import cut_in_words, split_vllm, usual_sizes_on_shared
 from icsearch.engines.table import ENGINES, TRANSFORMERS, VLLM
 from icsearch.pattern import SHARED, PatternFile
 
@@ -81,7 +80,5 @@ def stage_notes(file: PatternFile, model_type: str, num_layers: int) -> Iterator
     """Where vLLM, which checks nothing, would start a pipeline stage on S."""
     if model_type not in VLLM.model_types:
         return
-    for stages in PIPELINE_SIZES:
-        sizes = split_vllm(num_layers, stages) if stages <= num_layers else []
-        if wrong := stages_on_shared(file.pattern, file.layer_indices, sizes):
-            yield f"vLLM: {describe(sizes, wrong)}; icsearch export --engine vllm says what to do"
+    if wrong := usual_sizes_on_shared(file.pattern, file.layer_indices, num_layers, split_vllm):
+        yield f"vLLM: {cut_in_words(wrong)}; icsearch export --engine vllm --serve-pp {wrong[0]} says what to do"

@@ -47,7 +47,7 @@ def fit_stages(
     elsewhere = f"; or leave the pattern as it is and set {partition}" if partition else ""
     _check_native([layer for _, layer in wrong], file, trouble, elsewhere)
     if serving.repair == NONE:
-        return pattern, [f"{trouble}; left as it is{elsewhere}"]
+        return pattern, [f"{trouble}; the pattern is left as it is{f', so set {partition}' if partition else ''}"]
     starts = stage_starts(file.layer_indices, sizes)  # those that are F already must stay so
     added = add_full(pattern, starts, serving.losses)
     moved = move_full(pattern, starts, serving.losses)

@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 from icsearch.engines.letters import ExportError
 from icsearch.pattern import Pattern
 
+PIPELINE_SIZES = (2, 4, 8)
 Split = Callable[[int, int], list[int]]  # (layers, stages) to layers per stage
 
 
@@ -37,7 +38,10 @@ def serving_sizes(text: str, num_layers: int, title: str, split: Split | None) -
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) <= 6 for part in parts):
-        raise ExportError(f"--serve-pp {text[:40]!r}: expected a number of stages, as 4, or first layers, as 0,20,40")
+        raise ExportError(
+            f"--serve-pp {text[:40]!r}: expected a number of stages, as 2, or first layers, as "
+            f"{_example(num_layers, 2)}"
+        )
     numbers = [int(part) for part in parts]
     if len(numbers) > 1:
         return _sizes_from_starts(numbers, num_layers)
@@ -46,9 +50,15 @@ def serving_sizes(text: str, num_layers: int, title: str, split: Split | None) -
     if split is None and numbers[0] > 1:
         raise ExportError(
             f"how {title} cuts {num_layers} layers into {numbers[0]} stages is not known here: give the first layer "
-            "of each, as --serve-pp 0,20,40"
+            f"of each, as --serve-pp {_example(num_layers, numbers[0])}"
         )
     return [num_layers] if split is None else split(num_layers, numbers[0])
+
+
+def _example(num_layers: int, stages: int) -> str:
+    """First layers of so many stages (a few, where that are many), as even as can be."""
+    sizes = split_front(num_layers, min(stages, 4, num_layers))
+    return ",".join(map(str, accumulate([0, *sizes[:-1]])))
 
 
 def _sizes_from_starts(starts: list[int], num_layers: int) -> list[int]:
@@ -81,6 +91,17 @@ def stages_on_shared(pattern: Pattern, layer_indices: Sequence[int], sizes: Sequ
         if position < len(layer_indices) and layer_indices[position] < first and not pattern.is_full(position):
             found.append((stage, layer_indices[position]))
     return found
+
+
+def usual_sizes_on_shared(pattern: Pattern, layer_indices: Sequence[int], num_layers: int, split: Split) -> list[int]:
+    """Of the usual numbers of stages, those in which one would start on S."""
+    possible = [stages for stages in PIPELINE_SIZES if stages <= num_layers]
+    return [stages for stages in possible if stages_on_shared(pattern, layer_indices, split(num_layers, stages))]
+
+
+def cut_in_words(numbers: Sequence[int]) -> str:
+    """What goes wrong in each of these numbers of stages, in a few words."""
+    return f"cut into {' or '.join(map(str, numbers))} pipeline stages, one would start on S"
 
 
 def aligned_partition(pattern: Pattern, layer_indices: Sequence[int], sizes: Sequence[int]) -> list[int] | None:

@@ -66,6 +66,7 @@ class GapRow:
     cost: str
     uniform_cost: str
     closed: str
+    why_none: str
     x: float
     low: float
     high: float
@@ -270,6 +271,7 @@ def _gap_row(gap: Gap, axis: Axis) -> GapRow:
         cost=numbers.difference(gap.row.difference),
         uniform_cost=numbers.difference(gap.uniform.difference),
         closed=gap_text(gap.closed) if gap.closed else "",
+        why_none=gap.why_none,
         x=_within(axis, closed.delta),
         low=_within(axis, closed.delta - error),
         high=_within(axis, closed.delta + error),

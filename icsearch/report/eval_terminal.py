@@ -80,7 +80,7 @@ def _gaps(view: EvalView) -> Table:
 
 
 def _closed(gap: Gap) -> str:
-    return gap_text(gap.closed) if gap.closed else "uniform costs nothing measurable"
+    return gap_text(gap.closed) if gap.closed else gap.why_none
 
 
 def _name(row: EvalRow) -> str:

@@ -84,6 +84,16 @@ class Gap:
     uniform: EvalRow
     closed: Difference | None
 
+    @property
+    def uniform_is_better(self) -> bool:
+        """Whether uniform has a lower loss than the unmodified model, beyond two standard errors."""
+        return self.closed is None and self.uniform.difference.delta < -2 * self.uniform.difference.std_err
+
+    @property
+    def why_none(self) -> str:
+        """Why no share is given: what uniform costs."""
+        return "uniform has a lower loss than all F" if self.uniform_is_better else "uniform costs nothing measurable"
+
 
 @dataclass(frozen=True)
 class EvalView:
@@ -204,10 +214,14 @@ def eval_headline(view: EvalView) -> str:
     """What the evaluation says of the best pattern at the smallest retention, each number with its error."""
     best = next(iter(smallest(view)), None)
     if best is None:
+        if len(view.rows) == 1:
+            loss = numbers.loss(view.baseline.loss)
+            return f"Only {view.baseline_name} was evaluated: a loss of {loss} nats per token."
         return f"{numbers.plural(len(view.rows), 'pattern')} evaluated."
     kept = f"{best.full} of {view.num_layers} layers keep their indexer ({numbers.percent(best.pattern.retention)})"
     lead = f"With {best.name}, {kept} and {_change(best, view)}"
-    return " ".join(filter(None, [lead, _against_uniform(view.gap_of(best)), _where_measured(best)]))
+    against = _against_uniform(view.gap_of(best), view.baseline_name)
+    return " ".join(filter(None, [lead, against, _where_measured(best)]))
 
 
 def _change(row: EvalRow, view: EvalView) -> str:
@@ -216,16 +230,21 @@ def _change(row: EvalRow, view: EvalView) -> str:
         signed = numbers.difference(difference)
         return f"the loss changes by {signed} nats per token from {baseline} (one sequence: no standard error)."
     if abs(difference.delta) <= 2 * difference.std_err:
+        errors = "one standard error" if difference.is_tie else "two standard errors"
         signed = numbers.difference(difference)
-        return f"the loss is that of {baseline} within two standard errors ({signed} nats per token)."
+        return f"the loss is that of {baseline} within {errors} ({signed} nats per token)."
     amount = numbers.with_error(abs(difference.delta), difference.std_err, sign=False)
     return f"the loss {'rises' if difference.delta > 0 else 'falls'} by {amount} nats per token from {baseline}."
 
 
-def _against_uniform(gap: Gap | None) -> str:
+def _against_uniform(gap: Gap | None, baseline: str) -> str:
     if gap is None:
         return ""
-    text = f"The uniform pattern with as many F layers costs {numbers.difference(gap.uniform.difference)}"
+    uniform, cost = "The uniform pattern with as many F layers", gap.uniform.difference
+    if gap.uniform_is_better:
+        amount = numbers.with_error(-cost.delta, cost.std_err, sign=False)
+        return f"{uniform} has a lower loss than {baseline}, by {amount}: there is no gap to close."
+    text = f"{uniform} costs {numbers.difference(cost)}"
     if gap.closed is None:
         return f"{text}, nothing measurable: there is no gap to close."
     closed = f"{text}: {gap_text(gap.closed)} of that gap is closed"

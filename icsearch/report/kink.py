@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MIN_POINTS_EACH_SIDE = 3  # the meeting point counts on both sides
+MIN_POINTS = 2 * MIN_POINTS_EACH_SIDE - 1
 MIN_EVIDENCE = 10.0  # difference in the Bayesian information criterion; above 10 counts as very strong
 MIN_SLOPE_RATIO = 2.0
 ROUNDING = 1e-12  # what is left of a perfect fit, as a share of the variance of y

@@ -9,7 +9,7 @@ from typing import Any
 
 from icsearch.pattern import Pattern
 from icsearch.report import numbers
-from icsearch.report.kink import Kink, find_kink
+from icsearch.report.kink import MIN_POINTS, Kink, find_kink
 from icsearch.runs.record import RunRecord
 from icsearch.statistics import Difference
 
@@ -109,6 +109,11 @@ class RunView:
     def by_similarity(self) -> bool:
         """Whether the pattern was chosen as a whole, by similarity, and not flip by flip."""
         return bool(self.start["options"]["method"] == SIMILARITY_METHOD)
+
+    @property
+    def too_few_for_kink(self) -> bool:
+        """Whether no two lines can be told from one, however the curve goes."""
+        return len(self.points) < MIN_POINTS
 
     @property
     def objective(self) -> str:
@@ -322,8 +327,11 @@ def _against_uniform(view: RunView) -> str:
     reference = view.same_retention
     if reference is None or reference.pattern == view.final.pattern:
         return ""
-    cost = numbers.difference(reference.difference)
-    text = f"The uniform pattern with as many F layers costs {cost}"
+    uniform, difference = "The uniform pattern with as many F layers", reference.difference
+    if difference.delta < -2 * difference.std_err:
+        amount = numbers.with_error(-difference.delta, difference.std_err, sign=False)
+        return f"{uniform} has a lower loss than {view.baseline_name}, by {amount}."
+    text = f"{uniform} costs {numbers.difference(difference)}"
     if reference.avoided is None or reference.avoided <= 0:
         return f"{text}."
     what = "the choice by similarity" if view.by_similarity else "the search"
@@ -332,6 +340,8 @@ def _against_uniform(view: RunView) -> str:
 
 def kink_sentence(view: RunView) -> str:
     """Where the curve bends, or that no clear kink is there."""
+    if view.too_few_for_kink:
+        return "Too few steps for a kink."
     if view.kink is None:
         return "No clear kink: two lines do not fit this curve clearly better than one, or it does not turn steeper."
     kink, at = view.kink, round(view.kink.x)

@@ -121,12 +121,19 @@ class Memory:
         idle = grid.pipeline * max(0, grid.data - shares)
         if not idle:
             return grid.words
-        smaller = "a smaller --batch-size, " if self.shape.batch_size > 1 else ""
+        smaller = self._smaller_batches(sequences)
         return (
             f"{grid.words}; {idle} of the {grid.size} {'has' if idle == 1 else 'have'} nothing to do, for {sequences} "
             "sequences make "
             f"{shares} share{'s' if shares > 1 else ''}: give {smaller}more sequences, or start fewer processes"
         )
+
+    def _smaller_batches(self, sequences: int) -> str:
+        """The batch size with which every data rank has some, and why it is not taken by itself; empty for none."""
+        size = min(self.shape.batch_size - 1, sequences // self.share.grid.data)
+        if size < 1:
+            return ""
+        return f"--batch-size {size} (not by itself, for the bits of a loss follow the batch size), "
 
     def passes(self, patterns: int, sequences: int) -> int:
         """How often scoring so many patterns on so many sequences goes through the layers."""

@@ -56,7 +56,7 @@ TEXTS: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "empty": (lambda p: p.file("t.txt"), "t.txt is empty", "expected text in it"),
     "blank": (lambda p: p.file("t.txt", " \n\t\n"), "t.txt holds no text", "add text"),
     "a mark of UTF-8 alone": (lambda p: p.file("t.txt", b"\xef\xbb\xbf"), "t.txt holds no text", "add text"),
-    "too short": (lambda p: p.file("t.txt", "The cat sat."), "too little text", "a smaller --seq-len"),
+    "too short": (lambda p: p.file("t.txt", "The cat sat."), "too little text", "at least that many"),
     "Latin-1": (lambda p: p.file("t.txt", "Grüße\n".encode("latin-1")), "is not UTF-8 text (line 1", "iconv"),
     "UTF-16": (lambda p: p.file("t.txt", "The cat".encode("utf-16")), "is not UTF-8 text (line 1", "iconv"),
     "ends within a letter": (lambda p: p.file("t.txt", "Grü".encode()[:-1]), "is not UTF-8 text", "iconv"),

@@ -59,7 +59,7 @@ def test_a_repair_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> Non
     _, same, _ = run(capsys, "export", DEMO, "--engine", "sglang", "--retention", "1/4", "--serve-pp", "2",
                      "--repair", "same")  # fmt: skip
     assert same.count("F") == '"FFSSSSFSSSSFSSSS"'.count("F")
-    assert "0,20,40" in refused(capsys, "export", DEMO, "--engine", "trtllm", "--serve-pp", "2")
+    assert "--serve-pp 0,8" in refused(capsys, "export", DEMO, "--engine", "trtllm", "--serve-pp", "2")
 
 
 def test_published_patterns_go_by_their_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_a_config_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     assert run(capsys, *command)[1] == f"wrote {new}\n"
     status, out, err = run(capsys, "import", new)
     assert (status, out, err) == (0, json.loads(LONG.read_text())["pattern"] + "\n", "note: read as transformers does; "
-                                  "--engine names another\n")  # fmt: skip
+                                  "an engine's name in front, as in megatron:…, says another\n")  # fmt: skip
     assert "exists" in refused(capsys, *command)
 
 

@@ -127,7 +127,7 @@ def test_the_repair_says_stage_layer_number_and_loss() -> None:
     assert same.pattern.letters == "FFSFFFSF"
     left = export(file, "vllm", serving=Serving("2", "none", losses))
     assert left.pattern.letters == "FFSFSFFF"
-    assert "left as it is" in left.warnings[0]
+    assert left.warnings[0].endswith("; the pattern is left as it is, so set VLLM_PP_LAYER_PARTITION=3,5")
 
 
 def test_a_layout_that_fits_changes_nothing() -> None:

@@ -104,9 +104,10 @@ def test_a_grid_that_cannot_be_cut_does_not_hide_that_memory_is_short(request_: 
 @pytest.mark.parametrize(
     ("grid", "sequences", "words"),
     [
-        (Grid(8, 1), 12, "2 of the 8 have nothing to do, for 12 sequences make 6 shares: give a smaller --batch-size"),
+        (Grid(8, 1), 12, "2 of the 8 have nothing to do, for 12 sequences make 6 shares: give --batch-size 1 (not"),
         (Grid(4, 2), 5, "2 of the 8 have nothing to do, for 5 sequences make 3 shares"),
-        (Grid(2, 1), 2, "1 of the 2 has nothing to do, for 2 sequences make 1 share:"),
+        (Grid(2, 1), 2, "1 of the 2 has nothing to do, for 2 sequences make 1 share: give --batch-size 1 ("),
+        (Grid(4, 1), 3, "2 of the 4 have nothing to do, for 3 sequences make 2 shares: give more sequences"),
         (Grid(4, 1), 7, "4 processes, which share the sequences"),
         (Grid(1, 8), 2, "8 processes, which share the layers"),
     ],
