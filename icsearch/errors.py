@@ -1,5 +1,8 @@
 """Errors that are the user's to mend: each message says what was found, what was expected, what to do."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 MAX_SAID = 200  # characters of another library's error within a message of ours
 
 
@@ -53,6 +56,16 @@ class NonFiniteLossError(IcsearchError):
             "sequence"
         )
         self.value, self.sequence, self.pattern = value, sequence, pattern
+
+
+def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
+    """A question that names what was probably meant, of all these names; empty where none of them is near.
+
+    A `prefix` that all of them have is not compared: it would make them all alike.
+    """
+    ends = sorted(known.removeprefix(prefix) for known in names)
+    close = get_close_matches(name.removeprefix(prefix), ends, n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -246,6 +246,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "progress": {"report", "runs.record", "runs.refinement", "statistics"},
     "cli.config": {"errors", "files", "jsonfile"},
+    "cli.environment": {"errors"},
     "cli.options": {"cli.config", "engines.table", "requests"},
     "cli.plan": {
         "cli.options", "planning.devices", "planning.forecast", "planning.plan", "planning.report", "requests",
@@ -271,8 +272,9 @@ ALLOWED: dict[str, set[str]] = {
     "cli.importing": {"cli.options", "engines.backbone", "engines.importing", "files"},
     "cli.report": {"cli.options", "report"},
     "cli": {
-        "", "cli.baseline", "cli.calibrate", "cli.config", "cli.evaluate", "cli.export", "cli.greedy", "cli.importing",
-        "cli.plan", "cli.report", "endings", "processes.launch", "processes.together", "processes.world",
+        "", "cli.baseline", "cli.calibrate", "cli.config", "cli.environment", "cli.evaluate", "cli.export",
+        "cli.greedy", "cli.importing", "cli.plan", "cli.report", "endings",
+        "processes.launch", "processes.together", "processes.world",
     },
     "api": set(),
     "api.models": {

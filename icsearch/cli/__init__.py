@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from icsearch import __version__
 from icsearch.cli import baseline, calibrate, evaluate, export, greedy, importing, plan, report
 from icsearch.cli.config import drop_outranked, use_config
+from icsearch.cli.environment import PREFIX, check_variables
 from icsearch.endings import open_closed_streams, raise_on_sigterm, run_to_its_end
 from icsearch.processes.launch import read_launch
 
@@ -24,7 +25,7 @@ TRUE = ("1", "true", "t", "yes", "y", "on")  # as the parser reads a flag from a
 app = typer.Typer(
     name="icsearch",
     no_args_is_help=True,
-    context_settings={"auto_envvar_prefix": "ICSEARCH"},
+    context_settings={"auto_envvar_prefix": PREFIX},
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     help="Find out which layers of a DeepSeek-Sparse-Attention model can drop their indexer, and what that costs.",
@@ -95,6 +96,7 @@ def _start(arguments: list[str], debug: bool) -> object:
 
 
 def _call(arguments: list[str], world: World | None = None) -> object:
+    check_variables(os.environ, typer.main.get_command(app))
     try:
         return app(args=arguments, prog_name="icsearch", standalone_mode=False, obj=world)
     except typer.Abort as error:  # the parser takes an EOFError, such as a cut file's, for the end of typed input

@@ -281,3 +281,31 @@ def test_usage_errors_point_to_the_help_of_their_command(
 ) -> None:
     where = f"icsearch {command} --help".replace("  ", " ")
     assert refused(capsys, *arguments).endswith(f"(see {where})")
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("ICSEARCH_GREEDY_NUM_SHARD", "did you mean ICSEARCH_GREEDY_NUM_SHARED?"),
+        ("ICSEARCH_GREDY_SEED", "did you mean ICSEARCH_GREEDY_SEED?"),
+        ("ICSEARCH_DP_BASELINE_SED", "did you mean ICSEARCH_DP_BASELINE_SEED?"),
+        ("ICSEARCH_CONFG", "did you mean ICSEARCH_CONFIG?"),
+        ("ICSEARCH_X", "expected ICSEARCH_COMMAND_OPTION, such as"),
+    ],
+)
+def test_a_variable_that_no_option_has_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, nearest: str
+) -> None:
+    """Whichever command it was meant for."""
+    monkeypatch.setenv(name, "1")
+    line = refused(capsys, "plan", "demo", "--json")
+    assert f"variable {name}: {nearest}" in line and line.endswith("; or unset it")
+
+
+def test_variables_that_no_option_is_refused_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the shell's completion start with an underscore, and ICSEARCH_DEBUG is read by the program itself."""
+    for name in ("ICSEARCH_DEBUG", "ICSEARCH_DP_BASELINE_TIMEOUT", "ICSEARCH_IMPORT_LAYERS", "ICSEARCHING"):
+        monkeypatch.setenv(name, "1")
+    assert planned(capsys)

@@ -1,0 +1,35 @@
+"""Environment variables of options: one that no option has is a slip of the pen, and refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from icsearch.errors import IcsearchError, did_you_mean
+
+PREFIX = "ICSEARCH"
+_DEBUG = f"{PREFIX}_DEBUG"  # read before the parser is there
+_COMPLETION = f"_{PREFIX}_COMPLETE"  # set by a shell that completes a command line
+
+
+def check_variables(environment: Mapping[str, str], root: Any) -> None:
+    """Raise IcsearchError where a variable is named as an option's, and no option of the parser `root` has that name.
+
+    While a shell completes a command line nothing is refused: it would be printed into that line.
+    """
+    if _COMPLETION in environment:
+        return
+    known = {_DEBUG, *_variables(PREFIX, root)}
+    for name, command in root.commands.items():
+        known |= _variables(f"{PREFIX}_{name.replace('-', '_').upper()}", command)
+    for name in sorted(environment):
+        if name.startswith(f"{PREFIX}_") and name not in known:
+            rule = f"expected {PREFIX}_COMMAND_OPTION, such as {PREFIX}_GREEDY_SEED for --seed of icsearch greedy"
+            meant = did_you_mean(name, known, f"{PREFIX}_") or rule
+            raise IcsearchError(f"no option is read from the environment variable {name}: {meant}; or unset it")
+
+
+def _variables(prefix: str, command: Any) -> set[str]:
+    """The variables that the parser reads for the options of one command, or of all."""
+    options = (one for one in command.params if one.param_type_name == "option")
+    return {f"{prefix}_{one.name.upper()}" for one in options if one.allow_from_autoenv and one.name != "help"}
