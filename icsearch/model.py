@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from icsearch.errors import ModelError
+from icsearch.errors import ModelError, first_line
 from icsearch.experts import chunked, find_experts
 from icsearch.families.attention import Observer, run_observed
 from icsearch.families.calls import FirstLayerReached, LayerCall, check_layers_stand_alone, embedding_nothing, recorded
@@ -34,6 +34,9 @@ from icsearch.kernels import (
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.slot import SelectionStore, find_indexers, put_slot
 from icsearch.weights.holding import LayerWeights
+
+# What a family's code raises where a config asks for what it does not have, such as keys that no layer before it made.
+_MISFITS = (LookupError, TypeError, AttributeError)
 
 
 class DsaModel:
@@ -222,8 +225,14 @@ class DsaModel:
         return output
 
     def _run(self, index: int, hidden_states: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        with self._computing():
-            output = self.layers[index](hidden_states, *call.args, **call.kwargs)
+        try:
+            with self._computing():
+                output = self.layers[index](hidden_states, *call.args, **call.kwargs)
+        except _MISFITS as error:
+            raise ModelError(
+                f"decoder layer {index} cannot be run ({type(error).__name__}: {first_line(error)}): expected a config "
+                f"of {self.config.model_type} that fits its code; mend config.json (--debug shows where it ends)"
+            ) from error
         return output[0] if isinstance(output, tuple) else output
 
     def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from family_batches import Made, random_batches, random_ids
 from test_bits import all_patterns, stock
-from test_commands import fixed, pattern_of
+from test_commands import fixed, pattern_of, refused
 
 from icsearch import cli
 from icsearch.block import LayerBlock
+from icsearch.errors import ModelError, OutOfMemoryError, ShardError
 from icsearch.families.handed import Handed, hand_on, map_tensors, take_up, tensors_of
 from icsearch.pattern import Pattern
 from icsearch.resting import InCpuMemory
@@ -48,6 +50,40 @@ def test_all_full_is_the_unmodified_model(made: Made) -> None:
     dsa = loading.load(open_checkpoint(str(checkpoint)))
     expected = stock(checkpoint, "mistral_large4")(input_ids=ids, use_cache=False).logits
     assert torch.equal(dsa.lm_head(dsa.final_hidden_states(ids, dsa.start_pattern)), expected)
+
+
+def test_keys_that_no_layer_has_made(
+    made: Made, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default only some layers have RoPE: the last ones look for keys that the layer they name never had."""
+    checkpoint = made("mistral_large4", kv_source_layers=[0, 0, 2, 2])
+    line = refused(capsys, "greedy", *fixed(checkpoint, tokens, tmp_path / "run", "--num-shared", 1))
+    assert "decoder layer 3 cannot be run (KeyError: 'nope')" in line
+    assert "mend config.json" in line
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), IndexError("x"), TypeError("x"), AttributeError("x")])
+def test_a_layer_that_does_not_fit_is_named_and_other_errors_are_left_alone(made: Made, error: Exception) -> None:
+    dsa = loading.load(open_checkpoint(str(made("mistral_large4"))))
+    batches, patterns = random_batches(), all_patterns(dsa)[:1]
+    for raised, expected in (
+        (error, ModelError),
+        (MemoryError("x"), OutOfMemoryError),
+        (ShardError("x"), ShardError),
+        (ValueError("x"), ValueError),
+    ):
+        dsa.layers[2].forward = raising(raised)
+        with pytest.raises(expected) as caught:
+            Sweeper(dsa).sweep(patterns, batches)
+        named = f"decoder layer 2 cannot be run ({type(raised).__name__}: " in str(caught.value)
+        assert named is (raised is error)
+
+
+def raising(error: Exception) -> Callable[..., Any]:
+    def forward(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return forward
 
 
 def test_similarity(made: Made) -> None:
