@@ -104,8 +104,7 @@ def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event
         layout.start_pattern,
         start["calibration"]["fingerprint"],
         frozenset(start["calibration"]["sequences"]),
-        layout.layer_indices,
-        layout.num_layers,
+        layout.backbone,
     )
     named = resolve_specs(request.patterns, target, request.retentions, request.force)
     start["patterns"] = [_describe(one) for one in named]
@@ -127,7 +126,7 @@ def _describe(named: NamedPattern) -> dict[str, Any]:
 
 def _reading_notes(request: EvalRequest, layout: Layout) -> list[str]:
     """How patterns that an engine is given were read."""
-    target = Target("", "", layout.start_pattern, "", frozenset(), layout.layer_indices, layout.num_layers)
+    target = Target("", "", layout.start_pattern, "", layers=layout.backbone)
     named = resolve_specs(request.patterns, target, request.retentions, force=True)
     return [f"{one.name}: {note}" for one in named for note in one.notes]
 

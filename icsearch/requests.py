@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
 
+from icsearch.engines.backbone import Backbone
 from icsearch.errors import IcsearchError, PatternError
 from icsearch.jsonfile import shown
 from icsearch.pattern import Pattern, num_full, parse_retention
@@ -99,10 +99,10 @@ class RunRequest:
         """Where held-out sequences come from, for a command that needs some beside those that it scores on."""
         return None
 
-    def check(self, start: Pattern, layer_indices: Sequence[int] = (), num_layers: int | None = None) -> None:
-        """Refuse what cannot be done with a model of this start pattern and these layers; raises PatternError.
+    def check(self, start: Pattern, layers: Backbone | None = None) -> None:
+        """Refuse what cannot be done with a model of this start pattern; raises PatternError.
 
-        `layer_indices` are the decoder layers of its letters, by default all, and `num_layers` their number.
+        `layers` are its decoder layers, by default one for each letter.
         """
 
 
@@ -130,7 +130,7 @@ class PatternRequest(RunRequest):
         known = recorded.get("stages")
         return self if self.stages is not None or known is None else replace(self, stages=known)
 
-    def check(self, start: Pattern, layer_indices: Sequence[int] = (), num_layers: int | None = None) -> None:
+    def check(self, start: Pattern, layers: Backbone | None = None) -> None:
         self.resolve_num_shared(start)
 
     def resolve_num_shared(self, start: Pattern) -> int:
@@ -210,7 +210,7 @@ class GreedyRequest(PatternRequest):
         """As many as the blocks of a pipeline that was asked for; one chosen for lack of memory changes nothing."""
         return (self.pp or 1) if self.stages is None else self.stages
 
-    def check(self, start: Pattern, layer_indices: Sequence[int] = (), num_layers: int | None = None) -> None:
+    def check(self, start: Pattern, layers: Backbone | None = None) -> None:
         pipeline_blocks(len(start), range(len(start)), self.pp or 1)
         known = self if self.stages is not None else replace(self, stages=1)  # a run that goes on may have others
         known.resolve_num_shared(start)
@@ -286,9 +286,8 @@ class EvalRequest(RunRequest):
         _check_most("--context", *self.contexts)
         _check_most("--measure", *self.measure)
 
-    def check(self, start: Pattern, layer_indices: Sequence[int] = (), num_layers: int | None = None) -> None:
-        target = Target("", "", start, "", layer_indices=tuple(layer_indices), num_hidden_layers=num_layers)
-        resolve_specs(self.patterns, target, self.retentions, force=True)
+    def check(self, start: Pattern, layers: Backbone | None = None) -> None:
+        resolve_specs(self.patterns, Target("", "", start, "", layers=layers), self.retentions, force=True)
 
 
 def parse_share(retention: str | None) -> Fraction | None:

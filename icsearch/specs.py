@@ -29,21 +29,19 @@ NAME_LENGTH = 32  # of a name in a table
 
 @dataclass(frozen=True)
 class Target:
-    """The model that patterns are for. `layer_indices` are the decoder layers of its letters, by default all."""
+    """The model that patterns are for. `layers` are its decoder layers, by default one for each letter."""
 
     model_type: str
     fingerprint: str
     start: Pattern  # all F but for native S layers
     calibration_fingerprint: str
     sequences: frozenset[str] = frozenset()  # digests of the calibration sequences
-    layer_indices: tuple[int, ...] = ()
-    num_hidden_layers: int | None = None
+    layers: Backbone | None = None
 
     @property
     def backbone(self) -> Backbone:
-        """The decoder layers, for patterns that count them all."""
-        indices = self.layer_indices or tuple(range(len(self.start)))
-        return Backbone(self.num_hidden_layers or indices[-1] + 1, indices, self.model_type or None)
+        """The decoder layers, and the config that an engine would read with a pattern."""
+        return self.layers or replace(Backbone.alike(len(self.start)), model_type=self.model_type or None)
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,9 @@ def resolve_specs(
     return _with_unique_names(found)
 
 
-def pattern_of(
-    spec: str, start: Pattern, layer_indices: Sequence[int] = (), num_hidden_layers: int | None = None
-) -> Pattern:
+def pattern_of(spec: str, start: Pattern, layers: Backbone | None = None) -> Pattern:
     """The pattern that a SPEC names, for a model of this start pattern; whose pattern it is does not matter here."""
-    target = Target("", "", start, "", layer_indices=tuple(layer_indices), num_hidden_layers=num_hidden_layers)
-    return resolve_specs([spec], target, force=True)[-1].pattern
+    return resolve_specs([spec], Target("", "", start, "", layers=layers), force=True)[-1].pattern
 
 
 def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:

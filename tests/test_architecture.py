@@ -102,8 +102,8 @@ ALLOWED: dict[str, set[str]] = {
         "families.handed", "families.indexer", "kernels", "pattern", "slot", "weights.holding",
     },
     "weights.layout": {
-        "cost", "errors", "families.classes", "families.decoder", "families.ending", "families.handed",
-        "families.selection", "kernels", "model", "pattern", "weights.checkpoint", "weights.fp8",
+        "cost", "engines.backbone", "errors", "families.classes", "families.decoder", "families.ending",
+        "families.handed", "families.selection", "kernels", "model", "pattern", "weights.checkpoint", "weights.fp8",
     },
     "weights.conversion": {
         "errors", "families.decoder", "model", "weights.checkpoint", "weights.configfile", "weights.shards",
@@ -152,7 +152,10 @@ ALLOWED: dict[str, set[str]] = {
     "processes.together": {
         "endings", "processes.launch", "processes.watch", "processes.worker", "processes.world", "weights.loading",
     },
-    "requests": {"errors", "jsonfile", "pattern", "processes.launch", "specs", "strategies", "weights.holding"},
+    "requests": {
+        "engines.backbone", "errors", "jsonfile", "pattern", "processes.launch", "specs", "strategies",
+        "weights.holding",
+    },
     "planning": set(),
     "planning.footprint": {"block_sizes", "cost"},
     "planning.plan": {"errors", "jsonfile", "planning.footprint", "states", "strategies"},
@@ -278,8 +281,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "api": set(),
     "api.models": {
-        "errors", "families.decoder", "model", "pattern", "slot", "specs", "weights.checkpoint", "weights.layout",
-        "weights.loading",
+        "engines.backbone", "errors", "families.decoder", "model", "pattern", "slot", "specs", "weights.checkpoint",
+        "weights.layout", "weights.loading",
     },
     "api.options": {"pattern", "planning.plan", "requests"},
     "api.runs": {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from icsearch.engines.backbone import Backbone
 from icsearch.engines.export import export
 from icsearch.engines.table import ENGINES
 from icsearch.errors import PatternError
@@ -150,7 +151,7 @@ def test_what_export_prints_is_a_spec(engine: str) -> None:
 
 
 def test_an_engines_letters_count_decoder_layers() -> None:
-    target = replace(TARGET, start=Pattern("FFF"), layer_indices=(1, 3, 4), num_hidden_layers=6)
+    target = replace(TARGET, start=Pattern("FFF"), layers=Backbone(6, (1, 3, 4), "glm_moe_dsa"))
     assert letters('{"use_index_cache": true, "index_topk_pattern": "SFSSFS"}', target=target) == ["FSF"]
     assert letters("freq:4", target=target) == ["FSS"]  # FFSSSF over all six
 

@@ -6,11 +6,12 @@ A patched model is the model itself with a slot in place of each indexer (`slot.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
+from icsearch.engines.backbone import Backbone, load_config
 from icsearch.errors import PatternError
 from icsearch.families.decoder import decoder_layers
 from icsearch.model import indexer_owners
@@ -41,7 +42,7 @@ def load(
     """
     checkpoint = open_checkpoint(name_or_path, trust_remote_code=trust_remote_code)
     layout = inspect(checkpoint, trust_remote_code)
-    fitting = None if pattern is None else _fit(pattern, layout.start_pattern, layout.layer_indices, layout.num_layers)
+    fitting = None if pattern is None else _fit(pattern, layout.start_pattern, layout.backbone)
     model = loading.load(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code).model
     return restore(model) if fitting is None else apply_pattern(model, fitting)
 
@@ -64,7 +65,7 @@ def apply_pattern(model: Model, pattern: str | Pattern) -> Model:
             f"{type(model).__name__} has no indexers: expected a DeepSeek-Sparse-Attention model of transformers, "
             "such as deepseek_v32 or glm_moe_dsa"
         )
-    store = SelectionStore(_fit(pattern, _start_pattern(owners), *_decoder_layers(model)))
+    store = SelectionStore(_fit(pattern, _start_pattern(owners), _decoder_layers(model)))
     for position, owner in enumerate(owners):
         put_slot(owner, position).store = store
     return model
@@ -87,9 +88,16 @@ def _owners(model: nn.Module) -> list[nn.Module]:
     return [owner for _, owner in indexer_owners(model)]
 
 
-def _decoder_layers(model: Any) -> tuple[list[int], int]:
-    """Those with an indexer, and how many there are in all."""
-    return [index for index, _ in indexer_owners(model)], len(decoder_layers(model))
+def _decoder_layers(model: Any) -> Backbone:
+    """Those of the model, with its config.json where it was loaded from a directory.
+
+    transformers' own config has keys that the file need not have, such as the `indexer_types` that it made of others.
+    """
+    origin = model.config.name_or_path
+    known = bool(origin) and (Path(origin) / "config.json").is_file()
+    config = load_config(Path(origin)) if known else model.config.to_dict()
+    indices = [index for index, _ in indexer_owners(model)]
+    return Backbone.of_model(len(decoder_layers(model)), indices, config)
 
 
 def _start_pattern(owners: list[nn.Module]) -> Pattern:
@@ -98,11 +106,11 @@ def _start_pattern(owners: list[nn.Module]) -> Pattern:
     return Pattern("".join(SHARED if indexer is None else FULL for indexer in indexers))
 
 
-def _fit(pattern: str | Pattern, start: Pattern, layer_indices: Sequence[int], num_layers: int) -> Pattern:
+def _fit(pattern: str | Pattern, start: Pattern, layers: Backbone) -> Pattern:
     """The pattern, checked against the unmodified model's, whose decoder layers these are; raises PatternError."""
     letters = isinstance(pattern, Pattern) or not set(pattern) - set("FfSs")
     spec = str(pattern)
-    fitting = Pattern.parse(spec, len(start)) if letters else pattern_of(spec, start, layer_indices, num_layers)
+    fitting = Pattern.parse(spec, len(start)) if letters else pattern_of(spec, start, layers)
     refused = [layer for layer in start.shared_layers if fitting.is_full(layer)]
     if refused:
         raise PatternError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ class EngineConfigError(PatternError):
 class Backbone:
     """`num_layers` decoder layers, those of multi-token prediction (`mtp_layers`) not among them.
 
-    `layer_indices` are those with an indexer; `wrapper`: the text model's config sits in text_config.
+    `layer_indices` are those with an indexer; `wrapper`: the text model's config sits in text_config. `keys` is the
+    text model's config, empty where it is not known.
     """
 
     num_layers: int
@@ -46,11 +47,19 @@ class Backbone:
     model_type: str | None = None
     mtp_layers: int = 0
     wrapper: bool = False
+    keys: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def alike(cls, num_layers: int) -> Backbone:
         """That many layers, each with an indexer."""
         return cls(num_layers, tuple(range(num_layers)))
+
+    @classmethod
+    def of_model(cls, num_layers: int, layer_indices: Sequence[int], config: Mapping[str, Any]) -> Backbone:
+        """The layers that a model was seen to have, with what its config.json says beside them."""
+        keys = text_keys(config)
+        model_type = config.get("model_type") or keys.get("model_type")
+        return cls(num_layers, tuple(layer_indices), model_type, _mtp_layers(keys), keys is not config, keys)
 
 
 def inner_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
@@ -90,9 +99,14 @@ def read_backbone(config: Mapping[str, Any], name: str) -> Backbone:
         num_layers,
         _layer_indices(inner, num_layers, str(model_type), name),
         model_type,
-        next((inner[key] for key in MTP_KEYS if inner.get(key)), 0),
+        _mtp_layers(inner),
         wrapper,
+        inner,
     )
+
+
+def _mtp_layers(keys: Mapping[str, Any]) -> int:
+    return next((keys[key] for key in MTP_KEYS if keys.get(key)), 0)
 
 
 def load_config(path: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def opened(
     """
     resolve_device(request.device)  # refused before anything is read or made
     source, layout = open_model(request.calibration)
-    request.check(layout.start_pattern, layout.layer_indices, layout.num_layers)
+    request.check(layout.start_pattern, layout.backbone)
     run = RunDirectory(request.out)
     with run.locked():
         batches, hit = obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from icsearch.cost import ModelShape
+from icsearch.engines.backbone import Backbone
 from icsearch.errors import ModelError, first_line
 from icsearch.families.classes import auto_class
 from icsearch.families.decoder import check_one_each
@@ -51,6 +52,7 @@ class Layout:
     layer_parameters: tuple[int, ...]  # of each decoder layer
     has_arithmetic: bool  # whether the block-wise arithmetic knows these layers
     sizes: ModelShape | None  # what the memory of a call follows from; None without the block-wise arithmetic
+    backbone: Backbone  # the decoder layers, and the config.json that an engine would read with a pattern
 
     @property
     def start_pattern(self) -> Pattern:
@@ -113,6 +115,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         layer_parameters=tuple(_num_parameters(layer) for layer in skeleton.layers),
         has_arithmetic=known,
         sizes=sizes if known else None,
+        backbone=Backbone.of_model(len(skeleton.layers), skeleton.layer_indices, checkpoint.config),
     )
 
 

@@ -15,10 +15,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import icsearch
 import tiny
+import tiny_families
 from icsearch.errors import ModelError, PatternError
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern, PatternFile
 from icsearch.slot import IndexerSlot
+from icsearch.specs import Target, resolve_specs
+from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.weights.layout import inspect
 from icsearch.weights.loading import quiet_transformers
 
 quiet_transformers()
@@ -308,14 +312,46 @@ def test_importing_the_package_loads_no_torch() -> None:
         icsearch.nonsense  # noqa: B018
 
 
+def applied(model: Any) -> Pattern:
+    """The pattern that a model follows."""
+    (store,) = {id(slot.store): slot.store for slot in model.modules() if hasattr(slot, "store")}.values()
+    return store.pattern
+
+
 def test_specs_of_the_command_line_are_patterns_too(glm_checkpoint: Path, tmp_path: Path) -> None:
     PatternFile(Pattern("FSSFSF"), tuple(range(6)), "greedy").save(tmp_path / "pattern.json")
     for spec, letters in ((str(tmp_path), "FSSFSF"), ("uniform:1/2", "FSFSFS"), ("full", "FFFFFF")):
-        model = icsearch.load(str(glm_checkpoint), spec)
-        (store,) = {id(slot.store): slot.store for slot in model.modules() if hasattr(slot, "store")}.values()
-        assert store.pattern.letters == letters
+        assert applied(icsearch.load(str(glm_checkpoint), spec)).letters == letters
     with pytest.raises(PatternError, match="unknown pattern 'runs/nowhere'"):
         icsearch.load(str(glm_checkpoint), "runs/nowhere")
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "letters"),
+    [
+        ("deepseek_v4", 'vllm-ascend:{"use_index_cache":true,"index_topk_pattern":"FFS"}', "FFS"),  # of C4 layers
+        ("deepseek_v4", 'atom:{"use_index_cache":true,"index_topk_pattern":"FFFSS"}', "FSS"),  # of all five
+        ("deepseek_v4", "vllm-ascend:freq:2", "FFS"),
+        ("deepseek_v4", "atom:freq:2", None),
+    ],
+)
+def test_an_engines_settings_are_read_as_an_evaluation_reads_them(
+    family: str, spec: str, letters: str | None, tmp_path: Path
+) -> None:
+    path = tiny_families.save_checkpoint(tmp_path, family)
+    layout = inspect(open_checkpoint(str(path)))
+    target = Target(layout.model_type, "", layout.start_pattern, "", layers=layout.backbone)
+    ways = (
+        lambda: resolve_specs([spec], target)[-1].pattern,  # an evaluation's
+        lambda: applied(icsearch.load(str(path), spec)),
+        lambda: applied(icsearch.apply_pattern(icsearch.load(str(path)), spec)),
+    )
+    for way in ways:
+        if letters is None:
+            with pytest.raises(PatternError, match="how ATOM reads index_topk_freq for deepseek_v4 is not known"):
+                way()
+        else:
+            assert way().letters == letters
 
 
 def test_public_names_are_listed() -> None:
