@@ -43,7 +43,8 @@ class Engine:
     """How one engine is given a pattern.
 
     `settings` makes its keys from letters and model_type, `render` the text to paste, `how` says where that goes.
-    `nests`: for a config that wraps a text model they go into text_config. For `dsa_letters_only` model types letters
+    `nests`: for a config that wraps a text model they go into text_config; `nested_alone`: and are known not to be
+    read elsewhere. For `dsa_letters_only` model types letters
     are counted over layers that have an indexer, else over all decoder layers; with `all_layers_alike` it is not known
     how they are counted where some have none. `split` gives the layers of each pipeline stage, None where that is not
     known. `writes` is the kind of file that can be written, if any.
@@ -59,6 +60,7 @@ class Engine:
     wrapper_note: str = ""
     notes: tuple[tuple[str, str], ...] = ()  # (model_type or "" for all, what to look out for)
     nests: bool = True
+    nested_alone: bool = False
     dsa_letters_only: tuple[str, ...] = ()
     all_layers_alike: bool = False
     split: Split | None = None

@@ -129,6 +129,8 @@ def _read(source: Source, engine: Engine, given: Backbone | None, notes: list[st
     known = given or own
     model_type = (own.model_type if own else None) or (given.model_type if given else None)
     keys, wrapper_notes = _inner_keys(for_engine(source.typed, engine))
+    if given and given.wrapper and not own and not source.typed.numbers:
+        keys, wrapper_notes = _of_wrapped(source.typed.keys, engine)
     counted = None if known is None else _counted(known, engine, model_type)
     mtp = max(backbone.mtp_layers if backbone else 0 for backbone in (own, given))
     found = read_letters(keys, engine, counted, mtp, model_type)
@@ -147,6 +149,23 @@ def _inner_keys(keys: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
     outside = [key for key in PATTERN_KEYS if wrapper and key in keys]
     note = f"{', '.join(outside)} stands beside text_config, where the text model does not read it: left out"
     return inner, [note] if outside else []
+
+
+def _of_wrapped(keys: Mapping[str, Any], engine: Engine) -> tuple[Mapping[str, Any], list[str]]:
+    """What an engine sees of keys that are laid over a config that wraps a text model, and notes on the rest."""
+    inner, nested = inner_config(keys)
+    if nested:
+        return inner, [
+            *_inner_keys(keys)[1],
+            *([] if engine.nested_alone or not engine.nests else [engine.wrapper_note]),
+        ]
+    outside = ", ".join(key for key in PATTERN_KEYS if key in keys)
+    if not outside or not engine.nests:
+        return keys, []
+    stands = f"{outside} stands outside text_config, and the model's config wraps a text model"
+    if engine.nested_alone:
+        return {}, [f'{stands}, which does not see it: left out; {engine.title} needs {{"text_config": {{...}}}}']
+    return keys, [f"{stands}: whether {engine.title} reads it there is not known here"]
 
 
 def _counted(backbone: Backbone, engine: Engine, model_type: str | None) -> int:

@@ -21,6 +21,7 @@ TRANSFORMERS = Engine(
     model_types=("glm_moe_dsa", "hy_v4", "mistral_large4"),
     on_other_types="For other types transformers 5.23 ignores these keys, or (glm5_next) fails on the first S layer.",
     wrapper_note="the config wraps a text model: the keys belong into text_config, as written",
+    nested_alone=True,
     writes="config.json",
 )
 VLLM = Engine(
@@ -32,6 +33,7 @@ VLLM = Engine(
     model_types=("deepseek_v32", "glm_moe_dsa"),
     on_other_types=MAY_IGNORE,
     wrapper_note="the config wraps a text model: the override is nested in text_config, as vLLM needs it",
+    nested_alone=True,
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
     reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED),
@@ -104,6 +106,7 @@ VLLM_ASCEND = Engine(
     model_types=("deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
     on_other_types=MAY_IGNORE,
     wrapper_note="the config wraps a text model: the override is nested in text_config, as vLLM needs it",
+    nested_alone=True,
     notes=(
         (
             "deepseek_v4",

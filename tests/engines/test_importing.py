@@ -110,6 +110,30 @@ def test_wrapped_configs_and_what_stands_beside() -> None:
     assert notes == ["index_topk_pattern stands beside text_config, where the text model does not read it: left out"]
 
 
+WRAPPED = Backbone(6, tuple(range(6)), "mistral_large4", wrapper=True)
+SWITCHED = {"use_index_cache": True, "index_topk_pattern": "FFSSFS"}
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm-ascend", "transformers"])
+def test_overrides_beside_the_text_model_of_a_wrapper_are_not_seen(engine: str) -> None:
+    letters, notes = read(SWITCHED, engine, WRAPPED)
+    assert letters == "FFFFFF"
+    assert "index_topk_pattern, use_index_cache stands outside text_config" in notes[0]
+    assert 'needs {"text_config": {...}}' in notes[0]
+    letters, notes = read({"text_config": SWITCHED}, engine, WRAPPED)
+    assert letters == "FFSSFS"
+    assert not any("text_config" in note for note in notes)
+    assert import_pattern(f"{engine}:freq:3", None, WRAPPED).pattern.letters == "FFSSFS"  # no keys, so nothing nests
+
+
+@pytest.mark.parametrize("engine", ["sglang", "lmdeploy", "atom", "trtllm"])
+def test_where_it_is_not_known_what_an_engine_sees_of_a_wrapper(engine: str) -> None:
+    for keys in (SWITCHED, {"text_config": SWITCHED}):
+        letters, notes = read(keys, engine, WRAPPED)
+        assert letters == "FFSSFS"
+        assert any("not known here" in note or "not verified" in note for note in notes)
+
+
 def test_layers_of_multi_token_prediction_are_no_part_of_it() -> None:
     config = {**GLM, "num_nextn_predict_layers": 1, "indexer_types": ["full", "shared"] * 3 + ["full"]}
     letters, notes = read(config, "transformers", None)

@@ -37,7 +37,10 @@ def files(draw: Any) -> PatternFile:
 
 
 def backbone_of(file: PatternFile) -> Backbone:
-    return Backbone(file.model["num_hidden_layers"], file.layer_indices, file.model["model_type"])
+    model = file.model
+    return Backbone(
+        model["num_hidden_layers"], file.layer_indices, model["model_type"], wrapper=model.get("wrapper_config", False)
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
