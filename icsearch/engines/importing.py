@@ -133,7 +133,10 @@ def _read(source: Source, engine: Engine, given: Backbone | None, notes: list[st
         keys, wrapper_notes = _of_wrapped(source.typed.keys, engine)
     counted = None if known is None else _counted(known, engine, model_type)
     mtp = max(backbone.mtp_layers if backbone else 0 for backbone in (own, given))
-    found = read_letters(keys, engine, counted, mtp, model_type)
+    beneath = {} if known is None or own or source.typed.numbers else _left_as_they_are(keys, known)
+    found = read_letters({**beneath, **keys}, engine, counted, mtp, model_type)
+    if beneath and found.letters != _letters_alone(keys, engine, counted, mtp, model_type):
+        wrapper_notes = [*wrapper_notes, f"on top of the model's own config, where {', '.join(beneath)} stays as it is"]
     backbone = known or Backbone.alike(len(found.letters))
     letters, layer_notes = _on_dsa_layers(found.letters, backbone)
     try:
@@ -166,6 +169,22 @@ def _of_wrapped(keys: Mapping[str, Any], engine: Engine) -> tuple[Mapping[str, A
     if engine.nested_alone:
         return {}, [f'{stands}, which does not see it: left out; {engine.title} needs {{"text_config": {{...}}}}']
     return keys, [f"{stands}: whether {engine.title} reads it there is not known here"]
+
+
+def _left_as_they_are(keys: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
+    """The keys of a pattern in the model's own config that overrides do not replace: an engine reads them too."""
+    own = backbone.keys
+    return {key: own[key] for key in PATTERN_KEYS if own.get(key) is not None and key not in keys}
+
+
+def _letters_alone(
+    keys: Mapping[str, Any], engine: Engine, num_letters: int | None, mtp_layers: int, model_type: str | None
+) -> str | None:
+    """What the keys say without the model's own config; None where that is nothing."""
+    try:
+        return read_letters(keys, engine, num_letters, mtp_layers, model_type).letters
+    except EngineConfigError:
+        return None
 
 
 def _counted(backbone: Backbone, engine: Engine, model_type: str | None) -> int:

@@ -332,6 +332,9 @@ def test_specs_of_the_command_line_are_patterns_too(glm_checkpoint: Path, tmp_pa
         ("deepseek_v4", 'vllm-ascend:{"use_index_cache":true,"index_topk_pattern":"FFS"}', "FFS"),  # of C4 layers
         ("deepseek_v4", 'atom:{"use_index_cache":true,"index_topk_pattern":"FFFSS"}', "FSS"),  # of all five
         ("deepseek_v4", "vllm-ascend:freq:2", "FFS"),
+        ("hy_v4", 'transformers:{"index_topk_pattern":"FSSS"}', "FFFF"),  # its config's indexer_types win
+        ("mistral_large4", 'vllm:{"use_index_cache":true,"index_topk_pattern":"FSSS"}', "FFFF"),  # outside text_config
+        ("mistral_large4", 'vllm:{"text_config":{"use_index_cache":true,"index_topk_pattern":"FSSS"}}', "FSSS"),
         ("deepseek_v4", "atom:freq:2", None),
     ],
 )

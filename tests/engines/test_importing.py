@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch.engines.backbone import Backbone
+from icsearch.engines.backbone import Backbone, read_backbone
 from icsearch.engines.importing import import_pattern, is_engine_source
 from icsearch.errors import IcsearchError, PatternError
 from icsearch.jsonfile import write_object
@@ -132,6 +132,38 @@ def test_where_it_is_not_known_what_an_engine_sees_of_a_wrapper(engine: str) -> 
         letters, notes = read(keys, engine, WRAPPED)
         assert letters == "FFSSFS"
         assert any("not known here" in note or "not verified" in note for note in notes)
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+@pytest.mark.parametrize(
+    ("engine", "own", "override", "letters", "stays"),
+    [
+        ("vllm", {"index_topk_freq": 4, "index_skip_topk_offset": 3}, {"index_topk_freq": 4}, "FFFSSSF",
+         "index_skip_topk_offset"),
+        ("vllm", {"index_topk_pattern": "FSFSFSF"}, {"use_index_cache": True, "index_topk_freq": 4}, "FSFSFSF",
+         "index_topk_pattern"),
+        ("transformers", {"indexer_types": ["full"] * 7}, {"index_topk_pattern": "FSSSSSS"}, "FFFFFFF",
+         "indexer_types"),
+        ("vllm", {"use_index_cache": False}, {"index_topk_freq": 4}, "FFFFFFF", "use_index_cache"),
+        ("vllm", {"index_topk_freq": 2, "use_index_cache": True}, {"index_topk_pattern": "FSSSSSS"}, "FSSSSSS", ""),
+    ],
+)  # fmt: skip
+def test_overrides_lie_on_top_of_the_models_own_config(
+    engine: str, own: dict[str, Any], override: dict[str, Any], letters: str, stays: str, wrap: bool
+) -> None:
+    inner = {"model_type": "glm_moe_dsa", "num_hidden_layers": 7, **own}
+    config = {"model_type": "glm_moe_dsa", "text_config": inner} if wrap else inner
+    typed = {"text_config": override} if wrap else override
+    found, notes = read(typed, engine, read_backbone(config, "config.json"))
+    assert found == letters
+    on_top = [note for note in notes if note.startswith("on top of the model's own config")]
+    assert ([stays in note for note in on_top] == [True]) if stays else (on_top == [])
+    assert found == read({**inner, **override}, engine, None)[0]  # the merged config.json itself
+
+
+def test_freq_without_the_name_of_a_key_says_it_all() -> None:
+    backbone = read_backbone({**GLM, "index_topk_pattern": "FSFSFS", "index_skip_topk_offset": 3}, "config.json")
+    assert import_pattern("vllm:freq:4", None, backbone).pattern.letters == "FFSSSF"
 
 
 def test_layers_of_multi_token_prediction_are_no_part_of_it() -> None:
