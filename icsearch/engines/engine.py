@@ -24,7 +24,8 @@ class Reader:
     the two numbers, and what the engine makes of `unknown` keys is not known. `past_the_end`: a pattern shorter than
     the model is F from there on, and what is longer is not read (False: refused here). `switch` says what
     `use_index_cache` does: nothing (None), false turns all layers F (HEEDED), so does its absence (NEEDED), but for a
-    freq above 1 with `switched_by_freq`. `first_is_full`: layer 0 is F whatever the pattern says.
+    freq above 1 with `switched_by_freq`. `first_is_full`: layer 0 is F whatever the pattern says. `words`: a pattern
+    that is a list holds full and shared (False: F and S), and the engine takes anything else in it as F.
     """
 
     order: tuple[str, ...] = (TYPES, PATTERN, FREQ)
@@ -36,6 +37,7 @@ class Reader:
     switch: str | None = None
     switched_by_freq: bool = False
     first_is_full: bool = False
+    words: bool = True
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _letters_of(key: str, given: Mapping[str, Any], reader: Reader, num_letters:
     if key == TYPES:
         return _from_types(given[key])
     if key == PATTERN:
-        return _from_pattern(given[key])
+        return _from_pattern(given[key], reader)
     if key == GGUF_KEY:
         return _from_flags(given[key])
     if num_letters is None:
@@ -101,24 +101,31 @@ def _letters_of(key: str, given: Mapping[str, Any], reader: Reader, num_letters:
     return _from_schedule(given, reader, num_letters)
 
 
-def _from_types(value: Any) -> str:
+def _from_types(value: Any, key: str = TYPES) -> str:
     if not isinstance(value, list) or not 1 <= len(value) <= MAX_LAYERS:
-        raise EngineConfigError(f"{TYPES} is {shown(value)}: expected a list of full and shared, one a layer")
+        raise EngineConfigError(f"{key} is {shown(value)}: expected a list of full and shared, one a layer")
     for layer, kind in enumerate(value):
         if not isinstance(kind, str) or kind not in LETTERS:
             raise EngineConfigError(
-                f"{TYPES} has {shown(kind)} for layer {layer}: expected full or shared (transformers takes a list of "
+                f"{key} has {shown(kind)} for layer {layer}: expected full or shared (transformers takes a list of "
                 "anything else as all full without a word)"
             )
     return "".join(LETTERS[kind] for kind in value)
 
 
-def _from_pattern(value: Any) -> str:
-    """A text of F and S; as a list, the letters or the words that transformers takes there."""
-    if isinstance(value, list) and value and all(kind in (FULL, SHARED) for kind in value):
-        value = "".join(value)
+def _from_pattern(value: Any, reader: Reader) -> str:
+    """A text of F and S; as a list, the words that transformers takes there, or the letters that others do."""
+    if isinstance(value, list) and reader.words:
+        return _from_types(value, PATTERN)
     if isinstance(value, list):
-        return _from_types(value)
+        wrong = [(layer, kind) for layer, kind in enumerate(value) if kind not in (FULL, SHARED)]
+        if wrong:
+            layer, kind = wrong[0]
+            raise EngineConfigError(
+                f"{PATTERN} has {shown(kind)} for layer {layer}: expected F or S in a list (an engine that compares "
+                "with S takes anything else as F without a word)"
+            )
+        value = "".join(value)
     if not isinstance(value, str) or not 1 <= len(value) <= MAX_LAYERS:
         raise EngineConfigError(f"{PATTERN} is {shown(value)}: expected the letters F and S, one a layer")
     for layer, letter in enumerate(value):

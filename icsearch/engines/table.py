@@ -36,7 +36,7 @@ VLLM = Engine(
     nested_alone=True,
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
-    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED),
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED, words=False),
 )
 SGLANG = Engine(
     name="sglang",
@@ -52,7 +52,7 @@ SGLANG = Engine(
     ),
     split=split_front,
     partition_variable="SGLANG_PP_LAYER_PARTITION",
-    reader=Reader(order=(PATTERN, FREQ), past_the_end=True),
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, words=False),
 )
 TRTLLM = Engine(
     name="trtllm",
@@ -64,7 +64,7 @@ TRTLLM = Engine(
     on_other_types=NOT_KNOWN,
     wrapper_note="the config wraps a text model: whether TensorRT-LLM looks into text_config is not known here: check",
     writes="config.json",
-    reader=Reader(order=(PATTERN, FREQ), first_is_full=True),
+    reader=Reader(order=(PATTERN, FREQ), first_is_full=True, words=False),
 )
 LMDEPLOY = Engine(
     name="lmdeploy",
@@ -94,8 +94,13 @@ ATOM_ENGINE = Engine(
         ),
         ("deepseek_v4", "on DeepSeek V4 ATOM's letters count all layers, vllm-ascend's only those with an indexer"),
     ),
-    reader=Reader(schedule=ATOM, past_the_end=True, switch=NEEDED, switched_by_freq=True),
-    readers=(("deepseek_v4", Reader(order=(PATTERN,), unknown=(TYPES, FREQ), past_the_end=True, switch=NEEDED)),),
+    reader=Reader(schedule=ATOM, past_the_end=True, switch=NEEDED, switched_by_freq=True, words=False),
+    readers=(
+        (
+            "deepseek_v4",
+            Reader(order=(PATTERN,), unknown=(TYPES, FREQ), past_the_end=True, switch=NEEDED, words=False),
+        ),
+    ),
 )
 VLLM_ASCEND = Engine(
     name="vllm-ascend",
@@ -116,8 +121,13 @@ VLLM_ASCEND = Engine(
     dsa_letters_only=("deepseek_v4",),
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
-    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED),
-    readers=(("deepseek_v4", Reader(order=(PATTERN, FREQ), schedule=ASCEND_V4, past_the_end=True, switch=NEEDED)),),
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED, words=False),
+    readers=(
+        (
+            "deepseek_v4",
+            Reader(order=(PATTERN, FREQ), schedule=ASCEND_V4, past_the_end=True, switch=NEEDED, words=False),
+        ),
+    ),
 )
 LLAMACPP = Engine(
     name="llamacpp",

@@ -232,6 +232,28 @@ def test_a_pattern_that_is_shorter_or_longer_than_the_model() -> None:
             read(key, engine)
 
 
+def test_a_pattern_that_is_a_list_has_each_engines_own_names() -> None:
+    words, letters = ["full", "shared"] * 3, ["F", "S"] * 3
+    switch = {"use_index_cache": True}
+    for engine in ("transformers", "lmdeploy"):
+        assert read({"index_topk_pattern": words}, engine)[0] == "FSFSFS"
+        with pytest.raises(PatternError, match="index_topk_pattern has 'F' for layer 0: expected full or shared"):
+            read({"index_topk_pattern": letters}, engine)
+    for engine in ("vllm", "vllm-ascend", "sglang", "trtllm", "atom"):
+        for backbone in (SIX, Backbone(6, tuple(range(6)), "deepseek_v4")):
+            assert read({**switch, "index_topk_pattern": letters}, engine, backbone)[0] == "FSFSFS"
+            with pytest.raises(PatternError, match="index_topk_pattern has 'full' for layer 0: expected F or S"):
+                read({**switch, "index_topk_pattern": words}, engine, backbone)
+
+
+def test_transformers_takes_a_list_of_letters_as_all_full() -> None:
+    """Which is why it is refused here: nobody means that."""
+    from transformers import GlmMoeDsaConfig
+
+    types = GlmMoeDsaConfig(num_hidden_layers=2, index_topk_pattern=["F", "S"]).indexer_types
+    assert types == ["F", "S"] and "shared" not in types  # its layers ask for "shared"
+
+
 def test_tensorrt_llm_takes_layer_0_as_full() -> None:
     letters, notes = read({"index_topk_pattern": "SSFSFS"}, "trtllm")
     assert letters == "FSFSFS"
