@@ -16,6 +16,8 @@ from icsearch.jsonfile import shown, unambiguous
 
 HF_OVERRIDES, SGLANG_ARGS = "--hf-overrides", "--json-model-override-args"
 NUMBER_FLAGS = {f"--{name.replace('_', '-')}": name for name in (MEGATRON_FREQ, MEGATRON_OFFSET)}
+FLAGS = (HF_OVERRIDES, SGLANG_ARGS, *NUMBER_FLAGS)
+_FLAG = re.compile(rf"""(?:^|[\s'"])(?:{"|".join(FLAGS)})(?=[\s=]|$)""")
 _NUMBERS = re.compile(r"freq:(\d{1,6})(?:,offset:(\d{1,6}))?")
 
 
@@ -37,7 +39,12 @@ def split_engine(text: str) -> tuple[Engine | None, str]:
 
 def is_typed(text: str) -> bool:
     """Whether this is the text itself, and not the name of a file."""
-    return text.startswith(("{", "--")) or text.startswith("freq:")
+    return text.startswith(("{", "--", "freq:")) or has_flag(text)
+
+
+def has_flag(text: str) -> bool:
+    """Whether a flag that holds a pattern is among the words, as in `vllm serve MODEL --hf-overrides '{}'`."""
+    return bool(_FLAG.search(text))
 
 
 def parse_typed(text: str) -> Typed:
@@ -45,7 +52,7 @@ def parse_typed(text: str) -> Typed:
     if text.startswith("{"):
         keys = _parse_json(text)
         return Typed(keys, written_for(keys, None))
-    if text.startswith("--"):
+    if text.startswith("--") or has_flag(text):
         return _parse_flags(text)
     found = _NUMBERS.fullmatch(text.replace(" ", ""))
     if not found:
@@ -86,8 +93,7 @@ def _parse_flags(text: str) -> Typed:
             return Typed(keys, written_for(keys, flag))
     numbers = {name: values[flag] for flag, name in NUMBER_FLAGS.items() if flag in values}
     if not numbers:
-        expected = ", ".join((HF_OVERRIDES, SGLANG_ARGS, *NUMBER_FLAGS))
-        raise EngineConfigError(f"no flag of a pattern in {text[:40]!r}: expected one of {expected}")
+        raise EngineConfigError(f"no flag of a pattern in {text[:40]!r}: expected one of {', '.join(FLAGS)}")
     wrong = next((value for value in numbers.values() if not re.fullmatch(r"\d{1,6}", value)), None)
     if wrong is not None:
         raise EngineConfigError(f"a flag of Megatron-LM has {wrong[:40]!r}: expected a whole number")

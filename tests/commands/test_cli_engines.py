@@ -98,6 +98,32 @@ def test_import_writes_a_pattern_that_export_takes(capsys: pytest.CaptureFixture
     assert out == "--dsa-indexer-topk-freq 4 --dsa-indexer-skip-topk-offset 1\n"
 
 
+OVERRIDES = '{"use_index_cache": true, "index_topk_pattern": "FFSS"}'
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    [
+        ["-tp", "8", "--hf-overrides", OVERRIDES],
+        ["vllm", "serve", "MODEL", "--hf-overrides", OVERRIDES],
+        ["vllm", "serve", "MODEL", f"--hf-overrides={OVERRIDES}", "-pp", "2"],
+        ["vllm", "serve", "--config", "serve.yaml", "--hf-overrides", OVERRIDES],
+        ["--hf-overrides", OVERRIDES, "--config=serve.yaml"],
+        ["python", "-m", "sglang.launch_server", "--config", "serve.yaml", "--json-model-override-args", OVERRIDES],
+    ],
+)
+def test_a_command_line_is_pasted_as_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, pasted: list[str]
+) -> None:
+    ours = tmp_path / "ours.toml"
+    ours.write_text("[import]\nlayers = 5\n")
+    assert run(capsys, "import", *pasted)[:2] == (0, "FFSS\n")
+    assert run(capsys, "import", *pasted, "--layers", 5)[:2] == (0, "FFSSF\n")
+    for config in (["--config", ours], [f"--config={ours}"], ["--engine", "vllm", "--config", ours]):
+        assert run(capsys, "import", *config, *pasted)[:2] == (0, "FFSSF\n")
+    assert run(capsys, "import", "freq:4", "--config", ours)[:2] == (0, "FFSSS\n")  # nothing was pasted
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -83,7 +83,12 @@ def test_transformers_keys_in_a_config_say_the_model_too(file: PatternFile) -> N
 @given(file=files())
 def test_flags_may_be_pasted_with_others_around_them(file: PatternFile) -> None:
     flag, value = shlex.split(export(file, "vllm").text)
-    for text in (f"--port 8000 {flag} {shlex.quote(value)} --quiet", f"{flag}={shlex.quote(value)}"):
+    for text in (
+        f"--port 8000 {flag} {shlex.quote(value)} --quiet",
+        f"{flag}={shlex.quote(value)}",
+        f"vllm serve MODEL -tp 8 {flag} {shlex.quote(value)}",
+        f"-tp 8 {shlex.quote(f'{flag}={value}')}",
+    ):
         assert import_pattern(text, None, backbone_of(file)).pattern == file.pattern
 
 
