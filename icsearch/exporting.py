@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from icsearch.engines.backbone import load_config
+from icsearch.engines.backbone import load_config, read_backbone
 from icsearch.engines.export import Export, export
 from icsearch.engines.fitting import with_config
+from icsearch.engines.indexer_weights import layers_with_indexer
 from icsearch.engines.losses import Losses, losses_of_file, losses_of_run
 from icsearch.engines.native import NativeRequest
 from icsearch.engines.repair import ADD
@@ -108,12 +109,20 @@ def engine_settings(request: ExportRequest, source: Path | PatternFile) -> Expor
     file = source if isinstance(source, PatternFile) else load_pattern_file(source)
     notes: list[str] = []
     if request.model_config is not None:
-        file, notes = with_config(file, load_config(request.model_config), str(request.model_config))
+        file, notes = _fitted(file, request.model_config)
     serving = None
     if request.serve_pp is not None:
         serving = Serving(request.serve_pp, request.repair or ADD, _losses(source, file))
     result = export(file, request.engine, request.retention, serving)
     return replace(result, warnings=(*notes, *result.warnings))
+
+
+def _fitted(file: PatternFile, path: Path) -> tuple[PatternFile, list[str]]:
+    """The file beside a config.json, or beside a checkpoint directory and the weights that lie there."""
+    config = load_config(path)
+    num_layers = read_backbone(config, str(path)).num_layers
+    with_indexer = layers_with_indexer(path, num_layers) if path.is_dir() else None
+    return with_config(file, config, str(path), with_indexer)
 
 
 def _losses(source: Path | PatternFile, file: PatternFile) -> Losses:

@@ -229,7 +229,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.export", "engines.table", "errors", "files", "pattern", "planning.plan", "runs.commit",
         "runs.evaluation", "runs.record", "runs.refinement", "runs.results", "statistics",
     },
-    "engines.indexer_weights": set(),
+    "engines.indexer_weights": {"engines.letters", "jsonfile", "weights.checkpoint", "weights.header"},
     "engines.readers": {"engines.cautions", "engines.letters", "engines.stages", "engines.table", "pattern"},
     "engines.native_config": {
         "engines.engine", "engines.keys", "engines.reading", "engines.table", "errors", "jsonfile", "pattern",
@@ -268,11 +268,11 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli.native": {"engines.native", "planning.plan"},
     "exporting": {
-        "engines.backbone", "engines.export", "engines.fitting", "engines.losses", "engines.native", "engines.repair",
-        "engines.serving", "errors", "files", "pattern", "runs.record", "specs",
+        "engines.backbone", "engines.export", "engines.fitting", "engines.indexer_weights", "engines.losses",
+        "engines.native", "engines.repair", "engines.serving", "errors", "files", "pattern", "runs.record", "specs",
     },
     "cli.export": {"cli.native", "cli.options", "engines.export", "engines.writing", "exporting", "requests"},
-    "cli.importing": {"cli.options", "engines.backbone", "engines.importing", "files"},
+    "cli.importing": {"cli.options", "engines.backbone", "engines.importing", "engines.texts", "files"},
     "cli.report": {"cli.options", "report"},
     "cli": {
         "", "cli.baseline", "cli.calibrate", "cli.config", "cli.environment", "cli.evaluate", "cli.export",

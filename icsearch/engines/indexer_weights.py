@@ -10,6 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
+
+from icsearch.engines.letters import ExportError
+from icsearch.jsonfile import read_object
+from icsearch.weights.checkpoint import INDEX_NAME, SINGLE_NAME
+from icsearch.weights.header import read_header
 
 _INDEXER = re.compile(r"((?:.*?\.)?)layers\.(\d{1,6})\.(?:.*\.)?indexer\..")
 
@@ -22,3 +28,22 @@ def indexers_by_layer(names: Iterable[str], num_layers: int) -> dict[int, list[s
         if match and int(match[2]) < num_layers:
             found.setdefault(match[1], {}).setdefault(int(match[2]), []).append(name)
     return max(found.values(), key=len, default={})
+
+
+def layers_with_indexer(directory: Path, num_layers: int) -> set[int] | None:
+    """The decoder layers that a checkpoint has indexer weights for; None where it has no weights, or none so named.
+
+    Its index alone is enough. Raises an IcsearchError for one that is damaged.
+    """
+    if (directory / INDEX_NAME).exists():
+        index = read_object(
+            directory / INDEX_NAME, expected="the safetensors index", advice="download it again", error=ExportError
+        )
+        names = index.get("weight_map")
+        if not isinstance(names, dict):
+            raise ExportError(f"{directory / INDEX_NAME} has no weight_map: download it again")
+    elif (directory / SINGLE_NAME).exists():
+        names = [entry.name for entry in read_header(directory / SINGLE_NAME).entries]
+    else:
+        return None
+    return set(indexers_by_layer(names, num_layers)) or None

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from engine_files import LETTERS, pattern_file
 from icsearch.engines.export import export
 from icsearch.engines.fitting import with_config
 from icsearch.engines.letters import ExportError
 from icsearch.engines.writing import write_file
+from icsearch.exporting import ExportRequest, engine_settings
 from icsearch.jsonfile import write_object
-from icsearch.pattern import PatternFile
+from icsearch.pattern import PatternFile, load_pattern_file
+from icsearch.resources import published_patterns
 
 N = len(LETTERS)
 CONFIG = {"model_type": "glm_moe_dsa", "num_hidden_layers": N, "hidden_size": 64}
@@ -39,15 +43,63 @@ def test_multi_token_prediction() -> None:
         fitted(num_hidden_layers=N - 1, num_nextn_predict_layers=1)
 
 
-def test_native_shared_layers_of_the_config() -> None:
+def test_native_shared_layers_are_those_without_indexer_weights() -> None:
     native = [i for i, letter in enumerate(LETTERS) if letter == "S"][:2]
-    kinds = ["shared" if i in native else "full" for i in range(N)]
-    file, _ = fitted(indexer_types=kinds)
-    assert file.model["native_shared"] == native
+    weights = set(range(N)) - set(native)
+    file, notes = with_config(pattern_file(), CONFIG, "model", weights)
+    assert (file.model["native_shared"], notes) == (native, [])
     assert any("2 S layers are the checkpoint's own" in warning for warning in export(file, "vllm").warnings)
-    file, _ = fitted(index_topk_freq=4)  # FFSSSF...: S at 3, where the pattern has F
+    file, _ = with_config(pattern_file(), CONFIG, "model", weights - {LETTERS.rindex("F")})
     with pytest.raises(ExportError, match="only F to S edits are possible"):
         export(file, "vllm")
+
+
+def test_keys_of_a_config_take_no_weights_away() -> None:
+    """FFSSSF..., where the pattern has F at 3: a warning, as a config says nothing of weights."""
+    file, notes = fitted(index_topk_freq=4)
+    assert export(file, "vllm").pattern.letters == LETTERS
+    assert notes == [
+        "config.json itself shares layers 2, 3, 4, 6, 7, 8, ...: should the checkpoint have no indexer weights there, "
+        "they cannot be F; give its directory with --model-config, and that is checked"
+    ]
+    file, notes = with_config(pattern_file(), {**CONFIG, "index_topk_freq": 4}, "model", set(range(N)))
+    assert (file.model["native_shared"], notes) == ([], [])
+    searched = pattern_file(native_shared=[1])  # by a run, which has seen the weights
+    assert fitted(searched, index_topk_freq=4)[0].model["native_shared"] == [1]
+
+
+def test_a_config_that_export_wrote_takes_another_pattern(tmp_path: Path) -> None:
+    config, new = tmp_path / "g78.json", tmp_path / "g78n.json"
+    write_object(config, {"model_type": "glm_moe_dsa", "num_hidden_layers": 78})
+    quarter, half = (published_patterns() / f"glm-5-{name}.json" for name in ("1-4", "1-2"))
+    result = engine_settings(ExportRequest(engine="transformers", model_config=config, out=new), quarter)
+    write_file(result, config, None, new)
+    again = engine_settings(ExportRequest(engine="vllm", model_config=new), half)
+    assert again.pattern == load_pattern_file(half).pattern
+    assert "itself shares layers" in again.warnings[0]
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_a_checkpoint_directory_says_which_layers_have_indexers(tmp_path: Path, index: bool) -> None:
+    names = [f"model.layers.{layer}.self_attn.indexer.wk.weight" for layer in range(N) if layer != 1]
+    if index:
+        write_object(tmp_path / "model.safetensors.index.json", {"weight_map": dict.fromkeys(names, "a.safetensors")})
+    else:
+        save_file({name: torch.zeros(1) for name in names}, tmp_path / "model.safetensors")
+    write_object(tmp_path / "config.json", {**CONFIG, "index_topk_freq": 4})
+    request = ExportRequest(engine="vllm", model_config=tmp_path)
+    assert any(
+        "1 S layers are the checkpoint's own" in one for one in engine_settings(request, pattern_file()).warnings
+    )
+    with pytest.raises(ExportError, match=r"no indexer weights at positions \[1\]"):
+        engine_settings(request, pattern_file("F" * N))
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    write_object(tmp_path / "config.json", CONFIG)
+    write_object(tmp_path / "model.safetensors.index.json", {"weight_map": []})
+    with pytest.raises(ExportError, match="has no weight_map: download it again"):
+        engine_settings(ExportRequest(engine="vllm", model_config=tmp_path), pattern_file())
 
 
 def test_a_wrapped_config() -> None:
