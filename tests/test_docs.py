@@ -15,7 +15,7 @@ from doc_pages import PAGES, ROOT, Block, Command, blocks, parse
 from icsearch import cli
 
 # Pages whose commands take no more than some 5 seconds; the others are run by make test-all.
-QUICK = {"python-api.md"}
+QUICK = {"engines.md", "formats.md", "python-api.md"}
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 
 

@@ -13,6 +13,7 @@ from family_batches import Made
 from test_bits import LAYERS
 
 import tiny
+import tiny_families
 from icsearch import cli
 from icsearch.block import cut_batches
 from icsearch.pattern import Pattern
@@ -23,6 +24,13 @@ from icsearch.weights.checkpoint import open_checkpoint
 KEPT = {"deepseek_v4": 15, "glm5_next": 9, "minimax_m3_vl": 12, "qwen4_exp": 9}  # others: index_topk, 8
 BLOCKWISE = {"axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "mistral_large4"}
 PLANNED = BLOCKWISE - {"dots3_note"}  # all layers of one kind
+QUICK = "hy_v4"  # states in several streams, and transformers' own arithmetic
+one_quickly = pytest.mark.parametrize(
+    "family",
+    [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in sorted(tiny_families.CONFIGS)],
+    indirect=True,
+    scope="session",
+)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -80,7 +88,7 @@ def _tokens(directory: Path) -> Any:
     return load_file(directory / "calibration.safetensors")["input_ids"]
 
 
-@pytest.mark.slow
+@one_quickly
 def test_streamed_weights_give_the_same_run(
     checkpoint: Path, family: str, tokens: Path, searched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,7 +112,7 @@ def test_a_budget_that_is_too_small_says_whether_it_is_a_guess(
     assert ("unknown for this family" in line) == (not known)
 
 
-@pytest.mark.slow
+@one_quickly
 def test_dp_baseline(checkpoint: Path, tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "dp"
     status, _, err = run(capsys, "dp-baseline", *fixed(checkpoint, tokens, out, "--num-shared", 1))
