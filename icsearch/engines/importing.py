@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from icsearch.engines.backbone import Backbone, EngineConfigError, inner_config,
 from icsearch.engines.engine import Engine
 from icsearch.engines.gguf_file import read_gguf
 from icsearch.engines.letters import dsa_letters
-from icsearch.engines.reading import PATTERN_KEYS, read_letters
+from icsearch.engines.reading import PATTERN_KEYS, Found, read_letters
 from icsearch.engines.table import LLAMACPP, VLLM, find_engine
 from icsearch.engines.texts import Typed, for_engine, is_typed, parse_typed, split_engine, written_for
 from icsearch.errors import PatternError
@@ -128,22 +128,26 @@ def _read(source: Source, engine: Engine, given: Backbone | None, notes: list[st
         )
     known = given or own
     model_type = (own.model_type if own else None) or (given.model_type if given else None)
-    keys, wrapper_notes = _inner_keys(for_engine(source.typed, engine))
-    if given and given.wrapper and not own and not source.typed.numbers:
-        keys, wrapper_notes = _of_wrapped(source.typed.keys, engine)
+    over = None if own else given
+    keys, key_notes = _keys_seen(source.typed, engine, over)
     counted = None if known is None else _counted(known, engine, model_type)
     mtp = max(backbone.mtp_layers if backbone else 0 for backbone in (own, given))
-    beneath = {} if known is None or own or source.typed.numbers else _left_as_they_are(keys, known)
-    found = read_letters({**beneath, **keys}, engine, counted, mtp, model_type)
-    if beneath and found.letters != _letters_alone(keys, engine, counted, mtp, model_type):
-        wrapper_notes = [*wrapper_notes, f"on top of the model's own config, where {', '.join(beneath)} stays as it is"]
+    beneath = over.keys if over and not source.typed.numbers else {}
+    found = _read_on_top(keys, beneath, lambda keys: read_letters(keys, engine, counted, mtp, model_type))
     backbone = known or Backbone.alike(len(found.letters))
     letters, layer_notes = _on_dsa_layers(found.letters, backbone)
     try:
         pattern = Pattern(letters)
     except PatternError as error:
         raise EngineConfigError(f"{engine.title} would be given a pattern it cannot run: {error}") from None
-    return Imported(pattern, engine, backbone, (*notes, *wrapper_notes, *found.notes, *layer_notes), model_type)
+    return Imported(pattern, engine, backbone, (*notes, *key_notes, *found.notes, *layer_notes), model_type)
+
+
+def _keys_seen(typed: Typed, engine: Engine, over: Backbone | None) -> tuple[Mapping[str, Any], list[str]]:
+    """What the text model sees of what was typed, as overrides of a model (`over`) or as a config of its own."""
+    if over and over.wrapper and not typed.numbers:
+        return _of_wrapped(typed.keys, engine)
+    return _inner_keys(for_engine(typed, engine))
 
 
 def _inner_keys(keys: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
@@ -171,18 +175,22 @@ def _of_wrapped(keys: Mapping[str, Any], engine: Engine) -> tuple[Mapping[str, A
     return keys, [f"{stands}: whether {engine.title} reads it there is not known here"]
 
 
-def _left_as_they_are(keys: Mapping[str, Any], backbone: Backbone) -> dict[str, Any]:
-    """The keys of a pattern in the model's own config that overrides do not replace: an engine reads them too."""
-    own = backbone.keys
-    return {key: own[key] for key in PATTERN_KEYS if own.get(key) is not None and key not in keys}
+def _read_on_top(
+    keys: Mapping[str, Any], config: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Found]
+) -> Found:
+    """What `read` makes of overrides on top of the model's own config: what they do not replace is read too."""
+    kept = {key: config[key] for key in PATTERN_KEYS if config.get(key) is not None and key not in keys}
+    found = read({**kept, **keys})
+    if not kept or _letters_alone(keys, read) == found.letters:
+        return found
+    note = f"on top of the model's own config, where {', '.join(kept)} stays as it is"
+    return Found(found.letters, (note, *found.notes))
 
 
-def _letters_alone(
-    keys: Mapping[str, Any], engine: Engine, num_letters: int | None, mtp_layers: int, model_type: str | None
-) -> str | None:
+def _letters_alone(keys: Mapping[str, Any], read: Callable[[Mapping[str, Any]], Found]) -> str | None:
     """What the keys say without the model's own config; None where that is nothing."""
     try:
-        return read_letters(keys, engine, num_letters, mtp_layers, model_type).letters
+        return read(keys).letters
     except EngineConfigError:
         return None
 
