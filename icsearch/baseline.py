@@ -23,7 +23,7 @@ from icsearch.search import Progress, Scoring
 from icsearch.setup.inputs import Inputs
 from icsearch.setup.prepare import Loaded, Publish, load_together, opened, publish_nothing
 from icsearch.setup.start_event import pattern_start
-from icsearch.setup.sweep_scorer import count_in_sweeps, make_scoring, process_rows, weight_rows
+from icsearch.setup.sweep_scorer import count_in_sweeps, make_scoring, process_rows, score_baseline, weight_rows
 from icsearch.similarity import SimilaritySweep, similarity_events
 from icsearch.weights.layout import Layout
 
@@ -44,7 +44,7 @@ def dp_baseline(
         reused = [read_similarity(request.similarity, here.start)] if request.similarity else []
         record = RunRecord.replay(here.existing)
         if not record.finished:
-            loaded = load_together(request, here, world, wanted)
+            loaded = load_together(request, here, world, wanted, listener.info)
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             _compare(request, here.inputs, loaded, make_scoring(here, record, loaded, listener), reused)
         save_similarity(request.out, record)
@@ -72,7 +72,7 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
     _measure_similarity(layout, loaded, scoring)
     if record.chosen is None:
         _choose(request, scoring)
-    scoring.score_references(record.pattern)
+    score_baseline(scoring, layout, record.pattern)
     scoring.append({"event": "finish", "pattern": record.pattern.letters})
 
 

@@ -29,7 +29,7 @@ from icsearch.setup.inputs import Inputs
 from icsearch.setup.prepare import Loaded, load_together, opened
 from icsearch.setup.run_options import run_options
 from icsearch.setup.start_event import start_event
-from icsearch.setup.sweep_scorer import count_in_sweeps, process_rows, weight_notes, weight_rows
+from icsearch.setup.sweep_scorer import count_in_sweeps, guessing_notes, process_rows, weight_notes, weight_rows
 from icsearch.specs import NamedPattern, Target, resolve_specs
 from icsearch.weights.layout import Layout
 from icsearch.weights.loading import load_tokenizer
@@ -71,7 +71,7 @@ def evaluate(
         if not record.finished:
             _check_extras(request, here.inputs)  # all that can be refused is, before anything heavy
             questions = _questions(request, here.inputs)
-            loaded = load_together(request, here, world, wanted)
+            loaded = load_together(request, here, world, wanted, listener.info)
             _check_whole_forwards(request, loaded)
             record = EvalRecord.replay(here.run.open(here.start, here.existing))
 
@@ -154,17 +154,24 @@ def _measure(
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
     read = _reading_notes(request, inputs.layout)
     for text in dict.fromkeys((*loaded.notes, *weight_notes(loaded), *_uncounted(inputs), *read)):
-        if text not in record.notes:
-            append({"event": "note", "text": text})
+        _note(text, record, append)
     waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)
     several = _shared_by(loaded, record, listener)
     Evaluation(loaded.dsa, waves, record, append, listener.layer_done, several).run(patterns, per_sweep)
+    for text in guessing_notes(record.loss(layout.start_pattern.letters), layout.vocab_size):
+        _note(text, record, append)
     _run_tasks(questions, loaded.dsa, patterns, record, append, listener)
     for name, compute in _extras(request, inputs, loaded, record).items():
         if name not in record.extras:
             listener.info(f"{EXTRAS[name]} ...")
             append({"event": "extra", "name": name, "value": compute()})
     append({"event": "finish"})
+
+
+def _note(text: str, record: EvalRecord, append: Append) -> None:
+    """Keep what the reader should know, once."""
+    if text not in record.notes:
+        append({"event": "note", "text": text})
 
 
 def _shared_by(loaded: Loaded, record: EvalRecord, listener: Progress) -> Share | None:

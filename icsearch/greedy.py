@@ -18,7 +18,7 @@ from icsearch.setup.inputs import Inputs
 from icsearch.setup.memory_plan import Memory
 from icsearch.setup.prepare import Loaded, Publish, load_together, opened, publish_nothing
 from icsearch.setup.start_event import pattern_start
-from icsearch.setup.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring, weight_rows
+from icsearch.setup.sweep_scorer import count_in_sweeps, heldout_scorer, make_scoring, score_baseline, weight_rows
 from icsearch.states import Keeping
 from icsearch.strategies import DEFAULT_CONFIDENCE, Options, Strategy, Task, looks_of, make_strategy, testing_looks
 from icsearch.weights.layout import Layout
@@ -42,7 +42,7 @@ def greedy(
         record = RunRecord.replay(here.existing)
         if not record.finished:
             request = request.settled(here.start["options"])
-            loaded = load_together(request, here, world, wanted)
+            loaded = load_together(request, here, world, wanted, listener.info)
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             search_plan = _plan(request, here.inputs.layout, loaded, record)
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
@@ -50,6 +50,7 @@ def greedy(
             listener.planned(plan.rows(search_plan, here.start), total, record.layer_sequences)
             if options_of(record).races and (why := _why_race_saves_nothing(record, scoring.waves)):
                 listener.info(why)
+            score_baseline(scoring, here.inputs.layout)
             search = Search(scoring, strategy_of(record))
             if request.refine is None:
                 search.run()

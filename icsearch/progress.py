@@ -23,6 +23,8 @@ SECONDS_BETWEEN_LINES = 10.0
 class Quiet:
     """Hears everything and says nothing."""
 
+    def opening(self, text: str) -> None: ...
+
     def info(self, text: str) -> None: ...
 
     def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None: ...
@@ -95,6 +97,16 @@ class Live(Plain):
             transient=True,
         )
         self._task: Any = None
+        self._status = console.status("")
+
+    def opening(self, text: str) -> None:
+        """Shown until the plan or the end comes: libraries are imported, and whatever can be refused is."""
+        self._status.update(escape(text))
+        self._status.start()
+
+    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None:
+        self._status.stop()
+        super().planned(rows, layer_sequences, done)
 
     def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
@@ -116,6 +128,7 @@ class Live(Plain):
         self.info(commit_line(record))
 
     def close(self) -> None:
+        self._status.stop()
         self._progress.stop()
 
 

@@ -185,7 +185,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "refine": {"errors", "journal", "pattern", "runs.record", "runs.refinement", "search", "strategies"},
     "setup": set(),
-    "setup.inputs": {"calibration", "requests", "weights.checkpoint", "weights.layout", "weights.loading"},
+    "setup.inputs": {
+        "calibration", "requests", "texts.sources", "weights.checkpoint", "weights.layout", "weights.loading",
+    },
     "setup.run_options": {
         "block_sizes", "errors", "journal", "pattern", "requests", "runs.rundir", "setup.inputs", "strategies",
         "weights.layout", "weights.loading",

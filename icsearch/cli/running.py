@@ -55,7 +55,7 @@ def display(request: RunRequest, quiet: bool) -> Iterator[Progress]:
     from icsearch.progress import make_listener
 
     listener = make_listener(quiet)
-    listener.info(f"loading {request.model} ...")
+    listener.opening(f"opening {request.model} ...")
     from icsearch.weights.loading import quiet_transformers
 
     quiet_transformers()

@@ -117,6 +117,10 @@ class EvalRecord:
         rows = [self._row(named) for named in self.start["patterns"]]
         return sorted(rows, key=lambda row: (row["name"] != "full", -row["retention"], row["loss"]))
 
+    def loss(self, letters: str) -> float:
+        """Nats per token of a pattern that was measured on all sequences."""
+        return mean_loss([measures.nll for measures in self.of(letters)], self.tokens)
+
     def _row(self, named: dict[str, Any]) -> dict[str, Any]:
         letters, full = named["pattern"], self.start["start_pattern"]
         own, base, tokens = self.of(letters), self.of(full), self.tokens

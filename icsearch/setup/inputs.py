@@ -7,6 +7,7 @@ from pathlib import Path
 
 from icsearch import calibration
 from icsearch.requests import CalibrationRequest, RunRequest
+from icsearch.texts.sources import ReadyTokens, parse_source
 from icsearch.weights import checkpoint, loading
 from icsearch.weights.checkpoint import Checkpoint
 from icsearch.weights.layout import Layout, inspect
@@ -71,6 +72,11 @@ def obtain(
         rebuild=fresh,
         copy_ready=copy_ready,
     )
+
+
+def is_ready(source: str) -> bool:
+    """Whether SOURCE names tokens that are used as they are."""
+    return isinstance(parse_source(source), ReadyTokens)
 
 
 def limits(layout: Layout) -> calibration.Limits:

@@ -21,7 +21,7 @@ from icsearch.runs.record import RunRecord
 from icsearch.runs.rundir import RunDirectory
 from icsearch.search import Progress
 from icsearch.setup.bring_up import bring_up, device_batches
-from icsearch.setup.inputs import Inputs, obtain, obtain_heldout, open_model
+from icsearch.setup.inputs import Inputs, is_ready, obtain, obtain_heldout, open_model
 from icsearch.setup.memory_plan import Memory, plan_memory, plan_share
 from icsearch.weights.holding import DISK
 from icsearch.weights.loading import resolve_device
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 # Writes the results of a run into its directory.
 Publish = Callable[[Path, RunRecord], object]
+# Hears a line for whoever watches the run.
+Tell = Callable[[str], None]
 
 
 def publish_nothing(out: Path, record: RunRecord) -> None:
@@ -63,12 +65,12 @@ def opened(
     run = RunDirectory(request.out)
     with run.locked():
         batches, hit = obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
-        how = "from the cache" if hit else "made now"
-        listener.info(f"calibration: {batches.num_sequences} x {batches.seq_len} tokens ({how})")
         inputs = Inputs(source, layout, batches, obtain_heldout(request, source, layout, batches))
         existing = [] if request.fresh else run.existing()
         start = describe(inputs, existing)
         run.check_same(existing, start)
+        how = "ready" if is_ready(request.calibration.source) else "from the cache" if hit else "made now"
+        listener.info(f"calibration: {batches.num_sequences} x {batches.seq_len} tokens ({how})")
         if existing:
             done = existing[-1]["event"] == "finish"
             listener.info(f"{request.out} is finished" if done else f"continuing {request.out}")
@@ -88,9 +90,13 @@ class Loaded:
     bytes_per_second: float | None = None  # of reading streamed weights, as measured when the run started
 
 
-def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded:
-    """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError."""
+def load(request: RunRequest, inputs: Inputs, options: dict[str, Any], tell: Tell = lambda _: None) -> Loaded:
+    """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError.
+
+    `tell` hears when weights are about to be read: by then everything that needs none of them has been refused.
+    """
     memory = plan_memory(request, inputs, options)
+    tell(f"loading {request.model} ...")
     remote = request.calibration.trust_remote_code
     dsa = bring_up(inputs.source, options, remote, None, memory.offload.where)
     size = options["batch_size"]
@@ -100,18 +106,19 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Loaded
     return Loaded(dsa, batches, memory, heldout, bytes_per_second=rate)
 
 
-def load_together(request: RunRequest, here: Opened, world: World | None, wanted: Sequence[Grid]) -> Loaded:
+def load_together(request: RunRequest, here: Opened, world: World | None, wanted: Sequence[Grid], tell: Tell) -> Loaded:
     """As `load`, by all processes of a run: what each of them gets follows from the grid that they make.
 
     That is the first of those wanted in which the weights fit. Without a world, this process is the only one.
     """
     if world is None:
-        return load(request, here.inputs, here.start["options"])
+        return load(request, here.inputs, here.start["options"], tell)
     from icsearch.processes.crew import Crew  # torch.distributed, which one process can do without
     from icsearch.processes.muster import check_ready, lead_in, load_order
 
     inputs, options = here.inputs, here.start["options"]
     memory = plan_share(request, inputs, options, world.launch, wanted)
+    tell(f"loading {request.model} ...")
     grid = memory.share.grid
     layers = pipeline_blocks(inputs.layout.num_layers, inputs.layout.layer_indices, grid.pipeline)
     sets = {CALIBRATION: inputs.batches, **({HELDOUT: inputs.heldout} if inputs.heldout else {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from icsearch.block import Batch, BranchState, cut_waves
@@ -107,6 +108,27 @@ def weight_rows(loaded: Loaded, patterns: int) -> list[tuple[str, str]]:
     """The plan's rows on weights, for steps of so many patterns at most."""
     passes = loaded.memory.passes(patterns, sum(len(batch.input_ids) for batch in loaded.batches))
     return offload.rows(loaded.memory.offload, passes, loaded.bytes_per_second)
+
+
+def guessing_notes(loss: float, vocab_size: int) -> list[str]:
+    """Where the unmodified model's loss, in nats per token, is above that of guessing among all tokens."""
+    guessing = math.log(vocab_size)
+    if not loss > guessing:
+        return []
+    return [
+        f"the unmodified model's loss of {loss:.4f} nats per token is above {guessing:.4f}, that of guessing among its "
+        f"{vocab_size} tokens: these are probably not its text, its tokens or its tokenizer, and no pattern found on "
+        "them means anything"
+    ]
+
+
+def score_baseline(scoring: Scoring, layout: Layout, *more: Pattern) -> None:
+    """Step 0 of a run, and a note where its loss says that something is wrong."""
+    scoring.score_references(*more)
+    loss = scoring.record.loss(scoring.record.start_pattern.letters)
+    for text in guessing_notes(loss, layout.vocab_size):
+        scoring.progress.info(text)
+        scoring.note([text])
 
 
 def weight_notes(loaded: Loaded) -> list[str]:

@@ -359,6 +359,53 @@ def test_greedy_from_a_text_file_uses_its_cache(
     assert "from the cache" in run(capsys, *arguments)[2]
 
 
+REFUSED_BEFORE_LOADING: dict[str, list[object]] = {
+    "no such file": ["--calibration", "nowhere.txt"],
+    "no such corpus": ["--calibration", "demo:nowhere"],
+    "no such tracker": ["--calibration", "demo", "--tracker", "nobody"],
+    "no memory": ["--calibration", "demo", "--num-sequences", 1, "--memory", "1MB"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BEFORE_LOADING)
+def test_a_refusal_before_weights_are_read_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, case: str
+) -> None:
+    """Nothing is said to be loading that is not."""
+    more = REFUSED_BEFORE_LOADING[case]
+    status, out, err = run(capsys, "eval", "demo", "--pattern", "full", "--out", tmp_path / "run", *more)
+    lines = [line for line in err.splitlines() if not line.startswith("calibration: ")]
+    assert (status, out, len(lines)) == (2, "", 1), err
+
+
+def test_loading_is_said_when_it_begins(
+    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path
+) -> None:
+    arguments = greedy(glm_checkpoint, tokens, tmp_path / "run", "--num-shared", 1)
+    first = run(capsys, *arguments)[2].splitlines()
+    assert "tokens (ready)" in first[0] and first[1] == f"loading {glm_checkpoint} ..."
+    assert "loading " not in run(capsys, *arguments)[2]  # it is finished
+
+
+def test_tokens_that_mean_nothing_are_noted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The demo on random tokens does worse than by guessing; on its own text better."""
+    nonsense = tiny.save_tokens(tmp_path / "tokens", sequences=2, length=64)
+    words = "tokens or its tokenizer"
+    for command in ("greedy", "dp-baseline"):
+        arguments = [command, "demo", "--calibration", nonsense, "--num-shared", 1, "--out", tmp_path / command]
+        status, _, err = run(capsys, *arguments)
+        assert (status, err.count(words)) == (0, 1), err
+        assert (tmp_path / command / "report.html").read_text().count(words) == 1
+        assert run(capsys, *arguments)[0] == 0
+        assert (tmp_path / command / "journal.jsonl").read_text().count(words) == 1
+    arguments = ["eval", "demo", "--pattern", "uniform:1/2", "--calibration"]
+    status, _, err = run(capsys, *arguments, nonsense, "--out", tmp_path / "eval")
+    assert (status, err.count(words)) == (0, 1), err
+    assert (tmp_path / "eval" / "report.html").read_text().count(words) == 1
+    sizes = ["--num-sequences", 1, "--seq-len", 64]
+    assert words not in run(capsys, *arguments, "demo", *sizes, "--out", tmp_path / "text")[2]
+
+
 def test_broken_checkpoints_through_the_command_line(
     capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path
 ) -> None:
