@@ -26,15 +26,16 @@ def read_object(
     advice: str,
     error: type[IcsearchError],
     version: str | None = None,
+    absent: str | None = None,
 ) -> dict[str, Any]:
     """The JSON object in a file; raises `error`, which names the file, for everything that is none.
 
-    With `version`, the object's `format` must be that.
+    With `version`, the object's `format` must be that. `absent` is the advice where there is no file.
     """
     try:
         document = json.loads(read_text(path), object_pairs_hook=unambiguous)
     except FileNotFoundError:
-        raise error(f"no file {path}: expected {expected}; {advice}") from None
+        raise error(f"no file {path}: expected {expected}; {absent or advice}") from None
     except OSError as problem:
         raise error(f"cannot read {path} ({problem.strerror or problem}): expected {expected}; {advice}") from None
     except RecursionError:

@@ -264,6 +264,7 @@ def load_pattern_file(path: Path) -> PatternFile:
         advice="write it with this version",
         error=PatternError,
         version=PATTERN_FORMAT,
+        absent="give its path, a RUN directory, or published:NAME",
     )
     try:
         return _from_json(document)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from icsearch.engines.backbone import Backbone
-from icsearch.errors import IcsearchError, PatternError
+from icsearch.errors import IcsearchError, PatternError, did_you_mean
 from icsearch.jsonfile import shown
 from icsearch.pattern import Pattern, num_full, parse_retention
 from icsearch.processes.launch import pipeline_blocks
@@ -312,4 +312,5 @@ def _check_most(option: str, *values: int | None) -> None:
 
 def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise IcsearchError(f"{option} {value!r} is unknown: give {' or '.join(choices)}")
+        meant = did_you_mean(value, choices)
+        raise IcsearchError(f"{option} {value!r} is unknown: {f'{meant} ' if meant else ''}give {' or '.join(choices)}")

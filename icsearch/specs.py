@@ -13,7 +13,7 @@ from typing import Any
 
 from icsearch.engines.backbone import Backbone
 from icsearch.engines.importing import import_pattern, is_engine_source
-from icsearch.errors import PatternError
+from icsearch.errors import PatternError, did_you_mean
 from icsearch.files import typed_path
 from icsearch.jsonfile import shown
 from icsearch.pattern import Pattern, PatternFile, load_pattern_file, parse_retention
@@ -24,6 +24,7 @@ EXPECTED = (
     "full, uniform:1/4, published:NAME, a pattern.json or RUN (RUN@1/2: at that retention), letters, or what an engine "
     "is given (a config.json, overrides as JSON, freq:4,offset:2)"
 )
+FORMS = ("uniform", "published", "freq")
 NAME_LENGTH = 32  # of a name in a table
 
 
@@ -113,7 +114,10 @@ def published_path(spec: str) -> Path:
     known = sorted(file.stem for file in published_patterns().glob("*.json"))
     name = spec.removeprefix("published:")
     if name not in known:
-        raise PatternError(f"no published pattern {shown(name)}: known are {', '.join(known)}")
+        meant = did_you_mean(name, known)
+        raise PatternError(
+            f"no published pattern {shown(name)}: {f'{meant} ' if meant else ''}known are {', '.join(known)}"
+        )
     return published_patterns() / f"{name}.json"
 
 
@@ -122,7 +126,8 @@ def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force:
     path = typed_path(text, PatternError)
     path = path / "pattern.json" if path.is_dir() else path
     if not path.exists():
-        raise PatternError(f"unknown pattern {shown(spec)}: expected {EXPECTED}")
+        meant = did_you_mean(spec.partition(":")[0], FORMS) if ":" in spec else did_you_mean(spec, ["full"])
+        raise PatternError(f"unknown pattern {shown(spec)}: {f'{meant} ' if meant else ''}expected {EXPECTED}")
     file = load_pattern_file(path)
     label = _label(path, file.method)
     wanted = [parse_retention(at)] if at else list(retentions)

@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.keys": {"engines.engine", "engines.letters", "engines.schedule", "pattern"},
     "engines.table": {
         "engines.engine", "engines.keys", "engines.letters", "engines.rendering", "engines.schedule", "engines.stages",
+        "errors",
     },
     "engines.backbone": {"errors", "jsonfile"},
     "engines.gguf_scan": set(),
@@ -177,7 +178,8 @@ ALLOWED: dict[str, set[str]] = {
         "planning.placement", "planning.rehearsal", "planning.workload", "requests", "strategies", "weights.holding",
     },
     "planning.report": {
-        "", "planning.forecast", "planning.placement", "planning.plan", "strategies", "weights.holding",
+        "", "planning.forecast", "planning.offload", "planning.placement", "planning.plan", "strategies",
+        "weights.holding",
     },
     "runs.rundir": {"errors", "files", "journal", "jsonfile", "runs.journal_schema", "runs.record"},
     "search": {

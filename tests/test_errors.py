@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from icsearch.errors import MAX_SAID, first_line
+from icsearch.errors import MAX_SAID, did_you_mean, first_line
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,17 @@ from icsearch.errors import MAX_SAID, first_line
 )
 def test_the_first_line_that_says_something(text: str, said: str) -> None:
     assert first_line(ValueError(text)) == said
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "meant"),
+    [
+        ("raze", ("exact", "race", "lazy"), "did you mean race?"),
+        ("vlm", ("vllm", "sglang"), "did you mean vllm?"),
+        ("tgi", ("vllm", "sglang"), ""),
+        ("", ("vllm",), ""),
+    ],
+)
+def test_what_was_probably_meant(name: str, names: tuple[str, ...], meant: str) -> None:
+    assert did_you_mean(name, names) == meant
+    assert did_you_mean(f"A_{name}", [f"A_{known}" for known in names], "A_") == meant.replace("mean ", "mean A_")

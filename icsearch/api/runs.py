@@ -76,7 +76,7 @@ def find_pattern(
 
 def evaluate_patterns(
     model: str | Path,
-    patterns: Sequence[str | Path | Pattern],
+    patterns: str | Path | Pattern | Sequence[str | Path | Pattern],
     calibration: str | Path,
     out: str | Path,
     *,
@@ -86,13 +86,15 @@ def evaluate_patterns(
 ) -> EvalView:
     """Measure patterns as `icsearch eval` does; `out` is the directory of its results.
 
-    A pattern is a SPEC of the command line, a RUN directory, or a `Pattern`. The rows come with most F layers first,
-    the unmodified model at the top; `document` is the content of eval.json. Raises IcsearchError for bad input.
+    A pattern is a SPEC of the command line, a RUN directory, or a `Pattern`; one alone needs no list. The rows come
+    with most F layers first, the unmodified model at the top; `document` is the content of eval.json. Raises
+    IcsearchError for bad input.
     """
     from icsearch.evaluate import evaluate
 
     asked: dict[str, Any] = dict(options)
-    specs = tuple(map(str, patterns))
+    several = [patterns] if isinstance(patterns, (str, Path, Pattern)) else patterns
+    specs = tuple(map(str, several))
     where = calibration_request(model, calibration, asked)
     request = EvalRequest(where, out=Path(out), patterns=specs, **parsed(asked))
     with _heard(progress, trackers, request.out) as tracking:

@@ -8,6 +8,7 @@ from icsearch.engines.letters import ExportError
 from icsearch.engines.rendering import config_json, json_flag, plain_flags
 from icsearch.engines.schedule import ASCEND_V4, ATOM, MEGATRON
 from icsearch.engines.stages import split_front, split_vllm
+from icsearch.errors import did_you_mean
 
 MAY_IGNORE = "For other types it may ignore the pattern and run every layer as F without a word: check."
 NOT_KNOWN = "Whether it reads the pattern for other types is not known here: check."
@@ -169,5 +170,8 @@ def find_engine(name: str) -> Engine:
     """The table's entry for an engine; raises ExportError with the known names."""
     engine = ENGINES.get(name.strip().lower())
     if engine is None:
-        raise ExportError(f"unknown engine {name!r}: expected one of {', '.join(ENGINES)}")
+        meant = did_you_mean(name, ENGINES)
+        raise ExportError(
+            f"unknown engine {name!r}: {f'{meant} ' if meant else ''}expected one of {', '.join(ENGINES)}"
+        )
     return engine

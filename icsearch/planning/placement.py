@@ -223,8 +223,11 @@ def why_nothing_fits(case: Case, fits: list[Fit]) -> IcsearchError:
     least = min(fits, key=lambda one: one.missing)
     parts = {"weights": least.weights, "a layer call": least.call, "branches": least.states}
     sizes = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
+    more = "plan for more --devices or --device-memory, or a shorter --seq-len"
+    if case.device.kind == DEVICE_CPU:
+        more = "plan for GPUs, such as --devices 8xH200, or a shorter --seq-len"
     return IcsearchError(
         f"nothing fits {case.devices.words}, of whose memory {format_bytes(least.budget)} each may be taken "
         f"({MEMORY_SHARE:.0%}): the least is {format_bytes(least.total)} ({least.placement.words}; {sizes}), which is "
-        f"{format_bytes(least.missing)} too much; plan for more --devices or --device-memory, or a shorter --seq-len"
+        f"{format_bytes(least.missing)} too much; {more}"
     )

@@ -7,17 +7,19 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from icsearch import __version__
-from icsearch.planning.forecast import SECONDS_AN_HOUR, Forecast, Plan
+from icsearch.planning.forecast import PATIENCE, SECONDS_AN_HOUR, Forecast, Plan
+from icsearch.planning.offload import SHARE_OF_CPU
 from icsearch.planning.placement import Fit, weight_sizes
 from icsearch.planning.plan import format_bytes
 from icsearch.strategies import STRATEGIES
-from icsearch.weights.holding import RESIDENT
+from icsearch.weights.holding import CPU, RESIDENT
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 PLAN_FORMAT = "icsearch.plan/1"
+EXACT = "exact"
 KINDS = {
     "layer_evaluations": "exact: counted over a rehearsal, its likely course; others: that times a measured share",
     "share": "measured: layer evaluations of exact's, on two 24-layer checkpoints (benchmarks/README.md); a race's for "
@@ -191,7 +193,7 @@ def _weights_words(plan: Plan) -> str:
 def _memory_table(plan: Plan) -> RenderableType:
     """Every placement: what its fullest device holds."""
     found = _table(f"Memory of the fullest device, estimated, of {format_bytes(plan.fits[0].budget)}")
-    for name in ("placement", "weights", "branches", "a call", "in all", "patterns at once"):
+    for name in ("placement", "weights", "branches", "a call", "in all", "room for patterns"):
         found.add_column(name)
     for one in plan.fits:
         living = f"{one.per_sweep}, in CPU memory" if one.resting else str(one.per_sweep)
@@ -255,8 +257,32 @@ def _notes(plan: Plan) -> RenderableType:
     from rich.text import Text
 
     return Text(
+        f"{_cpu_memory(plan)}"
         "exact: its likely course, by rehearsal. The others: exact's times the share of layer evaluations that was "
         "measured on two 24-layer checkpoints; yours follows from its losses. A race drops nobody in its first wave, "
         "so it saves less in few waves; each portion of lazy reads streamed weights again.\n"
-        f"Time: max(FLOPs / rate, bytes / bandwidth) / efficiency; efficiency {plan.basis}: an order of magnitude."
+        f"Time: max(FLOPs / rate, bytes / bandwidth) / efficiency; efficiency {plan.basis}: an order of magnitude.\n"
+        f"Recommended: {reason(plan)}."
     )
+
+
+def _cpu_memory(plan: Plan) -> str:
+    """What weights take that rest in CPU memory, where a placement keeps them there; a line, or nothing."""
+    copies = sorted({one.placement.data for one in plan.fits if one.placement.offload == CPU})
+    if not copies:
+        return ""
+    total, room = weight_sizes(plan.case).total, int(SHARE_OF_CPU * plan.case.device.node_memory)
+    sizes = ", ".join(f"{format_bytes(total * data)} with dp {data}" for data in copies)
+    return f"from cpu: the weights rest in the node's CPU memory, {sizes}, of {format_bytes(room)} to take.\n"
+
+
+def reason(plan: Plan) -> str:
+    """Why the recommended placement and strategy are these."""
+    best, chosen = plan.best
+    least = min(plan.forecasts[best], key=lambda one: one.hours)
+    if chosen.strategy != EXACT:
+        return f"the fastest placement, and the fastest strategy, for exact takes more than {PATIENCE:.0f} h"
+    within = f"the fastest placement, and exact, whose choices are certain, for it ends within {PATIENCE:.0f} h"
+    if least.strategy == EXACT:
+        return within
+    return f"{within}; {least.strategy} would take {duration(least.hours)} in place of {duration(chosen.hours)}"

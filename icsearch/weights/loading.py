@@ -36,7 +36,7 @@ def load(
     layer always stays on the device: embedding and LM head are small against the layers, and every wave needs them.
     """
     place = resolve_device(device)
-    with _out_of_memory_named():
+    with _out_of_memory_named(), _bars_off():
         model = _empty_model(checkpoint, dtype, trust_remote_code)
         reader = Reader(checkpoint, model, model.dtype, place)
         held = range(len(reader.layers)) if layers is None else layers
@@ -102,6 +102,20 @@ def _out_of_memory_named() -> Iterator[None]:
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
         raise
+
+
+@contextlib.contextmanager
+def _bars_off() -> Iterator[None]:
+    """Within the block, transformers shows no bars; behind it, those of the program around are as they were."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def quiet_transformers() -> None:

@@ -89,6 +89,11 @@ def test_an_evaluation_is_the_commands(glm_checkpoint: Path, few: Path, tmp_path
     assert view.rows[0].is_baseline
 
 
+def test_one_pattern_alone_needs_no_list(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
+    view = icsearch.evaluate_patterns(glm_checkpoint, "uniform:1/2", few, tmp_path / "one")
+    assert [row.name for row in view.rows] == ["full", "uniform 1/2"]
+
+
 def test_calibrate_is_the_commands(glm_checkpoint: Path, tmp_path: Path) -> None:
     made = icsearch.calibrate(glm_checkpoint, "demo", tmp_path / "api", seq_len=32, num_sequences=3, seed=5)
     assert made.input_ids.shape == (3, 32)

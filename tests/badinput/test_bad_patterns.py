@@ -35,6 +35,8 @@ SPECS: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "uniform of too much": (lambda p: "uniform:3/2", "retention 3/2 is out of range", "above 0 and at most 1"),
     "uniform by nought": (lambda p: "uniform:1/0", "retention '1/0' is not a number", "give a fraction"),
     "published by nobody": (lambda p: "published:nobody", "no published pattern 'nobody'", "known are"),
+    "published, with a slip": (lambda p: "published:demo-gredy", "did you mean demo-greedy?", "known are"),
+    "uniform, with a slip": (lambda p: "unifrom:1/4", "did you mean uniform? expected full", "published:NAME"),
     "published elsewhere": (lambda p: "published:../README", "no published pattern '../README'", "known are"),
     "published, and long": (lambda p: "published:" + "x" * 300, "no published pattern", "known are"),
     "published of another model": (lambda p: "published:glm-5-1-4", "belongs to another model", "cannot be run here"),
@@ -70,8 +72,8 @@ def test_a_pattern_that_wants_an_indexer_where_there_is_none(place: Place, capfd
 WRITE = "write it"
 STEP = {"step": 1, "layer": 1, "loss": 2.0, "delta": 0.0, "std_err": 0.1, "pattern": "FSFFFF"}
 PATTERN_FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
-    "nothing": (lambda p: "pattern.json", "no file pattern.json", WRITE),
-    "a directory without one": (lambda p: p.file("run/x").parent, "no file", WRITE),
+    "nothing": (lambda p: "pattern.json", "no file pattern.json", "give its path"),
+    "a directory without one": (lambda p: p.file("run/x").parent, "no file", "give its path"),
     "a long name": (lambda p: "x" * 300, "File name too long", "give another one"),
     "a device without end": (lambda p: "/dev/zero", "File too large", WRITE),
     "cut": (lambda p: p.changed(p.pattern(), lambda b: b[:99]), "is not JSON", WRITE),
@@ -123,6 +125,7 @@ def test_an_evaluation_reads_them_in_the_same_way(place: Place, capfd: pytest.Ca
 
 EXPORTS: dict[str, tuple[tuple[object, ...], str, str]] = {
     "an engine of nobody": (("--engine", "tgi"), "unknown engine 'tgi'", "expected one of"),
+    "an engine with a slip": (("--engine", "vlm"), "did you mean vllm?", "expected one of"),
     "no engine": (("--engine", ""), "unknown engine ''", "expected one of"),
     "a retention not reached": (("--engine", "vllm", "--retention", "1/6"), "holds 3 to 6 of 6", "a smaller"),
     "a retention of text": (("--engine", "vllm", "--retention", "half"), "'half' is not a number", "give a fraction"),

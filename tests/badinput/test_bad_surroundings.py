@@ -154,7 +154,7 @@ ODD = {
 def test_odd_surroundings(place: Place, case: str) -> None:
     """A refusal is the same line, and what works goes on working."""
     run = shutil.copytree(place.good.greedy, place.root / "größer")
-    row = Row(lambda p: (), "no file", "write it with this version")
+    row = Row(lambda p: (), "no file", "give its path, a RUN directory")
     refused = icsearch("export", "keine-größe.json", "--engine", "vllm", environment=ODD[case])
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.count("\n") == 1 and row.found in refused.stderr and row.todo in refused.stderr

@@ -52,6 +52,7 @@ def test_a_plan_in_words(capsys: Capture) -> None:
         "measured",
         "estimated",
         "recommended:\nicsearch greedy",
+        "Recommended: the fastest placement, and exact, whose choices are certain",
     ):
         assert word in out
 
@@ -67,6 +68,17 @@ def test_a_plan_fits_the_terminal(model: str, columns: int, capsys: Capture, mon
     assert max(map(len, lines)) <= columns
     assert "…" not in out and "(s)" not in out
     assert command == planned(capsys, model, *more)["recommended"]["command"]
+
+
+def test_what_cpu_memory_must_hold_is_said(capsys: Capture) -> None:
+    out = " ".join(run(capsys, "plan", GLM, *LONG)[1].split())
+    assert "from cpu: the weights rest in the node's CPU memory, 1.5 TB with dp 1, " in out
+    assert "from cpu" not in run(capsys, "plan", "demo")[1]
+
+
+def test_a_model_too_large_for_the_machine_is_planned_for_gpus(capsys: Capture) -> None:
+    line = refused(capsys, "plan", GLM, "--devices", "1xcpu", "--device-memory", "16GB")
+    assert "plan for GPUs, such as --devices 8xH200" in line
 
 
 def test_weights_that_are_dequantised_are_said_to_be(capsys: Capture) -> None:
