@@ -126,7 +126,7 @@ def test_an_evaluation_reads_them_in_the_same_way(place: Place, capfd: pytest.Ca
 EXPORTS: dict[str, tuple[tuple[object, ...], str, str]] = {
     "an engine of nobody": (("--engine", "tgi"), "unknown engine 'tgi'", "expected one of"),
     "an engine with a slip": (("--engine", "vlm"), "did you mean vllm?", "expected one of"),
-    "no engine": (("--engine", ""), "unknown engine ''", "expected one of"),
+    "no engine": (("--engine", ""), "needs one of", "--engine NAME and --checkpoint OUT"),
     "a retention not reached": (("--engine", "vllm", "--retention", "1/6"), "holds 3 to 6 of 6", "a smaller"),
     "a retention of text": (("--engine", "vllm", "--retention", "half"), "'half' is not a number", "give a fraction"),
 }
