@@ -6,6 +6,7 @@ What families do each in their own way is in `families`, how layers compute in `
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -229,6 +230,8 @@ class DsaModel:
             with self._computing():
                 output = self.layers[index](hidden_states, *call.args, **call.kwargs)
         except _MISFITS as error:
+            if _is_ours(error):
+                raise
             raise ModelError(
                 f"decoder layer {index} cannot be run ({type(error).__name__}: {first_line(error)}): expected a config "
                 f"of {self.config.model_type} that fits its code; mend config.json (--debug shows where it ends)"
@@ -241,6 +244,12 @@ class DsaModel:
         Raises ModelError where the model itself does something else there.
         """
         return self._ending.norm(hidden_states)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised by code of this package, and not by the family's: then no config can mend it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].split(".")[0] == __name__.split(".")[0]
 
 
 def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:

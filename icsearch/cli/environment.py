@@ -13,20 +13,30 @@ _COMPLETION = f"_{PREFIX}_COMPLETE"  # set by a shell that completes a command l
 
 
 def check_variables(environment: Mapping[str, str], root: Any) -> None:
-    """Raise IcsearchError where a variable is named as an option's, and no option of the parser `root` has that name.
+    """Raise IcsearchError where a variable is named as an option's, or nearly so, and no option of `root` is.
 
     While a shell completes a command line nothing is refused: it would be printed into that line.
     """
     if _COMPLETION in environment:
         return
     known = {_DEBUG, *_variables(PREFIX, root)}
-    for name, command in root.commands.items():
-        known |= _variables(f"{PREFIX}_{name.replace('-', '_').upper()}", command)
+    commands = {f"{PREFIX}_{name.replace('-', '_').upper()}": command for name, command in root.commands.items()}
+    for prefix, command in commands.items():
+        known |= _variables(prefix, command)
     for name in sorted(environment):
-        if name.startswith(f"{PREFIX}_") and name not in known:
-            rule = f"expected {PREFIX}_COMMAND_OPTION, such as {PREFIX}_GREEDY_SEED for --seed of icsearch greedy"
-            meant = did_you_mean(name, known, f"{PREFIX}_") or rule
+        if not name.startswith(f"{PREFIX}_") or name in known:
+            continue
+        of_command = any(name.startswith(f"{prefix}_") for prefix in commands)
+        if meant := _meant(name, known, of_command):
             raise IcsearchError(f"no option is read from the environment variable {name}: {meant}; or unset it")
+
+
+def _meant(name: str, known: set[str], of_command: bool) -> str:
+    """What a variable was meant to be; nothing where it is nobody's, such as what a cluster sets for a service."""
+    if name.endswith("_CONFIG"):
+        return f"the config file of all commands is named by {PREFIX}_CONFIG"
+    rule = f"expected {PREFIX}_COMMAND_OPTION, such as {PREFIX}_GREEDY_SEED for --seed of icsearch greedy"
+    return did_you_mean(name, known, f"{PREFIX}_") or (rule if of_command else "")
 
 
 def _variables(prefix: str, command: Any) -> set[str]:

@@ -70,7 +70,7 @@ def without_their_config(arguments: list[str], options: dict[str, Any]) -> list[
     """
     from icsearch.engines.texts import has_flag
 
-    if not any(has_flag(argument) for argument in arguments):
+    if not any(argument.startswith("-") and has_flag(argument) for argument in arguments):
         return arguments
     start = 0
     while start < len(arguments) and arguments[start].split("=")[0] in options:

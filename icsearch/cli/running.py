@@ -55,11 +55,11 @@ def display(request: RunRequest, quiet: bool) -> Iterator[Progress]:
     from icsearch.progress import make_listener
 
     listener = make_listener(quiet)
-    listener.opening(f"opening {request.model} ...")
-    from icsearch.weights.loading import quiet_transformers
-
-    quiet_transformers()
     try:
+        listener.opening(f"opening {request.model} ...")
+        from icsearch.weights.loading import quiet_transformers
+
+        quiet_transformers()
         yield listener
     except (KeyboardInterrupt, Terminated) as ending:
         listener.close()

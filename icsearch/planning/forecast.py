@@ -86,12 +86,12 @@ class Plan:
 
     @property
     def best(self) -> tuple[Fit, Forecast]:
-        """The fastest placement; exact, or above `PATIENCE` hours the strategy of the fewest hours."""
+        """The placement on which exact is fastest; there exact, or above `PATIENCE` hours what takes the fewest."""
         fastest = min(self.forecasts, key=lambda one: self.forecasts[one][0].hours)
         exact = self.forecasts[fastest][0]
         if exact.hours <= PATIENCE:
             return fastest, exact
-        return fastest, min(self.forecasts[fastest], key=lambda one: one.hours)
+        return fastest, min(self.forecasts[fastest], key=lambda one: one.hours)  # of equals exact, which comes first
 
 
 def make_plan(request: PlanRequest) -> Plan:

@@ -280,9 +280,13 @@ def reason(plan: Plan) -> str:
     """Why the recommended placement and strategy are these."""
     best, chosen = plan.best
     least = min(plan.forecasts[best], key=lambda one: one.hours)
+    place = "the placement that exact is fastest on"
+    certain = f"{place}, and exact, whose choices are certain"
+    if chosen.strategy == EXACT and chosen.hours > PATIENCE:
+        return f"{certain}: no other strategy is faster there"
     if chosen.strategy != EXACT:
-        return f"the fastest placement, and the fastest strategy, for exact takes more than {PATIENCE:.0f} h"
-    within = f"the fastest placement, and exact, whose choices are certain, for it ends within {PATIENCE:.0f} h"
+        return f"{place}, and there the fastest strategy, for exact takes more than {PATIENCE:.0f} h"
+    within = f"{certain}, for it ends within {PATIENCE:.0f} h"
     if least.strategy == EXACT:
         return within
     return f"{within}; {least.strategy} would take {duration(least.hours)} in place of {duration(chosen.hours)}"

@@ -290,7 +290,8 @@ def test_usage_errors_point_to_the_help_of_their_command(
         ("ICSEARCH_GREDY_SEED", "did you mean ICSEARCH_GREEDY_SEED?"),
         ("ICSEARCH_DP_BASELINE_SED", "did you mean ICSEARCH_DP_BASELINE_SEED?"),
         ("ICSEARCH_CONFG", "did you mean ICSEARCH_CONFIG?"),
-        ("ICSEARCH_X", "expected ICSEARCH_COMMAND_OPTION, such as"),
+        ("ICSEARCH_EVAL_0123456789012345", "expected ICSEARCH_COMMAND_OPTION, such as"),
+        ("ICSEARCH_GREEDY_CONFIG", "the config file of all commands is named by ICSEARCH_CONFIG"),
     ],
 )
 def test_a_variable_that_no_option_has_is_refused(
@@ -305,7 +306,8 @@ def test_a_variable_that_no_option_has_is_refused(
 def test_variables_that_no_option_is_refused_for(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of the shell's completion start with an underscore, and ICSEARCH_DEBUG is read by the program itself."""
-    for name in ("ICSEARCH_DEBUG", "ICSEARCH_DP_BASELINE_TIMEOUT", "ICSEARCH_IMPORT_LAYERS", "ICSEARCHING"):
+    """ICSEARCH_DEBUG is read by the program itself; Kubernetes sets some for a service of that name."""
+    strangers = ("ICSEARCH_SERVICE_HOST", "ICSEARCH_PORT_29500_TCP_ADDR", "ICSEARCH_HOME")
+    for name in (*strangers, "ICSEARCH_DEBUG", "ICSEARCH_DP_BASELINE_TIMEOUT", "ICSEARCH_IMPORT_LAYERS", "ICSEARCHING"):
         monkeypatch.setenv(name, "1")
     assert planned(capsys)

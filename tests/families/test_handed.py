@@ -17,6 +17,7 @@ from icsearch.block import LayerBlock
 from icsearch.errors import ModelError, OutOfMemoryError, ShardError
 from icsearch.families.handed import Handed, hand_on, map_tensors, take_up, tensors_of
 from icsearch.pattern import Pattern
+from icsearch.planning.plan import format_bytes
 from icsearch.resting import InCpuMemory
 from icsearch.similarity import SimilaritySweep, direct_similarity
 from icsearch.slot import SelectionStore
@@ -77,6 +78,13 @@ def test_a_layer_that_does_not_fit_is_named_and_other_errors_are_left_alone(made
             Sweeper(dsa).sweep(patterns, batches)
         named = f"decoder layer 2 cannot be run ({type(raised).__name__}: " in str(caught.value)
         assert named is (raised is error)
+
+
+def test_an_error_of_our_own_code_does_not_blame_the_config(made: Made) -> None:
+    dsa = loading.load(open_checkpoint(str(made("mistral_large4"))))
+    dsa.layers[2].forward = lambda *_, **__: format_bytes(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        Sweeper(dsa).sweep(all_patterns(dsa)[:1], random_batches())
 
 
 def raising(error: Exception) -> Callable[..., Any]:

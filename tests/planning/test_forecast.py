@@ -14,6 +14,7 @@ from icsearch.cost import layer_work
 from icsearch.errors import IcsearchError
 from icsearch.planning.forecast import Forecast, Plan, make_plan
 from icsearch.planning.placement import Placement
+from icsearch.planning.report import reason
 from icsearch.planning.workload import MEASURED_SHARES, share_of_exact
 from icsearch.weights.holding import CPU, DISK, RESIDENT
 from plan_fixtures import DEEPSEEK, GLM, plan_request
@@ -148,6 +149,15 @@ def test_exact_is_recommended_where_there_is_time_and_else_what_takes_least() ->
     fit, chosen = plan.best
     assert chosen.strategy == "race"  # lazy's portions each read the weights
     assert chosen.hours == min(one.hours for one in plan.forecasts[fit])
+
+
+def test_the_reason_for_a_recommendation_is_true() -> None:
+    """Where exact takes long and nothing else is faster, it is not said to end in time."""
+    assert "ends within 24 h" in reason(demo())
+    plan = make_plan(plan_request(stages=4))
+    assert "there the fastest strategy, for exact takes more than 24 h" in reason(plan)
+    alone = replace(plan, forecasts={fit: some[:1] for fit, some in plan.forecasts.items()})
+    assert alone.best[1].hours > 24 and reason(alone).endswith("no other strategy is faster there")
 
 
 @pytest.mark.parametrize(
