@@ -11,6 +11,7 @@ from pathlib import Path
 
 from icsearch.errors import IcsearchError
 
+_PIECE = 2**20
 MAX_READ_BYTES = 2**28  # some ten times the index of the largest checkpoint
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -55,10 +56,12 @@ def read_text(path: Path) -> str:
 
     What is larger than any file that should be read whole is refused (EFBIG): some devices never end.
     """
+    data = bytearray()
     with open(path, "rb") as file:
-        data = file.read(MAX_READ_BYTES + 1)
-    if len(data) > MAX_READ_BYTES:
-        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+        while piece := file.read(_PIECE):  # read(n) takes room for n bytes at once, however few there are
+            data += piece
+            if len(data) > MAX_READ_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
     return data.decode()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -75,11 +76,12 @@ def test_a_status_is_passed_on() -> None:
 
 
 def test_an_end_of_file_is_not_taken_for_the_end_of_typing(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("icsearch.engines.export.export", raising_any(EOFError("cut file")))
-    monkeypatch.setattr("icsearch.pattern.load_pattern_file", lambda path: None)
-    assert cli._run(["export", "x.json", "--engine", "vllm"], debug=False) == 1
+    monkeypatch.setattr("icsearch.exporting.export", raising_any(EOFError("cut file")))
+    monkeypatch.setattr("icsearch.exporting.load_pattern_file", lambda path: None)
+    (tmp_path / "x.json").touch()
+    assert cli._run(["export", str(tmp_path / "x.json"), "--engine", "vllm"], debug=False) == 1
     assert capsys.readouterr().err == "\nicsearch: EOFError: cut file (--debug shows where)\n"
 
 

@@ -162,7 +162,7 @@ WORDS: dict[str, tuple[Words, str, str]] = {
     "no engine": (("export", "pattern.json"), "--engine", ""),
     "no run": (("report", "--out", "page.html"), "Missing argument", "--help"),
     "a name that begins with a dash": (("export", "-pattern.json", "--engine", "vllm"), "No such option: -p", "--help"),
-    "that name, after two dashes": (("export", "--engine", "vllm", "--", "-p.json"), "no file -p.json", "write it"),
+    "that name, after two dashes": (("export", "--engine", "vllm", "--", "-p.json"), "no file -p.json", "its path"),
 }
 
 

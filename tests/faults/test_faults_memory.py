@@ -40,6 +40,7 @@ from icsearch.weights.checkpoint import open_checkpoint
 from test_search import SEQUENCES, START, MadeUp, run, task
 from test_search import outcome as record_outcome
 
+GUESSING = "that of guessing among"  # what a random model is told of its loss
 GONE = "memory ran out in a sweep of {} patterns; from there on at most {} at once"
 
 
@@ -157,10 +158,10 @@ def test_an_evaluation_shrinks_too(
     monkeypatch.setattr(measures, "Sweeper", Cramped)
     assert cli._run([*map(str, case.into(out))], debug=True) == 0
     note = f"{GONE.format(2, 1)}: the losses are the same, the run takes longer"
-    assert notes(out / "journal.jsonl") == [note]
+    assert [text for text in notes(out / "journal.jsonl") if GUESSING not in text] == [note]
     assert note in " ".join(capsys.readouterr().err.split())
     found = outcome(out)
-    assert found["eval.json"].pop("notes") == [note]
+    found["eval.json"]["notes"].remove(note)
     assert found == case.outcome
 
 
@@ -240,7 +241,7 @@ def test_a_real_limit_on_memory(
     arguments, out = [*wide, "--memory", memory_for(wide, 5), "--out", tmp_path / "run"], tmp_path / "run"
     ended = commands.run(arguments, partial(limited, roomy[1] + 3 * BRANCH // 2))
     assert ended.status == 0, ended.err
-    said = {text.split(":")[0] for text in notes(out / "journal.jsonl")}
+    said = {text.split(":")[0] for text in notes(out / "journal.jsonl") if GUESSING not in text}
     assert len(said) == 1
     assert said <= {GONE.format(patterns, patterns // 2) for patterns in (4, 5)}
     assert outcome(out) == outcome(roomy[0])
@@ -256,6 +257,6 @@ def test_a_limit_that_half_does_not_fit_under_either(
     assert ended.status == 1, ended.err
     assert ended.last_line.startswith("icsearch: out of memory (")
     assert "the run continues where it stopped" in ended.last_line
-    assert len(notes(out / "journal.jsonl")) == 1
+    assert len([text for text in notes(out / "journal.jsonl") if GUESSING not in text]) == 1
     assert commands.run(arguments).status == 0
     assert outcome(out) == outcome(roomy[0])

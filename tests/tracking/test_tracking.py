@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def search(checkpoint: Path, tokens: Path, out: Path, *more: object) -> int:
 
 
 def logged(out: Path) -> dict[str, Steps]:
-    """What TensorBoard shows of a run: tag to (step, value), whatever files it is in, in the order of writing."""
+    """What TensorBoard shows of a run: tag to (step, value), whatever files it is in, in the order of steps."""
     found: dict[str, Steps] = {}
     for folder in sorted({path.parent for path in out.rglob("events.out.tfevents.*")}):
         events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
@@ -47,7 +48,8 @@ def logged(out: Path) -> dict[str, Steps]:
         for tag in events.Tags()["tensors"]:
             texts = [(one.step, one.tensor_proto.string_val[0].decode()) for one in events.Tensors(tag)]
             found.setdefault(tag, []).extend(texts)
-    return found
+    # Files of one second are read by a number in their names as text: 10 before 9.
+    return {tag: sorted(values, key=itemgetter(0)) for tag, values in found.items()}
 
 
 def document(out: Path) -> dict[str, Any]:
