@@ -52,7 +52,7 @@ def test_a_plan_in_words(capsys: Capture) -> None:
         "measured",
         "estimated",
         "recommended:\nicsearch greedy",
-        "Recommended: the placement that exact is fastest on, and exact, whose choices are certain",
+        "Recommended: the placement that exact is fastest on, and exact",
     ):
         assert word in out
 
