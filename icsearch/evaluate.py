@@ -159,7 +159,6 @@ def _measure(
     several = _shared_by(loaded, record, listener)
     Evaluation(loaded.dsa, waves, record, append, listener.layer_done, several).run(patterns, per_sweep)
     for text in guessing_notes(record.loss(layout.start_pattern.letters), layout.vocab_size):
-        listener.info(text)
         _note(text, record, append)
     _run_tasks(questions, loaded.dsa, patterns, record, append, listener)
     for name, compute in _extras(request, inputs, loaded, record).items():
