@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import mul
 
 from icsearch.block_sizes import default_batch_size
 from icsearch.errors import IcsearchError
@@ -142,6 +143,8 @@ class Clock:
         self.full = [layer_call(case.call, index, full=True) for index in layers]
         self.shared = [layer_call(case.call, index, full=False) for index in layers]
         self.head = head_call(case.call)
+        self.full_flops = [work.flops for work in self.full]  # once: they are asked for in every sweep
+        self.shared_flops = [work.flops for work in self.shared]
         self.full_seconds = [self.of(work) for work in self.full]
         self.shared_seconds = [self.of(work) for work in self.shared]
         self.head_seconds = self.of(self.head)
@@ -152,8 +155,8 @@ class Clock:
     def flops(self, sweep: Sweep) -> float:
         """Of one sweep over one batch."""
         runs = sweep.runs
-        full = sum(count * work.flops for count, work in zip(runs.full, self.full, strict=True))
-        shared = sum(count * work.flops for count, work in zip(runs.shared, self.shared, strict=True))
+        full = sum(map(mul, runs.full, self.full_flops))
+        shared = sum(map(mul, runs.shared, self.shared_flops))
         return full + shared + sweep.patterns * self.head.flops
 
     def seconds(self, sweep: Sweep, block: range) -> float:
@@ -271,5 +274,6 @@ class Course:
         return stored / rate + (stored / device.convert_rate if model.quantised else 0.0)
 
     def _over_the_link(self, block: range) -> float:
-        computed = sum(weight_sizes(self.case).layers[index] for index in block)
+        layers = weight_sizes(self.case).layers
+        computed = sum(layers[index] for index in block)
         return 0.0 if self.case.device.kind == DEVICE_CPU else computed / self.case.device.link
