@@ -36,7 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "engines.backbone": {"errors", "jsonfile"},
     "engines.gguf_scan": set(),
     "engines.gguf_file": {"engines.backbone", "engines.gguf_scan", "engines.keys", "files", "jsonfile", "pattern"},
-    "engines.texts": {"engines.backbone", "engines.engine", "engines.keys", "engines.table", "jsonfile"},
+    "engines.flags": {"engines.backbone", "engines.keys", "jsonfile"},
+    "engines.texts": {"engines.backbone", "engines.engine", "engines.flags", "engines.keys", "engines.table"},
     "engines.reading": {
         "engines.backbone", "engines.engine", "engines.keys", "engines.schedule", "engines.table", "jsonfile",
         "pattern",
@@ -276,7 +277,7 @@ ALLOWED: dict[str, set[str]] = {
         "engines.native", "engines.repair", "engines.serving", "errors", "files", "pattern", "runs.record", "specs",
     },
     "cli.export": {"cli.native", "cli.options", "engines.export", "engines.writing", "exporting", "requests"},
-    "cli.importing": {"cli.options", "engines.backbone", "engines.importing", "engines.texts", "files"},
+    "cli.importing": {"cli.options", "engines.backbone", "engines.flags", "engines.importing", "files"},
     "cli.report": {"cli.options", "report"},
     "cli": {
         "", "cli.baseline", "cli.calibrate", "cli.config", "cli.environment", "cli.evaluate", "cli.export",

@@ -68,7 +68,7 @@ def without_their_config(arguments: list[str], options: dict[str, Any]) -> list[
     Ours stands before SOURCE. Without a flag that holds a pattern nothing was pasted, and nothing is taken out.
     `options` are ours, by name.
     """
-    from icsearch.engines.texts import has_flag
+    from icsearch.engines.flags import has_flag
 
     if not any(argument.startswith("-") and has_flag(argument) for argument in arguments):
         return arguments

@@ -59,7 +59,7 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
     named, rest = split_engine(text.strip())
     source = _typed_source(rest) if is_typed(rest) else _file_source(typed_path(rest, EngineConfigError))
     chosen = find_engine(engine) if engine else named
-    notes = [] if chosen else _guess_notes(source.typed)
+    notes = [*source.typed.notes, *([] if chosen else _guess_notes(source.typed))]
     return _read(source, chosen or source.typed.engine or VLLM, backbone, notes, rest)
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from dataclasses import dataclass
 from typing import Any
 
 from icsearch.engines.backbone import EngineConfigError, text_keys
 from icsearch.engines.engine import FREQ, OFFSET, SWITCH, TYPES, Engine
-from icsearch.engines.keys import GGUF_KEY, MEGATRON_FREQ, MEGATRON_OFFSET
+from icsearch.engines.flags import HF_OVERRIDES, NUMBER_FLAGS, SGLANG_ARGS, has_flag, parse_flags, parse_object
+from icsearch.engines.keys import GGUF_KEY, MEGATRON_FREQ
 from icsearch.engines.table import ENGINES, LLAMACPP, LMDEPLOY, MEGATRON_ENGINE, SGLANG, TRANSFORMERS, VLLM
-from icsearch.jsonfile import shown, unambiguous
 
-HF_OVERRIDES, SGLANG_ARGS = "--hf-overrides", "--json-model-override-args"
-NUMBER_FLAGS = {f"--{name.replace('_', '-')}": name for name in (MEGATRON_FREQ, MEGATRON_OFFSET)}
-FLAGS = (HF_OVERRIDES, SGLANG_ARGS, *NUMBER_FLAGS)
-_FLAG = re.compile(rf"""(?:^|[\s'"])(?:{"|".join(FLAGS)})(?=[\s=]|$)""")
 _NUMBERS = re.compile(r"freq:(\d{1,6})(?:,offset:(\d{1,6}))?")
 
 
@@ -28,6 +22,7 @@ class Typed:
     keys: dict[str, Any]
     engine: Engine | None = None
     numbers: bool = False  # freq and offset without the name of a key
+    notes: tuple[str, ...] = ()  # what is to be known of the flags
 
 
 def split_engine(text: str) -> tuple[Engine | None, str]:
@@ -42,18 +37,14 @@ def is_typed(text: str) -> bool:
     return text.startswith(("{", "--", "freq:")) or has_flag(text)
 
 
-def has_flag(text: str) -> bool:
-    """Whether a flag that holds a pattern is among the words, as in `vllm serve MODEL --hf-overrides '{}'`."""
-    return bool(_FLAG.search(text))
-
-
 def parse_typed(text: str) -> Typed:
     """The keys in JSON, in flags that hold JSON, in Megatron's flags, or in `freq:4,offset:2`; EngineConfigError."""
     if text.startswith("{"):
-        keys = _parse_json(text)
+        keys = parse_object(text)
         return Typed(keys, written_for(keys, None))
     if text.startswith("--") or has_flag(text):
-        return _parse_flags(text)
+        flags = parse_flags(text)
+        return Typed(flags.keys, written_for(flags.keys, flags.flag), notes=flags.notes)
     found = _NUMBERS.fullmatch(text.replace(" ", ""))
     if not found:
         raise EngineConfigError(f"cannot read {text[:60]!r}: expected freq:4 or freq:4,offset:2")
@@ -70,41 +61,6 @@ def for_engine(typed: Typed, engine: Engine) -> dict[str, Any]:
     return {**{names[key]: value for key, value in typed.keys.items()}, SWITCH: True}
 
 
-def _parse_json(text: str) -> dict[str, Any]:
-    try:
-        keys = json.loads(text, object_pairs_hook=unambiguous)
-    except (ValueError, RecursionError) as error:
-        raise EngineConfigError(f"{text[:40]!r} is not JSON ({error}): quote it as one argument") from None
-    if not isinstance(keys, dict):
-        raise EngineConfigError(f"{shown(keys)} is no JSON object: expected keys such as index_topk_pattern")
-    return keys
-
-
-def _parse_flags(text: str) -> Typed:
-    """Launch flags as a shell would split them; other flags beside them are passed over."""
-    try:
-        words = [part for word in shlex.split(text) for part in _at_equals(word)]
-    except ValueError as error:
-        raise EngineConfigError(f"{text[:40]!r} cannot be split into flags ({error}): check the quotes") from None
-    values = dict(zip(words, [*words[1:], ""], strict=True))
-    for flag in (HF_OVERRIDES, SGLANG_ARGS):
-        if flag in values:
-            keys = _parse_json(values[flag])
-            return Typed(keys, written_for(keys, flag))
-    numbers = {name: values[flag] for flag, name in NUMBER_FLAGS.items() if flag in values}
-    if not numbers:
-        raise EngineConfigError(f"no flag of a pattern in {text[:40]!r}: expected one of {', '.join(FLAGS)}")
-    wrong = next((value for value in numbers.values() if not re.fullmatch(r"\d{1,6}", value)), None)
-    if wrong is not None:
-        raise EngineConfigError(f"a flag of Megatron-LM has {wrong[:40]!r}: expected a whole number")
-    return Typed({name: int(value) for name, value in numbers.items()}, MEGATRON_ENGINE)
-
-
-def _at_equals(word: str) -> list[str]:
-    """`--flag=value` in its two parts."""
-    return word.split("=", 1) if word.startswith("--") else [word]
-
-
 def written_for(keys: dict[str, Any], flag: str | None) -> Engine:
     """The engine that would read these keys: the flag's, else that of a key that one engine alone has.
 
@@ -115,7 +71,7 @@ def written_for(keys: dict[str, Any], flag: str | None) -> Engine:
         return SGLANG
     if GGUF_KEY in inner:
         return LLAMACPP
-    if MEGATRON_FREQ in inner:
+    if flag in NUMBER_FLAGS or MEGATRON_FREQ in inner:
         return MEGATRON_ENGINE
     if "num_hidden_layers" in inner:
         model_type = str(keys.get("model_type") or inner.get("model_type")).removesuffix("_text")
