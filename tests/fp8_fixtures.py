@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def quantize(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         scale[i, j] = weight[rows, columns].abs().max() / LARGEST
         scaled[rows, columns] = weight[rows, columns] / scale[i, j]
     return {name: scaled.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+
+
+def store_scales(directory: Path, out: Path, kind: torch.dtype) -> Path:
+    """A copy whose scales are powers of two, stored as float32, as float8_e8m0fnu, or as that type's bytes (uint8)."""
+    shutil.copytree(directory, out)
+    tensors = load_file(out / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("_scale_inv"):
+            rounded = tensor.log2().ceil().exp2()
+            exact = rounded.to(torch.float8_e8m0fnu)
+            assert torch.equal(exact.float(), rounded)
+            tensors[name] = {torch.float32: rounded, torch.uint8: exact.view(torch.uint8)}.get(kind, exact.to(kind))
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    return out
 
 
 def blocks(weight: torch.Tensor) -> Iterator[tuple[tuple[int, int], slice, slice]]:

@@ -193,7 +193,10 @@ def _start_pattern(config: dict[str, Any], layers: int) -> Pattern:
 
 
 def _stored_bytes(config: dict[str, Any], name: str, dtype: str) -> float:
-    """Bytes of a decoder layer's parameter on disk: FP8 with a float32 scale for each block, or the config's type."""
+    """Bytes of a decoder layer's parameter on disk: FP8 with a float32 scale for each block, or the config's type.
+
+    Scales may take a byte each in place of four, which a config does not say: 0.02% less in blocks of 128 x 128.
+    """
     block = fp8_block(config, name)
     if block is None:
         return DTYPE_BYTES[dtype]

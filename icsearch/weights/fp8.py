@@ -20,7 +20,8 @@ from icsearch.weights.checkpoint import Checkpoint
 from icsearch.weights.configfile import fp8_block, quantization
 from icsearch.weights.shards import Shards
 
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_EXPONENTS = torch.float8_e8m0fnu  # powers of two
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2, _EXPONENTS)
 _WEIGHT, _SCALE = "weight", "weight_scale_inv"
 
 
@@ -67,7 +68,8 @@ class Dequantize(ConversionOps):
 def dequantized(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     """weight [..., R, C] times the scale of its block, [..., ceil(R / block), ceil(C / block)], in float32, then cast.
 
-    The last blocks may be cut off. Raises ValueError for scales of another shape.
+    The last blocks may be cut off. Scales may be floating-point numbers of any type, or bytes, which are exponents
+    then. Raises ValueError for scales of another shape or type.
     """
     rows, columns = weight.shape[-2:]
     expected = [*weight.shape[:-2], -(-rows // block[0]), -(-columns // block[1])]
@@ -76,12 +78,21 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int
             f"{_SCALE} has shape {list(scale.shape)}, expected {expected} for a weight {list(weight.shape)} in blocks "
             f"of {block[0]} x {block[1]}; check weight_block_size of quantization_config"
         )
-    values = weight.float()
-    of_rows = scale.float().repeat_interleave(block[0], dim=-2)[..., :rows, :]  # [..., R, ceil(C / block)]
+    values = weight.to(torch.float32, copy=True)  # it is worked on in place
+    of_rows = _scales(scale).repeat_interleave(block[0], dim=-2)[..., :rows, :]  # [..., R, ceil(C / block)]
     whole = columns // block[1]
     values[..., : whole * block[1]].unflatten(-1, (whole, block[1])).mul_(of_rows[..., :whole].unsqueeze(-1))
     values[..., whole * block[1] :].mul_(of_rows[..., whole:])
     return values.to(dtype)
+
+
+def _scales(stored: torch.Tensor) -> torch.Tensor:
+    """Scales in float32, which holds each of them exactly. Some checkpoints store their exponents (ue8m0) as bytes."""
+    if stored.dtype == torch.uint8:
+        stored = stored.view(_EXPONENTS)
+    if not stored.is_floating_point():
+        raise ValueError(f"{_SCALE} has type {stored.dtype}: expected floating-point scales, or their exponents as U8")
+    return stored.float()
 
 
 class Quantizer(FineGrainedFP8HfQuantizer):

@@ -20,6 +20,9 @@ import torch
 from icsearch.errors import ModelError, ShardError
 from icsearch.weights.header import LENGTH_BYTES, HeaderError, damaged, header_length, parse_header
 
+# What block scales may be stored in that transformers' own table of types leaves out: powers of two, a byte each.
+OF_SCALES = {"F8_E8M0": torch.float8_e8m0fnu}
+
 
 class Shards(Mapping[str, "StoredTensor"]):
     """All tensors of a checkpoint by name, none of them read yet; `bytes_read` counts what has been."""
@@ -116,12 +119,13 @@ class StoredTensor:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Raises ModelError for a type that torch, or transformers, does not have."""
+        """Raises ModelError for a type that torch does not have, or transformers' loading does not know."""
         from transformers.modeling_utils import str_to_torch_dtype
 
-        if self.dtype not in str_to_torch_dtype:
+        known = {**str_to_torch_dtype, **OF_SCALES}
+        if self.dtype not in known:
             raise ModelError(f"tensor {self.name} in {self.shard.path} has the unknown type {self.dtype}: convert it")
-        return str_to_torch_dtype[self.dtype]
+        return known[self.dtype]
 
     def on_meta(self) -> torch.Tensor:
         """Shape and type alone; nothing is read."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_reader import differing, tensors_of, transformers_own
 
 import tiny
-from fp8_fixtures import blocks, dequantize_by_hand, edit_config, quantize, save_quantized
+from fp8_fixtures import blocks, dequantize_by_hand, edit_config, quantize, save_quantized, store_scales
 from icsearch.block import cut_batches
 from icsearch.errors import ModelError
 from icsearch.model import DsaModel
@@ -24,6 +25,7 @@ from icsearch.weights.checkpoint import open_checkpoint
 from icsearch.weights.fp8 import dequantized
 from icsearch.weights.holding import DISK
 from icsearch.weights.layout import inspect
+from icsearch.weights.shards import Shards
 
 loading.quiet_transformers()
 
@@ -54,6 +56,34 @@ def test_streamed_and_resident_alike(quantized: Path) -> None:
     patterns = [Pattern("FFFFF"), Pattern("FSFSS")]
     resident, streamed = load(quantized), load(quantized, offload=DISK)
     assert Sweeper(streamed).sweep(patterns, batches) == Sweeper(resident).sweep(patterns, batches)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e8m0fnu, torch.uint8])
+def test_scales_that_are_stored_as_exponents(quantized: Path, tmp_path: Path, kind: torch.dtype) -> None:
+    """The same bits as with those scales in float32, resident and streamed; the layout is the same, the bytes fewer."""
+    plain = store_scales(quantized, tmp_path / "plain", torch.float32)
+    small = store_scales(quantized, tmp_path / "small", kind)
+    names = {"F8_E8M0" if kind == torch.float8_e8m0fnu else "U8"}
+    scales = [one for name, one in Shards([small / "model.safetensors"]).items() if name.endswith("_scale_inv")]
+    assert {one.dtype for one in scales} == names and all(one.bytes == math.prod(one.shape) for one in scales)
+    assert inspect(open_checkpoint(str(small))) == inspect(open_checkpoint(str(plain)))
+    expected, found, streamed = load(plain), load(small), load(small, offload=DISK)
+    assert differing(tensors_of(found.model), tensors_of(expected.model)) == []
+    ids = torch.randint(0, tiny.VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(0))
+    batches = cut_batches(ids, torch.ones_like(ids, dtype=torch.bool), 2)
+    losses = [Sweeper(one).sweep([Pattern("FSFSS")], batches).nll for one in (expected, found, streamed)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_every_exponent_is_exact() -> None:
+    """All 255 powers of two, from 2^-127 on, which float32 holds as a subnormal number; the last byte is no number."""
+    stored = torch.arange(255, dtype=torch.uint8).view(255, 1)
+    powers = torch.tensor([[2.0 ** (one - 127)] for one in range(255)], dtype=torch.float64).float()
+    ones = torch.ones(255, 1)
+    for scale in (stored, stored.view(torch.float8_e8m0fnu)):
+        assert torch.equal(dequantized(ones, scale, (1, 1), torch.float32), powers)
+    last = torch.full((1, 1), 255, dtype=torch.uint8)
+    assert dequantized(ones[:1], last, (1, 1), torch.float32).isnan().all()
 
 
 def test_modules_that_are_not_converted(tmp_path: Path) -> None:
@@ -99,6 +129,7 @@ def settings(directory: Path, **changes: Any) -> None:
 
 DENSE = "model.layers.0.self_attn.q_a_proj.weight_scale_inv"
 EXPERT = "model.layers.3.mlp.experts.2.up_proj.weight_scale_inv"
+GATE = "model.layers.3.mlp.gate.weight"
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no scale of a dense weight": (
         lambda d: edit_weights(d, lambda t: t.pop(DENSE)),
@@ -108,6 +139,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no scales at all": (
         lambda d: edit_weights(d, lambda t: [t.pop(name) for name in list(t) if name.endswith("scale_inv")]),
         "float8 weight without its weight_scale_inv",
+    ),
+    "scales that are whole numbers": (
+        lambda d: edit_weights(d, lambda t: t.update({DENSE: t[DENSE].to(torch.int32)})),
+        "weight_scale_inv has type torch.int32: expected floating-point scales, or their exponents as U8",
+    ),
+    "weights that are exponents": (
+        lambda d: edit_weights(d, lambda t: t.update({GATE: t[GATE].abs().to(torch.float8_e8m0fnu)})),
+        "gate.* float8 weight without its weight_scale_inv",
     ),
     "another block size": (lambda d: settings(d, weight_block_size=[64, 64]), r"has shape .* in blocks of 64 x 64"),
     "a block size that is none": (

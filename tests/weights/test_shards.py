@@ -17,6 +17,7 @@ TENSORS = {
     "empty": torch.zeros(0, 3),
     "half": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).bfloat16(),
     "eighth": torch.randn(4, 7, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn),
+    "powers": torch.tensor([[1.0, 0.25], [2.0**-127, 2.0**127]]).to(torch.float8_e8m0fnu),
     "whole": torch.arange(11),
     "mask": torch.tensor([True, False, True]),
     "single": torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(2)),
