@@ -13,11 +13,18 @@ demo: $(STAMP)
 	@echo
 	@echo "Open runs/demo/report.html for the curve, the heatmap and the evidence."
 
+# Two processes for most tests; those that start several of their own, or are about signals and memory, come behind.
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow"
+	status=0; \
+	$(BIN)/python -m pytest -n 2 -m "not slow and not alone" || status=1; \
+	$(BIN)/python -m pytest -m "not slow and alone" || status=1; \
+	exit $$status
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	status=0; \
+	$(BIN)/python -m pytest -n 2 -m "not alone" || status=1; \
+	$(BIN)/python -m pytest -m alone || status=1; \
+	exit $$status
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

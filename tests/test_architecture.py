@@ -140,7 +140,7 @@ ALLOWED: dict[str, set[str]] = {
     "processes.wave_jobs": {"block", "journal", "measures", "model", "pattern", "similarity"},
     "processes.member": {
         "block", "divergence", "errors", "journal", "model", "pattern", "processes.launch", "processes.wave_jobs",
-        "processes.wire", "processes.world", "states", "sweep",
+        "processes.wire", "processes.world", "resting", "states", "sweep",
     },
     "processes.crew": {
         "errors", "journal", "pattern", "processes.launch", "processes.ledger", "processes.member", "processes.world",

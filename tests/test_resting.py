@@ -15,14 +15,15 @@ from icsearch.pattern import Pattern
 from icsearch.planning import plan
 from icsearch.planning.footprint import Call
 from icsearch.planning.modelfile import open_model_file
-from icsearch.planning.offload import Offload
+from icsearch.planning.offload import Offload, resting_room
 from icsearch.resting import InCpuMemory, OnDevice
 from icsearch.setup.memory_plan import Memory
 from icsearch.states import Keeping, StateStore
 from icsearch.sweep import Sweeper
 from icsearch.weights import loading
 from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.holding import DISK
+from icsearch.weights.holding import CPU as CPU_MEMORY
+from icsearch.weights.holding import DISK, RESIDENT
 
 PATTERNS = [Pattern(letters) for letters in ("FFFFFF", "FSFFFF", "FFFSFF", "FFFFSS", "FSSSSS")]
 CPU = torch.device("cpu")
@@ -129,6 +130,19 @@ def test_states_rest_in_cpu_memory_where_that_lets_more_live() -> None:
     assert memory(2).rest_in_cpu(100 * branch, patterns=15, batches=4).patterns_per_sweep == 15
     assert memory(15).rest_in_cpu(100 * branch, patterns=15, batches=4).resting == 0  # all live on the device
     assert memory(2).rest_in_cpu(3 * branch, patterns=15, batches=4).resting == 0  # CPU memory is smaller
+
+
+def test_resident_weights_are_not_passed_in_waves() -> None:
+    """5 patterns and 4 batches together would be fewer passes; with weights that are there, sweeps are what counts."""
+    shape = memory(2).shape
+    assert memory(2).rest_in_cpu(28 * shape.pinned_bytes, patterns=15, batches=4).patterns_per_sweep == 15
+
+
+def test_cpu_memory_for_states_is_beside_what_it_holds_of_the_weights() -> None:
+    assert resting_room(1000, 1, RESIDENT, weights=100, stored=50) == 800
+    assert resting_room(1000, 2, CPU_MEMORY, weights=100, stored=50) == 300  # each process has its own weights there
+    assert resting_room(1000, 2, DISK, weights=100, stored=50) == 375  # the system's cache is one for all
+    assert resting_room(1000, 2, DISK, weights=100, stored=801) == 400  # it could not hold the checkpoint anyway
 
 
 def test_streamed_weights_make_longer_waves_of_resting_states() -> None:

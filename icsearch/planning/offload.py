@@ -101,6 +101,18 @@ def plan_waves(room: int, patterns: int, batches: int, beside: int = 2) -> tuple
     return together, wave
 
 
+def resting_room(free: int, processes: int, where: str, weights: int, stored: int) -> int:
+    """Bytes of CPU memory that each of so many processes on one machine may fill with branch states.
+
+    Weights that rest there come first, for each process its own. Where they are streamed from disk, the system's cache
+    of the checkpoint does, if it can hold all of it: every pass reads it again.
+    """
+    room = int(SHARE_OF_CPU * free)
+    if where == CPU:
+        return room // processes - weights
+    return (room - stored if where == DISK and stored <= room else room) // processes
+
+
 def rows(offload: Offload, passes: int, bytes_per_second: float | None) -> list[tuple[str, str]]:
     """The plan's rows on weights; `passes` is how many a step takes at most."""
     if not offload.streamed:

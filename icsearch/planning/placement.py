@@ -2,7 +2,7 @@
 
 Every process has one device. `data` of them share the sequences, `pipeline` of them share the layers, in the blocks of
 `launch.pipeline_blocks`. Weights are resident, or streamed layer by layer from CPU memory or disk (`offload`). On CUDA,
-the branch states of a single process go to CPU memory where the device has no room for them, as a run plans it.
+branch states go to CPU memory where more of them live so and no pipeline hands them on, as a run plans it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from icsearch.planning.devices import CPU as DEVICE_CPU
 from icsearch.planning.devices import Device, Devices
 from icsearch.planning.footprint import Call
 from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
-from icsearch.planning.offload import SHARE_OF_CPU, WeightSizes, choose, plan_waves
+from icsearch.planning.offload import SHARE_OF_CPU, WeightSizes, choose, plan_waves, resting_room
 from icsearch.planning.plan import BatchShape, Kept, format_bytes
 from icsearch.planning.workload import Workload
 from icsearch.processes.launch import Grid, can_be_cut, pipeline_blocks
@@ -179,14 +179,15 @@ def fit(case: Case, placement: Placement) -> Fit:
 def _rested(case: Case, found: Fit) -> Fit:
     """With states in CPU memory, where that lets more patterns live at once: see Memory.rest_in_cpu."""
     most, placement = case.workload.most_patterns, found.placement
-    if case.device.kind == DEVICE_CPU or placement.processes > 1 or found.per_sweep >= most:
+    if case.device.kind == DEVICE_CPU or placement.pipeline > 1 or found.per_sweep >= most:
         return found
-    taken = sum(weight_sizes(case).layers) if placement.offload == CPU else 0
-    room = (int(SHARE_OF_CPU * case.device.node_memory) - taken) // case.shape.pinned_bytes
-    together, wave = plan_waves(room, most, case.batches(placement))
+    sizes, free = weight_sizes(case), case.device.node_memory
+    room = resting_room(free, placement.processes, placement.offload, sum(sizes.layers), sizes.on_disk)
+    batches = case.batches(placement) if placement.streamed else 1
+    together, wave = plan_waves(room // case.shape.pinned_bytes, most, batches)
     if together <= found.per_sweep:
         return found
-    return replace(found, resting=True, per_sweep=together, wave=wave if placement.streamed else 1)
+    return replace(found, resting=True, per_sweep=together, wave=wave)
 
 
 def _kept(case: Case, placement: Placement, room: int) -> Kept:

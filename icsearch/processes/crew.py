@@ -46,9 +46,18 @@ class Crew:
         return 2 * self.grid.pipeline
 
     def scorer(
-        self, name: str, ledger: Ledger, batches: Sequence[Range], patterns: int, batches_per_share: int = 1
+        self,
+        name: str,
+        ledger: Ledger,
+        batches: Sequence[Range],
+        patterns: int,
+        batches_per_share: int = 1,
+        resting: bool = False,
     ) -> CrewScorer:
-        """Scores one set of sequences, cut into these batches, so many patterns and batches at a time."""
+        """Scores one set of sequences, cut into these batches, so many patterns and batches at a time.
+
+        `resting`: branch states are in each process's CPU memory between layer calls.
+        """
         order: Order = {
             "do": "set up",
             "set": name,
@@ -59,6 +68,7 @@ class Crew:
             "base": ledger.base.letters,
             "kl": ledger.full is not None,
             "keep_full_states": ledger.keep_full_states,
+            "resting": resting,
         }
         self.world.tell(order)
         self.member.set_up(order)

@@ -19,6 +19,7 @@ from icsearch.processes.launch import Grid
 from icsearch.processes.wave_jobs import JOBS
 from icsearch.processes.wire import Packet, Wire
 from icsearch.processes.world import World, has_own_gpu
+from icsearch.resting import InCpuMemory, OnDevice
 from icsearch.states import Keeping, StateStore
 from icsearch.sweep import LM_HEAD, Sweeper, SweepResult, kernel_notes
 
@@ -50,10 +51,11 @@ class Member:
             order["num_layers"], tuple(order["layer_indices"]), frozenset(order["flippable"]), order["stride"]
         )
         kept: StateStore[BranchState] = StateStore(keeping, Pattern(order["base"]), UNLIMITED)
+        resting = InCpuMemory(self._dsa.device) if order["resting"] else OnDevice()
         if order["kl"]:
-            sweeper: Sweeper = KlSweeper(self._dsa, kept, order["keep_full_states"])
+            sweeper: Sweeper = KlSweeper(self._dsa, kept, order["keep_full_states"], resting)
         else:
-            sweeper = Sweeper(self._dsa, kept)
+            sweeper = Sweeper(self._dsa, kept, resting)
         self._sweepers[order["set"]] = sweeper
 
     def retain(self, order: Order) -> None:

@@ -17,7 +17,6 @@ from icsearch.planning.offload import NO_OFFLOAD, Offload, WeightSizes
 from icsearch.processes.launch import Grid, Launch, can_be_cut, pipeline_blocks
 from icsearch.requests import AUTO, KL, PatternRequest, RunRequest
 from icsearch.setup.inputs import Inputs
-from icsearch.weights.holding import CPU
 from icsearch.weights.layout import DTYPES, Layout
 
 MEMORY_SHARE = 0.8  # of what is free when the run starts
@@ -101,12 +100,13 @@ class Memory:
     def rest_in_cpu(self, room: int, patterns: int, batches: int) -> Memory:
         """With branch states in so many bytes of CPU memory, where that lets more of the patterns live at once.
 
-        The device then holds three states of one batch: what a layer call starts from, makes, and has made.
+        The device then holds three states of one batch: what a layer call starts from, makes, and has made. Longer
+        waves alone are not worth it: every state crosses the link twice a layer, and copies are waited for.
         """
+        batches = batches if self.offload.streamed else 1
         together, wave = offload.plan_waves(room // self.shape.pinned_bytes, patterns, batches, 2)
         if self.patterns_per_sweep >= patterns or together <= self.patterns_per_sweep:
             return self
-        wave = wave if self.offload.streamed else 1
         return replace(self, resting=room, patterns_per_sweep=together, batches_per_wave=wave)
 
     def in_waves(self, patterns: int, batches: int, along: int) -> Memory:
@@ -155,15 +155,14 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], sh
     if by_kl:
         sets = [one.num_sequences for one in (inputs.batches, inputs.heldout) if one]
         memory = memory.for_kl(sum(share.sequences(total, shape.batch_size) for total in sets) * shape.final_bytes)
-    batches = -(-inputs.batches.num_sequences // shape.batch_size)
+    batches = share.batches_per_wave(-(-inputs.batches.num_sequences // shape.batch_size))
     patterns = _most_patterns(request, inputs.layout, options)
     if chosen.streamed:
-        together = share.batches_per_wave(batches)
-        memory = memory.in_waves(patterns, together, int(by_kl and not memory.full_states))
-    if device.type != "cuda" or share.grid.size > 1 or not isinstance(request, PatternRequest):
+        memory = memory.in_waves(patterns, batches, int(by_kl and not memory.full_states))
+    if device.type != "cuda" or share.grid.pipeline > 1 or not isinstance(request, PatternRequest):
         return memory
-    taken = sum(weight_sizes(inputs, options).layers) if chosen.where == CPU else 0
-    room = int(offload.SHARE_OF_CPU * free_bytes(torch.device("cpu"))) - taken
+    free, sizes = free_bytes(torch.device("cpu")), weight_sizes(inputs, options)
+    room = offload.resting_room(free, share.on_machine, chosen.where, sum(sizes.layers), sizes.on_disk)
     return memory.rest_in_cpu(room, patterns, batches)
 
 

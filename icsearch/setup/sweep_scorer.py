@@ -88,7 +88,8 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept
         ledger = Ledger(kept.keeping, record.pattern, full, keep_full_states)
         ranges = [(batch.first, batch.last) for batch in batches]
         memory = loaded.memory
-        return loaded.crew.scorer(name, ledger, ranges, memory.patterns_per_sweep, memory.batches_per_wave)
+        sizes = memory.patterns_per_sweep, memory.batches_per_wave
+        return loaded.crew.scorer(name, ledger, ranges, *sizes, memory.resting > 0)
     store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
     resting = InCpuMemory(loaded.dsa.device) if loaded.memory.resting else OnDevice()
     sweeper = Sweeper(loaded.dsa, store, resting)

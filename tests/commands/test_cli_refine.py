@@ -61,6 +61,7 @@ def test_a_run_writes_its_refinement(finished: Path) -> None:
 # --- resumed and refused --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_killed_in_the_refinement_and_continued(
     finished: Path, glm_checkpoint: Path, tokens: Path, heldout: Path, tmp_path: Path
 ) -> None:

@@ -116,6 +116,7 @@ def test_the_plan_counts_it(made: Made) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_pipeline_and_streamed_weights(made: Made, tokens: Path, tmp_path: Path) -> None:
     checkpoint, options = made("mistral_large4", **SHARING[0]), ["--num-shared", 2, "--stages", 1]
     for out, more in (("alone", []), ("streamed", ["--offload", "disk"])):

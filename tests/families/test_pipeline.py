@@ -12,6 +12,8 @@ import tiny_families
 from icsearch import cli
 from several import launched, torchrun
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(tiny_families.CONFIGS))

@@ -12,6 +12,8 @@ import pytest
 
 from fault_harness import Case, Commands, has_lines, outcome, whole_lines
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def begun(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,6 +15,8 @@ import pytest
 from fault_harness import Case, Commands, outcome
 from icsearch.journal import Journal
 
+pytestmark = pytest.mark.alone
+
 # Seconds by which the wall clock is wrong, one look after the other: by years, back and forth.
 JUMPS = (0, -90_000_000, 40_000_000, -3600, 100_000_000)
 

@@ -13,6 +13,8 @@ from icsearch.resources import published_patterns
 from test_faults_disk import limit_file_size
 from test_faults_moments import ENDS, end_after
 
+pytestmark = pytest.mark.alone
+
 
 def export(out: Path) -> list[object]:
     pattern = published_patterns() / "demo-greedy.json"

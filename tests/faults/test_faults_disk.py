@@ -21,6 +21,8 @@ import pytest
 
 from fault_harness import Case, Commands, Ended, command_in_fork, outcome, scored_twice, whole_lines
 
+pytestmark = pytest.mark.alone
+
 FULL = "icsearch: the disk is full"
 NO_MOUNT = 77  # exit status of a process that may not mount anything
 

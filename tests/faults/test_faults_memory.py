@@ -40,6 +40,8 @@ from icsearch.weights.checkpoint import open_checkpoint
 from test_search import SEQUENCES, START, MadeUp, run, task
 from test_search import outcome as record_outcome
 
+pytestmark = pytest.mark.alone
+
 GUESSING = "that of guessing among"  # what a random model is told of its loss
 GONE = "memory ran out in a sweep of {} patterns; from there on at most {} at once"
 

@@ -24,6 +24,8 @@ from fault_harness import (
     whole_lines,
 )
 
+pytestmark = pytest.mark.alone
+
 ENDS = {signal.SIGKILL: -signal.SIGPROF, signal.SIGTERM: 143, signal.SIGINT: 130}
 
 

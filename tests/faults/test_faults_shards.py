@@ -13,6 +13,8 @@ import pytest
 import tiny
 from fault_harness import Commands, has_lines, outcome, scored_twice, whole_lines
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,6 +13,8 @@ import pytest
 from fault_harness import Case, Commands, has_lines, outcome, scored_twice, whole_lines
 from icsearch.errors import JournalError
 
+pytestmark = pytest.mark.alone
+
 ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGHUP: -signal.SIGHUP, signal.SIGTERM: 143, signal.SIGINT: 130}
 SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 

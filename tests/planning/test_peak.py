@@ -13,6 +13,8 @@ sys.path.insert(0, str(BENCHMARKS))
 import checkpoints  # noqa: E402
 from measuring import run_child  # noqa: E402
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read as Linux counts it")
 def test_the_peak_is_predicted_within_a_fifth(tmp_path: Path) -> None:

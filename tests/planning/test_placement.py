@@ -110,4 +110,17 @@ def test_one_gpu_lets_states_rest_in_cpu_memory_where_more_live_so() -> None:
     assert held <= SHARE_OF_CPU * case.device.node_memory
     little = fit(make_case(plan_request(devices="1xH200", device_node_memory=10**9)), Placement(1, 1, DISK))
     assert not little.resting and little.per_sweep < rested.per_sweep
-    assert not fit(make_case(plan_request()), Placement(8, 1, DISK)).resting  # several processes do not
+
+
+def test_processes_that_share_sequences_share_the_cpu_memory_beside_the_checkpoint() -> None:
+    """Those that share layers hand states on, and keep them on the device."""
+    case, placement = make_case(plan_request(device_memory=80 * 10**9)), Placement(8, 1, DISK)
+    rested, little = (
+        fit(case, placement),
+        fit(make_case(plan_request(device_memory=80 * 10**9, device_node_memory=10**9)), placement),
+    )
+    assert rested.resting and not little.resting
+    assert rested.per_sweep > little.per_sweep
+    held = 8 * (rested.per_sweep + 2) * rested.wave * case.shape.pinned_bytes
+    assert held + case.model.stored_model_bytes <= SHARE_OF_CPU * case.device.node_memory
+    assert not fit(case, Placement(4, 2, DISK)).resting

@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,26 @@ from test_cli import same_result
 
 import tiny
 from icsearch import cli
-from several import Ranks, accelerate, launched, torchrun
+from several import BIN, Ranks, accelerate, environment, launched, torchrun
 
+pytestmark = pytest.mark.alone
+
+RESTING = """
+import os, pathlib
+from dataclasses import replace
+from icsearch import cli, resting
+from icsearch.setup import memory_plan
+
+planned, lay = memory_plan.plan_memory, resting.InCpuMemory.lay
+
+def noted(self, value):
+    pathlib.Path({folder!r}, "rested" + os.environ["RANK"]).touch()
+    return lay(self, value)
+
+memory_plan.plan_memory = lambda *given: replace(planned(*given), resting=10**9)
+resting.InCpuMemory.lay = noted
+cli.main()
+"""
 TIMEOUT = 5  # seconds without a sign of life
 GRACE = 8  # more that an end may take on a busy machine
 
@@ -87,6 +106,20 @@ def test_data_parallel_through_torchrun(glm_checkpoint: Path, tokens: Path, tmp_
     assert done.stdout.count("3 of 6 layers keep their indexer") == 1  # the others say nothing
     assert_same(tmp_path / "two", tmp_path / "one")
     assert layer_evaluations(tmp_path / "two") == layer_evaluations(tmp_path / "one")  # what is kept is the same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["lm-loss", "kl"])
+def test_states_that_rest_in_cpu_memory(deeper: Path, longer: Path, tmp_path: Path, objective: str) -> None:
+    """As on CUDA devices without room for them: each process's own, by its own hand. Copies change no bit."""
+    script = tmp_path / "resting.py"
+    script.write_text(RESTING.format(folder=str(tmp_path)))
+    alone(greedy(deeper, longer, tmp_path / "one", "--objective", objective))
+    command = [*torchrun(2), str(script), *map(str, greedy(deeper, longer, tmp_path / "two", "--objective", objective))]
+    done = subprocess.run([str(BIN / command[0]), *command[1:]], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("rested*")) == ["rested0", "rested1"]
+    assert_same(tmp_path / "two", tmp_path / "one")
 
 
 def test_layer_parallel(glm_checkpoint: Path, tokens: Path, heldout: Path, tmp_path: Path) -> None:

@@ -274,6 +274,7 @@ def test_a_damaged_state_is_said_and_costs_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_of_several_processes_the_first_one_logs(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["greedy", glm_checkpoint, "--calibration", few, "--num-shared", 3, "--out", out]

@@ -19,6 +19,8 @@ import pytest
 
 import tiny
 
+pytestmark = pytest.mark.alone
+
 ROOM = 160 << 20  # bytes beside the interpreter and its libraries: three layers, threads, and the work itself
 LAYER_BYTES = 15_000_000  # at least, in float32
 LAYER: dict[str, int] = {
@@ -53,7 +55,7 @@ full = dsa.start_pattern
 print(json.dumps(Sweeper(dsa).sweep([full, full.flip(1), full.flip(len(full) - 1)], batches).nll))
 """
 BASELINE = """
-import torch, transformers.models.glm_moe_dsa.modeling_glm_moe_dsa, accelerate, icsearch.loading, icsearch.sweep
+import torch, transformers.models.glm_moe_dsa.modeling_glm_moe_dsa, accelerate, icsearch.weights.loading, icsearch.sweep
 torch.set_num_threads(1)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData:")))
 """
@@ -69,7 +71,9 @@ def python(script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of a process's memory")
 def test_a_checkpoint_of_four_times_the_memory(tmp_path: Path) -> None:
-    limit = int(python(BASELINE).stdout) * 1024 + ROOM
+    baseline = python(BASELINE)
+    assert baseline.returncode == 0, baseline.stderr
+    limit = int(baseline.stdout) * 1024 + ROOM
     layers = 4 * limit // LAYER_BYTES + 1
     directory = tiny.save_checkpoint(tmp_path / "large", shard_size="100MB", **LAYER, num_hidden_layers=layers)
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
