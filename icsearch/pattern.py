@@ -51,6 +51,7 @@ FILE_FIELDS = {
 }
 MODEL_FIELDS = {
     "name_or_path": optional(TEXT),
+    "revision": optional(TEXT),  # the commit that the hub delivered; null for a path, absent before it was recorded
     "model_type": optional(TEXT),
     "fingerprint": optional(TEXT),
     "native_shared": optional(layers()),
@@ -60,6 +61,7 @@ MODEL_FIELDS = {
 CALIBRATION_FIELDS = {
     "fingerprint": optional(TEXT),
     "source": optional(TEXT),
+    "source_revision": optional(TEXT),  # of a dataset of the hub; absent before it was recorded
     "num_sequences": optional(whole(0)),
     "seq_len": optional(whole(0)),
 }

@@ -32,11 +32,13 @@ class MadeUpEval:
     in_sample: tuple[str, ...] = ("greedy run @1/4",)
     foreign: tuple[str, ...] = ("published:made-up",)
     name: str = "made-up/model"
+    revision: str | None = None
     seed: int = 0
 
     @property
     def run(self) -> MadeUpRun:
-        return MadeUpRun(self.num_layers, num_sequences=self.num_sequences, name=self.name, seed=self.seed)
+        named = {"name": self.name, "revision": self.revision}
+        return MadeUpRun(self.num_layers, num_sequences=self.num_sequences, seed=self.seed, **named)
 
 
 def made_up_document(made_up: MadeUpEval = MadeUpEval()) -> dict[str, Any]:

@@ -36,6 +36,8 @@ class MadeUpRun:
     keep_full: tuple[int, ...] = ()
     stop_after: int | None = None
     name: str = "made-up/model"
+    revision: str | None = None  # of a checkpoint that the hub delivered
+    model_type: str = "glm_moe_dsa"
     seed: int = 0
     notes: tuple[str, ...] = ()
 
@@ -96,7 +98,8 @@ def _start(made_up: MadeUpRun) -> Event:
         },
         "model": {
             "name_or_path": made_up.name,
-            "model_type": "glm_moe_dsa",
+            "revision": made_up.revision,
+            "model_type": made_up.model_type,
             "fingerprint": hashlib.sha256(made_up.name.encode()).hexdigest(),
             "native_shared": list(made_up.native_shared),
             "wrapper_config": False,

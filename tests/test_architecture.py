@@ -231,8 +231,9 @@ ALLOWED: dict[str, set[str]] = {
         "specs", "tasks", "weights.layout", "weights.loading",
     },
     "report": {
-        "engines.export", "engines.table", "errors", "files", "pattern", "planning.plan", "runs.commit",
-        "runs.evaluation", "runs.record", "runs.refinement", "runs.results", "statistics",
+        "engines.export", "engines.letters", "engines.table", "errors", "files", "pattern", "planning.plan",
+        "runs.commit", "runs.evaluation", "runs.record", "runs.refinement", "runs.results", "statistics",
+        "texts.sources",
     },
     "engines.indexer_weights": {"engines.letters", "jsonfile", "weights.checkpoint", "weights.header"},
     "engines.readers": {"engines.cautions", "engines.letters", "engines.stages", "engines.table", "pattern"},

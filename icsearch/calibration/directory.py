@@ -102,8 +102,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CalibrationError(
             f"{path} has format {shown(manifest.get('format'))}: expected {CALIBRATION_FORMAT!r}; {advice}"
         )
+    taken_over = ("source", "source_revision")  # by a run's journal
     try:
-        check_fields(manifest, {"source": optional(TEXT)})  # which a run's journal takes over
+        check_fields(manifest, dict.fromkeys(taken_over, optional(TEXT)))
     except FieldError as error:
         raise DamagedCacheError(f"{path} is damaged ({error}): {advice}") from None
     return manifest

@@ -36,7 +36,7 @@ def find_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: 
 
 
 def _type_warnings(engine: Engine, model_type: str | None) -> list[str]:
-    if model_type in engine.model_types:
+    if engine.serves(model_type):
         return []
     found = f"model_type {model_type}" if model_type else "a model whose model_type the file does not say"
     return [

@@ -71,6 +71,10 @@ class Engine:
     reader: Reader = Reader()
     readers: tuple[tuple[str, Reader], ...] = ()  # of model types that it reads in another way
 
+    def serves(self, model_type: str | None) -> bool:
+        """Whether it is known to share selections in models of this type."""
+        return model_type in self.model_types
+
     def reader_of(self, model_type: str | None) -> Reader:
         """How it reads a config of this type."""
         return dict(self.readers).get(model_type or "", self.reader)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from icsearch.engines.export import export
-from icsearch.errors import IcsearchError
 from icsearch.report import numbers
-from icsearch.report.card_metadata import card_yaml, dataset_of, is_hub_id, model_name
+from icsearch.report.card_metadata import card_model, card_yaml, dataset_of, hub_id, last_part
+from icsearch.report.card_serving import serving
 from icsearch.report.eval_view import EvalRow, EvalView
 from icsearch.report.view import RunView, headline
 from icsearch.runs import results
-
-_ENGINES = ("vllm", "sglang")  # those that take a flag; the others are told by icsearch export
 
 
 def render_card(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
@@ -22,8 +20,9 @@ def render_card(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str
 
 
 def _lead(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
-    name = model_name(runs, evaluations)
-    link = f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name.rstrip('/').split('/')[-1]}`"
+    model = card_model(runs, evaluations)
+    name = hub_id(model)
+    link = f"[{name}](https://huggingface.co/{name})" if name else f"`{last_part(model)}`"
     return (
         "# Shared indexers\n\n"
         f"Patterns for {link}: a layer marked F runs its indexer, one marked S reuses the selection of the nearest F "
@@ -40,7 +39,7 @@ def _run_section(view: RunView) -> str:
         for one in view.references
     ]
     found = view.start["calibration"]
-    source = dataset_of(found.get("source"), str(view.start["model"].get("name_or_path")))["dataset_name"]
+    source = dataset_of(found, str(view.start["model"].get("name_or_path")))["dataset_name"]
     return "\n\n".join(
         [
             f"## {view.final.full} of {view.num_layers} layers keep their indexer",
@@ -52,22 +51,10 @@ def _run_section(view: RunView) -> str:
             ),
             f"In-sample: measured on the {found.get('num_sequences')} x {found.get('seq_len')} tokens of {source} that "
             "were searched on.",
-            *_serving(view),
+            *serving(results.pattern_file(view.record)),
             _provenance(view),
         ]
     )
-
-
-def _serving(view: RunView) -> list[str]:
-    """The flags of engines that take the pattern of this checkpoint."""
-    flags = []
-    for engine in _ENGINES:
-        try:
-            found = export(results.pattern_file(view.record), engine)
-        except IcsearchError:  # this engine cannot be told of this pattern: icsearch export says why
-            continue
-        flags.append(f"With {found.title}:\n\n```\n{found.text}\n```")
-    return flags
 
 
 def _provenance(view: RunView) -> str:
@@ -76,7 +63,7 @@ def _provenance(view: RunView) -> str:
     facts = {
         "method": f"{options['method']}, {options.get('strategy')}, by {options.get('objective')}",
         "layers": f"{len(view.layer_indices)} with an indexer, of {start['decoder_layers']}",
-        "checkpoint": f"{start['model'].get('model_type')}, fingerprint {str(start['model'].get('fingerprint'))[:16]}",
+        "checkpoint": _checkpoint(start["model"]),
         "calibration": f"fingerprint {str(start['calibration'].get('fingerprint'))[:16]}",
         "computed in": f"{options.get('dtype')} on {options.get('device')}, torch {environment.get('torch')}, "
         f"transformers {environment.get('transformers')}, icsearch {start['icsearch_version']}",
@@ -84,9 +71,15 @@ def _provenance(view: RunView) -> str:
     return _table(("searched with", ""), facts.items())
 
 
+def _checkpoint(model: Mapping[str, Any]) -> str:
+    """Its type and what tells it from others: the hub's commit, and the fingerprint of its files."""
+    commit = f"revision {model['revision'][:16]}, " if model.get("revision") else ""
+    return f"{model.get('model_type')}, {commit}fingerprint {str(model.get('fingerprint'))[:16]}"
+
+
 def _eval_section(view: EvalView) -> str:
     found = view.document.get("calibration") or {}
-    source = dataset_of(found.get("source"), view.model_name)["dataset_name"]
+    source = dataset_of(found, view.model_name)["dataset_name"]
     columns = ("pattern", "F layers", "loss", "above the model as it is", "perplexity", "KL", "top-1 agreement")
     tasks = [column for column in view.task_columns if column[1] == "generated"]
     return "\n\n".join(

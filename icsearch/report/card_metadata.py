@@ -4,67 +4,79 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from icsearch.report.eval_view import EvalRow, EvalView
 from icsearch.report.view import Point, RunView
+from icsearch.texts.sources import hub_parts
 
 TAGS = ("icsearch", "indexcache", "deepseek-sparse-attention")
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_NAME = r"[\w-][\w.-]*"
+_MODEL, _DATASET = re.compile(rf"{_NAME}/{_NAME}"), re.compile(rf"({_NAME}/)?{_NAME}")
 
 
 def card_yaml(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
     """The YAML of a card, written by huggingface_hub, so that it is what the hub accepts.
 
-    `base_model` is there where the checkpoint was named by its hub id: a path says nothing to others.
+    `base_model` is there where the hub delivered the checkpoint: a path says nothing to others.
     """
     from huggingface_hub import ModelCardData
 
-    name = model_name(runs, evaluations)
+    model = card_model(runs, evaluations)
     results = [result for view in evaluations for result in _eval_results(view)]
     results += [result for view in runs for result in _run_results(view)]
     card = ModelCardData(
-        base_model=name if is_hub_id(name) else None,
+        base_model=hub_id(model),
         library_name="transformers",
         tags=list(TAGS),
-        model_name=f"{Path(name).name} with shared indexers",
+        model_name=f"{last_part(model)} with shared indexers",
         eval_results=results,
     )
     return str(card.to_yaml(line_break="\n")).rstrip()
 
 
-def model_name(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
-    """What the model was called when it was searched or evaluated."""
-    models = [*(view.document.get("model") for view in evaluations), *(view.start["model"] for view in runs)]
-    return str((models[0] or {}).get("name_or_path") or "model")
+def card_model(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> Mapping[str, Any]:
+    """The checkpoint of a card, as a run or an evaluation names it: one by which the hub delivered it, if any did."""
+    models = [*(view.document.get("model") or {} for view in evaluations), *(view.start["model"] for view in runs)]
+    return next(filter(hub_id, models), models[0])
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a model's name is that of a repository of the hub, and not a path on this machine."""
-    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+def hub_id(model: Mapping[str, Any]) -> str | None:
+    """The model's name on the hub; None for a path, and where nothing says that the hub delivered it.
+
+    What a name was when the run was made cannot be told from the name, nor from the place where the card is made.
+    """
+    name = str(model.get("name_or_path"))
+    return name if model.get("revision") and _MODEL.fullmatch(name) else None
 
 
-def dataset_of(source: str | None, model: str) -> dict[str, Any]:
+def last_part(model: Mapping[str, Any]) -> str:
+    """The model's name without the directories in front of it."""
+    return Path(model.get("name_or_path") or "").name or "model"
+
+
+def dataset_of(calibration: Mapping[str, Any], model: str) -> dict[str, Any]:
     """The fields of a result that say what was measured on; of a path, its last part alone.
 
-    Tokens that somebody brought along say no source, and the journal has the model's name there.
+    A dataset is named as the hub's where the hub delivered it: hf:NAME can be a folder too. Tokens that somebody
+    brought along say no source, and the journal has the model's name there.
     """
+    source = calibration.get("source")
     if source is not None and source.partition(":")[0] == "demo":
         return {"dataset_type": "custom", "dataset_name": f"icsearch's {source} texts"}
     if source is None or source == model:
         return {"dataset_type": "custom", "dataset_name": "own tokens"}
-    scheme, *parts = source.split(":")
-    if scheme != "hf" or not parts or not _HUB_ID.fullmatch(parts[0]) or Path(parts[0]).exists():
+    name, config, split = hub_parts(source)
+    if not (source.startswith("hf:") and calibration.get("source_revision") and _DATASET.fullmatch(name)):
         return {"dataset_type": "custom", "dataset_name": Path(source).name}
-    names = ("dataset_config", "dataset_split")
-    return {"dataset_type": parts[0], "dataset_name": parts[0], **dict(zip(names, parts[1:], strict=False))}
+    return {"dataset_type": name, "dataset_name": name, "dataset_config": config, "dataset_split": split}
 
 
 def _eval_results(view: EvalView) -> Iterator[Any]:
     calibration = view.document.get("calibration") or {}
-    dataset = dataset_of(calibration.get("source"), view.model_name)
+    dataset = dataset_of(calibration, view.model_name)
     for row in view.rows:
         yield from _results(_row_metrics(row), _row_label(row, view.num_layers), dataset)
 
@@ -82,7 +94,7 @@ def _row_label(row: EvalRow, num_layers: int) -> str:
 
 def _run_results(view: RunView) -> Iterator[Any]:
     """The losses of a search, said to be in-sample: they were chosen by."""
-    dataset = dataset_of(view.start["calibration"].get("source"), str(view.start["model"].get("name_or_path")))
+    dataset = dataset_of(view.start["calibration"], str(view.start["model"].get("name_or_path")))
     points: dict[str, Point] = {"baseline": view.points[0], "searched": view.final}
     for name, point in points.items():
         label = f"{name}, {point.full} of {view.num_layers} indexers, in-sample"

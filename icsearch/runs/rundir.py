@@ -29,6 +29,8 @@ RESULT_NAMES = (
 )
 _LOCK_NAME = ".lock"
 _MUST_AGREE = ("options", "model", "calibration")
+# Names, and what follows from a fingerprint: runs of earlier versions have not all of them.
+_MAY_DIFFER = ("name_or_path", "revision", "source", "source_revision", "sequences", "tokens")
 _WHERE_BOTH_HAVE = ("refine_on",)  # runs with a refinement and without differ in an option already
 _BEFORE_THE_OPTION = {"kernels": "reference"}  # what runs did that do not record it yet
 
@@ -161,17 +163,14 @@ def part_of(existing: Sequence[Event], part: str) -> dict[str, Any]:
 
 
 def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Readable `key: found -> wanted` for each value that differs. Names and paths may; fingerprints may not.
-
-    The sequences' digests and tokens follow from the fingerprint, and runs of earlier versions have no digests.
-    """
+    """Readable `key: found -> wanted` for each value that differs. Names and paths may; fingerprints may not."""
     lines = []
     if part == "options" and found.get("method") != wanted.get("method"):
         return [f"method {_short(found.get('method'))}, now {_short(wanted.get('method'))}"]  # all else follows
     if part == "options":
         found = {**{key: value for key, value in _BEFORE_THE_OPTION.items() if key in wanted}, **found}
     for key in sorted(found.keys() | wanted.keys()):
-        if key in ("name_or_path", "source", "sequences", "tokens") or found.get(key) == wanted.get(key):
+        if key in _MAY_DIFFER or found.get(key) == wanted.get(key):
             continue
         label = key if part == "options" else f"{part} {key}"
         lines.append(f"{label} {_short(found.get(key))}, now {_short(wanted.get(key))}")

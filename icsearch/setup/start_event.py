@@ -32,6 +32,7 @@ def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
         "options": options,
         "model": {
             "name_or_path": source.name,
+            "revision": source.revision,
             "model_type": layout.model_type,
             "fingerprint": checkpoint.fingerprint(source),
             "native_shared": list(layout.native_shared),
@@ -58,6 +59,7 @@ def _identity(batches: calibration.Calibration, fallback: str) -> dict[str, Any]
         "num_sequences": batches.num_sequences,
         "seq_len": batches.seq_len,
         "source": batches.manifest.get("source", fallback),
+        "source_revision": batches.manifest.get("source_revision"),
         "sequences": batches.sequence_digests(),
     }
 

@@ -108,20 +108,26 @@ def _parse_demo(text: str) -> TextSource:
 
 
 def _parse_hub(text: str) -> TextSource:
-    name, *rest = text.removeprefix("hf:").split(":")
-    if not name.strip() or len(rest) > 2:
+    name, config, split = hub_parts(text)
+    if not name.strip() or text.count(":") > 3:
         raise CalibrationError(
             f"{text!r} is not a dataset: expected hf:NAME[:CONFIG][:SPLIT], such as hf:wikitext:train"
         )
-    if len(rest) == 1 and rest[0] in SPLIT_NAMES:
-        rest = ["", *rest]
-    config, split = (*rest, "", "")[:2]
     path = typed_path(name, CalibrationError)
     if path.is_file():
         raise CalibrationError(f"{name} is a file, hf: expects a dataset name or a folder: give the file without hf:")
     if not path.is_dir():
         _check_hub_name(text, name)
-    return HubDataset(text=text, name=name, config=config or None, split=split or None)
+    return HubDataset(text=text, name=name, config=config, split=split)
+
+
+def hub_parts(text: str) -> tuple[str, str | None, str | None]:
+    """NAME, CONFIG and SPLIT of hf:NAME[:CONFIG][:SPLIT], as typed; None for those that it does not say."""
+    name, *rest = text.removeprefix("hf:").split(":")
+    if len(rest) == 1 and rest[0] in SPLIT_NAMES:
+        rest = ["", *rest]
+    config, split = (*rest, "", "")[:2]
+    return name, config or None, split or None
 
 
 def _check_hub_name(text: str, name: str) -> None:

@@ -29,12 +29,13 @@ _HUB_CODE = ["*.py"]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local directory with a config and whole safetensors shards."""
+    """A local directory with a config and whole safetensors shards; `revision`: the commit, if the hub delivered it."""
 
     name: str
     directory: Path
     config: dict[str, Any]
     shards: tuple[Path, ...]
+    revision: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -47,11 +48,13 @@ def open_checkpoint(name_or_path: str, *, trust_remote_code: bool = False) -> Ch
 
     Python files of a hub checkpoint are fetched only with `trust_remote_code`.
     """
-    directory = _resolve(name_or_path, trust_remote_code)
+    local = _local(name_or_path)
+    directory = local or _download(name_or_path, [*_HUB_FILES, *_HUB_CODE] if trust_remote_code else _HUB_FILES)
     config = _read_json(directory / "config.json", "the checkpoint's config.json")
     check_config(config, name_or_path)
     shards = _shards(directory)
-    return Checkpoint(name_or_path, directory, config, shards)
+    revision = None if local else directory.name  # the hub's cache names a snapshot by its commit
+    return Checkpoint(name_or_path, directory, config, shards, revision)
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
@@ -82,7 +85,8 @@ def _hash_file(digest: Any, path: Path, whole: bool) -> None:
             digest.update(file.read(SAMPLE_BYTES))
 
 
-def _resolve(name_or_path: str, trust_remote_code: bool) -> Path:
+def _local(name_or_path: str) -> Path | None:
+    """The directory of a checkpoint on this machine; None for a hub id, and ModelError for what is neither."""
     if name_or_path == DEMO:
         return demo_checkpoint()
     path = typed_path(name_or_path, ModelError)
@@ -92,7 +96,7 @@ def _resolve(name_or_path: str, trust_remote_code: bool) -> Path:
         raise ModelError(f"{path} is a file: expected a checkpoint directory with config.json and safetensors shards")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
         raise ModelError(f"no checkpoint at {path}: expected a directory, a hub id such as zai-org/GLM-5, or demo")
-    return _download(name_or_path, [*_HUB_FILES, *_HUB_CODE] if trust_remote_code else _HUB_FILES)
+    return None
 
 
 def _download(repo_id: str, files: list[str]) -> Path:

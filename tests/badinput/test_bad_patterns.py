@@ -109,6 +109,7 @@ PATTERN_FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
         lambda p: p.pattern(steps=[{**STEP, "layer": 2}]), "its pattern has F there", WRITE
     ),
     "a model of text": (lambda p: p.pattern(model="glm"), "model is 'glm'", WRITE),
+    "a revision of a number": (lambda p: p.pattern(model={"revision": 5}), "revision is 5", WRITE),
     "a negative model": (lambda p: p.pattern(model={"num_hidden_layers": -1}), "num_hidden_layers is -1", WRITE),
 }  # fmt: skip
 

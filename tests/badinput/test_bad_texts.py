@@ -178,6 +178,9 @@ TOKENS: dict[str, tuple[Callable[[Place], object], str, str]] = {
         tokens({**MANIFEST, "tokenizer_fingerprint": "0" * 64}, input_ids=IDS), "another tokenizer", "calibrate"
     ),
     "whose source is a number": (tokens({**MANIFEST, "source": 5}, input_ids=IDS), "source is 5", "expected text"),
+    "whose revision is a number": (
+        tokens({**MANIFEST, "source_revision": 5}, input_ids=IDS), "source_revision is 5", "expected text"
+    ),
     "said twice": (
         tokens('{"format": "icsearch.calibration/1", "format": "x"}', input_ids=IDS), "'format' twice", "delete it if"
     ),

@@ -21,6 +21,11 @@ def test_names_of_no_checkpoint_are_one_line(name: str, tmp_path: Path, monkeypa
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_checkpoint_of_this_machine_has_no_revision(glm_checkpoint: Path) -> None:
+    """Of one that the hub delivered it is the commit: tests/test_model_card.py."""
+    assert [open_checkpoint(name).revision for name in ("demo", str(glm_checkpoint))] == [None, None]
+
+
 @pytest.mark.parametrize("trust", [False, True])
 def test_python_files_are_fetched_only_when_trusted(
     trust: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
