@@ -81,8 +81,11 @@ ALLOWED: dict[str, set[str]] = {
     "texts.sources": {"errors", "files", "texts.corpus"},
     "calibration": {"", "errors", "files", "jsonfile", "texts.sources"},
     "weights.configfile": {"errors", "jsonfile"},
+    "weights.sharing": {"errors", "jsonfile", "pattern", "weights.configfile"},
     "weights.header": {"errors", "jsonfile"},
-    "weights.checkpoint": {"errors", "files", "jsonfile", "resources", "weights.configfile", "weights.header"},
+    "weights.checkpoint": {
+        "errors", "files", "jsonfile", "resources", "weights.configfile", "weights.header", "weights.sharing",
+    },
     "memory": {"errors"},
     "slot": {"errors", "pattern"},
     "ops": {"block_sizes"},
@@ -164,7 +167,9 @@ ALLOWED: dict[str, set[str]] = {
     "planning.offload": {"errors", "planning.plan", "weights.holding"},
     "planning.devices": {"errors", "jsonfile"},
     "planning.layer_time": {"block_sizes", "cost", "planning.devices", "planning.footprint"},
-    "planning.modelfile": {"cost", "errors", "files", "jsonfile", "pattern", "resources", "weights.configfile"},
+    "planning.modelfile": {
+        "cost", "errors", "files", "jsonfile", "pattern", "resources", "weights.configfile", "weights.sharing",
+    },
     "measures": {
         "block", "errors", "journal", "losses", "model", "pattern", "planning.plan", "runs.evaluation", "sweep",
     },
@@ -327,6 +332,7 @@ NO_TORCH = [
     "texts.sources",
     "calibration",
     "weights.configfile",
+    "weights.sharing",
     "weights.checkpoint",
     "weights.holding",
     "states",

@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icsearch.cost import ModelShape
 from icsearch.errors import ModelError, first_line
 from icsearch.files import typed_path
-from icsearch.jsonfile import FLAG, MAX_COUNT, TEXT, Kind, list_of, read_object, shown, whole
-from icsearch.pattern import FULL, SHARED, Pattern
+from icsearch.jsonfile import FLAG, TEXT, list_of, read_object, shown, whole
+from icsearch.pattern import Pattern
 from icsearch.resources import demo_checkpoint
 from icsearch.weights.configfile import check_config, fp8_block, language_config
+from icsearch.weights.sharing import start_pattern
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP8_BYTES = 1
-NATIVE_TYPES = {"full": FULL, "shared": SHARED}
 _COUNTS = (  # sizes that `ModelShape` reads, and says of each what it must be at least
     "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
     "v_head_dim", "index_n_heads", "index_head_dim", "index_topk", "intermediate_size", "moe_intermediate_size",
     "n_routed_experts", "num_experts", "num_local_experts", "num_experts_per_tok", "n_shared_experts", "vocab_size",
     "first_k_dense_replace",
 )  # fmt: skip
-_NUMBER = replace(whole(-MAX_COUNT), name="a whole number")
 _READ = {
     **dict.fromkeys(_COUNTS, whole(0)),
     "max_position_embeddings": whole(1),
     "moe_layer_freq": whole(1),
     "mlp_layer_types": list_of(TEXT),
     "layer_types": list_of(TEXT),
-    "indexer_types": list_of(TEXT),
-    "index_topk_pattern": Kind(
-        "letters or a list of text", lambda value: TEXT.fits(value) or list_of(TEXT).fits(value)
-    ),
-    "index_topk_freq": _NUMBER,
-    "index_skip_topk_offset": _NUMBER,
     "tie_word_embeddings": FLAG,
 }
 
@@ -117,7 +110,7 @@ def open_model_file(name: str) -> ModelFile:
         name=name,
         model_type=str(config.get("model_type", "")),
         shape=shape,
-        start=_start_pattern(inner, shape.layers),
+        start=start_pattern(config, name),
         dtype=dtype,
         stored_bytes=_stored_bytes(config, name, dtype),
         tied=bool(inner.get("tie_word_embeddings")),
@@ -172,24 +165,6 @@ def _check_lists(config: dict[str, Any], name: str) -> None:
                 f"config.json of {name} has {len(config[key])} {key} and num_hidden_layers {layers}: expected as many "
                 "as there are layers; use the config that belongs to the weights"
             )
-
-
-def _start_pattern(config: dict[str, Any], layers: int) -> Pattern:
-    """All F but for native S layers: as listed, else by letters, else by freq and offset, as in transformers."""
-    types = config.get("indexer_types")
-    if types is None:
-        types = config.get("index_topk_pattern")
-    if isinstance(types, str):
-        return Pattern.parse(types, layers)
-    if types is None:
-        frequency, offset = max(config.get("index_topk_freq") or 1, 1), config.get("index_skip_topk_offset") or 2
-        types = ["shared" if max(i - offset + 1, 0) % frequency else "full" for i in range(layers)]
-    if len(types) != layers or any(kind not in NATIVE_TYPES for kind in types) or types[0] != "full":
-        raise ModelError(
-            f"config.json has indexer_types {str(types)[:60]}: expected {layers} times full or shared, full first; use "
-            "the config that belongs to the weights"
-        )
-    return Pattern("".join(NATIVE_TYPES[kind] for kind in types))
 
 
 def _stored_bytes(config: dict[str, Any], name: str, dtype: str) -> float:

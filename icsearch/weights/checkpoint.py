@@ -17,6 +17,7 @@ from icsearch.jsonfile import read_object, shown
 from icsearch.resources import demo_checkpoint
 from icsearch.weights.configfile import check_config
 from icsearch.weights.header import read_header
+from icsearch.weights.sharing import check_sharing
 
 DEMO = "demo"
 INDEX_NAME = "model.safetensors.index.json"
@@ -52,6 +53,7 @@ def open_checkpoint(name_or_path: str, *, trust_remote_code: bool = False) -> Ch
     directory = local or _download(name_or_path, [*_HUB_FILES, *_HUB_CODE] if trust_remote_code else _HUB_FILES)
     config = _read_json(directory / "config.json", "the checkpoint's config.json")
     check_config(config, name_or_path)
+    check_sharing(config, name_or_path)
     shards = _shards(directory)
     revision = None if local else directory.name  # the hub's cache names a snapshot by its commit
     return Checkpoint(name_or_path, directory, config, shards, revision)

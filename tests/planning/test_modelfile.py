@@ -81,6 +81,19 @@ def test_native_s_layers_as_transformers_reads_them(changes: dict[str, Any], let
     assert found.num_parameters == sum(parameter.numel() for parameter in whole.parameters())
 
 
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_keys_that_transformers_does_not_read_are_none(family: str, tmp_path: Path) -> None:
+    """An exported deepseek_v32 has them for engines: transformers, and so a search, runs all its indexers."""
+    tiny.save_checkpoint(tmp_path, family)
+    path = tmp_path / "config.json"
+    keys = {"indexer_types": ["full", "shared"] * 3, "index_topk_pattern": "FSFSFS", "index_topk_freq": 2}
+    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
+    expected = layout.inspect(open_checkpoint(str(tmp_path)))
+    found = open_model_file(str(tmp_path))
+    assert (found.start, found.num_parameters) == (expected.start_pattern, expected.num_parameters)
+    assert found.start.letters == {"deepseek_v32": "FFFFFF", "glm_moe_dsa": "FSFSFS"}[family]
+
+
 def test_a_tied_head_counts_once(tmp_path: Path) -> None:
     untied = open_model_file(written(tmp_path)).num_parameters
     tied = open_model_file(written(tmp_path, tie_word_embeddings=True)).num_parameters
@@ -91,7 +104,7 @@ def test_a_tied_head_counts_once(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"dtype": "float8"}, "dtype 'float8': expected float32, bfloat16, float16"),
-        ({"indexer_types": ["full"]}, "expected 6 times full or shared"),
+        ({"indexer_types": ["full"]}, "indexer_types has 1 letters for 6 layers: expected one a layer"),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantised by 'gptq': expected 'fp8'"),
         ({"kv_lora_rank": 0}, "kv_lora_rank 0"),
         ({"layer_types": ["linear_attention", "indexed_attention"] * 3}, "3 DSA layers among 6"),
