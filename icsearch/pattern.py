@@ -278,11 +278,15 @@ def _from_json(document: dict[str, Any]) -> PatternFile:
     check_fields(document, {"pattern": TEXT, "num_layers": whole(1, MAX_LAYERS)})
     pattern = Pattern.parse(document["pattern"], document["num_layers"])
     check_fields(document, {"layer_indices": layers(), "full_layers": optional(layers(len(pattern))), **FILE_FIELDS})
+    check_fields(document, {"retention": optional(NUMBER)})
     check_fields(document["model"], MODEL_FIELDS)
     check_fields(document["calibration"], CALIBRATION_FIELDS)
     layer_indices = tuple(document["layer_indices"])
     if len(layer_indices) != len(pattern):
         raise PatternError(f"{len(layer_indices)} layer_indices for {len(pattern)} letters: expected as many")
+    retention = document.get("retention")
+    if retention is not None and round(retention * len(pattern)) != len(pattern.full_layers):
+        raise PatternError(f"retention {retention} is not that of the pattern: expected {pattern.retention}")
     if document.get("full_layers") not in (None, list(pattern.full_layers)):
         raise PatternError("full_layers are not those of the pattern: expected its F layers")
     steps = tuple(_step(step, len(pattern)) for step in document["steps"])

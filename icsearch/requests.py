@@ -139,10 +139,11 @@ class PatternRequest(RunRequest):
         largest = len(self.flippable(start))
         wanted = self._wanted_flips(start)
         if wanted > largest:
+            advice = f"--num-shared {largest} or less" if largest else "fewer --stages, or less to --keep-full"
             raise PatternError(
-                f"cannot share {shown(wanted)} more layers: {largest} of the {len(start)} DSA layers can be flipped "
-                "(layer 0, --keep-full, first layers of stages and native S layers stay as they are); "
-                f"give --num-shared {largest} or less"
+                f"cannot share {shown(wanted)} more layers: {largest or 'none'} of the {len(start)} DSA layers can be "
+                "flipped (layer 0, --keep-full, first layers of stages and native S layers stay as they are); "
+                f"give {advice}"
             )
         return wanted
 

@@ -93,7 +93,7 @@ def _copy(calibration: Calibration, directory: Path, cache_dir: Path, rebuild: b
         if there.fingerprint != calibration.fingerprint:
             raise CalibrationError(
                 f"{cache_dir} holds other tokens (fingerprint {short(there.fingerprint)}, those of {directory} have "
-                f"{short(calibration.fingerprint)}): choose another directory, or overwrite them with --fresh"
+                f"{short(calibration.fingerprint)}): give another --out, or overwrite them with --fresh"
             )
         return True
     save(calibration, cache_dir)
@@ -143,8 +143,8 @@ def _cached(cache_dir: Path, key: Mapping[str, Any]) -> Calibration:
     ]
     if differences:
         raise CalibrationError(
-            f"calibration in {cache_dir} was built with another {', '.join(differences)}: choose another directory, "
-            f"give the same options, or rebuild with --fresh"
+            f"calibration in {cache_dir} was built with another {', '.join(differences)}: give another --out, "
+            f"repeat the options, or start over with --fresh"
         )
     return calibration
 

@@ -32,6 +32,7 @@ _MUST_AGREE = ("options", "model", "calibration")
 # Names, and what follows from a fingerprint: runs of earlier versions have not all of them.
 _MAY_DIFFER = ("name_or_path", "revision", "source", "source_revision", "sequences", "tokens")
 _WHERE_BOTH_HAVE = ("refine_on",)  # runs with a refinement and without differ in an option already
+_SHORT = 24  # characters of a value that are shown whole
 _BEFORE_THE_OPTION = {"kernels": "reference"}  # what runs did that do not record it yet
 
 
@@ -173,10 +174,25 @@ def _differences(part: str, found: dict[str, Any], wanted: dict[str, Any]) -> li
         if key in _MAY_DIFFER or found.get(key) == wanted.get(key):
             continue
         label = key if part == "options" else f"{part} {key}"
-        lines.append(f"{label} {_short(found.get(key))}, now {_short(wanted.get(key))}")
+        there, now = _told(found.get(key), wanted.get(key))
+        lines.append(f"{label} {there}, now {now}")
     return lines
+
+
+def _told(there: Any, now: Any) -> tuple[str, str]:
+    """Both values, short enough for a line: of long lists, the names of what only one of them has."""
+    lists = isinstance(there, list) and isinstance(now, list)
+    if not lists or max(len(str(there)), len(str(now))) <= _SHORT:
+        return _short(there), _short(now)
+    ours, theirs = _only_in(there, now), _only_in(now, there)
+    return (ours or "no more", theirs or "no more") if ours or theirs else ("in one order", "in another")
+
+
+def _only_in(some: list[Any], others: list[Any]) -> str:
+    names = [str(one[0]) if isinstance(one, list) else str(one) for one in some if one not in others]
+    return ", ".join(names)
 
 
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 24 else f"{text[:12]}…"
+    return text if len(text) <= _SHORT else f"{text[:12]}…"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +24,21 @@ def test_a_lock_that_was_given_back_is_forgotten(tmp_path: Path) -> None:
     del lock
     gc.collect()
     assert reference() is None
+
+
+@pytest.mark.parametrize(
+    ("there", "now", "words"),
+    [
+        ([["full", "FFFF"], ["uniform 1/4", "FSSS"]], [["full", "FFFF"], ["uniform 1/2", "FSFS"]],
+         "patterns uniform 1/4, now uniform 1/2"),
+        ([["full", "FFFF"], ["uniform 1/4", "FSSS"]], [["full", "FFFF"]], "patterns uniform 1/4, now no more"),
+        ([["full", "FFFFFF"], ["a", "FSFFFF"]], [["a", "FSFFFF"], ["full", "FFFFFF"]],
+         "patterns in one order, now in another"),
+        ([0, 5], [], "patterns [0, 5], now []"),
+    ],
+)  # fmt: skip
+def test_of_long_lists_it_is_said_what_differs(tmp_path: Path, there: list[Any], now: list[Any], words: str) -> None:
+    start = {"event": "start", "options": {"method": "eval", "patterns": there}, "model": {}, "calibration": {}}
+    wanted = {**start, "options": {"method": "eval", "patterns": now}}
+    with pytest.raises(JournalError, match=re.escape(f"({words})")):
+        RunDirectory(tmp_path).check_same([start], wanted)
