@@ -138,8 +138,8 @@ def _chosen(file: PatternFile, retention: Fraction | None) -> PatternFile:
 
 
 def _open(request: NativeRequest, file: PatternFile) -> Checkpoint:
-    model = request.model or file.model.get("name_or_path")
-    if not model:
+    model = file.model.get("name_or_path") if request.model is None else request.model
+    if model is None:
         raise ExportError(f"{request.file} does not say which checkpoint it belongs to: give --model")
     return open_checkpoint(model)
 

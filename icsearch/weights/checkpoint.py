@@ -26,6 +26,7 @@ HASH_ALL_BELOW = 1 << 30  # bytes; larger checkpoints are sampled, see `fingerpr
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _HUB_CODE = ["*.py"]
+_EXPECTED = "expected a directory, a hub id such as zai-org/GLM-5, or demo"
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def _hash_file(digest: Any, path: Path, whole: bool) -> None:
 
 def _local(name_or_path: str) -> Path | None:
     """The directory of a checkpoint on this machine; None for a hub id, and ModelError for what is neither."""
+    if not name_or_path:  # as a path it would be the working directory
+        raise ModelError(f"MODEL is empty: {_EXPECTED}")
     if name_or_path == DEMO:
         return demo_checkpoint()
     path = typed_path(name_or_path, ModelError)
@@ -97,7 +100,7 @@ def _local(name_or_path: str) -> Path | None:
     if path.exists():
         raise ModelError(f"{path} is a file: expected a checkpoint directory with config.json and safetensors shards")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
-        raise ModelError(f"no checkpoint at {path}: expected a directory, a hub id such as zai-org/GLM-5, or demo")
+        raise ModelError(f"no checkpoint at {path}: {_EXPECTED}")
     return None
 
 

@@ -71,7 +71,7 @@ FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "a file": (lambda p: p.file("model.gguf", b"GGUF"), "model.gguf is a file", "expected a checkpoint directory"),
     "an empty directory": (lambda p: p.file("empty/x").parent, "no config.json", "is this a checkpoint directory"),
     "nothing": (lambda p: p.root / "nowhere", "no checkpoint at", "a hub id such as"),
-    "no name": (lambda p: "", "no config.json in .", "is this a checkpoint directory"),
+    "no name": (lambda p: "", "MODEL is empty", "a hub id such as"),
     "a name with a line break": (lambda p: "no\nwhere", "no checkpoint at", "a hub id such as"),
     "a name with a terminal's escape": (lambda p: "no\x1b[2Jwhere", "no checkpoint at", "a hub id such as"),
     "a long name": (lambda p: "x" * 5000, "File name too long", "give another one"),

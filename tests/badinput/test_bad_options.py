@@ -23,6 +23,7 @@ SEARCH: dict[str, tuple[tuple[object, ...], str, str]] = {
     "retention 1e400": (("--retention", "1e400"), "'1e400' is not a number", "give a fraction"),
     "retention 1e-999999999": (("--retention", "1e-999999999"), "is not a number", "give a fraction"),
     "retention of 400 digits": (("--retention", HUGE), "is not a number", "give a fraction"),
+    "retention of nothing": (("--retention", ""), "'' is not a number", "give a fraction"),
     "retention of two lines": (("--retention", "1/4\n1/2"), "is not a number", "give a fraction"),
     "shared 0": (("--num-shared", "0"), "--num-shared 0 is out of range", "give at least 1"),
     "shared -1": (("--num-shared", "-1"), "--num-shared -1 is out of range", "give at least 1"),
@@ -93,6 +94,7 @@ GREEDY_ALONE = {"--strategy", "--objective", "--confidence", "--refine", "--refi
 EVALUATIONS: dict[str, tuple[tuple[object, ...], str, str]] = {
     "no pattern": ((), "--pattern", "--help"),
     "retention of text": (("--pattern", "full", "--retention", "half"), "'half' is not a number", "give a fraction"),
+    "retention of nothing": (("--pattern", "full", "--retention", ""), "'' is not a number", "give a fraction"),
     "tasks below 0": (("--pattern", "full", "--tasks", -1), "--tasks", "--help"),
     "tasks of 400 digits": (("--pattern", "full", "--tasks", HUGE), "--tasks", "give"),
     "tasks too short": (("--pattern", "full", "--tasks", 1, "--task-length", 2), "--task-length", ""),
@@ -130,6 +132,7 @@ def test_calibrations(place: Place, capfd: pytest.CaptureFixture[str], case: str
 
 
 PLANS: dict[str, tuple[tuple[object, ...], str, str]] = {
+    "retention of nothing": (("--retention", ""), "'' is not a number", "give a fraction"),
     "devices of nobody": (("--devices", "8xK20"), "--devices '8xK20' is unknown", "such as 8xH200"),
     "no devices": (("--devices", "0xH200"), "--devices '0xH200' is unknown", "such as 8xH200"),
     "fewer than no devices": (("--devices", "-1xH200"), "is unknown", "such as 8xH200"),
@@ -183,6 +186,7 @@ CONFIG_FILES: dict[str, tuple[str | bytes, str, str]] = {
     "a word for a flag": ("[greedy]\nfresh = 'yes'", "fresh is 'yes'", "expected true or false"),
     "a number of no sequence": ("[greedy]\nnum-sequences = 0", "num-sequences", "from the config file"),
     "nan": ("[greedy]\nretention = nan", "'nan' is not a number", "give a fraction"),
+    "a retention of nothing": ("[common]\nretention = ''", "'' is not a number", "give a fraction"),
     "a thing twice": ("[greedy]\nseed = 1\nseed = 2", "is not TOML", "expected TOML with tables"),
 }
 
@@ -204,6 +208,7 @@ ENVIRONMENTS: dict[str, tuple[dict[str, str], str, str]] = {
     "no master": ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_ADDR or MASTER_PORT is not set", "start with torchrun"),
     "a config file that is not there": ({"ICSEARCH_CONFIG": "own.toml"}, "no config file own.toml", "expected TOML"),
     "a seed of text": ({"ICSEARCH_GREEDY_SEED": "lucky"}, "--seed", "ICSEARCH_GREEDY_SEED"),
+    "a retention of a space": ({"ICSEARCH_GREEDY_RETENTION": " "}, "' ' is not a number", "give a fraction"),
 }
 
 

@@ -132,6 +132,9 @@ EXPORTS: dict[str, tuple[tuple[object, ...], str, str]] = {
     "no engine": (("--engine", ""), "needs one of", "--engine NAME and --checkpoint OUT"),
     "a retention not reached": (("--engine", "vllm", "--retention", "1/6"), "holds 3 to 6 of 6", "a smaller"),
     "a retention of text": (("--engine", "vllm", "--retention", "half"), "'half' is not a number", "give a fraction"),
+    "a retention of nothing": (("--engine", "vllm", "--retention", ""), "'' is not a number", "give a fraction"),
+    "a retention of nothing in a copy": (("--checkpoint", "out", "--retention", ""), "'' is not a number", "give a"),
+    "a model of nothing": (("--checkpoint", "out", "--model", ""), "MODEL is empty", "expected a directory"),
 }
 
 

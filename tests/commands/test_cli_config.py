@@ -67,6 +67,18 @@ def test_flags_above_the_environment_above_the_command_above_common(
     assert (status, json.loads(out)["search"]["num_shared"]) == (0, 3)
 
 
+def test_an_empty_variable_says_nothing_and_an_empty_value_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typer's convention for variables; typed, or in a file, nothing is a value like any other."""
+    monkeypatch.setenv("ICSEARCH_PLAN_RETENTION", "")
+    half = write(tmp_path / "half.toml", '[common]\nretention = "1/2"\n')
+    assert planned(capsys, "--config", half)["search"]["num_shared"] == 8
+    assert "retention '' is not a number" in refused(capsys, "plan", "demo", "--config", half, "--retention", "")
+    empty = write(tmp_path / "empty.toml", '[common]\nretention = ""\n')
+    assert "retention '' is not a number" in refused(capsys, "plan", "demo", "--config", empty)
+
+
 def test_a_run_cannot_tell_where_an_option_came_from(
     capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

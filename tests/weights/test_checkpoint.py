@@ -21,6 +21,13 @@ def test_names_of_no_checkpoint_are_one_line(name: str, tmp_path: Path, monkeypa
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_nothing_is_not_the_working_directory(glm_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(glm_checkpoint)
+    assert open_checkpoint(".").directory.samefile(glm_checkpoint)
+    with pytest.raises(ModelError, match="MODEL is empty: expected a directory"):
+        open_checkpoint("")
+
+
 def test_a_checkpoint_of_this_machine_has_no_revision(glm_checkpoint: Path) -> None:
     """Of one that the hub delivered it is the commit: tests/test_model_card.py."""
     assert [open_checkpoint(name).revision for name in ("demo", str(glm_checkpoint))] == [None, None]
