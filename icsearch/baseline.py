@@ -14,6 +14,7 @@ from icsearch.cosine_dp import solve
 from icsearch.journal import Event
 from icsearch.pattern import Pattern
 from icsearch.planning import plan
+from icsearch.planning.stage_starts import stage_rows
 from icsearch.processes.launch import check_device, grids
 from icsearch.processes.wave_jobs import COMPARE
 from icsearch.requests import BaselineRequest
@@ -62,7 +63,8 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
     record, layout = scoring.record, inputs.layout
     patterns = [record.start_pattern, *map(Pattern, record.references.values())]
     runs = layout.num_layers + count_in_sweeps(layout, patterns, loaded.memory.patterns_per_sweep)
-    rows = [*plan.model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
+    of_model, of_weights = plan.model_rows(record.start), weight_rows(loaded, len(patterns))
+    rows = [*of_model, *process_rows(loaded), *of_weights, *stage_rows(record.start)]
     scoring.progress.planned(rows, runs * len(record.tokens), record.layer_sequences)
     if not record.similarity_sums.sequences:
         for event in reused:

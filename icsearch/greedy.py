@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from icsearch.journal import Event
 from icsearch.pattern import Pattern
 from icsearch.planning import plan, rehearsal
+from icsearch.planning.stage_starts import stage_rows
 from icsearch.processes.launch import check_device, grids, pipeline_blocks
 from icsearch.refine import SwapRefinement
 from icsearch.requests import KL, GreedyRequest
@@ -47,7 +48,8 @@ def greedy(
             search_plan = _plan(request, here.inputs.layout, loaded, record)
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
             total = search_plan.expected_layer_evaluations * len(record.tokens)
-            listener.planned(plan.rows(search_plan, here.start), total, record.layer_sequences)
+            rows = [*plan.rows(search_plan, here.start), *stage_rows(here.start)]
+            listener.planned(rows, total, record.layer_sequences)
             if options_of(record).races and (why := _why_race_saves_nothing(record, scoring.waves)):
                 listener.info(why)
             score_baseline(scoring, here.inputs.layout)

@@ -21,6 +21,10 @@ _FENCE = re.compile(
     r"^(?P<fence>`{3,})(?P<language>\w*)\n(?P<text>.*?)^(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
+_TOP = "icsearch|tests|docs|benchmarks|calibration|checkpoint|patterns"  # the directories of the repository
+_PATH = re.compile(rf"(?<![\w/.-])(?:{_TOP})/[\w./-]*\w/?")
+_LINK = re.compile(r"\]\((?!https?://)([^()\s#]*)(?:#([^()\s]*))?\)")
+_HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 _PLACEHOLDER = "…"
 
@@ -105,3 +109,19 @@ def blocks(page: str) -> list[Block]:
         )
         for found in _FENCE.finditer(page)
     ]
+
+
+def paths(page: str) -> list[str]:
+    """The files and directories of the repository that a page names, wherever in it: what begins with a top folder."""
+    return [found[0] for found in _PATH.finditer(page)]
+
+
+def links(page: str) -> list[tuple[str, str]]:
+    """(target, anchor) of each link that stays within the repository; the target is empty within the page itself."""
+    return [(found[1], found[2] or "") for found in _LINK.finditer(page)]
+
+
+def anchors(page: str) -> set[str]:
+    """What a link may name behind #, as GitHub makes it of headings: letters, digits, - and _; spaces become -."""
+    headings = _HEADING.findall(re.sub(r"^(`{3,}).*?^\1$", "", page, flags=re.MULTILINE | re.DOTALL))
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

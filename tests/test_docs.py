@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import typer
 
-from doc_pages import PAGES, ROOT, Block, Command, blocks, parse
+from doc_pages import PAGES, ROOT, Block, Command, anchors, blocks, links, parse, paths
 from icsearch import cli
 
 # Pages whose commands take no more than some 5 seconds; the others are run by make test-all.
@@ -57,6 +57,22 @@ def check(command: Command) -> None:
 
 def known(command: Any) -> set[str]:
     return {option for parameter in command.params for option in parameter.opts} | {"--help"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_path_is_there(name: str) -> None:
+    named = paths((ROOT / name).read_text(encoding="utf-8"))
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_leads_somewhere(name: str) -> None:
+    page = ROOT / name
+    for target, anchor in links(page.read_text(encoding="utf-8")):
+        linked = page.parent / target if target else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in anchors(linked.read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,6 +125,17 @@ def test_the_python_page_is_typed(tmp_path: Path) -> None:
 
 
 # --- the reader of pages itself -----------------------------------------------------------------------------------
+
+
+def test_the_paths_and_links_of_a_page() -> None:
+    page = (
+        "# What it *does*: a `try`\n`pytest tests/test_gone.py::one`, see icsearch/cost.py. [more](docs/a.md#b-c), "
+        "[web](https://x.org/docs/no.md), [here](#up) x/tests/no.py docs/ ![p](docs/c.png)\n```\n# a comment\n```\n"
+    )
+    assert paths(page) == ["tests/test_gone.py", "icsearch/cost.py", "docs/a.md", "docs/c.png"]
+    assert links(page) == [("docs/a.md", "b-c"), ("", "up"), ("docs/c.png", "")]
+    assert anchors(page) == {"what-it-does-a-try"}
+
 
 PAGE = """
 ```

@@ -11,7 +11,8 @@ from icsearch.planning.forecast import PATIENCE, SECONDS_AN_HOUR, Forecast, Plan
 from icsearch.planning.offload import SHARE_OF_CPU
 from icsearch.planning.placement import Fit, weight_sizes
 from icsearch.planning.plan import format_bytes
-from icsearch.strategies import STRATEGIES
+from icsearch.planning.stage_starts import shared_starts
+from icsearch.strategies import STRATEGIES, split_stages
 from icsearch.weights.holding import CPU, RESIDENT
 
 if TYPE_CHECKING:
@@ -171,6 +172,9 @@ def _facts(plan: Plan) -> RenderableType:
         f"{case.devices.words}: {format_bytes(device.memory)}, {device.flops / 1e12:.4g} TFLOP/s "
         f"({device.float32_flops / 1e12:.3g} in float32), {device.bandwidth / 1e12:.3g} TB/s each ({device.source})",
     )
+    firsts = [block.start for block in split_stages(len(search.start), search.stages)]
+    for text in shared_starts(search.start, firsts, range(len(search.start))):  # all its layers have letters
+        rows.add_row("stages", text)
     return rows
 
 

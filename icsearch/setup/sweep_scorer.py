@@ -9,6 +9,7 @@ from icsearch.block import Batch, BranchState, cut_waves
 from icsearch.divergence import KlSweeper
 from icsearch.pattern import Pattern
 from icsearch.planning import offload, plan
+from icsearch.planning.stage_starts import stage_notes
 from icsearch.processes.ledger import CALIBRATION, HELDOUT, Ledger
 from icsearch.requests import KL
 from icsearch.resting import InCpuMemory, OnDevice
@@ -71,7 +72,8 @@ def make_scoring(
     kept = kept or _keep_nothing(layout)
     scorer = _scorer(loaded, CALIBRATION, loaded.batches, kept, record)
     scoring = Scoring(here.run.journal, record, scorer, listener)
-    scoring.note([*environment_notes(here.existing, here.start), *loaded.notes, *weight_notes(loaded)])
+    changed = environment_notes(here.existing, here.start)
+    scoring.note([*changed, *loaded.notes, *weight_notes(loaded), *stage_notes(here.start)])
     return scoring
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
+import tiny_families
 from icsearch.errors import IcsearchError
 from icsearch.planning.modelfile import open_model_file
 from icsearch.weights import layout
@@ -53,6 +54,18 @@ def test_parameters_and_layout_are_those_of_the_skeleton(family: str, tmp_path: 
     assert found.start == expected.start_pattern
     assert found.stored_model_bytes == pytest.approx(checkpoint.num_bytes, rel=0.1)  # small: headers count
     assert (found.dtype, found.model_type, found.max_positions) == (expected.dtype, family, expected.max_positions)
+
+
+@pytest.mark.parametrize("family", sorted(tiny_families.CONFIGS))
+def test_the_families_that_can_be_planned_for(family: str, tmp_path: Path) -> None:
+    """As docs/families.md and docs/any-size.md say: four of the ten, by transformers' own default sizes."""
+    (tmp_path / "config.json").write_text(json.dumps(AutoConfig.for_model(family).to_dict()))
+    if family in ("axk2", "deepseek_v32", "glm_moe_dsa", "mistral_large4"):
+        assert open_model_file(str(tmp_path)).num_parameters > 10**10
+        return
+    with pytest.raises(IcsearchError) as caught:
+        open_model_file(str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def test_demo_without_torch_agrees_with_its_weights() -> None:
