@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -446,3 +447,27 @@ def test_light_modules_load_nothing_heavy(heavy: set[str]) -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = "import sys\nfrom icsearch import cli\nfor a in (['--help'], ['greedy', '--help']): cli._run(a, False)"
     assert loaded_by(code) & {"torch", "transformers", "datasets", "matplotlib", "numpy", "jinja2"} == set()
+
+
+def scripts_in(path: Path) -> list[ast.Module]:
+    """The strings of a test that are Python themselves and import something: other processes run them."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and "import" in node.value:
+            with contextlib.suppress(SyntaxError):
+                found.append(ast.parse(node.value))
+    return found
+
+
+def test_scripts_of_slow_tests_import_what_there_is() -> None:
+    """A module that has moved is found by every other test at once; by these only where the slow ones are run."""
+    named = set()
+    for path in Path(__file__).parent.rglob("*.py"):
+        for script in scripts_in(path):
+            for node in ast.walk(script):
+                if isinstance(node, ast.Import):
+                    named |= {alias.name for alias in node.names if alias.name.startswith("icsearch.")}
+                elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("icsearch."):
+                    named.add(str(node.module))
+    assert named
+    assert {dotted for dotted in named if not is_module(dotted)} == set()
