@@ -86,7 +86,7 @@ def pipe(place: Place) -> Path:
 
 COPIES: dict[str, tuple[Callable[[Place], Words], str]] = {
     "of other weights": (of(lambda p: p.config(rms_norm_eps=1e-6)), "other weights"),
-    "of another depth": (of(lambda p: p.config(num_hidden_layers=5)), "decoder layers"),
+    "of another depth": (of(lambda p: p.config(num_hidden_layers=5, indexer_types=None)), "decoder layers"),
     "of another kind": (of(lambda p: p.config(model_type="deepseek_v32")), "deepseek_v32"),
     "of a cut checkpoint": (of(cut), "is truncated or damaged"),
     "of a pipe": (of(pipe), "is no file"),
