@@ -196,9 +196,9 @@ def test_ready_tokens(place: Place, capfd: pytest.CaptureFixture[str], case: str
 
 CACHE_DAMAGE: dict[str, tuple[dict[str, Any] | str, str, str]] = {
     "of another version": ({"format": "icsearch.calibration/2"}, "'icsearch.calibration/2'", "expected 'icsearch"),
-    "of another source": ({"source_fingerprint": "0" * 64}, "another source_fingerprint", "rebuild with --fresh"),
+    "of another source": ({"source_fingerprint": "0" * 64}, "another source_fingerprint", "start over with --fresh"),
     "of another length": ({"seq_len": 33}, "seq_len 32", "says 33"),
-    "its seed is text": ({"seed": "0"}, "another seed", "rebuild with --fresh"),
+    "its seed is text": ({"seed": "0"}, "another seed", "start over with --fresh"),
 }
 
 
