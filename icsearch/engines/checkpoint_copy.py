@@ -105,6 +105,8 @@ def _files(directory: Path) -> Iterator[str]:
 def free_place(out: Path) -> Path:
     """Where the copy will be, links resolved; raises CopyError where something is there."""
     target = typed_path(str(out), CopyError).resolve()
+    if target == Path.cwd().resolve():  # whoever stands in it would be left in a directory that is gone
+        raise CopyError("--checkpoint is the working directory: give a directory that does not exist yet")
     if target.exists() and not target.is_dir():
         raise CopyError(f"{out} is a file: give a --checkpoint directory that does not exist yet")
     if target.is_dir() and any(target.iterdir()):

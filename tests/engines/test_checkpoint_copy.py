@@ -232,9 +232,15 @@ def test_places_in_the_source_are_refused(source: Path, tmp_path: Path, place: s
     check_outside(tmp_path / "source-2", source)
 
 
-def test_places_that_are_taken_are_refused(source: Path, tmp_path: Path) -> None:
+def test_places_that_are_taken_are_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CopyError, match="is a file"):
         free_place(tmp_path / "file")
     with pytest.raises(CopyError, match="is not empty"):
         free_place(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert free_place(tmp_path / "empty") == (tmp_path / "empty").resolve()
+    monkeypatch.chdir(tmp_path / "empty")
+    for place in (Path(), Path("."), tmp_path / "empty"):
+        with pytest.raises(CopyError, match="is the working directory"):
+            free_place(place)
