@@ -2,7 +2,7 @@
 
 What it measures is transformers' reference code here and now: its eager and sdpa attention are dense, so the
 indexers' share differs from an engine's, and nothing follows for other machines, engines or batch sizes. For a
-projection see `cost.py`, which is an estimate.
+projection see `cost/`, which is an estimate.
 """
 
 from __future__ import annotations

@@ -380,7 +380,7 @@ NO_TORCH = [
 
 
 # Packages that are one row: their modules belong together and import each other.
-WHOLE = {"calibration", "report", "strategies"}
+WHOLE = {"calibration", "cost", "report", "strategies"}
 
 
 def row_of(dotted: str) -> str:

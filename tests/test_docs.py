@@ -129,10 +129,10 @@ def test_the_python_page_is_typed(tmp_path: Path) -> None:
 
 def test_the_paths_and_links_of_a_page() -> None:
     page = (
-        "# What it *does*: a `try`\n`pytest tests/test_gone.py::one`, see icsearch/cost.py. [more](docs/a.md#b-c), "
+        "# What it *does*: a `try`\n`pytest tests/test_gone.py::one`, see icsearch/sweep.py. [more](docs/a.md#b-c), "
         "[web](https://x.org/docs/no.md), [here](#up) x/tests/no.py docs/ ![p](docs/c.png)\n```\n# a comment\n```\n"
     )
-    assert paths(page) == ["tests/test_gone.py", "icsearch/cost.py", "docs/a.md", "docs/c.png"]
+    assert paths(page) == ["tests/test_gone.py", "icsearch/sweep.py", "docs/a.md", "docs/c.png"]
     assert links(page) == [("docs/a.md", "b-c"), ("", "up"), ("docs/c.png", "")]
     assert anchors(page) == {"what-it-does-a-try"}
 

@@ -26,7 +26,7 @@ KINDS = {
     "share": "measured: layer evaluations of exact's, on two 24-layer checkpoints (benchmarks/README.md); a race's for "
     "the waves of the placement, estimated: in the first wave it drops nobody",
     "most_layer_evaluations": "counted: a bound, without states kept between steps",
-    "flops": "counted (icsearch/cost.py) over the layer evaluations",
+    "flops": "counted (icsearch/cost/work.py) over the layer evaluations",
     "weight_bytes": "counted: bytes of the checkpoint that all processes read; of lazy, estimated from its bound",
     "most_weight_bytes": "counted: a bound",
     "memory": "estimated (icsearch/planning/footprint.py): of the fullest device",
