@@ -35,6 +35,7 @@ from icsearch.report.choices import guarantee, step_note, what_was_left_out
 from icsearch.report.curve import LABEL_LETTER, Mark, Series, comparison_picture, curve_picture, run_picture
 from icsearch.report.heatmap import heat_picture, step_rows
 from icsearch.report.page import minus, render_page, strip_rows
+from icsearch.report.parts import provenance
 from icsearch.report.scales import Axis, CostScale, cost_scale, nice_step, tick_label
 from icsearch.report.view import RunView, headline, kink_sentence
 from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
@@ -633,3 +634,10 @@ def test_every_part_of_such_a_search_can_be_shown(tmp_path: Path, strategy: str)
         if record.nll.is_complete(record.start_pattern.letters):
             render_page([view_run(record)])
             summary_table(record)
+
+
+def test_long_lists_of_where_it_comes_from_are_cut() -> None:
+    digests, layers = [f"{number:016x}" for number in range(24)], list(range(0, 78, 4))
+    ((_, rows),) = provenance([("Calibration", {"sequences": digests, "keep_full": layers})])
+    assert dict(rows)["sequences"] == f"{digests[0]}, {digests[1]}, … (24 in all)"
+    assert dict(rows)["keep full"] == ", ".join(map(str, layers))  # what somebody chose is there whole

@@ -53,6 +53,9 @@ def provenance(groups: Sequence[tuple[str, Mapping[str, Any]]]) -> Provenance:
     )
 
 
+LONGEST_LIST = 160  # characters that are shown; the digests of all sequences would fill a page
+
+
 def plain(value: Any) -> str:
     """A value of a JSON document as a reader expects it."""
     if value is None or value == [] or value == {}:
@@ -60,5 +63,6 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value)
+        text = ", ".join(str(item) for item in value)
+        return text if len(text) <= LONGEST_LIST else f"{value[0]}, {value[1]}, … ({len(value)} in all)"
     return json.dumps(value) if isinstance(value, Mapping) else str(value)
