@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "engines.importing": {
         "engines.backbone", "engines.engine", "engines.gguf_file", "engines.letters", "engines.reading",
-        "engines.table", "engines.texts", "errors", "files", "pattern",
+        "engines.schedule", "engines.table", "engines.texts", "errors", "files", "pattern",
     },
     "specs": {"engines.backbone", "engines.importing", "errors", "files", "jsonfile", "pattern", "resources"},
     "cost": {"errors", "pattern"},

@@ -103,6 +103,7 @@ SERVED = {
     ),
     "deepseek_v32": (["vLLM", "SGLang"], ["atom", "vllm-ascend"]),
     "deepseek_v4": (["ATOM", "vllm-ascend"], []),
+    "minimax_m3_vl": (["ATOM"], []),  # vLLM's two numbers do not give this pattern
     "hy_v4": (["transformers"], []),
     "mistral_large4": (["transformers"], []),
     "axk2": ([], []),
@@ -151,6 +152,10 @@ def test_an_engine_that_two_numbers_tell_is_named_where_they_give_the_pattern(tm
     native = run_directory(tmp_path / "yes", num_layers=8, num_shared=0, native_shared=(2, 4, 6))
     assert results.pattern_file(load_run(native)).pattern.letters == "FFSFSFSF"
     assert "Megatron-LM (`megatron`)" in card_of(native).text
+    minimax = {"num_layers": 8, "num_shared": 0, "native_shared": (2, 4, 6), "model_type": "minimax_m3_vl"}
+    text = card_of(run_directory(tmp_path / "minimax", **minimax)).text
+    assert re.findall(r"^With ([^,]+),", text, re.MULTILINE) == ["vLLM", "ATOM"]
+    assert '"index_topk_freq": 2, "index_skip_topk_offset": 1}' in text
 
 
 def test_several_checkpoints_and_unfinished_runs_are_refused(tmp_path: Path) -> None:

@@ -328,6 +328,14 @@ def test_write_report_of_several_runs(tmp_path: Path) -> None:
     assert page.count('<span class="badge">unfinished</span>') == 2  # in the table and in the run's section
 
 
+def test_an_engine_that_cannot_be_given_the_pattern_hides_no_other(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", MadeUpRun(model_type="minimax_m3_vl"))
+    write_report([tmp_path / "run"], tmp_path / "all.html")
+    page = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert page.count("vLLM reads no letters for MiniMax M3") == 1
+    assert "<h4>SGLang</h4>" in page and "<h4>vLLM</h4>" not in page
+
+
 def test_a_page_of_ours_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     out, longest = tmp_path / "report.html", "m" * 5000
     write_run(tmp_path / "one", MadeUpRun(name=longest))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from icsearch.engines.engine import Engine
+from icsearch.engines.engine import Engine, family
 from icsearch.engines.schedule import COMMON
 from icsearch.engines.stages import aligned_partition, cut_in_words, usual_sizes_on_shared
 from icsearch.engines.table import TRANSFORMERS, TRTLLM
@@ -21,11 +21,11 @@ def find_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: 
     found = [
         *_type_warnings(engine, model_type),
         *_layer_warnings(engine, pattern, file, letters),
-        *[note for of_type, note in engine.notes if of_type in ("", model_type)],
+        *[note for of_type, note in engine.notes if of_type in ("", family(model_type))],
     ]
     if not layout_known:
         found += _usual_stages(engine, pattern, file)
-    if file.model.get("wrapper_config") and engine.wrapper_note:
+    if file.model.get("wrapper_config") and engine.nests_for(model_type) and engine.wrapper_note:
         found.append(engine.wrapper_note)
     if engine in (TRANSFORMERS, TRTLLM) and COMMON.fit(letters) is None:
         found.append(
@@ -53,7 +53,7 @@ def _layer_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters
             f"{len(letters) - len(pattern)} of the {len(letters)} decoder layers have no indexer; {engine.title} "
             "counts all decoder layers, so these are written as F: check that this engine version counts them too"
         )
-    if file.model.get("num_hidden_layers") is None and model_type not in engine.dsa_letters_only:
+    if file.model.get("num_hidden_layers") is None and not engine.counts_indexed(model_type):
         found.append(
             f"the file does not say how many decoder layers the model has: the pattern is right if it is {len(letters)}"
         )

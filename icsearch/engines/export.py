@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from icsearch.engines.cautions import find_warnings
-from icsearch.engines.engine import Engine
+from icsearch.engines.engine import Engine, family
 from icsearch.engines.letters import ExportError, decoder_letters
 from icsearch.engines.serving import Serving, fit_stages
 from icsearch.engines.table import find_engine
@@ -54,8 +54,9 @@ def export(
             f"{len(letters) - len(pattern)} of the {len(letters)} decoder layers have no indexer, and how "
             f"{target.title} numbers layers of such a model is not known here: no flags can be given"
         )
-    settings = target.settings(letters, pattern_file.model.get("model_type"))
-    if pattern_file.model.get("wrapper_config") and target.nests:
+    model_type = pattern_file.model.get("model_type")
+    settings = target.settings(letters, family(model_type))
+    if pattern_file.model.get("wrapper_config") and target.nests_for(model_type):
         settings = {"text_config": settings}
     return Export(
         engine=target.name,
@@ -76,7 +77,7 @@ def _fit_stages(pattern: Pattern, file: PatternFile, engine: Engine, serving: Se
 
 def engine_letters(engine: Engine, pattern: Pattern, file: PatternFile) -> str:
     """The letters as the engine counts them: over all decoder layers, or over those with an indexer."""
-    if file.model.get("model_type") in engine.dsa_letters_only:
+    if engine.counts_indexed(file.model.get("model_type")):
         return pattern.letters
     return decoder_letters(pattern, file.layer_indices, file.model.get("num_hidden_layers"))
 

@@ -12,6 +12,7 @@ from icsearch.engines.engine import Engine
 from icsearch.engines.gguf_file import read_gguf
 from icsearch.engines.letters import dsa_letters
 from icsearch.engines.reading import PATTERN_KEYS, Found, read_letters
+from icsearch.engines.schedule import COMMON
 from icsearch.engines.table import LLAMACPP, VLLM, find_engine
 from icsearch.engines.texts import Typed, for_engine, is_typed, parse_typed, split_engine, written_for
 from icsearch.errors import PatternError
@@ -59,7 +60,8 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
     named, rest = split_engine(text.strip())
     source = _typed_source(rest) if is_typed(rest) else _file_source(typed_path(rest, EngineConfigError))
     chosen = find_engine(engine) if engine else named
-    notes = [*source.typed.notes, *([] if chosen else _guess_notes(source.typed))]
+    model_type = _model_type(source.backbone, backbone)
+    notes = [*source.typed.notes, *([] if chosen else _guess_notes(source.typed, model_type))]
     return _read(source, chosen or source.typed.engine or VLLM, backbone, notes, rest)
 
 
@@ -109,12 +111,17 @@ def _own_backbone(keys: Mapping[str, Any], name: str) -> Backbone | None:
     return read_backbone(keys, name) if "num_hidden_layers" in inner else None
 
 
-def _guess_notes(typed: Typed) -> list[str]:
+def _model_type(own: Backbone | None, given: Backbone | None) -> str | None:
+    """What the keys themselves say, else the model that they are for."""
+    return (own.model_type if own else None) or (given.model_type if given else None)
+
+
+def _guess_notes(typed: Typed, model_type: str | None) -> list[str]:
     """What was taken where no engine was named: nothing to say where one engine alone writes such keys."""
     if typed.numbers:
-        return [
-            "freq and offset are read as vLLM, SGLang and transformers do (offset 2 by default); --engine names one"
-        ]
+        rule = VLLM.reader_of(model_type).schedule
+        alike = "vLLM, SGLang and transformers do" if rule == COMMON else f"{VLLM.title} does for {model_type}"
+        return [f"freq and offset are read as {alike} (offset {rule.default_offset} by default); --engine names one"]
     if typed.engine is None:
         return []
     return [f"read as {typed.engine.title} does; an engine's name in front, as in megatron:…, says another"]
@@ -127,9 +134,9 @@ def _read(source: Source, engine: Engine, given: Backbone | None, notes: list[st
             f"{name[:60]} has {own.num_layers} layers, the model {given.num_layers}: expected the same model"
         )
     known = given or own
-    model_type = (own.model_type if own else None) or (given.model_type if given else None)
+    model_type = _model_type(own, given)
     over = None if own else given
-    keys, key_notes = _keys_seen(source.typed, engine, over)
+    keys, key_notes = _keys_seen(source.typed, engine, over, model_type)
     counted = None if known is None else _counted(known, engine, model_type)
     mtp = max(backbone.mtp_layers if backbone else 0 for backbone in (own, given))
     beneath = over.keys if over and not source.typed.numbers else {}
@@ -143,11 +150,25 @@ def _read(source: Source, engine: Engine, given: Backbone | None, notes: list[st
     return Imported(pattern, engine, backbone, (*notes, *key_notes, *found.notes, *layer_notes), model_type)
 
 
-def _keys_seen(typed: Typed, engine: Engine, over: Backbone | None) -> tuple[Mapping[str, Any], list[str]]:
+def _keys_seen(
+    typed: Typed, engine: Engine, over: Backbone | None, model_type: str | None
+) -> tuple[Mapping[str, Any], list[str]]:
     """What the text model sees of what was typed, as overrides of a model (`over`) or as a config of its own."""
+    if engine.nests and not engine.nests_for(model_type) and not typed.numbers:
+        return _handed_on(typed.keys, engine, over), []
     if over and over.wrapper and not typed.numbers:
         return _of_wrapped(typed.keys, engine)
     return _inner_keys(for_engine(typed, engine))
+
+
+def _handed_on(keys: Mapping[str, Any], engine: Engine, over: Backbone | None) -> Mapping[str, Any]:
+    """What an engine sees that hands the keys beside text_config on to the text model, where they win."""
+    inner, nested = inner_config(keys)
+    if nested and over:
+        raise EngineConfigError(
+            f"{engine.title} would put this text_config in the place of the model's own: write the keys outside of it"
+        )
+    return {**inner, **{key: keys[key] for key in PATTERN_KEYS if keys.get(key) is not None}}
 
 
 def _inner_keys(keys: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
@@ -197,7 +218,7 @@ def _letters_alone(keys: Mapping[str, Any], read: Callable[[Mapping[str, Any]], 
 
 def _counted(backbone: Backbone, engine: Engine, model_type: str | None) -> int:
     """How many letters the engine counts for this model."""
-    return len(backbone.layer_indices) if model_type in engine.dsa_letters_only else backbone.num_layers
+    return len(backbone.layer_indices) if engine.counts_indexed(model_type) else backbone.num_layers
 
 
 def _on_dsa_layers(letters: str, backbone: Backbone) -> tuple[str, list[str]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from icsearch.engines.engine import FREQ, OFFSET, PATTERN, SWITCH, TYPES
 from icsearch.engines.letters import ExportError
-from icsearch.engines.schedule import COMMON, MEGATRON
+from icsearch.engines.schedule import COMMON, MEGATRON, MINIMAX_M3, Schedule
 from icsearch.pattern import FULL, SHARED
 
 KINDS = {FULL: "full", SHARED: "shared"}
@@ -51,16 +51,32 @@ def gguf_key(letters: str, _: str | None = None) -> dict[str, Any]:
     return {GGUF_KEY: [letter == FULL for letter in letters]}
 
 
+def vllm_keys(letters: str, model_type: str) -> dict[str, Any]:
+    """The letters, or for MiniMax M3, where vLLM reads none, two numbers; ExportError where none give the pattern."""
+    if model_type != "minimax_m3_vl":
+        return switched_pattern(letters)
+    freq, offset = two_numbers(letters, MINIMAX_M3, "vLLM reads no letters for MiniMax M3")
+    return {SWITCH: True, FREQ: freq, OFFSET: offset}
+
+
 def megatron_keys(letters: str, _: str | None = None) -> dict[str, Any]:
     """Megatron's two numbers; raises ExportError, with the nearest pattern, where none give these letters."""
-    pair = MEGATRON.fit(letters)
-    if pair is None:
-        freq, offset = MEGATRON.nearest(letters)
-        nearest = MEGATRON.letters(len(letters), freq, offset)
-        differs = sum(a != b for a, b in zip(letters, nearest, strict=True))
-        raise ExportError(
-            f"Megatron-LM has no list of layers, and no freq and offset give this pattern: the nearest that they can "
-            f"give is {nearest} (freq {freq}, offset {offset}; {differs} of {len(letters)} letters differ, "
-            f"{nearest.count(FULL)} F for {letters.count(FULL)}); evaluate that one, and export it"
-        )
-    return {MEGATRON_FREQ: pair[0], MEGATRON_OFFSET: pair[1]}
+    freq, offset = two_numbers(letters, MEGATRON, "Megatron-LM has no list of layers")
+    return {MEGATRON_FREQ: freq, MEGATRON_OFFSET: offset}
+
+
+def two_numbers(letters: str, schedule: Schedule, lack: str) -> tuple[int, int]:
+    """(freq, offset) that give the letters; raises ExportError, with the nearest that two numbers can give, for none.
+
+    `lack` says why numbers it must be.
+    """
+    if pair := schedule.fit(letters):
+        return pair
+    freq, offset = schedule.nearest(letters)
+    nearest = schedule.letters(len(letters), freq, offset)
+    differs = sum(a != b for a, b in zip(letters, nearest, strict=True))
+    raise ExportError(
+        f"{lack}, and no freq and offset give this pattern: the nearest that they can "
+        f"give is {nearest} (freq {freq}, offset {offset}; {differs} of {len(letters)} letters differ, "
+        f"{nearest.count(FULL)} F for {letters.count(FULL)}); evaluate that one, and export it"
+    )

@@ -50,14 +50,17 @@ def _reader_notes(model_type: str) -> Iterator[str]:
         yield "transformers 5.23 reads the pattern of a glm5_next config, and then fails in its first S layer"
     else:
         yield f"transformers 5.23 does not read the pattern of a {model_type} config: it runs every layer as F"
-    letters_only = [one.title for one in ENGINES.values() if model_type in one.dsa_letters_only]
-    known = [one.title for one in ENGINES.values() if one.nests and model_type in one.model_types]
-    if readers := [title for title in known if title not in letters_only]:
+    known = [one for one in ENGINES.values() if one.nests and one.serves(model_type)]
+    misreading = [one for one in known if one.counts_indexed(model_type)]
+    if readers := [one.title for one in known if one not in misreading]:
         yield f"known to read it: {', '.join(readers)}"
-    else:
+    elif not misreading:
         yield f"no engine is known to read the pattern of a {model_type} config: try it before you rely on it"
-    for title in letters_only:
-        yield f"{title} counts only the layers with an indexer there, and would misread these letters"
+    for one in misreading:
+        yield (
+            f"{one.title} counts only the layers with an indexer there, and would misread these keys: give it what "
+            f"icsearch export --engine {one.name} prints"
+        )
 
 
 def _weight_notes(model_type: str, dropped: bool) -> Iterator[str]:

@@ -46,7 +46,7 @@ def read_letters(
         letters = _fit_length(letters, key, engine, reader, num_letters, mtp_layers, notes)
         notes += _ignored(key, given, letters, engine, reader)
         letters = _switch(key, given, letters, engine, reader, notes)
-        if model_type and model_type.removesuffix("_text") not in engine.model_types:
+        if model_type and not engine.serves(model_type):
             notes.append(f"{engine.title} is not known to read {key} for {model_type}: it may run every layer as F")
     if reader.first_is_full and letters[0] == SHARED:
         notes.append(f"{engine.title} takes layer 0 as F, whatever is given")

@@ -52,6 +52,7 @@ class Schedule:
 
 COMMON = Schedule()  # transformers and most engines
 ATOM = Schedule(default_offset=1, shift=0)
+MINIMAX_M3 = Schedule(default_offset=0, shift=0)  # of ATOM and vLLM, over the sparse layers alone
 MEGATRON = Schedule(default_offset=0, least_offset=1)  # layers from 1: max(n - offset, 0), and n = i + 1
 ASCEND_V4 = Schedule(fixed_offset=True)
 

@@ -6,7 +6,7 @@ from icsearch.engines import keys
 from icsearch.engines.engine import FREQ, HEEDED, NEEDED, PATTERN, TYPES, Engine, Reader
 from icsearch.engines.letters import ExportError
 from icsearch.engines.rendering import config_json, json_flag, plain_flags
-from icsearch.engines.schedule import ASCEND_V4, ATOM, MEGATRON
+from icsearch.engines.schedule import ASCEND_V4, ATOM, MEGATRON, MINIMAX_M3
 from icsearch.engines.stages import split_front, split_vllm
 from icsearch.errors import did_you_mean
 
@@ -29,15 +29,24 @@ VLLM = Engine(
     name="vllm",
     title="vLLM",
     how="add this flag to vllm serve",
-    settings=keys.switched_pattern,
+    settings=keys.vllm_keys,
     render=json_flag("--hf-overrides"),
-    model_types=("deepseek_v32", "glm_moe_dsa"),
+    model_types=("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl"),
     on_other_types=MAY_IGNORE,
     wrapper_note="the config wraps a text model: the override is nested in text_config, as vLLM needs it",
     nested_alone=True,
+    notes=(
+        (
+            "minimax_m3_vl",
+            "vLLM shares in MiniMax M3 on ROCm alone (vllm-project/vllm pull request 47269), by two numbers over the "
+            "sparse layers; elsewhere it runs every layer as F",
+        ),
+    ),
+    dsa_letters_only=("minimax_m3_vl",),
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
     reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED, words=False),
+    readers=(("minimax_m3_vl", Reader(order=(FREQ,), schedule=MINIMAX_M3, switch=NEEDED, words=False)),),
 )
 SGLANG = Engine(
     name="sglang",
@@ -50,6 +59,13 @@ SGLANG = Engine(
     wrapper_note=(
         "the config wraps a text model: that SGLang merges a nested text_config is not verified; "
         "should it fail, put index_topk_pattern into the text_config of config.json"
+    ),
+    notes=(
+        (
+            "minimax_m3_vl",
+            "on MiniMax M3 SGLang is told how many sparse layers share by SGLANG_MINIMAX_M3_INDEX_TOPK_FREQ (on ROCm; "
+            "sgl-project/sglang pull request 36527), not by a pattern",
+        ),
     ),
     split=split_front,
     partition_variable="SGLANG_PP_LAYER_PARTITION",
@@ -83,9 +99,10 @@ ATOM_ENGINE = Engine(
     how="add this flag where ATOM is started (ROCm; also as vLLM's plugin)",
     settings=keys.atom_keys,
     render=json_flag("--hf-overrides"),
-    model_types=("deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
+    model_types=("deepseek_v32", "glm_moe_dsa", "deepseek_v4", "minimax_m3_vl"),
     on_other_types=NOT_KNOWN,
     wrapper_note="the config wraps a text model: whether ATOM merges a nested text_config is not known here: check",
+    outside_types=("minimax_m3_vl",),
     notes=(
         (
             "glm_moe_dsa",
@@ -94,12 +111,23 @@ ATOM_ENGINE = Engine(
             "weights is not known here",
         ),
         ("deepseek_v4", "on DeepSeek V4 ATOM's letters count all layers, vllm-ascend's only those with an indexer"),
+        (
+            "minimax_m3_vl",
+            "on MiniMax M3 ATOM's letters count the sparse layers (ROCm/ATOM pull request 1354); its own server hands "
+            "these keys on to the text model, and an override of text_config would replace that as a whole (as vLLM's "
+            "plugin: not verified)",
+        ),
     ),
+    dsa_letters_only=("minimax_m3_vl",),
     reader=Reader(schedule=ATOM, past_the_end=True, switch=NEEDED, switched_by_freq=True, words=False),
     readers=(
         (
             "deepseek_v4",
             Reader(order=(PATTERN,), unknown=(TYPES, FREQ), past_the_end=True, switch=NEEDED, words=False),
+        ),
+        (
+            "minimax_m3_vl",
+            Reader(order=(PATTERN, FREQ), schedule=MINIMAX_M3, past_the_end=True, switch=NEEDED, words=False),
         ),
     ),
 )

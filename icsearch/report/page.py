@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from icsearch.engines.export import Export, export
-from icsearch.engines.table import ENGINES
 from icsearch.errors import IcsearchError
 from icsearch.report import numbers
 from icsearch.report.choices import arithmetic_note, guarantee, leaves_out, step_note, what_was_left_out
@@ -294,13 +293,16 @@ def _tie_row(tie: Tie) -> TieRow:
 
 
 def _exports(view: RunView) -> tuple[tuple[Export, ...], str]:
+    """What engines are given, and why one of them cannot be given this pattern."""
     if not view.points:
         return (), ""
-    try:
-        file = results.pattern_file(view.record)
-        return tuple(export(file, name) for name in ("vllm", "sglang", "transformers") if name in ENGINES), ""
-    except IcsearchError as error:
-        return (), str(error)
+    found, refusals = [], []
+    for name in ("vllm", "sglang", "transformers"):
+        try:
+            found.append(export(results.pattern_file(view.record), name))
+        except IcsearchError as error:
+            refusals.append(str(error))
+    return tuple(found), "; ".join(dict.fromkeys(refusals))
 
 
 def _cost_facts(view: RunView) -> list[Fact]:

@@ -68,6 +68,30 @@ def test_published_patterns_go_by_their_name(capsys: pytest.CaptureFixture[str])
     assert "known are" in refused(capsys, "export", "published:gpt", "--engine", "vllm")
 
 
+def test_minimax_m3_in_the_two_engines_that_share_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config, file = tmp_path / "config.json", tmp_path / "pattern.json"
+    sparse = {"sparse_attention_freq": [0, 0, 1, 1, 1, 1]}
+    text = {"num_hidden_layers": 6, "sparse_attention_config": sparse}
+    config.write_text(json.dumps({"model_type": "minimax_m3_vl", "text_config": text}))
+    assert run(capsys, "import", "atom:freq:3", "--model-config", config, "--out", file)[0] == 0
+    assert json.loads(file.read_text())["pattern"] == "FSSF"
+    _, vllm, err = run(capsys, "export", file, "--engine", "vllm", "--model-config", config)
+    keys = {"use_index_cache": True, "index_topk_freq": 3, "index_skip_topk_offset": 0}
+    assert json.loads(shlex.split(vllm)[1]) == {"text_config": keys}
+    assert "on ROCm alone" in err
+    _, atom, _ = run(capsys, "export", file, "--engine", "atom", "--model-config", config)
+    assert json.loads(shlex.split(atom)[1]) == {"use_index_cache": True, "index_topk_pattern": "FSSF"}
+    for engine, flag in (("vllm", vllm), ("atom", atom)):
+        back = run(capsys, "import", flag.strip(), "--engine", engine, "--model-config", config)
+        assert (back[0], back[1]) == (0, "FSSF\n")
+    other = tmp_path / "other.json"
+    letters = '{"use_index_cache": true, "index_topk_pattern": "FSFF"}'
+    assert run(capsys, "import", letters, "--engine", "atom", "--model-config", config, "--out", other)[0] == 0
+    assert "nearest that they can give is FFFF (freq 1," in refused(capsys, "export", other, "--engine", "vllm")
+    nested = json.dumps({"text_config": {"use_index_cache": True, "index_topk_freq": 3}})
+    assert "outside of it" in refused(capsys, "import", nested, "--engine", "atom", "--model-config", config)
+
+
 def test_a_config_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config, new = tmp_path / "config.json", tmp_path / "new.json"
     config.write_text(json.dumps({"model_type": "glm_moe_dsa", "num_hidden_layers": 78}))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch.engines.schedule import ASCEND_V4, ATOM, COMMON, MEGATRON, Schedule
+from icsearch.engines.schedule import ASCEND_V4, ATOM, COMMON, MEGATRON, MINIMAX_M3, Schedule
 
 RULES = [COMMON, ATOM, MEGATRON, ASCEND_V4]
 patterns = st.text("FS", max_size=20).map(lambda tail: "F" + tail)
@@ -33,7 +33,7 @@ def test_megatron_from_one_and_from_zero(num_layers: int, freq: int, offset: int
     assert MEGATRON.letters(num_layers, freq, offset) == megatron(num_layers, freq, offset)
 
 
-@pytest.mark.parametrize("rule", [COMMON, ATOM, MEGATRON])
+@pytest.mark.parametrize("rule", [COMMON, ATOM, MEGATRON, MINIMAX_M3])
 @given(letters=patterns | schedules)
 def test_freq_and_offset_reproduce_the_pattern_or_do_not_exist(rule: Schedule, letters: str) -> None:
     pair = rule.fit(letters)
@@ -50,7 +50,7 @@ def expressible(rule: Schedule, num_layers: int) -> dict[str, tuple[int, int]]:
     return {letters: pair for letters, pair in found.items() if letters[0] == "F"}
 
 
-@pytest.mark.parametrize("rule", [COMMON, ATOM, MEGATRON])
+@pytest.mark.parametrize("rule", [COMMON, ATOM, MEGATRON, MINIMAX_M3])
 @given(letters=patterns)
 def test_the_nearest_pattern_is_that_of_a_search_through_all(rule: Schedule, letters: str) -> None:
     nearest = rule.letters(len(letters), *rule.nearest(letters))
