@@ -11,7 +11,7 @@ from icsearch.planning import plan, rehearsal
 from icsearch.planning.stage_starts import stage_rows
 from icsearch.processes.launch import check_device, grids, pipeline_blocks
 from icsearch.refine import SwapRefinement
-from icsearch.requests import KL, GreedyRequest
+from icsearch.requests import GreedyRequest
 from icsearch.runs.record import RunRecord
 from icsearch.runs.rundir import part_of
 from icsearch.search import Progress, Search
@@ -108,8 +108,7 @@ def options_of(record: RunRecord) -> Options:
 
 def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRecord) -> plan.SearchPlan:
     memory, size = loaded.memory, loaded.memory.patterns_per_sweep
-    by_kl = record.start["options"]["objective"] == KL
-    along = [layout.start_pattern] if by_kl and not memory.full_states else []
+    along = [layout.start_pattern] * memory.along
 
     def count(patterns: list[Pattern]) -> int:
         return count_in_sweeps(layout, patterns, size, along)
@@ -143,6 +142,7 @@ def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRec
         tensor_bytes=memory.shape.final_bytes * memory.shape.batch_size,
         state_bytes=memory.shape.branch_bytes,
         packets=memory.share.packets,
+        along=memory.along,
         layer_known=memory.shape.known,
         heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
         processes=_processes(request, memory, record),

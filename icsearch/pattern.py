@@ -274,6 +274,9 @@ def load_pattern_file(path: Path) -> PatternFile:
         raise PatternError(f"{path} is damaged ({error}): write it again") from None
 
 
+NOMINAL = 0.05  # a retention may be the one that was asked for, as 1/4 for 22 of 78
+
+
 def _from_json(document: dict[str, Any]) -> PatternFile:
     check_fields(document, {"pattern": TEXT, "num_layers": whole(1, MAX_LAYERS)})
     pattern = Pattern.parse(document["pattern"], document["num_layers"])
@@ -285,7 +288,7 @@ def _from_json(document: dict[str, Any]) -> PatternFile:
     if len(layer_indices) != len(pattern):
         raise PatternError(f"{len(layer_indices)} layer_indices for {len(pattern)} letters: expected as many")
     retention = document.get("retention")
-    if retention is not None and round(retention * len(pattern)) != len(pattern.full_layers):
+    if retention is not None and abs(retention - pattern.retention) > NOMINAL:
         raise PatternError(f"retention {retention} is not that of the pattern: expected {pattern.retention}")
     if document.get("full_layers") not in (None, list(pattern.full_layers)):
         raise PatternError("full_layers are not those of the pattern: expected its F layers")

@@ -139,13 +139,20 @@ class PatternRequest(RunRequest):
         largest = len(self.flippable(start))
         wanted = self._wanted_flips(start)
         if wanted > largest:
-            advice = f"--num-shared {largest} or less" if largest else "fewer --stages, or less to --keep-full"
             raise PatternError(
                 f"cannot share {shown(wanted)} more layers: {largest or 'none'} of the {len(start)} DSA layers can be "
                 "flipped (layer 0, --keep-full, first layers of stages and native S layers stay as they are); "
-                f"give {advice}"
+                f"{self._advice(largest)}"
             )
         return wanted
+
+    def _advice(self, largest: int) -> str:
+        """What to do where only so many layers can be flipped."""
+        if largest:
+            return f"give --num-shared {largest} or less"
+        options = {"fewer --stages": self.num_stages > 1, "less to --keep-full": bool(self.keep_full)}
+        given = [words for words, used in options.items() if used]
+        return f"give {' or '.join(given)}" if given else "there is nothing to search in this checkpoint"
 
     def flippable(self, start: Pattern) -> list[int]:
         """The layers that a search may flip."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,10 @@ def test_memory_keeps_the_final_states_where_one_candidate_fits_beside_them() ->
     fits = memory.for_kl(4 * SHAPE.branch_bytes)
     assert (fits.full_states, fits.patterns_per_sweep, fits.spare) == (4 * SHAPE.branch_bytes, 1, SHAPE.branch_bytes)
     too_much = memory.for_kl(4 * SHAPE.branch_bytes + 1)
-    assert (too_much.full_states, too_much.patterns_per_sweep) == (0, 4)
+    assert (too_much.full_states, too_much.patterns_per_sweep, too_much.along) == (0, 4, 1)  # it runs in each sweep
+    assert too_much.beside(4) == 0 == memory.beside(5)
+    rested = replace(too_much, patterns_per_sweep=1).rest_in_cpu(6 * SHAPE.pinned_bytes, patterns=4, batches=1)
+    assert (rested.patterns_per_sweep, rested.beside(2)) == (2, SHAPE.pinned_bytes)  # of 3 there is no room beside it
 
 
 # --- the search that goes by it --------------------------------------------------------------------------------------

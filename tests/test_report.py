@@ -648,4 +648,6 @@ def test_long_lists_of_where_it_comes_from_are_cut() -> None:
     digests, layers = [f"{number:016x}" for number in range(24)], list(range(0, 78, 4))
     ((_, rows),) = provenance([("Calibration", {"sequences": digests, "keep_full": layers})])
     assert dict(rows)["sequences"] == f"{digests[0]}, {digests[1]}, … (24 in all)"
+    ((_, one),) = provenance([("Options", {"patterns": [["full", "F" * 300]]})])
+    assert dict(one)["patterns"] == str(["full", "F" * 300])
     assert dict(rows)["keep full"] == ", ".join(map(str, layers))  # what somebody chose is there whole

@@ -108,8 +108,10 @@ def aligned_partition(pattern: Pattern, layer_indices: Sequence[int], sizes: Seq
     """Stage sizes near `sizes` where every stage begins on an F layer, or None if the F layers do not allow it."""
     full = [layer_indices[position] for position in pattern.full_layers]
     starts = [0]
-    for start in list(accumulate(sizes))[:-1]:
+    wanted = list(accumulate(sizes))[:-1]
+    for later, start in zip(range(len(wanted) - 1, -1, -1), wanted, strict=True):
         free = [layer for layer in full if layer > starts[-1]]
+        free = free[: max(0, len(free) - later)]  # one is left for each stage behind this one
         if not free:
             return None
         starts.append(min(free, key=lambda layer: (abs(layer - start), layer)))

@@ -159,12 +159,13 @@ class SearchPlan:
     state_bytes: int = 0  # one branch of one batch on the device, where all others rest in CPU memory
     resting: int = 0  # CPU memory for branch states; 0: they are on the device
     packets: int = 0  # of several processes: see `patterns_per_sweep`
+    along: int = 0  # patterns that run in every sweep beside the candidates
     layer_known: bool = True  # whether `layer_bytes` is what this family's modules take; else a guess
 
     @property
     def live_branches(self) -> int:
         """Candidates of a sweep and the trunk, at work and on their way, and the layer output that is being made."""
-        return (min(self.branches_per_sweep, self.candidates) + 1) * (1 + self.packets) + 1
+        return (min(self.branches_per_sweep, self.candidates) + self.along + 1) * (1 + self.packets) + 1
 
     @property
     def peak_bytes(self) -> int:

@@ -53,7 +53,7 @@ def provenance(groups: Sequence[tuple[str, Mapping[str, Any]]]) -> Provenance:
     )
 
 
-LONGEST_LIST = 160  # characters that are shown; the digests of all sequences would fill a page
+LONGEST_LIST = 160  # characters of a list of texts; the digests of all sequences would fill a page
 
 
 def plain(value: Any) -> str:
@@ -63,6 +63,8 @@ def plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
-        text = ", ".join(str(item) for item in value)
-        return text if len(text) <= LONGEST_LIST else f"{value[0]}, {value[1]}, … ({len(value)} in all)"
+        items = [str(item) for item in value]
+        if len(items) > 2 and len(", ".join(items)) > LONGEST_LIST and isinstance(value[0], str):
+            items = [*items[:2], f"… ({len(items)} in all)"]
+        return ", ".join(items)
     return json.dumps(value) if isinstance(value, Mapping) else str(value)

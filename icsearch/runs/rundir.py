@@ -184,13 +184,21 @@ def _told(there: Any, now: Any) -> tuple[str, str]:
     lists = isinstance(there, list) and isinstance(now, list)
     if not lists or max(len(str(there)), len(str(now))) <= _SHORT:
         return _short(there), _short(now)
+    if sorted(map(str, there)) == sorted(map(str, now)):
+        return "in one order", "in another"
     ours, theirs = _only_in(there, now), _only_in(now, there)
-    return (ours or "no more", theirs or "no more") if ours or theirs else ("in one order", "in another")
+    if [one[:1] for one in ours] == [one[:1] for one in theirs]:  # of the same name, with other letters
+        return _named(ours, 2), _named(theirs, 2)
+    return _named(ours), _named(theirs)
 
 
-def _only_in(some: list[Any], others: list[Any]) -> str:
-    names = [str(one[0]) if isinstance(one, list) else str(one) for one in some if one not in others]
-    return ", ".join(names)
+def _only_in(some: list[Any], others: list[Any]) -> list[list[Any]]:
+    """What one list has and another has not; each as a list that begins with its name."""
+    return [one if isinstance(one, list) else [one] for one in some if one not in others]
+
+
+def _named(some: list[list[Any]], words: int = 1) -> str:
+    return ", ".join(" ".join(map(str, one[:words])) for one in some) or "no more"
 
 
 def _short(value: Any) -> str:

@@ -15,7 +15,7 @@ from icsearch.planning import offload, plan
 from icsearch.planning.footprint import Call
 from icsearch.planning.offload import NO_OFFLOAD, Offload, WeightSizes
 from icsearch.processes.launch import Grid, Launch, can_be_cut, pipeline_blocks
-from icsearch.requests import AUTO, KL, PatternRequest, RunRequest
+from icsearch.requests import AUTO, KL, GreedyRequest, PatternRequest, RunRequest
 from icsearch.setup.inputs import Inputs
 from icsearch.weights.layout import DTYPES, Layout
 
@@ -70,6 +70,7 @@ class Memory:
     offload: Offload = NO_OFFLOAD
     resting: int = 0  # CPU memory for branch states, where the device has no room for them; 0: they are on the device
     program: int = 0  # measured: what the program itself had taken before the weights came; on CUDA not counted
+    along: int = 0  # patterns that run in every sweep beside those that are scored
 
     @property
     def branch_bytes(self) -> int:
@@ -86,8 +87,8 @@ class Memory:
 
     def beside(self, patterns: int) -> int:
         """What so many patterns in one sweep leave of `spare`."""
-        packets = self.share.packets
-        return self.spare - (min(patterns, self.patterns_per_sweep) * (1 + packets) + packets) * self.branch_bytes
+        packets, living = self.share.packets, min(patterns, self.patterns_per_sweep) + self.along
+        return self.spare - (living * (1 + packets) + packets) * self.branch_bytes
 
     def for_kl(self, full_states: int) -> Memory:
         """The final states of the unmodified model come first; where they do not fit, it runs along in each sweep."""
@@ -95,7 +96,7 @@ class Memory:
         left = ((self.spare - full_states) // self.shape.branch_bytes - packets) // (1 + packets)
         if left >= 1:
             return replace(self, full_states=full_states, patterns_per_sweep=left)
-        return replace(self, patterns_per_sweep=max(1, self.patterns_per_sweep - 1))
+        return replace(self, patterns_per_sweep=max(1, self.patterns_per_sweep - 1), along=1)
 
     def rest_in_cpu(self, room: int, patterns: int, batches: int) -> Memory:
         """With branch states in so many bytes of CPU memory, where that lets more of the patterns live at once.
@@ -104,15 +105,15 @@ class Memory:
         waves alone are not worth it: every state crosses the link twice a layer, and copies are waited for.
         """
         batches = batches if self.offload.streamed else 1
-        together, wave = offload.plan_waves(room // self.shape.pinned_bytes, patterns, batches, 2)
+        together, wave = offload.plan_waves(room // self.shape.pinned_bytes, patterns, batches, 2 + self.along)
         if self.patterns_per_sweep >= patterns or together <= self.patterns_per_sweep:
             return self
         return replace(self, resting=room, patterns_per_sweep=together, batches_per_wave=wave)
 
-    def in_waves(self, patterns: int, batches: int, along: int) -> Memory:
-        """As much of so many patterns and batches in one pass as there is room for, `along` patterns in each beside."""
+    def in_waves(self, patterns: int, batches: int) -> Memory:
+        """As much of so many patterns and batches in one pass as there is room for."""
         room = (self.budget - self.weights - self.full_states - self.shape.layer_bytes) // self.shape.branch_bytes
-        together, wave = offload.plan_waves(room // (1 + self.share.packets), patterns, batches, 2 + along)
+        together, wave = offload.plan_waves(room // (1 + self.share.packets), patterns, batches, 2 + self.along)
         return replace(self, patterns_per_sweep=together, batches_per_wave=wave)
 
     def grid_words(self, sequences: int) -> str:
@@ -158,9 +159,9 @@ def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], sh
     batches = share.batches_per_wave(-(-inputs.batches.num_sequences // shape.batch_size))
     patterns = _most_patterns(request, inputs.layout, options)
     if chosen.streamed:
-        memory = memory.in_waves(patterns, batches, int(by_kl and not memory.full_states))
-    if device.type != "cuda" or share.grid.pipeline > 1 or not isinstance(request, PatternRequest):
-        return memory
+        memory = memory.in_waves(patterns, batches)
+    if device.type != "cuda" or share.grid.pipeline > 1 or not isinstance(request, GreedyRequest):
+        return memory  # what dp-baseline compares, all layers' selections of a batch, stays on the device
     free, sizes = free_bytes(torch.device("cpu")), weight_sizes(inputs, options)
     room = offload.resting_room(free, share.on_machine, chosen.where, sum(sizes.layers), sizes.on_disk)
     return memory.rest_in_cpu(room, patterns, batches)

@@ -283,6 +283,10 @@ BAD_REQUESTS: dict[str, tuple[list[object], str]] = {
     "keep-full negative": (["--keep-full=-1"], "'-1'"),
     "no stages": (["--stages", 0], "give 1 to 6"),
     "too many stages": (["--stages", 7], "give 1 to 6"),
+    "nothing left by both": (
+        ["--num-shared", 1, "--stages", 3, "--keep-full", "1,3,5"],
+        "fewer --stages or less to --keep-full",
+    ),
     "nothing left by the stages": (["--num-shared", 1, "--stages", 6], "give fewer --stages"),
     "nothing left by keep-full": (["--num-shared", 1, "--keep-full", "1,2,3,4,5"], "less to --keep-full"),
     "stages that do not come out": (["--stages", 4], "give --stages 3"),

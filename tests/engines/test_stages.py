@@ -67,6 +67,7 @@ def test_an_aligned_partition_starts_every_stage_on_full(letters: str, stages: i
     if stages > len(pattern):
         return
     sizes = aligned_partition(pattern, range(len(pattern)), split_front(len(pattern), stages))
+    assert (sizes is None) == (len(pattern.full_layers) < stages)
     if sizes is not None:
         assert sum(sizes) == len(pattern)
         assert min(sizes) > 0

@@ -11,9 +11,11 @@ import tiny
 from icsearch.errors import IcsearchError
 from icsearch.planning import plan
 from icsearch.planning.forecast import make_case
+from icsearch.planning.offload import SHARE_OF_CPU
 from icsearch.planning.placement import Placement, fit
 from icsearch.processes.launch import Grid, Launch, grids
-from icsearch.requests import CalibrationRequest, GreedyRequest
+from icsearch.requests import BaselineRequest, CalibrationRequest, GreedyRequest
+from icsearch.setup import memory_plan
 from icsearch.setup.inputs import Inputs, obtain, open_model
 from icsearch.setup.memory_plan import Memory, Share, plan_memory, plan_share
 from icsearch.setup.run_options import run_options
@@ -142,3 +144,19 @@ def test_a_pipeline_wants_several_waves() -> None:
     for batches in range(1, 40):  # and never so many that each is read for more than two for each process
         waves = -(-batches // Share(Grid(1, 2)).batches_per_wave(batches))
         assert min(batches, 3) <= waves <= 4
+
+
+def test_states_of_flips_rest_in_cpu_memory_and_selections_that_are_compared_do_not(
+    request_: GreedyRequest, inputs: Inputs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device without room for a step's branches; no GPU is needed for a plan. A pipeline hands states on."""
+    monkeypatch.setattr(memory_plan, "free_bytes", lambda device: 10**9)
+    asked = replace(request_, memory=needed(request_, inputs, Grid()), offload="none")
+    options = {**run_options(asked, inputs, []), "device": "cuda"}
+    assert plan_memory(asked, inputs, {**options, "device": "cpu"}).resting == 0
+    assert plan_memory(asked, inputs, options).resting == int(SHARE_OF_CPU * 10**9)
+    shared = plan_memory(asked, inputs, options, Share(Grid(2, 1), on_machine=2))
+    assert shared.resting == int(SHARE_OF_CPU * 10**9) // 2
+    assert plan_memory(replace(asked, memory=10**9), inputs, options, Share(Grid(1, 2))).resting == 0
+    compared = BaselineRequest(asked.calibration, asked.out, batch_size=BATCH, memory=asked.memory, offload="none")
+    assert plan_memory(compared, inputs, options).resting == 0

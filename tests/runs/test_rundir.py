@@ -34,6 +34,8 @@ def test_a_lock_that_was_given_back_is_forgotten(tmp_path: Path) -> None:
         ([["full", "FFFF"], ["uniform 1/4", "FSSS"]], [["full", "FFFF"]], "patterns uniform 1/4, now no more"),
         ([["full", "FFFFFF"], ["a", "FSFFFF"]], [["a", "FSFFFF"], ["full", "FFFFFF"]],
          "patterns in one order, now in another"),
+        ([["full", "FFFFFF"], ["run", "FSFFFF"]], [["full", "FFFFFF"], ["run", "FFSFFF"]],
+         "patterns run FSFFFF, now run FFSFFF"),
         ([0, 5], [], "patterns [0, 5], now []"),
     ],
 )  # fmt: skip
