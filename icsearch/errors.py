@@ -71,8 +71,12 @@ def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line: its first, or its name where it says nothing.
 
-    A first line that ends with a colon says nothing alone: then the next one comes with it. Long ones are cut.
+    A first line that ends with a colon says nothing alone: then the next one comes with it. Long ones are cut, behind
+    a word where one ends near the cut.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return said if len(said) <= MAX_SAID else f"{said[: MAX_SAID - 3]}..."
+    if len(said) <= MAX_SAID:
+        return said
+    space = said.rfind(" ", MAX_SAID - 60, MAX_SAID - 2)
+    return f"{said[: MAX_SAID - 3 if space < 0 else space]}..."

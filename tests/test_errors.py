@@ -16,6 +16,9 @@ from icsearch.errors import MAX_SAID, did_you_mean, first_line
         ("ends in a colon:", "ends in a colon:"),
         ("", "ValueError"),
         ("x" * 500, "x" * (MAX_SAID - 3) + "..."),
+        ("x" * (MAX_SAID - 8) + " offline_mode", "x" * (MAX_SAID - 8) + "..."),
+        ("x" * (MAX_SAID - 3) + " end", "x" * (MAX_SAID - 3) + "..."),
+        ("no " + "x" * 500, "no " + "x" * (MAX_SAID - 6) + "..."),
     ],
 )
 def test_the_first_line_that_says_something(text: str, said: str) -> None:

@@ -138,7 +138,7 @@ def _find(name: str) -> Path:
         return path / "config.json"
     if path.exists():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):  # ./x and ../x are paths
         raise ModelError(f"nothing at {path}: expected a directory with config.json, the file, a hub id, or demo")
     return _download(name)
 

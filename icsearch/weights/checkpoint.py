@@ -99,7 +99,7 @@ def _local(name_or_path: str) -> Path | None:
         return path
     if path.exists():
         raise ModelError(f"{path} is a file: expected a checkpoint directory with config.json and safetensors shards")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name_or_path):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):  # ./x and ../x are paths
         raise ModelError(f"no checkpoint at {path}: {_EXPECTED}")
     return None
 

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 
 from icsearch.errors import ModelError
+from icsearch.planning.modelfile import open_model_file
 from icsearch.weights.checkpoint import open_checkpoint
 
 
@@ -19,6 +20,15 @@ def test_names_of_no_checkpoint_are_one_line(name: str, tmp_path: Path, monkeypa
     with pytest.raises(ModelError) as caught:
         open_checkpoint(name)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "../nowhere", "~/nowhere", "/x/y", "nowhere/", "a/../b", ".hidden/x"])
+def test_a_path_is_not_looked_for_on_the_hub(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="^no checkpoint at "):
+        open_checkpoint(name)
+    with pytest.raises(ModelError, match=r"^nothing at "):
+        open_model_file(name)
 
 
 def test_nothing_is_not_the_working_directory(glm_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
