@@ -47,7 +47,7 @@ def fit_stages(
     elsewhere = f"; or leave the pattern as it is and set {partition}" if partition else ""
     _check_native([layer for _, layer in wrong], file, trouble, elsewhere)
     if serving.repair == NONE:
-        return pattern, [f"{trouble}; the pattern is left as it is{f', so set {partition}' if partition else ''}"]
+        return pattern, [f"{trouble}; the pattern is left as it is{_instead(engine, partition)}"]
     starts = stage_starts(file.layer_indices, sizes)  # those that are F already must stay so
     added = add_full(pattern, starts, serving.losses)
     moved = move_full(pattern, starts, serving.losses)
@@ -59,6 +59,13 @@ def fit_stages(
         name = SAME if serving.repair == ADD else ADD
         text += f"; --repair {name}: {_describe(other, pattern, file, serving.losses)}"
     return chosen.pattern, [text + elsewhere]
+
+
+def _instead(engine: Engine, partition: str | None) -> str:
+    """What to set where the pattern stays; where there is a variable for it, too few F layers are all that can lack."""
+    if partition:
+        return f", so set {partition}"
+    return ", and has fewer F layers than there are stages: serve it in fewer" if engine.partition_variable else ""
 
 
 def _check_native(layers: Sequence[int], file: PatternFile, trouble: str, elsewhere: str) -> None:

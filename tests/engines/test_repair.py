@@ -130,6 +130,13 @@ def test_the_repair_says_stage_layer_number_and_loss() -> None:
     assert left.warnings[0].endswith("; the pattern is left as it is, so set VLLM_PP_LAYER_PARTITION=3,5")
 
 
+def test_no_partition_is_named_where_none_can_help() -> None:
+    file = searched("FSSSSSSS")
+    for engine, words in (("vllm", ", and has fewer F layers than there are stages: serve it in fewer"), ("trtllm", "")):
+        left = export(file, engine, serving=Serving("0,4", "none"))
+        assert left.warnings[0].endswith(f"; the pattern is left as it is{words}")
+
+
 def test_a_layout_that_fits_changes_nothing() -> None:
     assert export(searched(), "vllm", serving=Serving("0,3")).warnings == ()
     assert export(searched(), "vllm", serving=Serving("1")).pattern == searched().pattern
