@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from icsearch import __version__
 from icsearch.planning.forecast import PATIENCE, SECONDS_AN_HOUR, Forecast, Plan
 from icsearch.planning.offload import SHARE_OF_CPU
-from icsearch.planning.placement import Fit, weight_sizes
+from icsearch.planning.placement import Fit, missing_cpu_bytes, weight_sizes
 from icsearch.planning.plan import format_bytes
 from icsearch.planning.stage_starts import shared_starts
 from icsearch.strategies import STRATEGIES, split_stages
@@ -197,14 +197,20 @@ def _weights_words(plan: Plan) -> str:
 def _memory_table(plan: Plan) -> RenderableType:
     """Every placement: what its fullest device holds."""
     found = _table(f"Memory of the fullest device, estimated, of {format_bytes(plan.fits[0].budget)}")
-    for name in ("placement", "weights", "branches", "a call", "in all", "room for patterns"):
+    for name in ("placement", "weights", "branches", "a call", "in all", "patterns at once"):
         found.add_column(name)
     for one in plan.fits:
         living = f"{one.per_sweep}, in CPU memory" if one.resting else str(one.per_sweep)
-        verdict = f"{format_bytes(one.missing)} too much" if one.missing else living
+        verdict = _missing(plan, one) if one.missing else living
         sizes = (one.weights, one.states, one.call, one.total)
         found.add_row(one.placement.words, *map(format_bytes, sizes), verdict)
     return found
+
+
+def _missing(plan: Plan, one: Fit) -> str:
+    """By how much a placement does not fit: on the device, or into the CPU memory beside it."""
+    where = "CPU " if missing_cpu_bytes(plan.case, one.placement) == one.missing else ""
+    return f"{where}{format_bytes(one.missing)} over"
 
 
 def _hours_table(plan: Plan) -> RenderableType:
