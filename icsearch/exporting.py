@@ -14,11 +14,12 @@ from icsearch.engines.losses import Losses, losses_of_file, losses_of_run
 from icsearch.engines.native import NativeRequest
 from icsearch.engines.repair import ADD
 from icsearch.engines.serving import Serving
+from icsearch.engines.texts import how_to_save, is_letters
 from icsearch.errors import IcsearchError
 from icsearch.files import typed_path
-from icsearch.pattern import PatternFile, load_pattern_file
+from icsearch.pattern import PatternFile, load_pattern_file, parse_retention
 from icsearch.runs.record import JOURNAL_NAME, load_run
-from icsearch.specs import published_path
+from icsearch.specs import pattern_file_of, published_path, split_retention
 
 FILE_NAME = "pattern.json"
 
@@ -92,12 +93,25 @@ def _refuse(owner: str, given: str, options: dict[str, object]) -> None:
         raise IcsearchError(f"{', '.join(others)} {belong} to {owner}: leave out with {given}")
 
 
-def pattern_path(text: str) -> Path:
-    """The pattern.json of what was typed: that file itself, a RUN, or published:NAME. Raises IcsearchError."""
+def saved_pattern(text: str, retention: Fraction | None = None) -> tuple[Path, Fraction | None]:
+    """The pattern.json of what was typed (the file itself, a RUN, RUN@1/2, or published:NAME), and the retention.
+
+    Raises IcsearchError for letters, for a run that is not finished, and where both name a retention.
+    """
     if text.startswith("published:"):
-        return published_path(text)
-    path = typed_path(text, IcsearchError)
-    return path / FILE_NAME if path.is_dir() else path
+        return published_path(text), retention
+    if is_letters(text):
+        raise IcsearchError(
+            "letters alone do not say whose they are: expected a pattern.json, a RUN, RUN@1/2 or published:NAME; "
+            f"{how_to_save(text)} writes one"
+        )
+    run, at = split_retention(text)
+    path = pattern_file_of(run, IcsearchError)
+    if not at or not path.exists():
+        return (path if not at else typed_path(text, IcsearchError)), retention
+    if retention is not None:
+        raise IcsearchError(f"{text} and --retention both name a retention: give one of them")
+    return path, parse_retention(at)
 
 
 def engine_settings(request: ExportRequest, source: Path | PatternFile) -> Export:

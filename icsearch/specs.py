@@ -13,11 +13,12 @@ from typing import Any
 
 from icsearch.engines.backbone import Backbone
 from icsearch.engines.importing import import_pattern, is_engine_source
-from icsearch.errors import PatternError, did_you_mean
+from icsearch.errors import IcsearchError, PatternError, did_you_mean
 from icsearch.files import typed_path
 from icsearch.jsonfile import shown
 from icsearch.pattern import Pattern, PatternFile, load_pattern_file, parse_retention
 from icsearch.resources import published_patterns
+from icsearch.runs.record import why_no_pattern
 
 REFERENCE_RETENTIONS = (Fraction(1, 2), Fraction(1, 4), Fraction(1, 8))
 EXPECTED = (
@@ -121,10 +122,26 @@ def published_path(spec: str) -> Path:
     return published_patterns() / f"{name}.json"
 
 
+def split_retention(text: str) -> tuple[str, str]:
+    """RUN@1/2 as the RUN and its retention; the latter is empty where none is given, or the whole is a file's name."""
+    run, _, at = (text, "", "") if os.path.exists(text) else text.partition("@")
+    return run, at
+
+
+def pattern_file_of(text: str, error: type[IcsearchError]) -> Path:
+    """The path as typed, of a RUN its pattern.json; it need not exist. Raises `error` for an unfinished run."""
+    path = typed_path(text, error)
+    if not path.is_dir():
+        return path
+    file = path / "pattern.json"
+    if not file.exists() and (why := why_no_pattern(path)):
+        raise error(why)
+    return file
+
+
 def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
-    text, _, at = spec.partition("@") if not os.path.exists(spec) else (spec, "", "")
-    path = typed_path(text, PatternError)
-    path = path / "pattern.json" if path.is_dir() else path
+    text, at = split_retention(spec)
+    path = pattern_file_of(text, PatternError)
     if not path.exists():
         meant = did_you_mean(spec.partition(":")[0], FORMS) if ":" in spec else did_you_mean(spec, ["full"])
         raise PatternError(f"unknown pattern {shown(spec)}: {f'{meant} ' if meant else ''}expected {EXPECTED}")

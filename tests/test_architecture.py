@@ -47,7 +47,6 @@ ALLOWED: dict[str, set[str]] = {
         "engines.backbone", "engines.engine", "engines.gguf_file", "engines.letters", "engines.reading",
         "engines.schedule", "engines.table", "engines.texts", "errors", "files", "pattern",
     },
-    "specs": {"engines.backbone", "engines.importing", "errors", "files", "jsonfile", "pattern", "resources"},
     "cost": {"errors", "pattern"},
     "cosine_dp": {"errors", "pattern"},
     "journal": {"errors", "files", "jsonfile"},
@@ -60,6 +59,9 @@ ALLOWED: dict[str, set[str]] = {
     "runs.record": {
         "errors", "journal", "jsonfile", "pattern", "runs.commit", "runs.journal_schema", "runs.loss_table",
         "runs.refinement", "runs.similarity_sums", "statistics",
+    },
+    "specs": {
+        "engines.backbone", "engines.importing", "errors", "files", "jsonfile", "pattern", "resources", "runs.record",
     },
     "engines.losses": {"pattern", "runs.record"},
     "engines.repair": {"engines.losses", "pattern"},
@@ -284,7 +286,8 @@ ALLOWED: dict[str, set[str]] = {
     "cli.native": {"engines.native", "planning.plan"},
     "exporting": {
         "engines.backbone", "engines.export", "engines.fitting", "engines.indexer_weights", "engines.losses",
-        "engines.native", "engines.repair", "engines.serving", "errors", "files", "pattern", "runs.record", "specs",
+        "engines.native", "engines.repair", "engines.serving", "engines.texts", "errors", "files", "pattern",
+        "runs.record", "specs",
     },
     "cli.export": {"cli.native", "cli.options", "engines.export", "engines.writing", "exporting", "requests"},
     "cli.importing": {"cli.options", "engines.backbone", "engines.flags", "engines.importing", "files"},

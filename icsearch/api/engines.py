@@ -8,7 +8,7 @@ from icsearch.api.options import Retention, fraction
 from icsearch.engines import native
 from icsearch.engines.export import Export
 from icsearch.engines.native import NativeCheckpoint, NativeRequest
-from icsearch.exporting import ExportRequest, engine_settings, pattern_path
+from icsearch.exporting import ExportRequest, engine_settings, saved_pattern
 from icsearch.pattern import PatternFile
 
 
@@ -23,20 +23,22 @@ def export_pattern(
 ) -> Export:
     """What an engine needs to run a pattern: `text` to paste, `how` it is used, `warnings`.
 
-    `pattern` is what a search returned, a pattern.json, a RUN directory or ``published:NAME``; with `retention`, the
+    `pattern` is what a search returned, a pattern.json, a RUN, ``RUN@1/2`` or ``published:NAME``; with `retention`, the
     run's pattern at that retention. `model_config` is the checkpoint's config.json, to check the pattern against;
     `serve_pp` the pipeline stages that it will be served in, 4 or ``0,20,40``, and `repair` what to do where one would
     start on S: ``add`` (by default), ``same`` or ``none``. Raises IcsearchError for an engine that is unknown, or
     cannot run the pattern.
     """
+    kept = None if retention is None else fraction(retention)
+    source, kept = (pattern, kept) if isinstance(pattern, PatternFile) else saved_pattern(str(pattern), kept)
     request = ExportRequest(
         engine=engine,
-        retention=None if retention is None else fraction(retention),
+        retention=kept,
         model_config=None if model_config is None else Path(model_config),
         serve_pp=None if serve_pp is None else str(serve_pp),
         repair=repair,
     )
-    return engine_settings(request, pattern if isinstance(pattern, PatternFile) else pattern_path(str(pattern)))
+    return engine_settings(request, source)
 
 
 def export_checkpoint(
@@ -50,12 +52,11 @@ def export_checkpoint(
 ) -> NativeCheckpoint:
     """Copy a checkpoint to `out` with a config.json that holds the pattern, as `icsearch export --checkpoint` does.
 
-    `pattern` is a pattern.json, a RUN directory or ``published:NAME``; `model` is the one that was searched, unless
+    `pattern` is a pattern.json, a RUN, ``RUN@1/2`` or ``published:NAME``; `model` is the one that was searched, unless
     another one is named. `drop_indexers` leaves the S layers' indexer weights out, `other_weights` lets weights through
     that were not searched on. Raises IcsearchError where the copy cannot be, or the model cannot have the pattern by
     its config.
     """
-    kept = None if retention is None else fraction(retention)
+    path, kept = saved_pattern(str(pattern), None if retention is None else fraction(retention))
     source = None if model is None else str(model)
-    path = pattern_path(str(pattern))
     return native.export_checkpoint(NativeRequest(path, Path(out), source, kept, drop_indexers, other_weights))

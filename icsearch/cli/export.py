@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def export_pattern(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A pattern.json, a RUN directory, or published:NAME.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A pattern.json, a RUN (RUN@1/2: at that retention), or published:NAME."),
+    ],
     engine: EngineName = None,
     retention: Annotated[
         str | None, typer.Option(help="Take the run's pattern at this retention instead of its last.")
@@ -55,13 +58,14 @@ def export_pattern(
 ) -> None:
     """Print what an engine needs to run a pattern, or write a checkpoint that has it. All else goes to stderr."""
     from icsearch.engines.writing import write_file
-    from icsearch.exporting import ExportRequest, engine_settings, pattern_path
+    from icsearch.exporting import ExportRequest, engine_settings, saved_pattern
     from icsearch.requests import parse_share
 
+    path, kept = saved_pattern(str(file), parse_share(retention))
     request = ExportRequest(
         engine=engine or "",
         checkpoint=checkpoint,
-        retention=parse_share(retention),
+        retention=kept,
         model_config=model_config,
         serve_pp=serve_pp,
         repair=repair,
@@ -71,7 +75,6 @@ def export_pattern(
         drop_indexers=drop_indexers,
         other_weights=other_weights,
     )
-    path = pattern_path(str(file))
     if copy := request.native(path):
         write_checkpoint(copy)
         return

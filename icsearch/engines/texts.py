@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from icsearch.engines.backbone import EngineConfigError, text_keys
-from icsearch.engines.engine import FREQ, OFFSET, SWITCH, TYPES, Engine
+from icsearch.engines.engine import FREQ, OFFSET, PATTERN, SWITCH, TYPES, Engine
 from icsearch.engines.flags import HF_OVERRIDES, NUMBER_FLAGS, SGLANG_ARGS, has_flag, parse_flags, parse_object
 from icsearch.engines.keys import GGUF_KEY, MEGATRON_FREQ
 from icsearch.engines.table import ENGINES, LLAMACPP, LMDEPLOY, MEGATRON_ENGINE, SGLANG, TRANSFORMERS, VLLM
 
+MAX_SHOWN = 128  # letters in a message
 _NUMBERS = re.compile(r"freq:(\d{1,6})(?:,offset:(\d{1,6}))?")
 
 
@@ -23,6 +25,17 @@ class Typed:
     engine: Engine | None = None
     numbers: bool = False  # freq and offset without the name of a key
     notes: tuple[str, ...] = ()  # what is to be known of the flags
+
+
+def is_letters(text: str) -> bool:
+    """Whether these are the letters of a pattern themselves, and no file's name."""
+    return bool(re.fullmatch("[FSfs]+", text)) and not os.path.exists(text)
+
+
+def how_to_save(letters: str) -> str:
+    """The command that writes a pattern.json of letters."""
+    written = letters.upper() if len(letters) <= MAX_SHOWN else "..."
+    return f"""icsearch import '{{"{PATTERN}": "{written}"}}' --out pattern.json"""
 
 
 def split_engine(text: str) -> tuple[Engine | None, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -326,14 +326,31 @@ def _heldout_record(start: Event) -> RunRecord | None:
     return record
 
 
+def why_no_pattern(directory: Path) -> str:
+    """Why the directory of a run has no pattern.json; empty for one that is no run's. Raises JournalError."""
+    journal = Journal(directory / JOURNAL_NAME)
+    if not journal.exists():
+        return ""
+    if _is_evaluation(journal.events()):
+        return f"{directory} holds an evaluation, which has no pattern of its own: give the RUN of a search"
+    return (
+        f"{directory} is a run that is not finished (it has a {JOURNAL_NAME} and no pattern.json): repeat its command "
+        "to finish it"
+    )
+
+
+def _is_evaluation(events: Sequence[Event]) -> bool:
+    options = events[0].get("options")
+    return isinstance(options, dict) and options.get("method") == "eval"
+
+
 def load_run(directory: Path) -> RunRecord:
     """Replay the journal of a RUN directory; raises JournalError where there is none."""
     journal = Journal(directory / JOURNAL_NAME)
     if not journal.exists():
         raise JournalError(f"{directory} holds no {JOURNAL_NAME}: expected the RUN directory of icsearch greedy")
     events = journal.events()
-    options = events[0].get("options")
-    if isinstance(options, dict) and options.get("method") == "eval":
+    if _is_evaluation(events):
         raise JournalError(f"{directory} holds an evaluation that is not finished: repeat its command to finish it")
     try:
         return RunRecord.replay(events)

@@ -14,6 +14,13 @@ import pytest
 
 from bad_input import Place, Row
 
+
+def unfinished(place: Place) -> Path:
+    """What a search leaves that was killed."""
+    journal = (place.good.greedy / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    return place.file("killed/journal.jsonl", b"".join(journal[:3])).parent
+
+
 SPECS: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "empty": (lambda p: "", "unknown pattern ''", "expected full, uniform:1/4"),
     "other letters": (lambda p: "FSXFSF", "'X' at position 2", "only the letters F and S"),
@@ -41,6 +48,8 @@ SPECS: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "published, and long": (lambda p: "published:" + "x" * 300, "no published pattern", "known are"),
     "published of another model": (lambda p: "published:glm-5-1-4", "belongs to another model", "cannot be run here"),
     "a run that is none": (lambda p: p.file("empty/x").parent, "unknown pattern", "expected full"),
+    "a run that is not finished": (unfinished, "is a run that is not finished", "repeat its command"),
+    "an evaluation": (lambda p: p.good.evaluation, "which has no pattern of its own", "give the RUN of a search"),
     "a retention not reached": (lambda p: f"{p.good.greedy}@1/6", "holds 3 to 6 of 6", "a smaller --retention"),
     "a retention of nothing": (lambda p: f"{p.good.greedy}@half", "'half' is not a number", "give a fraction"),
     "of another kind": (
@@ -74,6 +83,12 @@ STEP = {"step": 1, "layer": 1, "loss": 2.0, "delta": 0.0, "std_err": 0.1, "patte
 PATTERN_FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "nothing": (lambda p: "pattern.json", "no file pattern.json", "give its path"),
     "a directory without one": (lambda p: p.file("run/x").parent, "no file", "give its path"),
+    "a run that is not finished": (unfinished, "is a run that is not finished", "repeat its command"),
+    "an evaluation": (lambda p: p.good.evaluation, "which has no pattern of its own", "give the RUN of a search"),
+    "letters": (lambda p: "fss", "letters alone", """'{"index_topk_pattern": "FSS"}' --out pattern.json"""),
+    "a retention of no run": (lambda p: "nowhere@1/2", "no file nowhere@1/2", "a RUN directory"),
+    "a retention of nothing": (lambda p: f"{p.good.greedy}@half", "'half' is not a number", "give a fraction"),
+    "a retention not reached": (lambda p: f"{p.good.greedy}@1/6", "holds 3 to 6 of 6", "a smaller --retention"),
     "a long name": (lambda p: "x" * 300, "File name too long", "give another one"),
     "a device without end": (lambda p: "/dev/zero", "File too large", WRITE),
     "cut": (lambda p: p.changed(p.pattern(), lambda b: b[:99]), "is not JSON", WRITE),

@@ -92,6 +92,20 @@ def test_minimax_m3_in_the_two_engines_that_share_there(capsys: pytest.CaptureFi
     assert "outside of it" in refused(capsys, "import", nested, "--engine", "atom", "--model-config", config)
 
 
+def test_a_run_at_a_retention(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run_directory = tmp_path / "run"
+    run_directory.mkdir()
+    (run_directory / "pattern.json").write_bytes(DEMO.read_bytes())
+    command = ("export", "--engine", "vllm")
+    early = run(capsys, *command, run_directory, "--retention", "1/2")
+    assert run(capsys, *command, f"{run_directory}@1/2") == early
+    assert early[1] != run(capsys, *command, run_directory)[1]
+    assert "give one of them" in refused(capsys, *command, f"{run_directory}@1/2", "--retention", "1/2")
+    odd = tmp_path / "run@1"
+    odd.write_bytes(DEMO.read_bytes())
+    assert run(capsys, *command, odd)[0] == 0  # what exists is taken as it is
+
+
 def test_a_config_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config, new = tmp_path / "config.json", tmp_path / "new.json"
     config.write_text(json.dumps({"model_type": "glm_moe_dsa", "num_hidden_layers": 78}))

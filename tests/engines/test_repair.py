@@ -132,7 +132,8 @@ def test_the_repair_says_stage_layer_number_and_loss() -> None:
 
 def test_no_partition_is_named_where_none_can_help() -> None:
     file = searched("FSSSSSSS")
-    for engine, words in (("vllm", ", and has fewer F layers than there are stages: serve it in fewer"), ("trtllm", "")):
+    lack = ", and has fewer F layers than there are stages: serve it in fewer"
+    for engine, words in (("vllm", lack), ("trtllm", "")):
         left = export(file, engine, serving=Serving("0,4", "none"))
         assert left.warnings[0].endswith(f"; the pattern is left as it is{words}")
 
