@@ -24,12 +24,13 @@ from icsearch.processes.launch import check_device, grids
 from icsearch.processes.wave_jobs import MEASURE
 from icsearch.requests import EvalRequest
 from icsearch.runs.evaluation import EvalRecord, save_eval
+from icsearch.runs.guessing import guessing_notes
 from icsearch.search import Progress
 from icsearch.setup.inputs import Inputs
 from icsearch.setup.prepare import Loaded, load_together, opened
 from icsearch.setup.run_options import run_options
 from icsearch.setup.start_event import start_event
-from icsearch.setup.sweep_scorer import count_in_sweeps, guessing_notes, process_rows, weight_notes, weight_rows
+from icsearch.setup.sweep_scorer import count_in_sweeps, process_rows, weight_notes, weight_rows
 from icsearch.specs import NamedPattern, Target, resolve_specs
 from icsearch.weights.layout import Layout
 from icsearch.weights.loading import load_tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import itertools
 import json
@@ -40,6 +41,7 @@ from icsearch.report.scales import LogAxis, ShareScale, share_scale
 from icsearch.report.scatter import is_nested_run, scatter_picture, styles
 from icsearch.report.strips import strips_picture
 from icsearch.report.triangle import triangle_picture
+from icsearch.runs.guessing import guessing_notes
 from icsearch.runs.record import JOURNAL_NAME, RunRecord
 from icsearch.statistics import Difference
 from run_fixtures import MadeUpRun, write_run
@@ -421,6 +423,14 @@ def test_page_has_its_parts(view: EvalView) -> None:
         assert part in text, part
     assert text.count(">in-sample<") == 4  # table, gaps, positions, strips
     assert text.count(">other model<") == 3  # no uniform pattern has as many F layers
+
+
+def test_a_loss_that_guessing_would_beat_stands_under_the_headline(document: dict[str, Any]) -> None:
+    (note,) = guessing_notes(9.0, 1024)
+    text = html.unescape(render_page([], [view_eval({**document, "notes": ["another note", note]})]))
+    assert re.search(r'<p class="headline">[^<]*</p>\s*<p class="warn">Caution: ' + re.escape(note), text)
+    assert text.count(note) == 1 and "<li>another note</li>" in text
+    assert "Caution" not in render_page([], [view_eval(document)])
 
 
 def test_missing_parts_are_left_out() -> None:

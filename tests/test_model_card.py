@@ -20,6 +20,7 @@ from icsearch.engines.table import ENGINES
 from icsearch.report import ReportError
 from icsearch.report.card_metadata import TAGS, dataset_of
 from icsearch.runs import results
+from icsearch.runs.guessing import guessing_notes
 from icsearch.runs.record import load_run
 from run_fixtures import MadeUpRun, write_run
 
@@ -81,6 +82,16 @@ def test_an_evaluation(tmp_path: Path) -> None:
     lines = [line for line in card.text.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + len(document["rows"])
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_a_loss_that_guessing_would_beat_stands_beside_the_results(tmp_path: Path) -> None:
+    (note,) = guessing_notes(9.0, 1024)
+    run, evaluation = run_directory(tmp_path / "run", notes=("another note", note)), eval_directory(tmp_path / "eval")
+    assert card_of(run, evaluation).text.splitlines().count(f"**Caution**: {note}.") == 1
+    document = json.loads((evaluation / "eval.json").read_text())
+    (evaluation / "eval.json").write_text(json.dumps({**document, "notes": [note]}))
+    assert card_of(run, evaluation).text.splitlines().count(f"**Caution**: {note}.") == 2
+    assert "Caution" not in card_of(run_directory(tmp_path / "other")).text
 
 
 def test_a_search_and_its_evaluation_are_one_card(tmp_path: Path) -> None:

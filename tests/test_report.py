@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import math
 import random
@@ -38,6 +39,7 @@ from icsearch.report.page import minus, render_page, strip_rows
 from icsearch.report.parts import provenance
 from icsearch.report.scales import Axis, CostScale, cost_scale, nice_step, tick_label
 from icsearch.report.view import RunView, headline, kink_sentence
+from icsearch.runs.guessing import guessing_notes
 from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
 from icsearch.statistics import Difference
 from run_fixtures import MadeUpRun, events, write_run
@@ -495,6 +497,14 @@ def test_page_has_its_parts(small: RunView) -> None:
         kink_sentence(small),
     ):
         assert part in text, part
+
+
+def test_a_loss_that_guessing_would_beat_stands_under_the_headline(small: RunView) -> None:
+    (note,) = guessing_notes(9.0, 1024)
+    text = html.unescape(render_page([view_of(MadeUpRun(notes=("another note", note)))]))
+    assert re.search(r'<p class="headline">[^<]*</p>\s*<p class="warn">Caution: ' + re.escape(note), text)
+    assert text.count(note) == 1 and "<li>another note</li>" in text
+    assert "Caution" not in render_page([small])
 
 
 def test_no_kink_is_looked_for_in_too_few_steps(small: RunView) -> None:

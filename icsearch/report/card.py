@@ -11,6 +11,7 @@ from icsearch.report.card_serving import serving
 from icsearch.report.eval_view import EvalRow, EvalView
 from icsearch.report.view import RunView, headline
 from icsearch.runs import results
+from icsearch.runs.guessing import split_notes
 
 
 def render_card(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
@@ -44,6 +45,7 @@ def _run_section(view: RunView) -> str:
         [
             f"## {view.final.full} of {view.num_layers} layers keep their indexer",
             headline(view),
+            *_cautions(view.record.notes),
             f"```\n{view.final.pattern}\n```",
             _table(
                 ("pattern", "F layers", "loss", "above the model as it is"),
@@ -55,6 +57,11 @@ def _run_section(view: RunView) -> str:
             _provenance(view),
         ]
     )
+
+
+def _cautions(notes: Sequence[str]) -> list[str]:
+    """One line beside the results where guessing has a lower loss than the model."""
+    return [f"**Caution**: {caution}." for caution in split_notes(notes)[0]]
 
 
 def _provenance(view: RunView) -> str:
@@ -87,6 +94,7 @@ def _eval_section(view: EvalView) -> str:
             "## Evaluation",
             f"On {found.get('num_sequences')} x {found.get('seq_len')} tokens of {source}"
             + ("; rows marked in-sample were searched on some of them." if _in_sample(view) else "."),
+            *_cautions(view.document.get("notes") or ()),
             _table(
                 (*columns, *(f"{kind.replace('_', ' ')}" for kind, _ in tasks)),
                 (_eval_cells(row, tasks) for row in view.rows),

@@ -22,6 +22,7 @@ from icsearch.report.parts import LegendEntry, Provenance, Tile, provenance, val
 from icsearch.report.scales import Axis, LogAxis
 from icsearch.report.scatter import ScatterPicture, SeriesStyle, scatter_picture, styles
 from icsearch.report.strips import StripsPicture, strips_picture
+from icsearch.runs.guessing import split_notes
 from icsearch.statistics import Difference
 
 GAP_BAR = 180.0  # pixels
@@ -107,6 +108,7 @@ class EvalSection:
     view: EvalView
     title: str
     headline: str
+    cautions: tuple[str, ...]
     best_of: str
     tiles: tuple[Tile, ...]
     warnings: tuple[str, ...]
@@ -122,17 +124,20 @@ class EvalSection:
     letters: tuple[tuple[str, str], ...]
     estimates: tuple[EstimateTable, ...]
     measured: Table | None
+    notes: tuple[str, ...]
     provenance: Provenance
 
 
 def eval_section(view: EvalView, number: int) -> EvalSection:
     """Everything that the page says about one evaluation."""
     positions = _positions(view)
+    cautions, notes = split_notes(view.document.get("notes") or ())
     return EvalSection(
         number=number,
         view=view,
         title=view.model_name,
         headline=eval_headline(view),
+        cautions=cautions,
         best_of=_best_of(view),
         tiles=tuple(_tiles(view)),
         warnings=tuple(_warnings(view)),
@@ -148,6 +153,7 @@ def eval_section(view: EvalView, number: int) -> EvalSection:
         letters=tuple((row.name, row.pattern.letters) for row in view.rows),
         estimates=estimate_tables(view.document.get("cost_rows") or ()),
         measured=measured_table(view.document.get("measured") or ()),
+        notes=notes,
         provenance=_provenance(view),
     )
 

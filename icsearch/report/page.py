@@ -21,6 +21,7 @@ from icsearch.report.refined import RefinementSection, refinement_section
 from icsearch.report.streaming import weights_sentence
 from icsearch.report.view import Point, Reference, RunView, Tie, headline, kink_sentence
 from icsearch.runs import results
+from icsearch.runs.guessing import split_notes
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -91,6 +92,7 @@ class RunSection:
     view: RunView
     title: str
     headline: str
+    cautions: tuple[str, ...]
     kink: str
     tiles: tuple[Tile, ...]
     strip: tuple[StripRow, ...]
@@ -179,11 +181,13 @@ def run_section(view: RunView, number: int) -> RunSection:
     """Everything that the page says about one run."""
     exports, export_error = _exports(view)
     draws_curve = not view.by_similarity
+    cautions, notes = split_notes(view.record.notes)
     return RunSection(
         number=number,
         view=view,
         title=str(view.start["model"].get("name_or_path", "model")),
         headline=headline(view),
+        cautions=cautions,
         kink=kink_sentence(view),
         tiles=tuple(_tiles(view)),
         strip=strip_rows(view),
@@ -201,7 +205,7 @@ def run_section(view: RunView, number: int) -> RunSection:
         export_error=export_error,
         cost=tuple(_cost_facts(view)),
         provenance=_provenance(view),
-        notes=(*view.record.notes, *arithmetic_note(view.record)),
+        notes=(*notes, *arithmetic_note(view.record)),
     )
 
 

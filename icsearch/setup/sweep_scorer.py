@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from icsearch.block import Batch, BranchState, cut_waves
@@ -13,6 +12,7 @@ from icsearch.planning.stage_starts import stage_notes
 from icsearch.processes.ledger import CALIBRATION, HELDOUT, Ledger
 from icsearch.requests import KL
 from icsearch.resting import InCpuMemory, OnDevice
+from icsearch.runs.guessing import guessing_notes
 from icsearch.runs.record import RunRecord
 from icsearch.search import Progress, Scorer, Scores, Scoring
 from icsearch.setup.prepare import Loaded, Opened
@@ -111,18 +111,6 @@ def weight_rows(loaded: Loaded, patterns: int) -> list[tuple[str, str]]:
     """The plan's rows on weights, for steps of so many patterns at most."""
     passes = loaded.memory.passes(patterns, sum(len(batch.input_ids) for batch in loaded.batches))
     return offload.rows(loaded.memory.offload, passes, loaded.bytes_per_second)
-
-
-def guessing_notes(loss: float, vocab_size: int) -> list[str]:
-    """Where the unmodified model's loss, in nats per token, is above that of guessing among all tokens."""
-    guessing = math.log(vocab_size)
-    if not loss > guessing:
-        return []
-    return [
-        f"the unmodified model's loss of {loss:.4f} nats per token is above {guessing:.4f}, that of guessing among its "
-        f"{vocab_size} tokens: these are probably not its text, its tokens or its tokenizer, and no pattern found on "
-        "them means anything"
-    ]
 
 
 def score_baseline(scoring: Scoring, layout: Layout, *more: Pattern) -> None:
