@@ -41,6 +41,7 @@ from icsearch.report.scales import LogAxis, ShareScale, share_scale
 from icsearch.report.scatter import is_nested_run, scatter_picture, styles
 from icsearch.report.strips import strips_picture
 from icsearch.report.triangle import triangle_picture
+from icsearch.runs.evaluation import verdict
 from icsearch.runs.guessing import guessing_notes
 from icsearch.runs.record import JOURNAL_NAME, RunRecord
 from icsearch.statistics import Difference
@@ -156,6 +157,8 @@ def test_headline_claims_no_more_than_the_gap(
     [
         ({"delta": 0.001, "std_err": 0.001}, "within one standard error (+0.0010 ± 0.0010"),
         ({"delta": 0.0015, "std_err": 0.001}, "within two standard errors (+0.0015 ± 0.0010"),
+        ({"delta": 0.001, "std_err": 0.001}, "(+0.0010 ± 0.0010 nats per token). "),
+        ({"delta": 0.03, "std_err": 0.12}, "(+0.03 ± 0.12 nats per token): too few tokens to exclude a clear loss."),
         ({"delta": -0.1, "std_err": 0.001}, "the loss falls by 0.1000 ± 0.0010"),
         ({"delta": 0.1, "std_err": math.nan}, "one sequence: no standard error"),
     ],
@@ -505,9 +508,24 @@ def test_verdicts_are_short() -> None:
     found = {one["verdict"]: short_verdict(one["verdict"]) for one in made_up_document()["rows"]}
     assert found["the unmodified model"] == "unmodified"
     assert {"small loss", "clear loss", "heavy loss"} <= set(found.values())
-    assert short_verdict("no loss seen: within two standard errors of the unmodified model") == "no loss seen"
-    assert short_verdict("lower loss than the unmodified model, beyond two standard errors") == "lower loss"
-    assert short_verdict("one sequence says nothing about the error: evaluate more") == "one sequence"
+    shorts = [
+        short_verdict(verdict(Difference(*one), is_full=False))
+        for one in ((0.001, 0.001), (0.03, 0.12), (-0.1, 0.001), (0.1, math.nan))
+    ]
+    assert shorts == ["no loss seen", "not known", "lower loss", "one sequence"]
+
+
+def test_a_loss_that_is_not_known_is_not_called_none(document: dict[str, Any]) -> None:
+    """Too few tokens: the difference is no more than noise, and all else says that the pattern hurts."""
+    noise = {"delta": 0.03, "std_err": 0.12, "kl": 1.5, "top1_agreement": 0.37}
+    copy = changed(document, **noise, verdict=verdict(Difference(0.03, 0.12), is_full=False))
+    text = printed(eval_table(copy))
+    assert "no loss seen" not in text
+    assert text.count("not known") == len(copy["rows"])  # one a row but the first, and what it means
+    assert max(map(len, text.splitlines())) <= 80
+    page = render_page([], [view_eval(copy)])
+    assert "not known: a loss of 0.01 nats per token or more is within two standard errors" in page
+    assert "not known" not in printed(eval_table(document))
 
 
 # --- similarity baselines -------------------------------------------------------------------------------------------

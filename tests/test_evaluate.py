@@ -198,6 +198,11 @@ def test_no_gap_to_close() -> None:
     [
         (Difference(0.001, 0.001), "no loss seen"),
         (Difference(-0.001, 0.001), "no loss seen"),
+        (Difference(0.0, 0.0), "no loss seen"),
+        (Difference(0.004, 0.0029), "no loss seen"),
+        (Difference(0.004, 0.0031), "not known"),
+        (Difference(0.03, 0.12), "not known"),
+        (Difference(-0.03, 0.12), "not known"),
         (Difference(-0.1, 0.001), "lower loss"),
         (Difference(0.005, 0.001), "under 0.01"),
         (Difference(0.05, 0.001), "under 0.1"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from icsearch.report import numbers
 from icsearch.report.eval_view import WAYS, EvalRow, EvalView, Gap, eval_headline, gap_text, shortened, view_eval
+from icsearch.runs.evaluation import CLEAR_LOSS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 NAME_WIDTH = 18
 IN_SAMPLE, FOREIGN = "*", "†"
+NOT_KNOWN = "not known"  # the verdict, in short, that asks for an explanation
 
 
 def eval_table(document: dict[str, Any]) -> RenderableType:
@@ -27,6 +29,8 @@ def eval_table(document: dict[str, Any]) -> RenderableType:
         parts += [Text(), _tasks(view)]
     if view.gaps:
         parts += [Text(), _gaps(view)]
+    if any(short_verdict(row.verdict) == NOT_KNOWN for row in view.rows):
+        parts.append(Text(f"{NOT_KNOWN}: too few tokens to exclude a loss of {CLEAR_LOSS:g} or more", style="dim"))
     if any(row.in_sample for row in view.rows):
         parts.append(Text(f"{IN_SAMPLE} in-sample: searched on these very batches", style="dim"))
     if any(row.foreign for row in view.rows):

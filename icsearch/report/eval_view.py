@@ -10,6 +10,7 @@ from typing import Any
 from icsearch.pattern import Pattern
 from icsearch.report import numbers
 from icsearch.report.scales import CostScale, cost_scale
+from icsearch.runs.evaluation import excludes_clear_loss
 from icsearch.statistics import Difference
 
 WAYS = ("forced", "generated")
@@ -232,7 +233,8 @@ def _change(row: EvalRow, view: EvalView) -> str:
     if abs(difference.delta) <= 2 * difference.std_err:
         errors = "one standard error" if difference.is_tie else "two standard errors"
         signed = numbers.difference(difference)
-        return f"the loss is that of {baseline} within {errors} ({signed} nats per token)."
+        found = f"the loss is that of {baseline} within {errors} ({signed} nats per token)"
+        return f"{found}." if excludes_clear_loss(difference) else f"{found}: too few tokens to exclude a clear loss."
     amount = numbers.with_error(abs(difference.delta), difference.std_err, sign=False)
     return f"the loss {'rises' if difference.delta > 0 else 'falls'} by {amount} nats per token from {baseline}."
 

@@ -16,6 +16,7 @@ from icsearch.runs.eval_schema import check_document, check_later, check_start
 from icsearch.statistics import Difference, mean_loss, paired_difference, wilson_interval
 
 EVAL_FORMAT = "icsearch.eval/1"
+CLEAR_LOSS, HEAVY_LOSS = 0.01, 0.1  # nats per token, where a verdict's words begin
 
 
 @dataclass(frozen=True)
@@ -251,14 +252,26 @@ def verdict(difference: Difference, is_full: bool) -> str:
     if math.isnan(difference.std_err):
         return "one sequence says nothing about the error: evaluate more"
     if abs(difference.delta) <= 2 * difference.std_err:
-        return "no loss seen: within two standard errors of the unmodified model"
+        return _verdict_within_errors(difference)
     if difference.delta < 0:
         return "lower loss than the unmodified model, beyond two standard errors"
-    if difference.delta < 0.01:
-        return "a measurable loss, under 0.01 nats per token"
-    if difference.delta < 0.1:
-        return "a clear loss, under 0.1 nats per token"
-    return "a heavy loss, 0.1 nats per token or more"
+    if difference.delta < CLEAR_LOSS:
+        return f"a measurable loss, under {CLEAR_LOSS:g} nats per token"
+    if difference.delta < HEAVY_LOSS:
+        return f"a clear loss, under {HEAVY_LOSS:g} nats per token"
+    return f"a heavy loss, {HEAVY_LOSS:g} nats per token or more"
+
+
+def _verdict_within_errors(difference: Difference) -> str:
+    """Of a difference that may be none: what it may be instead is what decides."""
+    if excludes_clear_loss(difference):
+        return f"no loss seen: within two standard errors of the unmodified model, and {CLEAR_LOSS:g} is beyond them"
+    return f"not known: a loss of {CLEAR_LOSS:g} nats per token or more is within two standard errors, evaluate more"
+
+
+def excludes_clear_loss(difference: Difference) -> bool:
+    """Whether a clear loss is more than two standard errors above the difference; not where there is no error."""
+    return difference.delta + 2 * difference.std_err < CLEAR_LOSS
 
 
 def load_eval(path: Path) -> dict[str, Any]:
