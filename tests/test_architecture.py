@@ -37,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "engines.backbone": {"errors", "jsonfile"},
     "engines.gguf_scan": set(),
     "engines.gguf_file": {"engines.backbone", "engines.gguf_scan", "engines.keys", "files", "jsonfile", "pattern"},
-    "engines.flags": {"engines.backbone", "engines.keys", "jsonfile"},
+    "engines.flags": {"engines.backbone", "engines.keys", "errors", "jsonfile"},
     "engines.texts": {"engines.backbone", "engines.engine", "engines.flags", "engines.keys", "engines.table"},
     "engines.reading": {
         "engines.backbone", "engines.engine", "engines.keys", "engines.schedule", "engines.table", "jsonfile",

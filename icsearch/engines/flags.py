@@ -9,6 +9,7 @@ and Megatron-LM know an option by its own name alone.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 from icsearch.engines.backbone import EngineConfigError
 from icsearch.engines.keys import MEGATRON_FREQ, MEGATRON_OFFSET
+from icsearch.errors import did_you_mean
 from icsearch.jsonfile import AmbiguityError, shown, unambiguous
 
 HF_OVERRIDES, SGLANG_ARGS = "--hf-overrides", "--json-model-override-args"
@@ -25,6 +27,9 @@ FLAGS = (HF_OVERRIDES, SGLANG_ARGS, *NUMBER_FLAGS)
 _PARSERS = {SGLANG_ARGS: "SGLang's", **dict.fromkeys(NUMBER_FLAGS, "Megatron-LM's")}  # which are strict about names
 _ANY_SPELLING = "|".join(flag[2:].replace("-", "[-_]") for flag in FLAGS)
 _FLAG = re.compile(rf"""(?:^|[\s'"])--(?:{_ANY_SPELLING})(?=[\s=.]|$)""")
+_COMMAND = re.compile(r"\S\s+(?:--?[a-zA-Z]|serve\s)")
+# Flags of Megatron-LM's own that are near to those of a pattern, and hold none.
+_OTHERS = ("--dsa-indexer-topk", "--dsa-indexer-n-heads", "--dsa-indexer-head-dim", "--dsa-indexer-loss-coeff")
 _LIST = "+"  # at the end of a dotted key: its values, with commas between, are items of a list
 _NOT_JSON = {"True": "true", "False": "false", "None": "null"}
 
@@ -53,6 +58,11 @@ def has_flag(text: str) -> bool:
     return bool(_FLAG.search(text))
 
 
+def is_command(text: str) -> bool:
+    """Whether this is a launch command or flags of one, with a pattern among them or not, and no file's name."""
+    return text.startswith("--") or has_flag(text) or (bool(_COMMAND.search(text)) and not os.path.exists(text))
+
+
 def parse_object(text: str) -> dict[str, Any]:
     """A JSON object as typed; raises EngineConfigError."""
     try:
@@ -75,8 +85,18 @@ def parse_flags(text: str) -> Flags:
         if of_flag := [one for one in given if one.flag == flag]:
             return _overrides(flag, of_flag)
     if not given:
-        raise EngineConfigError(f"no flag of a pattern in {text[:40]!r}: expected one of {', '.join(FLAGS)}")
+        raise EngineConfigError(f"no flag of a pattern in {text[:40]!r}: {_instead(words)}")
     return Flags(given[0].flag, {NUMBER_FLAGS[one.flag]: _number(one.value) for one in given})
+
+
+def _instead(words: Sequence[str]) -> str:
+    """What was probably meant by words that hold no flag of a pattern, or what an engine does without one."""
+    for word in words:
+        name = re.split("[=.]", word)[0]
+        spelled = name.replace("_", "-")
+        if name.startswith("--") and spelled not in _OTHERS and (meant := did_you_mean(spelled, FLAGS, "--")):
+            return f"for {shown(name)}, {meant}"
+    return f"without {', '.join(FLAGS)} an engine runs what the model's config says; give its config.json"
 
 
 def _given(words: Sequence[str]) -> Iterator[_Given]:

@@ -14,7 +14,16 @@ from icsearch.engines.letters import dsa_letters
 from icsearch.engines.reading import PATTERN_KEYS, Found, read_letters
 from icsearch.engines.schedule import COMMON
 from icsearch.engines.table import LLAMACPP, VLLM, find_engine
-from icsearch.engines.texts import Typed, for_engine, is_typed, parse_typed, split_engine, written_for
+from icsearch.engines.texts import (
+    Typed,
+    for_engine,
+    how_to_save,
+    is_letters,
+    is_typed,
+    parse_typed,
+    split_engine,
+    written_for,
+)
 from icsearch.errors import PatternError
 from icsearch.files import typed_path
 from icsearch.pattern import SHARED, Pattern, PatternFile
@@ -58,7 +67,7 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
     known; a config.json says it by itself. Raises EngineConfigError, or ExportError for an unknown engine.
     """
     named, rest = split_engine(text.strip())
-    source = _typed_source(rest) if is_typed(rest) else _file_source(typed_path(rest, EngineConfigError))
+    source = _typed_source(rest) if is_typed(rest) else _file_source(_file_named(rest))
     chosen = find_engine(engine) if engine else named
     model_type = _model_type(source.backbone, backbone)
     notes = [*source.typed.notes, *([] if chosen else _guess_notes(source.typed, model_type))]
@@ -89,6 +98,16 @@ def _is_config(path: Path) -> bool:
 def _typed_source(text: str) -> Source:
     typed = parse_typed(text)
     return Source(typed, _own_backbone(typed.keys, "the text"))
+
+
+def _file_named(text: str) -> Path:
+    """The file of this name; EngineConfigError for letters, which need no engine to read them."""
+    if is_letters(text):
+        raise EngineConfigError(
+            "these letters are a pattern already: give them to eval --pattern as they are; for export, "
+            f"{how_to_save(text)}"
+        )
+    return typed_path(text, EngineConfigError)
 
 
 def _file_source(path: Path) -> Source:

@@ -9,7 +9,15 @@ from typing import Any
 
 from icsearch.engines.backbone import EngineConfigError, text_keys
 from icsearch.engines.engine import FREQ, OFFSET, PATTERN, SWITCH, TYPES, Engine
-from icsearch.engines.flags import HF_OVERRIDES, NUMBER_FLAGS, SGLANG_ARGS, has_flag, parse_flags, parse_object
+from icsearch.engines.flags import (
+    HF_OVERRIDES,
+    NUMBER_FLAGS,
+    SGLANG_ARGS,
+    has_flag,
+    is_command,
+    parse_flags,
+    parse_object,
+)
 from icsearch.engines.keys import GGUF_KEY, MEGATRON_FREQ
 from icsearch.engines.table import ENGINES, LLAMACPP, LMDEPLOY, MEGATRON_ENGINE, SGLANG, TRANSFORMERS, VLLM
 
@@ -47,7 +55,7 @@ def split_engine(text: str) -> tuple[Engine | None, str]:
 
 def is_typed(text: str) -> bool:
     """Whether this is the text itself, and not the name of a file."""
-    return text.startswith(("{", "--", "freq:")) or has_flag(text)
+    return text.startswith(("{", "freq:")) or is_command(text)
 
 
 def parse_typed(text: str) -> Typed:
@@ -55,7 +63,7 @@ def parse_typed(text: str) -> Typed:
     if text.startswith("{"):
         keys = parse_object(text)
         return Typed(keys, written_for(keys, None))
-    if text.startswith("--") or has_flag(text):
+    if has_flag(text) or not text.startswith("freq:"):
         flags = parse_flags(text)
         return Typed(flags.keys, written_for(flags.keys, flags.flag), notes=flags.notes)
     found = _NUMBERS.fullmatch(text.replace(" ", ""))

@@ -170,6 +170,12 @@ def test_a_command_line_is_pasted_as_it_is(
         (["import", "freq:4", "--laers", "4"], "cannot read 'freq:4 --laers 4'"),
         (["import"], "SOURCE"),
         (["import", "none.json"], "no file none.json"),
+        (["import", "vllm serve x -tp 8", "--layers", "78"], "no flag of a pattern in 'vllm serve x -tp 8'"),
+        (
+            ["import", "vllm", "serve", "x", "-tp", "8", "--layers", "78"],
+            "no flag of a pattern in 'vllm serve x -tp 8'",
+        ),
+        (["import", "ffsfss"], """for export, icsearch import '{"index_topk_pattern": "FFSFSS"}' --out pattern.json"""),
         (["import", "freq:4", "--layers", "4", "--engine", "tgi"], "unknown engine 'tgi'"),
         (["export", LONG, "--engine", "megatron"], "the nearest that they can give is"),
         (["export", DEMO, "--engine", "vllm", "--out", "x.json"], "takes flags"),
