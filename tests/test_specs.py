@@ -141,7 +141,13 @@ def test_settings_of_an_engine_are_specs(tmp_path: Path) -> None:
     assert letters(*specs) == ["FSSF", "FFSS", "FSSF", "FSFS", "FSFS"]  # the first two are one and the same
     (named,) = resolve_specs([OVERRIDES], TARGET)[1:]
     assert (named.name, named.method) == ("as vLLM", "imported")
-    assert named.notes == ("read as vLLM does; an engine's name in front, as in megatron:…, says another",)
+    assert named.notes == ()
+    (named,) = resolve_specs(['{"use_index_cache": false, "index_topk_pattern": "FSSF"}'], TARGET)[1:]
+    assert named.pattern.letters == "FFFF"
+    assert named.notes[0] == (
+        "read as vLLM does; transformers, SGLang, TensorRT-LLM, LMDeploy run another pattern with these keys: put the "
+        "engine in front, as in transformers:..."
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)

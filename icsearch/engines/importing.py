@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from icsearch.engines.texts import (
     is_typed,
     parse_typed,
     split_engine,
+    takers,
     written_for,
 )
 from icsearch.errors import PatternError
@@ -69,9 +70,9 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
     named, rest = split_engine(text.strip())
     source = _typed_source(rest) if is_typed(rest) else _file_source(_file_named(rest))
     chosen = find_engine(engine) if engine else named
-    model_type = _model_type(source.backbone, backbone)
-    notes = [*source.typed.notes, *([] if chosen else _guess_notes(source.typed, model_type))]
-    return _read(source, chosen or source.typed.engine or VLLM, backbone, notes, rest)
+    found = _read(source, chosen or source.typed.engine or VLLM, backbone, rest)
+    guessed = [] if chosen else _guess_notes(source, found, backbone)
+    return replace(found, notes=(*source.typed.notes, *guessed, *found.notes))
 
 
 def is_engine_source(text: str) -> bool:
@@ -135,18 +136,36 @@ def _model_type(own: Backbone | None, given: Backbone | None) -> str | None:
     return (own.model_type if own else None) or (given.model_type if given else None)
 
 
-def _guess_notes(typed: Typed, model_type: str | None) -> list[str]:
-    """What was taken where no engine was named: nothing to say where one engine alone writes such keys."""
-    if typed.numbers:
+def _guess_notes(source: Source, found: Imported, given: Backbone | None) -> list[str]:
+    """What was taken where no engine was named: nothing to say where no other one runs another pattern."""
+    if source.typed.numbers:
+        model_type = _model_type(source.backbone, given)
         rule = VLLM.reader_of(model_type).schedule
         alike = "vLLM, SGLang and transformers do" if rule == COMMON else f"{VLLM.title} does for {model_type}"
-        return [f"freq and offset are read as {alike} (offset {rule.default_offset} by default); --engine names one"]
-    if typed.engine is None:
+        return [
+            f"freq and offset are read as {alike} (offset {rule.default_offset} by default); an engine in front, as in "
+            "megatron:freq:4, says another"
+        ]
+    others = [engine for engine in takers(source.typed, found.model_type) if _differs(engine, source, found, given)]
+    if not others:
         return []
-    return [f"read as {typed.engine.title} does; an engine's name in front, as in megatron:…, says another"]
+    titles = ", ".join(engine.title for engine in others)
+    runs = "runs" if len(others) == 1 else "run"
+    return [
+        f"read as {found.engine.title} does; {titles} {runs} another pattern with these keys: put the engine in front, "
+        f"as in {others[0].name}:..."
+    ]
 
 
-def _read(source: Source, engine: Engine, given: Backbone | None, notes: list[str], name: str) -> Imported:
+def _differs(engine: Engine, source: Source, found: Imported, given: Backbone | None) -> bool:
+    """Whether this engine runs another pattern; what it refuses, or is not known to read, is none."""
+    try:
+        return _read(source, engine, given, "").pattern != found.pattern
+    except EngineConfigError:
+        return False
+
+
+def _read(source: Source, engine: Engine, given: Backbone | None, name: str) -> Imported:
     own = source.backbone
     if own and given and own.num_layers != given.num_layers:
         raise EngineConfigError(
@@ -166,7 +185,7 @@ def _read(source: Source, engine: Engine, given: Backbone | None, notes: list[st
         pattern = Pattern(letters)
     except PatternError as error:
         raise EngineConfigError(f"{engine.title} would be given a pattern it cannot run: {error}") from None
-    return Imported(pattern, engine, backbone, (*notes, *key_notes, *found.notes, *layer_notes), model_type)
+    return Imported(pattern, engine, backbone, (*key_notes, *found.notes, *layer_notes), model_type)
 
 
 def _keys_seen(

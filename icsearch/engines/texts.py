@@ -19,9 +19,20 @@ from icsearch.engines.flags import (
     parse_object,
 )
 from icsearch.engines.keys import GGUF_KEY, MEGATRON_FREQ
-from icsearch.engines.table import ENGINES, LLAMACPP, LMDEPLOY, MEGATRON_ENGINE, SGLANG, TRANSFORMERS, VLLM
+from icsearch.engines.table import (
+    ATOM_ENGINE,
+    ENGINES,
+    LLAMACPP,
+    LMDEPLOY,
+    MEGATRON_ENGINE,
+    SGLANG,
+    TRANSFORMERS,
+    VLLM,
+    VLLM_ASCEND,
+)
 
 MAX_SHOWN = 128  # letters in a message
+TAKING_OVERRIDES = (VLLM, LMDEPLOY, ATOM_ENGINE, VLLM_ASCEND)  # those that have a flag --hf-overrides
 _NUMBERS = re.compile(r"freq:(\d{1,6})(?:,offset:(\d{1,6}))?")
 
 
@@ -33,6 +44,7 @@ class Typed:
     engine: Engine | None = None
     numbers: bool = False  # freq and offset without the name of a key
     notes: tuple[str, ...] = ()  # what is to be known of the flags
+    flag: str | None = None  # that the keys came with
 
 
 def is_letters(text: str) -> bool:
@@ -65,12 +77,29 @@ def parse_typed(text: str) -> Typed:
         return Typed(keys, written_for(keys, None))
     if has_flag(text) or not text.startswith("freq:"):
         flags = parse_flags(text)
-        return Typed(flags.keys, written_for(flags.keys, flags.flag), notes=flags.notes)
+        return Typed(flags.keys, written_for(flags.keys, flags.flag), notes=flags.notes, flag=flags.flag)
     found = _NUMBERS.fullmatch(text.replace(" ", ""))
     if not found:
         raise EngineConfigError(f"cannot read {text[:60]!r}: expected freq:4 or freq:4,offset:2")
     numbers = {FREQ: int(found[1]), **({} if found[2] is None else {OFFSET: int(found[2])})}
     return Typed(numbers, numbers=True)
+
+
+def takers(typed: Typed, model_type: str | None) -> list[Engine]:
+    """The engines that can be given these keys in this way, and look at one of them; of a known type, those it serves.
+
+    Flags other than --hf-overrides are one engine's own.
+    """
+    if typed.numbers or typed.flag in (SGLANG_ARGS, *NUMBER_FLAGS):
+        return []
+    engines = TAKING_OVERRIDES if typed.flag == HF_OVERRIDES else ENGINES.values()
+    keys = {**typed.keys, **text_keys(typed.keys)}
+    return [
+        engine
+        for engine in engines
+        if any(key in keys for key in engine.reader_of(model_type).order)
+        and (model_type is None or engine.serves(model_type))
+    ]
 
 
 def for_engine(typed: Typed, engine: Engine) -> dict[str, Any]:

@@ -378,6 +378,34 @@ def test_what_cannot_be_read(text: str, words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+DIFFERING: list[tuple[str, str, str]] = [
+    ('{"index_topk_freq": 4, "index_skip_topk_offset": 3}', "transformers", "ATOM runs"),
+    ("--hf-overrides '{\"index_topk_freq\": 4, \"index_skip_topk_offset\": 3}'", "vLLM", "ATOM runs"),
+    ('{"index_topk_pattern": "FFSFSS"}', "transformers", "ATOM runs"),  # it needs use_index_cache
+    ('{"index_topk_pattern": "FFSFSS", "indexer_types": ["full", "full", "shared", "shared", "full", "shared"]}',
+     "transformers", "vLLM, SGLang, TensorRT-LLM, ATOM, vllm-ascend run"),
+]  # fmt: skip
+ALIKE = [
+    '{"use_index_cache": true, "index_topk_pattern": "FFSFSS"}',
+    '--json-model-override-args \'{"index_topk_freq": 4, "index_skip_topk_offset": 3}\'',  # SGLang's own
+    "--dsa-indexer-topk-freq 4",
+]
+
+
+@pytest.mark.parametrize(("text", "title", "others"), DIFFERING)
+def test_a_guess_is_told_where_another_engine_runs_another_pattern(text: str, title: str, others: str) -> None:
+    found = import_pattern(text, None, SIX)
+    told = f"read as {title} does; {others} another pattern with these keys: put the engine in front, as in "
+    assert found.notes[0].startswith(told)
+    named = import_pattern(f"{found.engine.name}:{text}", None, SIX)
+    assert (named.pattern, named.notes) == (found.pattern, found.notes[1:])
+
+
+@pytest.mark.parametrize("text", ALIKE)
+def test_nothing_is_told_where_all_that_take_the_keys_agree(text: str) -> None:
+    assert import_pattern(text, None, SIX).notes == ()
+
+
 def test_numbers_need_to_know_how_many_layers() -> None:
     with pytest.raises(PatternError, match="does not say how many layers there are: give --layers N"):
         import_pattern("freq:4")

@@ -89,7 +89,8 @@ def test_freq_and_offset_without_keys(engine: str) -> None:
         assert found.pattern.letters == run_by(engine, numbers(freq, offset), DENSE_FIRST.layer_indices)
     assert import_pattern(f"{engine}:freq:4", None, DENSE_FIRST).pattern.letters == "FSSSF"
     assert import_pattern("freq:4", None, DENSE_FIRST).notes == (
-        "freq and offset are read as vLLM does for minimax_m3_vl (offset 0 by default); --engine names one",
+        "freq and offset are read as vLLM does for minimax_m3_vl (offset 0 by default); an engine in front, as "
+        "in megatron:freq:4, says another",
     )
 
 
