@@ -124,7 +124,9 @@ def test_headline_is_the_best_at_the_smallest_retention(view: EvalView) -> None:
     gap = view.gap_of(best)
     assert gap is not None
     assert gap.closed is not None
-    assert text.startswith(f"With {best.name}, 2 of 16 layers keep their indexer (12%) and the loss rises by ")
+    assert text.startswith(
+        f"With the pattern “{best.name}”, 2 of 16 layers keep their indexer (12%) and the loss rises by "
+    )
     assert f"{gap_text(gap.closed)} of that gap is closed." in text
     assert "In-sample" not in text
 
@@ -138,7 +140,10 @@ def test_headline_says_that_it_is_in_sample_or_of_another_model() -> None:
 @pytest.mark.parametrize(
     ("gap", "words"),
     [
-        ((None, None), "nothing measurable: there is no gap to close"),
+        ((None, None), "nothing measurable ("),
+        ((None, None), "): there is no gap to close"),
+        ((1.04, 0.02), ": all of that gap is closed (104% ± 2%)."),
+        ((1.04, 0.6), ": 104% ± 60% of that gap is closed, within two standard errors of nothing."),
         ((0.01, 0.02), "within two standard errors of nothing"),
         ((-0.5, 0.02), "uniform is better"),
     ],

@@ -200,6 +200,39 @@ def test_headline_carries_numbers_and_errors(small: RunView, unfinished: RunView
     assert headline(unfinished).startswith("Not finished; after 5 flips: 11 of 16")
 
 
+def against_uniform(view: RunView, uniform: Difference, searched: Difference) -> str:
+    """The headline where the final pattern and the uniform one with as many F layers cost that."""
+    final = replace(view.final, difference=searched)
+    reference = view.same_retention
+    assert reference is not None
+    reference = replace(reference, difference=uniform, searched=final)
+    return headline(replace(view, points=(*view.points[:-1], final), references=(reference,)))
+
+
+@pytest.mark.parametrize(
+    ("uniform", "searched", "words"),
+    [
+        ((0.4, 0.03), 0.1, "costs +0.400 ± 0.030: the search avoids 75% of that."),
+        ((0.4, 0.03), -0.016, "costs +0.400 ± 0.030: the search avoids all of that."),
+        ((0.4, 0.03), 0.5, "costs +0.400 ± 0.030."),
+        ((-0.002, 0.003), -0.004, "costs nothing measurable (-0.0020 ± 0.0030)."),
+        ((0.005, 0.003), -0.004, "costs nothing measurable (+0.0050 ± 0.0030)."),
+        ((-0.002, math.nan), -0.004, "changes the loss by -0.0020."),
+    ],
+)
+def test_what_is_avoided_is_a_cost(small: RunView, uniform: tuple[float, float], searched: float, words: str) -> None:
+    text = against_uniform(small, Difference(*uniform), Difference(searched, 0.001))
+    assert text.endswith(f"The uniform pattern with as many F layers {words}")
+
+
+@pytest.mark.parametrize("num_shared", [1, 12])
+def test_the_page_counts_and_spaces_its_sentences(num_shared: int) -> None:
+    text = render_page([view_of(MadeUpRun(num_shared=num_shared))])
+    assert not re.search(r"\b1 (steps|flips|layers|sequences)\b", text)
+    assert "sequences. The naive search" in " ".join(text.split())
+    assert ("<summary>The step with its loss</summary>" in text) == (num_shared == 1)
+
+
 def test_one_sequence_has_no_error_and_claims_none() -> None:
     view = view_of(MadeUpRun(num_sequences=1, num_shared=3))
     assert "one sequence: no standard error" in headline(view)

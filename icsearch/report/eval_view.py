@@ -220,7 +220,7 @@ def eval_headline(view: EvalView) -> str:
             return f"Only {view.baseline_name} was evaluated: a loss of {loss} nats per token."
         return f"{numbers.plural(len(view.rows), 'pattern')} evaluated."
     kept = f"{best.full} of {view.num_layers} layers keep their indexer ({numbers.percent(best.pattern.retention)})"
-    lead = f"With {best.name}, {kept} and {_change(best, view)}"
+    lead = f"With the pattern “{best.name}”, {kept} and {_change(best, view)}"
     against = _against_uniform(view.gap_of(best), view.baseline_name)
     return " ".join(filter(None, [lead, against, _where_measured(best)]))
 
@@ -246,10 +246,12 @@ def _against_uniform(gap: Gap | None, baseline: str) -> str:
     if gap.uniform_is_better:
         amount = numbers.with_error(-cost.delta, cost.std_err, sign=False)
         return f"{uniform} has a lower loss than {baseline}, by {amount}: there is no gap to close."
-    text = f"{uniform} costs {numbers.difference(cost)}"
     if gap.closed is None:
-        return f"{text}, nothing measurable: there is no gap to close."
-    closed = f"{text}: {gap_text(gap.closed)} of that gap is closed"
+        return f"{uniform} costs nothing measurable ({numbers.difference(cost)}): there is no gap to close."
+    text, share = f"{uniform} costs {numbers.difference(cost)}", gap_text(gap.closed)
+    if gap.closed.delta > max(1.0, 2 * gap.closed.std_err):
+        return f"{text}: all of that gap is closed ({share})."
+    closed = f"{text}: {share} of that gap is closed"
     if abs(gap.closed.delta) <= 2 * gap.closed.std_err:
         return f"{closed}, within two standard errors of nothing."
     return f"{closed}." if gap.closed.delta > 0 else f"{closed}: uniform is better."

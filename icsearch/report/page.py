@@ -169,6 +169,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["minus"] = minus
+    environment.filters["counted"] = numbers.plural
     return environment
 
 

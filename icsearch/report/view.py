@@ -331,11 +331,15 @@ def _against_uniform(view: RunView) -> str:
     if difference.delta < -2 * difference.std_err:
         amount = numbers.with_error(-difference.delta, difference.std_err, sign=False)
         return f"{uniform} has a lower loss than {view.baseline_name}, by {amount}."
-    text = f"{uniform} costs {numbers.difference(difference)}"
+    if abs(difference.delta) <= 2 * difference.std_err:
+        return f"{uniform} costs nothing measurable ({numbers.difference(difference)})."
+    what_it_does = "costs" if difference.delta > 0 else "changes the loss by"  # one sequence: no error to hold it to
+    text = f"{uniform} {what_it_does} {numbers.difference(difference)}"
     if reference.avoided is None or reference.avoided <= 0:
         return f"{text}."
     what = "the choice by similarity" if view.by_similarity else "the search"
-    return f"{text}: {what} avoids {numbers.percent(reference.avoided)} of that."
+    share = "all" if reference.avoided >= 1 else numbers.percent(reference.avoided)
+    return f"{text}: {what} avoids {share} of that."
 
 
 def kink_sentence(view: RunView) -> str:
