@@ -14,7 +14,7 @@ from icsearch.block import Batch, BranchState
 from icsearch.losses import per_sequence, token_measures
 from icsearch.model import DsaModel
 from icsearch.pattern import Pattern
-from icsearch.resting import OnDevice
+from icsearch.resting import InCpuMemory, OnDevice
 from icsearch.states import StateStore
 from icsearch.sweep import Sweeper
 
@@ -82,3 +82,11 @@ class KlSweeper(Sweeper):
         for values in sums:
             self.check_finite(values, batch, pattern)
         return sums
+
+
+def make_sweeper(
+    model: DsaModel, kept: StateStore[BranchState], by_kl: bool, keep_full_states: bool, rest_in_cpu: bool
+) -> Sweeper:
+    """A sweeper that measures the KL too where that is wanted, with states where the plan has them rest."""
+    resting = InCpuMemory(model.device) if rest_in_cpu else OnDevice()
+    return KlSweeper(model, kept, keep_full_states, resting) if by_kl else Sweeper(model, kept, resting)

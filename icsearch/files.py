@@ -131,6 +131,11 @@ def typed_path(text: str, error: type[IcsearchError]) -> Path:
     return path
 
 
+def may_be_hub_id(text: str) -> bool:
+    """Whether what was typed for a checkpoint can be OWNER/NAME on the hub: ./x and ../x are paths."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
+
+
 def check_new(path: Path, error: type[IcsearchError]) -> None:
     """Raise `error` where a file cannot be written anew: it exists, or its directory is missing or locked."""
     path = typed_path(str(path), error)

@@ -84,8 +84,11 @@ ALLOWED: dict[str, set[str]] = {
     "texts.corpus": set(),
     "texts.sources": {"errors", "files", "texts.corpus"},
     "calibration": {"", "errors", "files", "jsonfile", "texts.sources"},
-    "weights.configfile": {"errors", "jsonfile"},
-    "weights.sharing": {"errors", "jsonfile", "pattern", "weights.configfile"},
+    "weights.configfile": {"engines.backbone", "errors", "jsonfile"},
+    "weights.sharing": {
+        "engines.backbone", "engines.engine", "engines.keys", "engines.schedule", "errors", "jsonfile", "pattern",
+        "weights.configfile",
+    },
     "weights.header": {"errors", "jsonfile"},
     "weights.checkpoint": {
         "errors", "files", "jsonfile", "resources", "weights.configfile", "weights.header", "weights.sharing",
@@ -147,7 +150,7 @@ ALLOWED: dict[str, set[str]] = {
     "processes.wave_jobs": {"block", "journal", "measures", "model", "pattern", "similarity"},
     "processes.member": {
         "block", "divergence", "errors", "journal", "model", "pattern", "processes.launch", "processes.wave_jobs",
-        "processes.wire", "processes.world", "resting", "states", "sweep",
+        "processes.wire", "processes.world", "states", "sweep",
     },
     "processes.crew": {
         "errors", "journal", "pattern", "processes.launch", "processes.ledger", "processes.member", "processes.world",
@@ -221,7 +224,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "setup.sweep_scorer": {
         "block", "divergence", "pattern", "planning.offload", "planning.plan", "planning.stage_starts",
-        "processes.ledger", "processes.member", "requests", "resting", "runs.guessing", "runs.record", "search",
+        "processes.ledger", "processes.member", "requests", "runs.guessing", "runs.record", "search",
         "setup.prepare", "setup.start_event", "states", "sweep", "weights.layout",
     },
     "greedy": {

@@ -59,7 +59,7 @@ class Backbone:
         """The layers that a model was seen to have, with what its config.json says beside them."""
         keys = text_keys(config)
         model_type = config.get("model_type") or keys.get("model_type")
-        return cls(num_layers, tuple(layer_indices), model_type, _mtp_layers(keys), keys is not config, keys)
+        return cls(num_layers, tuple(layer_indices), model_type, mtp_layers(keys), keys is not config, keys)
 
 
 def inner_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
@@ -99,13 +99,14 @@ def read_backbone(config: Mapping[str, Any], name: str) -> Backbone:
         num_layers,
         _layer_indices(inner, num_layers, str(model_type), name),
         model_type,
-        _mtp_layers(inner),
+        mtp_layers(inner),
         wrapper,
         inner,
     )
 
 
-def _mtp_layers(keys: Mapping[str, Any]) -> int:
+def mtp_layers(keys: Mapping[str, Any]) -> int:
+    """Layers of multi-token prediction behind the decoder's, by the text model's config."""
     return next((keys[key] for key in MTP_KEYS if keys.get(key)), 0)
 
 

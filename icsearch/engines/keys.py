@@ -10,6 +10,7 @@ from icsearch.engines.schedule import COMMON, MEGATRON, MINIMAX_M3, Schedule
 from icsearch.pattern import FULL, SHARED
 
 KINDS = {FULL: "full", SHARED: "shared"}
+LETTERS = {kind: letter for letter, kind in KINDS.items()}
 GGUF_KEY = "glm-dsa.attention.indexer.types"
 MEGATRON_FREQ, MEGATRON_OFFSET = "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"
 

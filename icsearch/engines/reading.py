@@ -8,14 +8,13 @@ from typing import Any
 
 from icsearch.engines.backbone import EngineConfigError
 from icsearch.engines.engine import FREQ, HEEDED, OFFSET, PATTERN, SWITCH, TYPES, Engine, Reader
-from icsearch.engines.keys import GGUF_KEY, KINDS, MEGATRON_FREQ, MEGATRON_OFFSET
+from icsearch.engines.keys import GGUF_KEY, LETTERS, MEGATRON_FREQ, MEGATRON_OFFSET
 from icsearch.engines.schedule import COMMON
 from icsearch.engines.table import TRANSFORMERS
 from icsearch.jsonfile import MAX_LAYERS, shown
 from icsearch.pattern import FULL, SHARED
 
 PATTERN_KEYS = (TYPES, PATTERN, FREQ, OFFSET, SWITCH, GGUF_KEY, MEGATRON_FREQ, MEGATRON_OFFSET)
-LETTERS = {kind: letter for letter, kind in KINDS.items()}
 DEFAULT_FREQ = {"hy_v4": 4}  # transformers' hy_v4 shares by itself where the config does not say; it reads TYPES alone
 
 

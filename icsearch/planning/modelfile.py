@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icsearch.cost import ModelShape
 from icsearch.errors import ModelError, first_line
-from icsearch.files import typed_path
+from icsearch.files import may_be_hub_id, typed_path
 from icsearch.jsonfile import FLAG, TEXT, list_of, read_object, shown, whole
 from icsearch.pattern import Pattern
 from icsearch.resources import demo_checkpoint
@@ -138,7 +137,7 @@ def _find(name: str) -> Path:
         return path / "config.json"
     if path.exists():
         return path
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):  # ./x and ../x are paths
+    if not may_be_hub_id(name):
         raise ModelError(f"nothing at {path}: expected a directory with config.json, the file, a hub id, or demo")
     return _download(name)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from icsearch.block import Batch, Branch, BranchState
-from icsearch.divergence import KlSweeper
+from icsearch.divergence import make_sweeper
 from icsearch.errors import NonFiniteLossError
 from icsearch.journal import Event
 from icsearch.model import DsaModel
@@ -19,7 +19,6 @@ from icsearch.processes.launch import Grid
 from icsearch.processes.wave_jobs import JOBS
 from icsearch.processes.wire import Packet, Wire
 from icsearch.processes.world import World, has_own_gpu
-from icsearch.resting import InCpuMemory, OnDevice
 from icsearch.states import Keeping, StateStore
 from icsearch.sweep import LM_HEAD, Sweeper, SweepResult, kernel_notes
 
@@ -51,12 +50,8 @@ class Member:
             order["num_layers"], tuple(order["layer_indices"]), frozenset(order["flippable"]), order["stride"]
         )
         kept: StateStore[BranchState] = StateStore(keeping, Pattern(order["base"]), UNLIMITED)
-        resting = InCpuMemory(self._dsa.device) if order["resting"] else OnDevice()
-        if order["kl"]:
-            sweeper: Sweeper = KlSweeper(self._dsa, kept, order["keep_full_states"], resting)
-        else:
-            sweeper = Sweeper(self._dsa, kept, resting)
-        self._sweepers[order["set"]] = sweeper
+        wanted = order["kl"], order["keep_full_states"], order["resting"]
+        self._sweepers[order["set"]] = make_sweeper(self._dsa, kept, *wanted)
 
     def retain(self, order: Order) -> None:
         """Let go of what is of no use to the committed pattern and its flips."""

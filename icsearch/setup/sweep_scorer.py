@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from icsearch.block import Batch, BranchState, cut_waves
-from icsearch.divergence import KlSweeper
+from icsearch.divergence import make_sweeper
 from icsearch.pattern import Pattern
 from icsearch.planning import offload, plan
 from icsearch.planning.stage_starts import stage_notes
 from icsearch.processes.ledger import CALIBRATION, HELDOUT, Ledger
 from icsearch.requests import KL
-from icsearch.resting import InCpuMemory, OnDevice
 from icsearch.runs.guessing import guessing_notes
 from icsearch.runs.record import RunRecord
 from icsearch.search import Progress, Scorer, Scores, Scoring
@@ -93,10 +92,7 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept
         sizes = memory.patterns_per_sweep, memory.batches_per_wave
         return loaded.crew.scorer(name, ledger, ranges, *sizes, memory.resting > 0)
     store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
-    resting = InCpuMemory(loaded.dsa.device) if loaded.memory.resting else OnDevice()
-    sweeper = Sweeper(loaded.dsa, store, resting)
-    if by_kl:
-        sweeper = KlSweeper(loaded.dsa, store, keep_full_states, resting)
+    sweeper = make_sweeper(loaded.dsa, store, by_kl, keep_full_states, loaded.memory.resting > 0)
     return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep, loaded.memory.batches_per_wave)
 
 

@@ -6,13 +6,12 @@ What the tensors mean is the business of `model.py`; this module answers before 
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from icsearch.errors import ModelError, first_line
-from icsearch.files import typed_path
+from icsearch.files import may_be_hub_id, typed_path
 from icsearch.jsonfile import read_object, shown
 from icsearch.resources import demo_checkpoint
 from icsearch.weights.configfile import check_config
@@ -99,7 +98,7 @@ def _local(name_or_path: str) -> Path | None:
         return path
     if path.exists():
         raise ModelError(f"{path} is a file: expected a checkpoint directory with config.json and safetensors shards")
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name_or_path):  # ./x and ../x are paths
+    if not may_be_hub_id(name_or_path):
         raise ModelError(f"no checkpoint at {path}: {_EXPECTED}")
     return None
 

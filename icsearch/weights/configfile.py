@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from icsearch.engines.backbone import MTP_KEYS
 from icsearch.errors import ModelError
 from icsearch.jsonfile import MAX_LAYERS, FieldError, Kind, check_fields, list_of, one_of, optional, shown, whole
 
@@ -15,7 +16,7 @@ FP8 = "fp8"
 _BLOCK = [128, 128]  # of weights with one scale, where the config does not say
 _ALWAYS = {
     "num_hidden_layers": whole(1, MAX_LAYERS),
-    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers"), whole(0, MAX_LAYERS)),
+    **dict.fromkeys(MTP_KEYS, whole(0, MAX_LAYERS)),
     "indexer_types": list_of(one_of("full", "shared")),  # transformers takes any other word for full
 }
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from icsearch.engines.backbone import mtp_layers
+from icsearch.engines.engine import FREQ, OFFSET, PATTERN, TYPES, family
+from icsearch.engines.keys import LETTERS
+from icsearch.engines.schedule import COMMON
 from icsearch.errors import ModelError
 from icsearch.jsonfile import MAX_COUNT, shown, whole
 from icsearch.pattern import FULL, SHARED, Pattern
 from icsearch.weights.configfile import language_config
 
-KINDS = {"full": FULL, "shared": SHARED}
-_TYPES, _PATTERN, _FREQ, _OFFSET = "indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"
-_MTP = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
 _READ_BY = ("glm_moe_dsa", "mistral_large4")  # types whose code in transformers 5.23 goes by the keys in this way
 _ALL_FULL = ("deepseek_v32", "axk2")  # those that run every indexer: engines may read the keys, transformers does not
 _NUMBER = whole(-MAX_COUNT)
@@ -32,10 +33,9 @@ def start_pattern(config: Mapping[str, Any], name: str) -> Pattern:
     layers = inner["num_hidden_layers"]
     if _type(config) in _ALL_FULL:
         return Pattern.full(layers)
-    key = next((key for key in (_TYPES, _PATTERN) if inner.get(key) is not None), _FREQ)
-    letters = _by_numbers(inner, name, layers) if key == _FREQ else _listed(inner[key], key, name)
-    mtp = next((inner[one] for one in _MTP if inner.get(one)), 0)
-    if len(letters) not in (layers, layers + mtp):
+    key = next((key for key in (TYPES, PATTERN) if inner.get(key) is not None), FREQ)
+    letters = _by_numbers(inner, name, layers) if key == FREQ else _listed(inner[key], key, name)
+    if len(letters) not in (layers, layers + mtp_layers(inner)):
         raise _wrong(name, f"{key} has {len(letters)} letters for {layers} layers: expected one a layer")
     if not letters.startswith(FULL):
         raise _wrong(name, f"{key} makes layer 0 S (shared): expected full first, for no indexers run before it")
@@ -49,15 +49,15 @@ def check_sharing(config: Mapping[str, Any], name: str) -> None:
 
 
 def _type(config: Mapping[str, Any]) -> str:
-    return str(config.get("model_type")).removesuffix("_text")
+    return family(str(config.get("model_type")))
 
 
 def _listed(value: Any, key: str, name: str) -> str:
     """The letters of a list of full and shared, or of a text of F and S."""
-    as_text = isinstance(value, str) and key == _PATTERN
-    known = {FULL: FULL, SHARED: SHARED} if as_text else KINDS
+    as_text = isinstance(value, str) and key == PATTERN
+    known = {FULL: FULL, SHARED: SHARED} if as_text else LETTERS
     if not as_text and not isinstance(value, list):
-        raise _wrong(name, f"{key} is {shown(value)}: expected {'letters, or ' * (key == _PATTERN)}a list")
+        raise _wrong(name, f"{key} is {shown(value)}: expected {'letters, or ' * (key == PATTERN)}a list")
     for position, one in enumerate(value):
         if not isinstance(one, str) or one not in known:
             raise _wrong(name, f"{key} has {shown(one)} at position {position}: expected {' or '.join(known)}")
@@ -65,12 +65,11 @@ def _listed(value: Any, key: str, name: str) -> str:
 
 
 def _by_numbers(inner: Mapping[str, Any], name: str, layers: int) -> str:
-    numbers = {_FREQ: inner.get(_FREQ, 1), _OFFSET: inner.get(_OFFSET, 2)}
+    numbers = {FREQ: inner.get(FREQ, 1), OFFSET: inner.get(OFFSET, COMMON.default_offset)}
     for key, value in numbers.items():
         if not _NUMBER.fits(value):
             raise _wrong(name, f"{key} is {shown(value)}: expected a whole number, or no such key")
-    frequency, offset = max(numbers[_FREQ], 1), numbers[_OFFSET]
-    return "".join(SHARED if max(layer - offset + 1, 0) % frequency else FULL for layer in range(layers))
+    return COMMON.letters(layers, max(numbers[FREQ], 1), numbers[OFFSET])
 
 
 def _wrong(name: str, what: str) -> ModelError:
