@@ -24,22 +24,23 @@ from typing import Any
 import torch
 
 import checkpoints
-from icsearch import greedy
-from icsearch.block import Batch
-from icsearch.block_sizes import BLOCK_ELEMENTS, default_batch_size
-from icsearch.calibration import load as load_tokens
-from icsearch.model import DsaModel
-from icsearch.pattern import Pattern
-from icsearch.progress import Quiet
-from icsearch.requests import CalibrationRequest, GreedyRequest
+from icsearch.calibration.cache import load as load_tokens
+from icsearch.commands import greedy
+from icsearch.commands.progress import Quiet
+from icsearch.commands.requests import CalibrationRequest, GreedyRequest
+from icsearch.core.pattern import Pattern
+from icsearch.core.statistics import mean_loss, paired_difference, wilson_interval
+from icsearch.model import checkpoint, loading
+from icsearch.model.block_sizes import BLOCK_ELEMENTS, default_batch_size
+from icsearch.model.layout import Layout, inspect
+from icsearch.model.model import DsaModel
 from icsearch.runs.record import RunRecord, load_run
-from icsearch.setup.bring_up import device_batches
-from icsearch.states import Keeping, Rehearsal
-from icsearch.statistics import mean_loss, paired_difference, wilson_interval
-from icsearch.strategies import Options, Task, looks_of, make_strategy
-from icsearch.sweep import Sweeper
-from icsearch.weights import checkpoint, loading
-from icsearch.weights.layout import Layout, inspect
+from icsearch.search.protocol import Task, looks_of
+from icsearch.search.registry import Options, make_strategy
+from icsearch.sweep.branches import Batch
+from icsearch.sweep.distributed.startup import device_batches
+from icsearch.sweep.states import Keeping, Rehearsal
+from icsearch.sweep.sweep import Sweeper
 from measuring import RESULTS, WORK, Clock, Json, Results, machine, read_lines, write_json
 from search import SHARES, layer_seconds
 from stock import forwards

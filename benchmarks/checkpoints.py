@@ -90,9 +90,9 @@ def stretched(source: Path, length: int, work: Path) -> Path:
 
 def with_tokens(name: str, length: int, sequences: int, work: Path, seed: int = 0) -> tuple[Path, Path]:
     """(checkpoint, tokens) of `demo` or a path: the built-in corpus by the checkpoint's own tokenizer."""
-    from icsearch.requests import CalibrationRequest
-    from icsearch.setup.inputs import calibrate
-    from icsearch.weights.checkpoint import open_checkpoint
+    from icsearch.commands.requests import CalibrationRequest
+    from icsearch.commands.setup import calibrate
+    from icsearch.model.checkpoint import open_checkpoint
 
     source = open_checkpoint(name).directory
     model = stretched(source, length, work)

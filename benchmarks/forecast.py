@@ -21,7 +21,8 @@ from pathlib import Path
 import numpy as np
 
 import checkpoints
-from icsearch.block_sizes import BLOCK_ELEMENTS
+from icsearch.commands.requests import CalibrationRequest
+from icsearch.model.block_sizes import BLOCK_ELEMENTS
 from icsearch.planning.devices import DEVICES, Devices
 from icsearch.planning.footprint import Call
 from icsearch.planning.forecast import Clock as PlanClock
@@ -31,7 +32,6 @@ from icsearch.planning.modelfile import open_model_file
 from icsearch.planning.placement import Placement
 from icsearch.planning.placement import fit as fit_placement
 from icsearch.planning.workload import layer_evaluations
-from icsearch.requests import CalibrationRequest
 from measuring import RESULTS, WORK, Clock, Json, Results, machine, run_child, write_json
 from memory import LAYERS, SHAPES
 
@@ -63,11 +63,11 @@ def calls(spec: Json) -> Json:
     """CPU seconds of one layer call of each kind and role, and of the LM head."""
     import torch
 
-    from icsearch.losses import sequence_nll
-    from icsearch.pattern import Pattern
-    from icsearch.slot import SelectionStore
-    from icsearch.weights import loading
-    from icsearch.weights.checkpoint import open_checkpoint
+    from icsearch.core.pattern import Pattern
+    from icsearch.model import loading
+    from icsearch.model.checkpoint import open_checkpoint
+    from icsearch.model.slot import SelectionStore
+    from icsearch.sweep.losses import sequence_nll
 
     dsa = loading.load(open_checkpoint(spec["model"]), device="cpu", block_elements=BLOCK_ELEMENTS["cpu"])
     ids = torch.randint(dsa.config.vocab_size, (spec["batch_size"], spec["length"]))
@@ -104,9 +104,9 @@ def fastest(run: Callable[[], object], repeats: int) -> float:
 
 def search(spec: Json) -> Json:
     """CPU seconds of a greedy search, from its first sweep to its last loss."""
-    from icsearch.greedy import greedy
-    from icsearch.progress import Quiet
-    from icsearch.requests import GreedyRequest
+    from icsearch.commands.greedy import greedy
+    from icsearch.commands.progress import Quiet
+    from icsearch.commands.requests import GreedyRequest
 
     class Listener(Quiet):
         started = 0.0

@@ -87,11 +87,15 @@ def main() -> None:
                 told = icsearch(*arguments, "--out", str(runs / f"{name}-{seed}"))
                 save(f"{name}-{seed}.txt", told.replace(folder, ""))
                 save(f"{name}-{seed}.journal.json", journal(runs / f"{name}-{seed}" / "journal.jsonl"))
-                save(f"{name}-{seed}.pattern.json", steady(json.loads((runs / f"{name}-{seed}/pattern.json").read_text())))
+                save(
+                    f"{name}-{seed}.pattern.json",
+                    steady(json.loads((runs / f"{name}-{seed}/pattern.json").read_text())),
+                )
                 save(f"{name}-{seed}.curve.csv", (runs / f"{name}-{seed}" / "curve.csv").read_text())
             patterns = ("uniform:1/4", f"{runs}/greedy-{seed}", f"{runs}/dp-{seed}")
             told = icsearch(
-                "eval", "demo", "--calibration", "demo:heldout", "--seed", seed, *SMALL, "--out", str(runs / f"eval-{seed}"),
+                "eval", "demo", "--calibration", "demo:heldout", "--seed", seed, *SMALL,
+                "--out", str(runs / f"eval-{seed}"),
                 *(word for pattern in patterns for word in ("--pattern", pattern)),
             )  # fmt: skip
             save(f"eval-{seed}.txt", told.replace(folder, ""))

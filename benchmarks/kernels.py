@@ -76,10 +76,10 @@ def stock_forward(directory: str, earliest: bool = False, nudged: bool = False) 
 
 
 def our_forward(directory: str) -> Any:
-    from icsearch.block import Batch
-    from icsearch.block_sizes import BLOCK_ELEMENTS
-    from icsearch.sweep import naive_nll
-    from icsearch.weights import checkpoint, loading
+    from icsearch.model import checkpoint, loading
+    from icsearch.model.block_sizes import BLOCK_ELEMENTS
+    from icsearch.sweep.branches import Batch
+    from icsearch.sweep.sweep import naive_nll
 
     dsa = loading.load(checkpoint.open_checkpoint(directory), device="cpu", block_elements=BLOCK_ELEMENTS["cpu"])
     return lambda input_ids, counted: naive_nll(dsa, dsa.start_pattern, [Batch(0, input_ids, counted)])[0]
@@ -91,7 +91,7 @@ def compare(spec: Json) -> Json:
 
     import edge_ties
     import stock
-    from icsearch import ops
+    from icsearch.model import ops
 
     tokens = stock.read_tokens(Path(spec["tokens"]), 1, 1)
     inputs = (tokens.input_ids, tokens.counted)

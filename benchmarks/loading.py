@@ -50,8 +50,8 @@ def seconds(work: Callable[[], object]) -> tuple[float, float]:
 def measure(directory: Path, repeats: int) -> Json:
     from transformers import AutoModelForCausalLM
 
-    from icsearch.weights import loading
-    from icsearch.weights.checkpoint import open_checkpoint
+    from icsearch.model import loading
+    from icsearch.model.checkpoint import open_checkpoint
 
     source = open_checkpoint(str(directory))
     streamed = loading.load(source, device="cpu", offload="disk")
@@ -76,7 +76,7 @@ def measure(directory: Path, repeats: int) -> Json:
 
 
 def _names(directory: Path) -> list[str]:
-    from icsearch.weights.shards import Shards
+    from icsearch.model.shards import Shards
 
     return list(Shards(sorted(directory.glob("*.safetensors"))))
 
@@ -90,7 +90,7 @@ def main() -> None:
     asked = parser.parse_args()
     import torch
 
-    from icsearch.weights.loading import quiet_transformers
+    from icsearch.model.loading import quiet_transformers
 
     torch.set_num_threads(1)
     quiet_transformers()

@@ -43,9 +43,9 @@ def child(spec: Json) -> Json:
     """One search: its planned and its measured peak."""
     import torch
 
-    from icsearch.greedy import greedy
-    from icsearch.progress import Quiet
-    from icsearch.requests import CalibrationRequest, GreedyRequest
+    from icsearch.commands.greedy import greedy
+    from icsearch.commands.progress import Quiet
+    from icsearch.commands.requests import CalibrationRequest, GreedyRequest
 
     class Listener(Quiet):
         rows: dict[str, str] = {}  # noqa: RUF012
@@ -70,7 +70,7 @@ def child(spec: Json) -> Json:
 
 def planned_bytes(rows: dict[str, str]) -> Json:
     """The numbers of the plan's memory rows."""
-    from icsearch.planning.plan import parse_bytes
+    from icsearch.core.text import parse_bytes
 
     sizes = re.findall(r"[\d.]+ [kMGT]?B", rows["peak"])
     found = {"planned_bytes": parse_bytes(sizes[0]), "program_bytes": parse_bytes(sizes[1])}

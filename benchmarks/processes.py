@@ -170,8 +170,8 @@ def pipeline_bound(committed: Sequence[str], layout: Layout) -> float:
 
     Counted for the steps of a search that committed these patterns, everything being kept between them.
     """
-    from icsearch.pattern import Pattern
-    from icsearch.strategies import split_stages
+    from icsearch.core.pattern import Pattern
+    from icsearch.search.greedy import split_stages
 
     num_layers, start = len(committed[0]), Pattern.full(len(committed[0]))
     blocks = split_stages(num_layers, layout.pipeline)

@@ -17,10 +17,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from icsearch.engines.losses import Losses, losses_of_file, losses_of_run
-from icsearch.engines.repair import Repair, add_full, move_full
-from icsearch.engines.stages import split_front, stage_starts, stages_on_shared
-from icsearch.pattern import Pattern, load_pattern_file
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import load_pattern_file
+from icsearch.engines.pipeline import (
+    Losses,
+    Repair,
+    add_full,
+    losses_of_file,
+    losses_of_run,
+    move_full,
+    split_front,
+    stage_starts,
+    stages_on_shared,
+)
 from icsearch.runs.record import RunRecord, load_run
 
 

@@ -67,9 +67,9 @@ def run(spec: Json) -> Json:
 
 def run_ours(spec: Json) -> Json:
     """One search by the product's own `greedy`. Times and memory are taken from the loaded model on."""
-    from icsearch import greedy
-    from icsearch.progress import Quiet
-    from icsearch.requests import CalibrationRequest, GreedyRequest
+    from icsearch.commands import greedy
+    from icsearch.commands.progress import Quiet
+    from icsearch.commands.requests import CalibrationRequest, GreedyRequest
     from icsearch.runs.record import JOURNAL_NAME
     from icsearch.runs.results import cost
 
@@ -132,9 +132,9 @@ class Loading:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        from icsearch.setup import prepare
+        from icsearch.commands import scoring
 
-        load = prepare.load
+        load = scoring.load
 
         def watched_load(*args: Any, **kwargs: Any) -> Any:
             loaded = load(*args, **kwargs)
@@ -143,7 +143,7 @@ class Loading:
             return loaded
 
         self.began = time.perf_counter()
-        with mock.patch.object(prepare, "load", watched_load):
+        with mock.patch.object(scoring, "load", watched_load):
             yield
 
 

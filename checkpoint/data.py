@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from icsearch.texts import corpus
+from icsearch.calibration import corpus
 
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 1024

@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from icsearch.api.engines import export_checkpoint, export_pattern
     from icsearch.api.models import apply_pattern, load, restore
     from icsearch.api.runs import calibrate, evaluate_patterns, find_pattern
-    from icsearch.errors import IcsearchError
-    from icsearch.pattern import Pattern, PatternFile, Step, load_pattern_file
+    from icsearch.core.errors import IcsearchError
+    from icsearch.core.pattern import Pattern
+    from icsearch.core.pattern_file import PatternFile, Step, load_pattern_file
 
 __all__ = [
     "IcsearchError",
@@ -33,8 +34,9 @@ _PLACES = {
     "api.engines": ("export_checkpoint", "export_pattern"),
     "api.models": ("apply_pattern", "load", "restore"),
     "api.runs": ("calibrate", "evaluate_patterns", "find_pattern"),
-    "errors": ("IcsearchError",),
-    "pattern": ("Pattern", "PatternFile", "Step", "load_pattern_file"),
+    "core.errors": ("IcsearchError",),
+    "core.pattern": ("Pattern",),
+    "core.pattern_file": ("PatternFile", "Step", "load_pattern_file"),
 }
 
 

@@ -1,6 +1,6 @@
 """`python -m icsearch`."""
 
-from icsearch.cli import main
+from icsearch.cli.app import main
 
 if __name__ == "__main__":
     main()

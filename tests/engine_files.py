@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from icsearch.pattern import Pattern, PatternFile
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import PatternFile
 
 LETTERS = "FSFFSSFSSSSFFSSS"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from icsearch.cosine_dp import Solutions, solve
-from icsearch.journal import Event
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
 from icsearch.runs.evaluation import EvalRecord
+from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
+from icsearch.search.dynamic_program import Solutions, solve
 from run_fixtures import MadeUpRun, events, nll_sums
 
 TASKS = ("key_value", "variable_tracking", "needle")

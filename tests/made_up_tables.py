@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from icsearch.pattern import Pattern
-from icsearch.statistics import mean_loss
-from icsearch.strategies import Choice, Options, Task, looks_of, make_strategy
+from icsearch.core.pattern import Pattern
+from icsearch.core.statistics import mean_loss
+from icsearch.search.protocol import Choice, Task, looks_of
+from icsearch.search.registry import Options, make_strategy
 
 # The objective's sum of a pattern on each sequence.
 Table = Callable[[Pattern], Sequence[float]]

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GlmM
 from transformers.models.mistral_large4.configuration_mistral_large4 import MistralLarge4Config
 
 import tiny
-from icsearch.pattern import Pattern, PatternFile, Step
-from icsearch.weights.checkpoint import fingerprint, open_checkpoint
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import PatternFile, Step
+from icsearch.model.checkpoint import fingerprint, open_checkpoint
 
 LETTERS = "FFSFSS"
 LAYERS = len(LETTERS)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from icsearch.commands.requests import CalibrationRequest
 from icsearch.planning.devices import parse_devices
 from icsearch.planning.forecast import PlanRequest
-from icsearch.requests import CalibrationRequest
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 GLM, DEEPSEEK = str(CONFIGS / "glm-5.json"), str(CONFIGS / "deepseek-v3.2.json")

@@ -14,11 +14,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from icsearch.journal import Event, Journal
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
+from icsearch.core.statistics import mean_loss, paired_difference
+from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
-from icsearch.statistics import mean_loss, paired_difference
-from icsearch.strategies import split_stages
+from icsearch.search.greedy import split_stages
 
 VERSION = "0.0.0-made-up"
 BASELINE = 2.1

@@ -28,9 +28,10 @@ import search as search_benchmark  # noqa: E402
 import stock  # noqa: E402
 import tables  # noqa: E402
 import variants  # noqa: E402
-from icsearch import cli, ops  # noqa: E402
+from icsearch.cli import app  # noqa: E402
+from icsearch.model import ops  # noqa: E402
 from icsearch.runs.results import cost  # noqa: E402
-from icsearch.strategies import Options  # noqa: E402
+from icsearch.search.registry import Options  # noqa: E402
 
 MACHINE = dict.fromkeys(("cpu", "cores", "threads", "cpu_capability", "python", "torch", "transformers"), 1)
 FLIPS = 3
@@ -320,7 +321,7 @@ def test_the_summary_of_several_processes(tmp_path: Path) -> None:
 def test_what_a_run_of_several_processes_leaves(glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     arguments = ["greedy", glm_checkpoint, "--calibration", tokens, "--out", out, "--num-shared", 2, "--threads", 1]
-    assert cli._run([*map(str, arguments), "--quiet"], debug=True) == 0
+    assert app._run([*map(str, arguments), "--quiet"], debug=True) == 0
     found = processes_benchmark.read_run(out)
     assert len(found["patterns"]) == 2
     assert all(list(sums) == ["0", "1", "2", "3", "4"] for sums in found["sums"].values())

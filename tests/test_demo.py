@@ -9,19 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from icsearch import calibration
-from icsearch.block import cut_batches
-from icsearch.greedy import greedy
-from icsearch.pattern import Pattern, load_pattern_file
-from icsearch.progress import Quiet
-from icsearch.requests import CalibrationRequest, GreedyRequest
-from icsearch.resources import published_patterns
-from icsearch.statistics import mean_loss, paired_difference
-from icsearch.sweep import Sweeper
-from icsearch.texts.sources import ReadyTokens, parse_source
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.layout import inspect
+from icsearch.calibration import batches as packing
+from icsearch.calibration import cache
+from icsearch.calibration.sources import ReadyTokens, parse_source
+from icsearch.commands.greedy import greedy
+from icsearch.commands.progress import Quiet
+from icsearch.commands.requests import CalibrationRequest, GreedyRequest
+from icsearch.core.files import published_patterns
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import load_pattern_file
+from icsearch.core.statistics import mean_loss, paired_difference
+from icsearch.model import loading
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.layout import inspect
+from icsearch.sweep.branches import cut_batches
+from icsearch.sweep.sweep import Sweeper
 
 GOLDEN = Path(__file__).parent / "data" / "demo_curve.json"
 FIVE_OF_16 = "FFSSSSFSSSSFSFSS"  # what `make results` finds with five layers left
@@ -34,8 +36,8 @@ def held_out_losses(patterns: list[Pattern], source_text: str, sequences: int) -
     tokenizer = loading.load_tokenizer(checkpoint)
     source = parse_source(source_text)
     assert not isinstance(source, ReadyTokens)
-    key = calibration.cache_key(source, calibration.tokenizer_fingerprint(tokenizer), 256, sequences, 0)
-    batches = calibration.build(source, tokenizer, key, vocab_size=1024)
+    key = cache.cache_key(source, packing.tokenizer_fingerprint(tokenizer), 256, sequences, 0)
+    batches = packing.build(source, tokenizer, key, vocab_size=1024)
     sweeper = Sweeper(loading.load(checkpoint))
     nll: dict[str, list[float]] = {}
     for batch in cut_batches(torch.from_numpy(batches.input_ids), torch.from_numpy(batches.counted()), 4):
@@ -56,13 +58,13 @@ def test_golden_loss_curve() -> None:
 def test_cached_batches_are_those_of_the_recipe() -> None:
     """calibration/demo holds what `icsearch calibrate demo demo` makes today."""
     checkpoint = open_checkpoint("demo")
-    stored = calibration.load(Path(__file__).parent.parent / "calibration" / "demo")
+    stored = cache.load(Path(__file__).parent.parent / "calibration" / "demo")
     source = parse_source("demo")
     tokenizer = loading.load_tokenizer(checkpoint)
-    fingerprint = calibration.tokenizer_fingerprint(tokenizer)
+    fingerprint = packing.tokenizer_fingerprint(tokenizer)
     assert not isinstance(source, ReadyTokens)
-    key = calibration.cache_key(source, fingerprint, stored.seq_len, stored.num_sequences, 0)
-    assert calibration.build(source, tokenizer, key, vocab_size=1024).fingerprint == stored.fingerprint
+    key = cache.cache_key(source, fingerprint, stored.seq_len, stored.num_sequences, 0)
+    assert packing.build(source, tokenizer, key, vocab_size=1024).fingerprint == stored.fingerprint
 
 
 def test_checkpoint_is_small_and_all_full() -> None:

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from doc_pages import PAGES, ROOT, Block, Command, anchors, blocks, links, parse, paths
-from icsearch import cli
+from icsearch.cli import app
 
 # Pages whose commands take no more than some 5 seconds; the others are run by make test-all.
 QUICK = {"engines.md", "formats.md", "python-api.md"}
@@ -43,7 +43,7 @@ def test_every_command_is_one(name: str) -> None:
 
 def check(command: Command) -> None:
     """Parse a call as the command does, and go no further. Of one that is shortened, its options are looked at."""
-    group: Any = typer.main.get_command(cli.app)
+    group: Any = typer.main.get_command(app.app)
     name, *words = command.arguments
     options = {option for parameter in (group, group.commands.get(name)) if parameter for option in known(parameter)}
     named = {word.partition("=")[0] for word in command.arguments if word.startswith("--")}
@@ -105,7 +105,7 @@ def test_a_page_runs(
             with monkeypatch.context() as variables:
                 for variable, value in command.environment.items():
                     variables.setenv(variable, value)
-                status = cli._run(list(command.arguments), debug=False)
+                status = app._run(list(command.arguments), debug=False)
             assert status == 0, f"{name}, line {block.line}: {' '.join(command.arguments)}\n{capsys.readouterr().err}"
 
 

@@ -12,7 +12,7 @@ import pytest
 from doc_pages import ROOT
 from eval_fixtures import dp_record
 from icsearch.planning.forecast import make_plan
-from icsearch.planning.report import document
+from icsearch.planning.page import document
 from icsearch.runs import results
 from icsearch.runs.record import RunRecord
 from icsearch.runs.similarity_file import save_similarity

@@ -31,7 +31,7 @@ def run_elsewhere(installed: Path, *arguments: str) -> str:
     code = (
         f"import sys; sys.path.insert(0, {str(installed)!r}); import icsearch; "
         f"assert icsearch.__file__.startswith({str(installed)!r}), icsearch.__file__; "
-        "from icsearch.cli import main; main()"
+        "from icsearch.cli.app import main; main()"
     )
     command = [sys.executable, "-I", "-c", code, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=installed.parent)
@@ -44,7 +44,7 @@ def test_wheel_carries_what_it_needs(installed: Path) -> None:
     assert (package / "demo" / "model.safetensors").exists()
     assert (package / "demo" / "tokenizer.json").exists()
     assert (package / "patterns" / "glm-5-1-4.json").exists()
-    assert (package / "templates" / "report.html").exists()
+    assert (package / "report" / "templates" / "report.html").exists()
     assert (package / "py.typed").exists()
     assert not (installed / "tests").exists()
 

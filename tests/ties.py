@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from icsearch.model import DsaModel
+from icsearch.model.model import DsaModel
 
 
 def stable_topk(scores: torch.Tensor, k: int, dim: int = -1) -> Any:

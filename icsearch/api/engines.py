@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from icsearch.api.options import Retention, fraction
+from icsearch.commands.export import ExportRequest, engine_settings, saved_pattern
+from icsearch.core.pattern_file import PatternFile
 from icsearch.engines import native
 from icsearch.engines.export import Export
 from icsearch.engines.native import NativeCheckpoint, NativeRequest
-from icsearch.exporting import ExportRequest, engine_settings, saved_pattern
-from icsearch.pattern import PatternFile
 
 
 def export_pattern(

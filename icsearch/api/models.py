@@ -11,16 +11,16 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from icsearch.engines.backbone import Backbone, load_config
-from icsearch.errors import PatternError
-from icsearch.families.decoder import decoder_layers
-from icsearch.model import indexer_owners
-from icsearch.pattern import FULL, SHARED, Pattern
-from icsearch.slot import SelectionStore, put_slot, take_slot
-from icsearch.specs import pattern_of
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.layout import inspect
+from icsearch.commands.specs import pattern_of
+from icsearch.core.errors import PatternError
+from icsearch.core.pattern import FULL, SHARED, Pattern
+from icsearch.model import loading
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.config import Backbone, load_config
+from icsearch.model.families.decoder import decoder_layers
+from icsearch.model.layout import inspect
+from icsearch.model.model import indexer_owners
+from icsearch.model.slot import SelectionStore, put_slot, take_slot
 
 Model = TypeVar("Model", bound=nn.Module)
 

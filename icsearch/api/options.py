@@ -8,9 +8,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypedDict
 
-from icsearch.pattern import parse_retention
-from icsearch.planning.plan import parse_bytes
-from icsearch.requests import CalibrationRequest
+from icsearch.commands.requests import CalibrationRequest
+from icsearch.core.pattern import parse_retention
+from icsearch.core.text import parse_bytes
 
 Retention = str | float | Fraction
 LARGEST_DENOMINATOR = 4096  # far more than a model has layers

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icsearch.api.options import calibration_request, parsed
-from icsearch.listening import Passing
-from icsearch.pattern import Pattern, PatternFile, Step
-from icsearch.progress import make_listener
-from icsearch.report import EvalView, view_eval, write_eval_results, write_results
-from icsearch.requests import EvalRequest, GreedyRequest
+from icsearch.commands.progress import Passing, make_listener
+from icsearch.commands.requests import EvalRequest, GreedyRequest
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import PatternFile, Step
+from icsearch.report.eval_view import EvalView, view_eval
+from icsearch.report.write import write_eval_results, write_results
 from icsearch.runs import results
 from icsearch.runs.record import RunRecord
-from icsearch.search import Progress
+from icsearch.search.loop import Progress
 from icsearch.tracking.listener import Tracked, tracked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from icsearch.api.options import CalibrationOptions, EvalOptions, SearchOptions
-    from icsearch.calibration import Calibration
+    from icsearch.calibration.batches import Calibration
 
 OnStep = Callable[[Step], object]
 
@@ -40,7 +41,7 @@ def calibrate(
     `source` is what the command takes: ``demo``, a text file, ``hf:NAME``, or a directory of ready batches. The same
     call again reads the cache; another one is refused unless `fresh`. Raises IcsearchError for bad input.
     """
-    from icsearch.setup.inputs import calibrate as make
+    from icsearch.commands.setup import calibrate as make
 
     return make(calibration_request(model, source, dict(options)), Path(out), fresh)[0]
 
@@ -63,7 +64,7 @@ def find_pattern(
 
     Raises IcsearchError for bad input, and for a run that was begun with other options.
     """
-    from icsearch.greedy import greedy
+    from icsearch.commands.greedy import greedy
 
     asked: dict[str, Any] = dict(options)
     request = GreedyRequest(calibration_request(model, calibration, asked), out=Path(out), **parsed(asked))
@@ -90,7 +91,7 @@ def evaluate_patterns(
     with most F layers first, the unmodified model at the top; `document` is the content of eval.json. Raises
     IcsearchError for bad input.
     """
-    from icsearch.evaluate import evaluate
+    from icsearch.commands.evaluate import evaluate
 
     asked: dict[str, Any] = dict(options)
     several = [patterns] if isinstance(patterns, (str, Path, Pattern)) else patterns

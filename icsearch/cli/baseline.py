@@ -65,8 +65,8 @@ def similarity_baseline(
     config: ConfigFile = None,
 ) -> None:
     """The baseline that the paper rejects: the pattern of highest cosine similarity, and what it really costs."""
-    from icsearch.planning.plan import parse_bytes
-    from icsearch.requests import BaselineRequest, CalibrationRequest, parse_layers, parse_share
+    from icsearch.commands.requests import BaselineRequest, CalibrationRequest, parse_layers, parse_share
+    from icsearch.core.text import parse_bytes
 
     request = BaselineRequest(
         CalibrationRequest(model, calibration, seq_len, num_sequences, seed, trust_remote_code),
@@ -88,8 +88,9 @@ def similarity_baseline(
     )
     world = world_of(ctx, timeout)
     with display(request, quiet) as listener:
-        from icsearch.baseline import dp_baseline
-        from icsearch.report import summary_table, write_results
+        from icsearch.commands.baseline import dp_baseline
+        from icsearch.report.terminal import summary_table
+        from icsearch.report.write import write_results
 
         record = dp_baseline(request, listener, write_results, world)
     print_result(summary_table(record), f"{request.out / 'pattern.json'}, curve.csv, curve.png, report.html")

@@ -22,8 +22,8 @@ def calibrate_batches(
     config: ConfigFile = None,
 ) -> None:
     """Tokenise a text source with the model's tokenizer, pack it into sequences, and cache them."""
-    from icsearch.requests import CalibrationRequest
-    from icsearch.setup.inputs import calibrate as make
+    from icsearch.commands.requests import CalibrationRequest
+    from icsearch.commands.setup import calibrate as make
 
     request = CalibrationRequest(model, source, seq_len, num_sequences, seed, trust_remote_code)
     batches, hit = make(request, out, fresh)

@@ -89,9 +89,9 @@ def evaluate_patterns(
     config: ConfigFile = None,
 ) -> None:
     """Measure patterns against the unmodified model on batches that no search has seen."""
-    from icsearch.pattern import parse_retention
-    from icsearch.planning.plan import parse_bytes
-    from icsearch.requests import CalibrationRequest, EvalRequest
+    from icsearch.commands.requests import CalibrationRequest, EvalRequest
+    from icsearch.core.pattern import parse_retention
+    from icsearch.core.text import parse_bytes
 
     request = EvalRequest(
         CalibrationRequest(model, calibration, seq_len, num_sequences, seed, trust_remote_code),
@@ -116,8 +116,9 @@ def evaluate_patterns(
     )
     world = world_of(ctx, timeout)
     with display(request, quiet) as listener:
-        from icsearch.evaluate import evaluate
-        from icsearch.report import eval_table, write_eval_results
+        from icsearch.commands.evaluate import evaluate
+        from icsearch.report.eval_terminal import eval_table
+        from icsearch.report.write import write_eval_results
         from icsearch.tracking.listener import tracked
 
         with tracked(listener, tracker or (), request.out, say) as heard:

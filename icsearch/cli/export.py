@@ -57,9 +57,9 @@ def export_pattern(
     config: ConfigFile = None,
 ) -> None:
     """Print what an engine needs to run a pattern, or write a checkpoint that has it. All else goes to stderr."""
-    from icsearch.engines.writing import write_file
-    from icsearch.exporting import ExportRequest, engine_settings, saved_pattern
-    from icsearch.requests import parse_share
+    from icsearch.commands.export import ExportRequest, engine_settings, saved_pattern
+    from icsearch.commands.requests import parse_share
+    from icsearch.engines.export import write_file
 
     path, kept = saved_pattern(str(file), parse_share(retention))
     request = ExportRequest(

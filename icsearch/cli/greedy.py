@@ -101,8 +101,8 @@ def greedy_search(
     config: ConfigFile = None,
 ) -> None:
     """Search, one flip at a time, for the layers whose indexer is missed least (IndexCache, Algorithm 1)."""
-    from icsearch.planning.plan import parse_bytes
-    from icsearch.requests import CalibrationRequest, GreedyRequest, parse_layers, parse_share
+    from icsearch.commands.requests import CalibrationRequest, GreedyRequest, parse_layers, parse_share
+    from icsearch.core.text import parse_bytes
 
     request = GreedyRequest(
         CalibrationRequest(model, calibration, seq_len, num_sequences, seed, trust_remote_code),
@@ -131,8 +131,9 @@ def greedy_search(
     )
     world = world_of(ctx, timeout)
     with display(request, quiet) as listener:
-        from icsearch.greedy import greedy
-        from icsearch.report import summary_table, write_results
+        from icsearch.commands.greedy import greedy
+        from icsearch.report.terminal import summary_table
+        from icsearch.report.write import write_results
         from icsearch.tracking.listener import tracked
 
         with tracked(listener, tracker or (), request.out, say) as heard:

@@ -41,9 +41,9 @@ def import_engine_pattern(
     It is read by the rules of --engine, by default of the one that such keys are written for. Launch flags can be
     pasted as they are: what is no option of this command is read as theirs, and so is a --config among them.
     """
-    from icsearch.engines.backbone import Backbone, EngineConfigError, load_config, read_backbone
-    from icsearch.engines.importing import import_pattern
-    from icsearch.files import check_new
+    from icsearch.core.files import check_new
+    from icsearch.engines.read import import_pattern
+    from icsearch.model.config import Backbone, EngineConfigError, load_config, read_backbone
 
     if out is not None:
         check_new(out, EngineConfigError)
@@ -68,7 +68,7 @@ def without_their_config(arguments: list[str], options: dict[str, Any]) -> list[
     Ours stands before SOURCE. Without a flag that holds a pattern nothing was pasted, and nothing is taken out.
     `options` are ours, by name.
     """
-    from icsearch.engines.flags import has_flag
+    from icsearch.engines.read import has_flag
 
     if not any(argument.startswith("-") and has_flag(argument) for argument in arguments):
         return arguments

@@ -52,7 +52,7 @@ def write_checkpoint(request: NativeRequest) -> None:
 
 def summary(result: NativeCheckpoint) -> list[str]:
     """What was written, in a few lines."""
-    from icsearch.planning.plan import format_bytes
+    from icsearch.core.text import format_bytes
 
     config = result.config
     place = "text_config of config.json" if config.nested else "config.json"

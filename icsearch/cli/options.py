@@ -24,7 +24,7 @@ def _requested(name: str) -> Callable[[str], list[str]]:
     """Completes the choices that `requests` has under that name."""
 
     def choices() -> Iterable[str]:
-        from icsearch import requests
+        from icsearch.commands import requests
 
         return getattr(requests, name)
 

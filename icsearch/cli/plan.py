@@ -44,11 +44,11 @@ def plan_search(
     """Say what a search will take, from a config.json alone: memory, FLOPs, hours, and the command to start it."""
     from rich.console import Console
 
+    from icsearch.commands.requests import CalibrationRequest, parse_layers, parse_share
+    from icsearch.core.text import parse_bytes
     from icsearch.planning.devices import parse_devices, parse_rate
     from icsearch.planning.forecast import PlanRequest, make_plan
-    from icsearch.planning.plan import parse_bytes
-    from icsearch.planning.report import command, document, table
-    from icsearch.requests import CalibrationRequest, parse_layers, parse_share
+    from icsearch.planning.page import command, document, table
 
     request = PlanRequest(
         CalibrationRequest(model, "", seq_len, num_sequences),

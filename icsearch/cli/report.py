@@ -28,12 +28,12 @@ def report_on_runs(
     config: ConfigFile = None,
 ) -> None:
     """Write one self-contained HTML page about one or several runs, from their journals alone, or a model card."""
-    from icsearch import report
+    from icsearch.report import write
 
     if out is None and not model_card:
-        raise report.ReportError("report needs --out FILE.html to write the page to, or --model-card")
+        raise write.ReportError("report needs --out FILE.html to write the page to, or --model-card")
     if out is None:
-        typer.echo(report.model_card(runs), nl=False)
+        typer.echo(write.model_card(runs), nl=False)
         return
-    (report.write_model_card if model_card else report.write_report)(runs, out)
+    (write.write_model_card if model_card else write.write_report)(runs, out)
     typer.echo(f"wrote {out}")

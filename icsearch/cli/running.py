@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from icsearch.endings import Terminated
-from icsearch.errors import IcsearchError
+from icsearch.core.endings import Terminated
+from icsearch.core.errors import IcsearchError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from icsearch.processes.world import World
-    from icsearch.requests import RunRequest
-    from icsearch.search import Progress
+    from icsearch.commands.requests import RunRequest
+    from icsearch.search.loop import Progress
+    from icsearch.sweep.distributed.world import World
 
 
 def default_run(model: str, method: str) -> Path:
@@ -52,12 +52,12 @@ def world_of(context: typer.Context, timeout: float) -> World | None:
 @contextlib.contextmanager
 def display(request: RunRequest, quiet: bool) -> Iterator[Progress]:
     """The display of a run: opened before anything heavy is imported, closed however the run ends."""
-    from icsearch.progress import make_listener
+    from icsearch.commands.progress import make_listener
 
     listener = make_listener(quiet)
     try:
         listener.opening(f"opening {request.model} ...")
-        from icsearch.weights.loading import quiet_transformers
+        from icsearch.model.loading import quiet_transformers
 
         quiet_transformers()
         yield listener

@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shlex
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from icsearch.engines.schedule import COMMON, Schedule
-from icsearch.engines.stages import Split
+from icsearch.core.errors import IcsearchError
+from icsearch.core.pattern import FULL, Pattern
+from icsearch.model.config import COMMON, FREQ, KINDS, OFFSET, PATTERN, SWITCH, TYPES, Schedule, family
 
-TYPES, PATTERN, FREQ, OFFSET = "indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"
-SWITCH = "use_index_cache"
+
+class ExportError(IcsearchError):
+    """A pattern that cannot be written for an engine."""
+
+
+def decoder_letters(pattern: Pattern, layer_indices: Sequence[int], num_hidden_layers: int | None) -> str:
+    """One letter for each decoder layer: the pattern's at `layer_indices`, F where a layer has no indexer."""
+    indices = list(layer_indices)
+    if len(indices) != len(pattern):
+        raise ExportError(f"{len(indices)} layer_indices for {len(pattern)} letters: expected as many; mend the file")
+    if indices != sorted(set(indices)) or indices[0] < 0:
+        raise ExportError(f"layer_indices {indices} are not increasing layer numbers: write the file again")
+    if num_hidden_layers is None:
+        if indices != list(range(len(pattern))):
+            raise ExportError(
+                "the pattern covers only some decoder layers, and the file does not say how many there are: "
+                "add model.num_hidden_layers from the checkpoint's config.json, or give --model-config"
+            )
+        return pattern.letters
+    if indices[-1] >= num_hidden_layers:
+        raise ExportError(
+            f"layer_indices reach {indices[-1]}, but model.num_hidden_layers is {num_hidden_layers}: "
+            "expected smaller indices; write the file again"
+        )
+    letters = [FULL] * num_hidden_layers
+    for index, letter in zip(indices, pattern.letters, strict=True):
+        letters[index] = letter
+    return "".join(letters)
+
+
+def dsa_letters(letters: str, layer_indices: Sequence[int]) -> str:
+    """The letters of the layers that have an indexer, of one letter for each decoder layer."""
+    return "".join(letters[index] for index in layer_indices)
+
 
 HEEDED, NEEDED = "heeded", "needed"
-
-
-def family(model_type: str | None) -> str:
-    """The model_type of the whole model, also where that of its text model is given; "" for none."""
-    return (model_type or "").removesuffix("_text")
 
 
 @dataclass(frozen=True)
@@ -92,3 +122,106 @@ class Engine:
     def reader_of(self, model_type: str | None) -> Reader:
         """How it reads a config of this type."""
         return dict(self.readers).get(family(model_type), self.reader)
+
+
+Render = Callable[[dict[str, Any]], str]
+
+
+def json_flag(name: str) -> Render:
+    """One flag with all settings as its JSON argument, on one line."""
+    return lambda settings: f"{name} {shlex.quote(json.dumps(settings))}"
+
+
+def plain_flags(settings: dict[str, Any]) -> str:
+    """A flag for each setting, named as it is with dashes."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
+
+
+def config_json(settings: dict[str, Any]) -> str:
+    """One key a line; a list stays on its line, as one letter each would fill pages."""
+    lines = []
+    for key, value in settings.items():
+        text = config_json(value).replace("\n", "\n  ") if isinstance(value, dict) else json.dumps(value)
+        lines.append(f"  {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+GGUF_KEY = "glm-dsa.attention.indexer.types"
+MEGATRON_FREQ, MEGATRON_OFFSET = "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"
+
+
+def config_keys(letters: str, _: str | None = None) -> dict[str, Any]:
+    """All keys of a config.json, consistent, so that a reader of any one of them sees the same pattern.
+
+    `indexer_types` wins in transformers; freq and offset only where they reproduce the pattern.
+    """
+    settings: dict[str, Any] = {TYPES: [KINDS[letter] for letter in letters], PATTERN: letters}
+    if pair := COMMON.fit(letters):
+        settings |= {FREQ: pair[0], OFFSET: pair[1]}
+    return settings
+
+
+def pattern_key(letters: str, _: str | None = None) -> dict[str, Any]:
+    """The letters alone."""
+    return {PATTERN: letters}
+
+
+def switched_pattern(letters: str, _: str | None = None) -> dict[str, Any]:
+    """The letters, and the switch that makes an engine look at them."""
+    return {SWITCH: True, PATTERN: letters}
+
+
+def atom_keys(letters: str, model_type: str | None) -> dict[str, Any]:
+    """ATOM takes `indexer_types` over the letters, and a GLM config always has them once it is loaded."""
+    types = {TYPES: [KINDS[letter] for letter in letters]} if model_type == "glm_moe_dsa" else {}
+    return {**switched_pattern(letters), **types}
+
+
+def types_key(letters: str, _: str | None = None) -> dict[str, Any]:
+    """The list of full and shared alone."""
+    return {TYPES: [KINDS[letter] for letter in letters]}
+
+
+def gguf_key(letters: str, _: str | None = None) -> dict[str, Any]:
+    """The bool array of a GGUF file: true where the layer has an indexer of its own."""
+    return {GGUF_KEY: [letter == FULL for letter in letters]}
+
+
+def vllm_keys(letters: str, model_type: str) -> dict[str, Any]:
+    """The letters, or for MiniMax M3, where vLLM reads none, two numbers; ExportError where none give the pattern."""
+    if model_type != "minimax_m3_vl":
+        return switched_pattern(letters)
+    freq, offset = two_numbers(letters, MINIMAX_M3, "vLLM reads no letters for MiniMax M3")
+    return {SWITCH: True, FREQ: freq, OFFSET: offset}
+
+
+def megatron_keys(letters: str, _: str | None = None) -> dict[str, Any]:
+    """Megatron's two numbers; raises ExportError, with the nearest pattern, where none give these letters."""
+    freq, offset = two_numbers(letters, MEGATRON, "Megatron-LM has no list of layers")
+    return {MEGATRON_FREQ: freq, MEGATRON_OFFSET: offset}
+
+
+def two_numbers(letters: str, schedule: Schedule, lack: str) -> tuple[int, int]:
+    """(freq, offset) that give the letters; raises ExportError, with the nearest that two numbers can give, for none.
+
+    `lack` says why numbers it must be.
+    """
+    if pair := schedule.fit(letters):
+        return pair
+    freq, offset = schedule.nearest(letters)
+    nearest = schedule.letters(len(letters), freq, offset)
+    differs = sum(a != b for a, b in zip(letters, nearest, strict=True))
+    raise ExportError(
+        f"{lack}, and no freq and offset give this pattern: the nearest that they can "
+        f"give is {nearest} (freq {freq}, offset {offset}; {differs} of {len(letters)} letters differ, "
+        f"{nearest.count(FULL)} F for {letters.count(FULL)}); evaluate that one, and export it"
+    )
+
+
+ATOM = Schedule(default_offset=1, shift=0)
+MINIMAX_M3 = Schedule(default_offset=0, shift=0)  # of ATOM and vLLM, over the sparse layers alone
+MEGATRON = Schedule(default_offset=0, least_offset=1)  # layers from 1: max(n - offset, 0), and n = i + 1
+ASCEND_V4 = Schedule(fixed_offset=True)
+
+
+Split = Callable[[int, int], list[int]]  # (layers, stages) to layers per stage

@@ -1,18 +1,206 @@
-"""What to give a serving engine so that it runs a pattern: launch flags or config.json keys, with warnings."""
+"""What to give a serving engine so that it runs a pattern: flags, keys or a file, with warnings."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-from icsearch.engines.cautions import find_warnings
-from icsearch.engines.engine import Engine, family
-from icsearch.engines.letters import ExportError, decoder_letters
-from icsearch.engines.serving import Serving, fit_stages
-from icsearch.engines.table import find_engine
-from icsearch.jsonfile import FieldError, check_fields
-from icsearch.pattern import MODEL_FIELDS, Pattern, PatternFile
+from icsearch.core.files import check_new
+from icsearch.core.jsonfile import FieldError, check_fields, write_object
+from icsearch.core.pattern import SHARED, Pattern
+from icsearch.core.pattern_file import MODEL_FIELDS, PatternFile
+from icsearch.engines.engine import Engine, ExportError, decoder_letters
+from icsearch.engines.gguf import write_gguf
+from icsearch.engines.native import edit_config
+from icsearch.engines.pipeline import (
+    ADD,
+    NONE,
+    REPAIRS,
+    SAME,
+    Losses,
+    Repair,
+    add_full,
+    aligned_partition,
+    cut_in_words,
+    describe,
+    move_full,
+    serving_sizes,
+    stage_starts,
+    stages_on_shared,
+    usual_sizes_on_shared,
+)
+from icsearch.engines.read import read_letters
+from icsearch.engines.table import TRANSFORMERS, TRTLLM, find_engine
+from icsearch.model.config import COMMON, Backbone, family, inner_config, load_config, read_backbone
+
+
+def find_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str, layout_known: bool) -> list[str]:
+    """All warnings for a pattern of a file in these letters.
+
+    Where the serving layout is not known, the usual numbers of stages are looked at, if it is known how the engine
+    cuts.
+    """
+    model_type = file.model.get("model_type")
+    found = [
+        *_type_warnings(engine, model_type),
+        *_layer_warnings(engine, pattern, file, letters),
+        *[note for of_type, note in engine.notes if of_type in ("", family(model_type))],
+    ]
+    if not layout_known:
+        found += _usual_stages(engine, pattern, file)
+    if file.model.get("wrapper_config") and engine.nests_for(model_type) and engine.wrapper_note:
+        found.append(engine.wrapper_note)
+    if engine in (TRANSFORMERS, TRTLLM) and COMMON.fit(letters) is None:
+        found.append(
+            "no index_topk_freq and index_skip_topk_offset give this pattern: remove both keys from config.json "
+            "where they are present (do not set them to null)"
+        )
+    return found
+
+
+def _type_warnings(engine: Engine, model_type: str | None) -> list[str]:
+    if engine.serves(model_type):
+        return []
+    found = f"model_type {model_type}" if model_type else "a model whose model_type the file does not say"
+    return [
+        f"{engine.title} is known to share selections for {', '.join(engine.model_types)}; this file is for {found}. "
+        f"{engine.on_other_types}"
+    ]
+
+
+def _layer_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str) -> list[str]:
+    found = []
+    model_type = file.model.get("model_type")
+    if len(letters) != len(pattern):
+        found.append(
+            f"{len(letters) - len(pattern)} of the {len(letters)} decoder layers have no indexer; {engine.title} "
+            "counts all decoder layers, so these are written as F: check that this engine version counts them too"
+        )
+    if file.model.get("num_hidden_layers") is None and not engine.counts_indexed(model_type):
+        found.append(
+            f"the file does not say how many decoder layers the model has: the pattern is right if it is {len(letters)}"
+        )
+    if file.model.get("native_shared"):
+        count = len(file.model["native_shared"])
+        found.append(f"{count} S layers are the checkpoint's own and have no indexer weights: they cannot become F")
+    return found
+
+
+def _usual_stages(engine: Engine, pattern: Pattern, file: PatternFile) -> list[str]:
+    if engine.split is None:
+        return []
+    num_layers = file.model.get("num_hidden_layers") or len(pattern)
+    wrong = usual_sizes_on_shared(pattern, file.layer_indices, num_layers, engine.split)
+    return [f"{cut_in_words(wrong)}: give --serve-pp {wrong[0]} if you serve it so"] if wrong else []
+
+
+def partition_setting(
+    engine: Engine, pattern: Pattern, layer_indices: Sequence[int], sizes: Sequence[int]
+) -> str | None:
+    """The variable that moves the engine's cuts to F layers of the pattern; None where there is none."""
+    aligned = aligned_partition(pattern, layer_indices, sizes) if engine.partition_variable else None
+    return f"{engine.partition_variable}={','.join(map(str, aligned))}" if aligned else None
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A pipeline layout as typed, what to do where a stage would start on S, and the losses that the run measured.
+
+    `repair` is add (make these layers F), same (and as many others S), or none (leave the pattern as it is).
+    """
+
+    layout: str
+    repair: str = ADD
+    losses: Losses = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.repair not in REPAIRS:
+            raise ExportError(f"--repair {self.repair!r} is not known: expected {', '.join(REPAIRS)}")
+
+
+def fit_stages(
+    pattern: Pattern, file: PatternFile, engine: Engine, num_layers: int, serving: Serving
+) -> tuple[Pattern, list[str]]:
+    """The pattern as it can be served, and what was changed and why.
+
+    Raises ExportError for a layout that does not fit, and where a stage would start on a layer that the checkpoint
+    itself shares.
+    """
+    sizes = serving_sizes(serving.layout, num_layers, engine.title, engine.split)
+    wrong = stages_on_shared(pattern, file.layer_indices, sizes)
+    if not wrong:
+        return pattern, []
+    trouble = describe(sizes, wrong)
+    partition = partition_setting(engine, pattern, file.layer_indices, sizes)
+    elsewhere = f"; or leave the pattern as it is and set {partition}" if partition else ""
+    _check_native([layer for _, layer in wrong], file, trouble, elsewhere)
+    if serving.repair == NONE:
+        return pattern, [f"{trouble}; the pattern is left as it is{_instead(engine, partition)}"]
+    starts = stage_starts(file.layer_indices, sizes)  # those that are F already must stay so
+    added = add_full(pattern, starts, serving.losses)
+    moved = move_full(pattern, starts, serving.losses)
+    chosen, other = (added, moved) if serving.repair == ADD else (moved, added)
+    if chosen is None:
+        raise ExportError(f"{trouble}; --repair {SAME}: {_lack(added, starts, serving.losses)}: give --repair {ADD}")
+    text = f"{trouble}: {_describe(chosen, pattern, file, serving.losses)}"
+    if other is not None:
+        name = SAME if serving.repair == ADD else ADD
+        text += f"; --repair {name}: {_describe(other, pattern, file, serving.losses)}"
+    return chosen.pattern, [text + elsewhere]
+
+
+def _instead(engine: Engine, partition: str | None) -> str:
+    """What to set where the pattern stays; where there is a variable for it, too few F layers are all that can lack."""
+    if partition:
+        return f", so set {partition}"
+    return ", and has fewer F layers than there are stages: serve it in fewer" if engine.partition_variable else ""
+
+
+def _check_native(layers: Sequence[int], file: PatternFile, trouble: str, elsewhere: str) -> None:
+    shared = {file.layer_indices[position] for position in file.model.get("native_shared") or []}
+    native = [layer for layer in layers if layer in shared]
+    if native:
+        raise ExportError(
+            f"{trouble}; the checkpoint has no indexer at layer {native[0]}: give other first layers with --serve-pp"
+            f"{elsewhere}"
+        )
+
+
+def _lack(added: Repair, starts: Sequence[int], losses: Losses) -> str:
+    """Why no layers can be given up for those that must become F; those that start a stage cannot."""
+    if not losses:
+        return "which layers to give up is chosen by the losses of a run, and the file holds none"
+    others = len(set(added.pattern.full_layers) - {0, *starts})
+    if others < len(added.made_full):
+        return f"{len(added.made_full)} layers must become F, and only {others} others could be given up for them"
+    return "the file's losses do not say what enough other layers cost; those in the journal of a RUN may"
+
+
+def _describe(repair: Repair, pattern: Pattern, file: PatternFile, losses: Losses) -> str:
+    """What a repair changes, the indexers that then run, and the loss with where it comes from."""
+    changes = [f"F at {_layers(repair.made_full, file)}"]
+    if repair.made_shared:
+        changes.append(f"S at {_layers(repair.made_shared, file)}")
+    before, after = len(pattern.full_layers), len(repair.pattern.full_layers)
+    kept = f"{after} F as before" if after == before else f"{after} F instead of {before}"
+    return f"{' and '.join(changes)} ({kept}, {_loss(repair, pattern, losses)})"
+
+
+def _layers(positions: Sequence[int], file: PatternFile) -> str:
+    return ", ".join(str(file.layer_indices[position]) for position in positions)
+
+
+def _loss(repair: Repair, pattern: Pattern, losses: Losses) -> str:
+    if not losses:
+        return "the file holds no losses"
+    if repair.loss is None:
+        return "loss unknown: the run never shared these layers alone"
+    how = "measured in the run" if repair.measured else "estimated from the run's losses, evaluate it"
+    before = f" for {losses[pattern.letters]:.4f}" if pattern.letters in losses else ""
+    return f"loss {repair.loss:.4f}{before}, {how}"
 
 
 @dataclass(frozen=True)
@@ -99,3 +287,98 @@ def check_native(pattern: Pattern, model: dict[str, Any]) -> None:
             f"the checkpoint has no indexer weights at positions {wrong} (it shares these layers itself), but the "
             "pattern does not have S there: only F to S edits are possible on this checkpoint"
         )
+
+
+def with_config(
+    file: PatternFile, config: Mapping[str, Any], name: str, with_indexer: Collection[int] | None = None
+) -> tuple[PatternFile, list[str]]:
+    """The file with what its checkpoint's config.json (`name`) says of the model, and notes on it.
+
+    That is the number of decoder layers, and whether it wraps a text model. `with_indexer` are the decoder layers that
+    the checkpoint has indexer weights for, so that all others must stay S; None where that is not known: keys of a
+    config share layers, but take no weights away.
+    Raises ExportError where the pattern is for other layers or another type of model.
+    """
+    backbone = read_backbone(config, name)
+    found = len(file.pattern)
+    if found == len(backbone.layer_indices) + backbone.mtp_layers and backbone.mtp_layers:
+        raise ExportError(
+            f"the pattern has {found} letters, {name} {found - backbone.mtp_layers} layers and {backbone.mtp_layers} "
+            "of multi-token prediction: a pattern has no letters for those, leave them out"
+        )
+    if found != len(backbone.layer_indices) or file.layer_indices != backbone.layer_indices:
+        raise ExportError(
+            f"the pattern has {found} letters for layers {_span(file.layer_indices)}, {name} has "
+            f"{len(backbone.layer_indices)} layers with an indexer ({_span(backbone.layer_indices)}): they do not "
+            "belong together; give the checkpoint's own config.json"
+        )
+    known = file.model.get("model_type")
+    if known and backbone.model_type and known != backbone.model_type:
+        raise ExportError(
+            f"the pattern is for model_type {known}, {name} has {backbone.model_type}: give the right one"
+        )
+    if with_indexer is None:
+        native = file.model.get("native_shared")
+        notes = _declared_notes(config, backbone, name) if native is None else []
+    else:
+        native = [position for position, layer in enumerate(backbone.layer_indices) if layer not in with_indexer]
+        notes = []
+    model = {
+        **file.model,
+        "model_type": known or backbone.model_type,
+        "num_hidden_layers": backbone.num_layers,
+        "wrapper_config": backbone.wrapper,
+        "native_shared": native,
+    }
+    return replace(file, model=model), [*notes, *_mtp_notes(backbone.mtp_layers)]
+
+
+def _declared_notes(config: Mapping[str, Any], backbone: Backbone, name: str) -> list[str]:
+    """On the layers that transformers builds no indexer for, of the families that it reads this for."""
+    if backbone.model_type not in TRANSFORMERS.model_types:
+        return []
+    keys, _ = inner_config(config)
+    letters = read_letters(keys, TRANSFORMERS, backbone.num_layers, backbone.mtp_layers, backbone.model_type).letters
+    shared = [layer for layer in backbone.layer_indices if letters[layer] == SHARED]
+    if not shared:
+        return []
+    return [
+        f"{name} itself shares layers {_span(shared)}: should the checkpoint have no indexer weights there, they "
+        "cannot be F; give its directory with --model-config, and that is checked"
+    ]
+
+
+def _mtp_notes(mtp_layers: int) -> list[str]:
+    if not mtp_layers:
+        return []
+    plural = "s" if mtp_layers > 1 else ""
+    return [f"the checkpoint has {mtp_layers} layer{plural} of multi-token prediction: not in the pattern, they stay F"]
+
+
+def _span(layers: Sequence[int]) -> str:
+    """Layers in short: a range where they follow one another."""
+    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]} to {layers[-1]}"
+    return ", ".join(map(str, layers[:6])) + (", ..." if len(layers) > 6 else "")
+
+
+def write_file(result: Export, config: Path | None, gguf: Path | None, out: Path) -> list[str]:
+    """Write what the engine reads to `out`, from the checkpoint's config.json or a GGUF; returns warnings.
+
+    Raises ExportError where the engine reads no file, its original is not given, or `out` exists, and
+    EngineConfigError for an original that does not fit.
+    """
+    kind = find_engine(result.engine).writes
+    if kind is None:
+        raise ExportError(f"{result.title} reads no file of ours, it takes flags: leave --out away and paste them")
+    if kind == "GGUF":
+        if gguf is None:
+            raise ExportError("--out NEW.gguf is a copy of a model: give that one with --gguf OLD.gguf")
+        return write_gguf(result.letters, gguf, out)
+    if config is None:
+        raise ExportError(
+            f"--out is a config.json with the keys for {result.title}: give the original with --model-config"
+        )
+    check_new(out, ExportError)
+    write_object(out, edit_config(load_config(config), str(config), result.letters).document)
+    return []

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from icsearch.engines.checkpoint_copy import (
+from icsearch.core.errors import ModelError
+from icsearch.core.jsonfile import MAX_LAYERS, read_object, shown, strict, whole
+from icsearch.core.pattern import SHARED, Pattern
+from icsearch.core.pattern_file import PatternFile, load_pattern_file
+from icsearch.engines.copy import (
     Copied,
     CopyPlan,
     check_outside,
@@ -18,14 +23,172 @@ from icsearch.engines.checkpoint_copy import (
     plan_copy,
     whole_directory,
 )
-from icsearch.engines.indexer_weights import indexers_by_layer
-from icsearch.engines.letters import ExportError, decoder_letters
-from icsearch.engines.native_config import NativeConfig, declared_shared, edit_config, num_hidden_layers
-from icsearch.engines.readers import check_droppable, notes, stage_notes
-from icsearch.jsonfile import read_object, shown, strict, whole
-from icsearch.pattern import SHARED, Pattern, PatternFile, load_pattern_file
-from icsearch.weights.checkpoint import INDEX_NAME, Checkpoint, fingerprint, open_checkpoint
-from icsearch.weights.header import Entry, read_header
+from icsearch.engines.engine import ExportError, config_keys, decoder_letters
+from icsearch.engines.pipeline import cut_in_words, split_vllm, usual_sizes_on_shared
+from icsearch.engines.read import read_letters
+from icsearch.engines.table import ENGINES, TRANSFORMERS, VLLM
+from icsearch.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, fingerprint, open_checkpoint
+from icsearch.model.config import FREQ, OFFSET, PATTERN, SWITCH, TYPES, language_config
+from icsearch.model.header import Entry, read_header
+
+_INDEXER = re.compile(r"((?:.*?\.)?)layers\.(\d{1,6})\.(?:.*\.)?indexer\..")
+
+
+def indexers_by_layer(names: Iterable[str], num_layers: int) -> dict[int, list[str]]:
+    """The names of each decoder layer's indexer tensors; a layer without any is not there."""
+    found: dict[str, dict[int, list[str]]] = {}
+    for name in names:
+        match = _INDEXER.match(name)
+        if match and int(match[2]) < num_layers:
+            found.setdefault(match[1], {}).setdefault(int(match[2]), []).append(name)
+    return max(found.values(), key=len, default={})
+
+
+def layers_with_indexer(directory: Path, num_layers: int) -> set[int] | None:
+    """The decoder layers that a checkpoint has indexer weights for; None where it has no weights, or none so named.
+
+    Its index alone is enough. Raises an IcsearchError for one that is damaged.
+    """
+    if (directory / INDEX_NAME).exists():
+        index = read_object(
+            directory / INDEX_NAME, expected="the safetensors index", advice="download it again", error=ExportError
+        )
+        names = index.get("weight_map")
+        if not isinstance(names, dict):
+            raise ExportError(f"{directory / INDEX_NAME} has no weight_map: download it again")
+    elif (directory / SINGLE_NAME).exists():
+        names = [entry.name for entry in read_header(directory / SINGLE_NAME).entries]
+    else:
+        return None
+    return set(indexers_by_layer(names, num_layers)) or None
+
+
+KEYS = (TYPES, PATTERN, SWITCH, FREQ, OFFSET)
+TEXT_CONFIG = "text_config"
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """An edited config.json: which keys it got, which it lost, and where they are."""
+
+    document: dict[str, Any]
+    written: tuple[str, ...]
+    removed: tuple[str, ...]
+    nested: bool  # the keys are in text_config
+
+
+def native_keys(letters: str) -> dict[str, Any]:
+    """The keys for one letter F or S a decoder layer."""
+    return {**config_keys(letters), **({SWITCH: True} if SHARED in letters else {})}
+
+
+def edit_config(config: Mapping[str, Any], name: str, letters: str) -> NativeConfig:
+    """The config with the keys of a pattern, in its text_config where it wraps a language model; others stay as are.
+
+    Raises ModelError, which names the checkpoint, for a text_config that is none.
+    """
+    inner, nested, keys = language_config(config, name), bool(config.get(TEXT_CONFIG)), native_keys(letters)
+    removed = [key for key in KEYS if key in inner and key not in keys]
+    edited = {**{key: value for key, value in inner.items() if key not in removed}, **keys}
+    if not nested:
+        return NativeConfig(edited, tuple(keys), tuple(removed), nested)
+    removed += [key for key in KEYS if key in config and key not in removed]  # outside, where they could contradict
+    outside = {key: value for key, value in config.items() if key not in KEYS}
+    return NativeConfig({**outside, TEXT_CONFIG: edited}, tuple(keys), tuple(removed), nested)
+
+
+def num_hidden_layers(config: Mapping[str, Any], name: str) -> int:
+    """Decoder layers, without those of multi-token prediction; raises ModelError."""
+    found = language_config(config, name).get("num_hidden_layers")
+    kind = whole(1, MAX_LAYERS)
+    if not kind.fits(found):
+        raise ModelError(
+            f"config.json of {name} has num_hidden_layers {shown(found)}: expected {kind.name}; download it again"
+        )
+    return int(found)  # type: ignore[arg-type]  # it fits
+
+
+def declared_shared(config: Mapping[str, Any], name: str) -> set[int]:
+    """The decoder layers that a config itself shares, as transformers reads it; raises EngineConfigError."""
+    keys, layers = language_config(config, name), num_hidden_layers(config, name)
+    model_type = config.get("model_type")
+    found = read_letters(keys, TRANSFORMERS, layers, model_type=model_type if isinstance(model_type, str) else None)
+    return {layer for layer, letter in enumerate(found.letters) if letter == SHARED}
+
+
+# The numbers are of pull requests, in each project's own repository.
+_VLLM_AND_SGLANG = ("vLLM from #45895 on", "SGLang from #30531 on")
+# By model_type: those that make no indexer for an S layer, and so do not miss its weights.
+LOAD_WITHOUT_INDEXERS = {
+    "glm_moe_dsa": (TRANSFORMERS.title, *_VLLM_AND_SGLANG, "ATOM from #1260 on", "vllm-ascend from #11363 on"),
+    "hy_v4": (TRANSFORMERS.title,),
+    "mistral_large4": (TRANSFORMERS.title,),
+    "deepseek_v32": _VLLM_AND_SGLANG,
+}
+
+
+def check_droppable(model_type: str) -> None:
+    """Raise ExportError where nobody is known to load this kind of model without the indexers of its S layers."""
+    if model_type not in LOAD_WITHOUT_INDEXERS:
+        raise ExportError(
+            f"--drop-indexers: nothing is known to load a model of type {model_type} without the S layers' indexers "
+            f"(known for {', '.join(LOAD_WITHOUT_INDEXERS)}): leave the option out"
+        )
+
+
+def notes(model_type: str, letters: str, dropped: bool, has_params: bool) -> Iterator[str]:
+    """What to know before one uses a checkpoint whose config has these letters."""
+    if SHARED not in letters:
+        return
+    yield from _reader_notes(model_type)
+    yield from _weight_notes(model_type, dropped)
+    if has_params:
+        yield "params.json is copied as it is: an engine that reads it in place of config.json sees no pattern"
+
+
+def _reader_notes(model_type: str) -> Iterator[str]:
+    if model_type in TRANSFORMERS.model_types:
+        return
+    if model_type == "glm5_next":
+        yield "transformers 5.23 reads the pattern of a glm5_next config, and then fails in its first S layer"
+    else:
+        yield f"transformers 5.23 does not read the pattern of a {model_type} config: it runs every layer as F"
+    known = [one for one in ENGINES.values() if one.nests and one.serves(model_type)]
+    misreading = [one for one in known if one.counts_indexed(model_type)]
+    if readers := [one.title for one in known if one not in misreading]:
+        yield f"known to read it: {', '.join(readers)}"
+    elif not misreading:
+        yield f"no engine is known to read the pattern of a {model_type} config: try it before you rely on it"
+    for one in misreading:
+        yield (
+            f"{one.title} counts only the layers with an indexer there, and would misread these keys: give it what "
+            f"icsearch export --engine {one.name} prints"
+        )
+
+
+def _weight_notes(model_type: str, dropped: bool) -> Iterator[str]:
+    known = LOAD_WITHOUT_INDEXERS.get(model_type, ())
+    if dropped:
+        yield (
+            f"without the S layers' indexers it is known to load in {', '.join(known)}; what still builds them misses "
+            "these weights"
+        )
+        if TRANSFORMERS.title not in known:
+            yield "transformers 5.23 loads it with random indexers in the S layers: serve it elsewhere"
+    elif TRANSFORMERS.title in known:
+        yield (
+            "the S layers' indexer weights are still there: transformers leaves them unread and lists them as "
+            "unexpected, vllm-ascend may refuse them; --drop-indexers leaves them out"
+        )
+
+
+def stage_notes(file: PatternFile, model_type: str, num_layers: int) -> Iterator[str]:
+    """Where vLLM, which checks nothing, would start a pipeline stage on S."""
+    if model_type not in VLLM.model_types:
+        return
+    if wrong := usual_sizes_on_shared(file.pattern, file.layer_indices, num_layers, split_vllm):
+        yield f"vLLM: {cut_in_words(wrong)}; icsearch export --engine vllm --serve-pp {wrong[0]} says what to do"
+
 
 PATTERN_NAME = "pattern.json"
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from icsearch.engines import keys
-from icsearch.engines.engine import FREQ, HEEDED, NEEDED, PATTERN, TYPES, Engine, Reader
-from icsearch.engines.letters import ExportError
-from icsearch.engines.rendering import config_json, json_flag, plain_flags
-from icsearch.engines.schedule import ASCEND_V4, ATOM, MEGATRON, MINIMAX_M3
-from icsearch.engines.stages import split_front, split_vllm
-from icsearch.errors import did_you_mean
+from icsearch.core.text import did_you_mean
+from icsearch.engines import engine
+from icsearch.engines.engine import (
+    ASCEND_V4,
+    ATOM,
+    HEEDED,
+    MEGATRON,
+    MINIMAX_M3,
+    NEEDED,
+    Engine,
+    ExportError,
+    Reader,
+    config_json,
+    json_flag,
+    plain_flags,
+)
+from icsearch.engines.pipeline import split_front, split_vllm
+from icsearch.model.config import FREQ, PATTERN, TYPES
 
 MAY_IGNORE = "For other types it may ignore the pattern and run every layer as F without a word: check."
 NOT_KNOWN = "Whether it reads the pattern for other types is not known here: check."
@@ -17,7 +28,7 @@ TRANSFORMERS = Engine(
     name="transformers",
     title="transformers",
     how="put these keys into the checkpoint's config.json, in place of what is there under the same names",
-    settings=keys.config_keys,
+    settings=engine.config_keys,
     render=config_json,
     model_types=("glm_moe_dsa", "hy_v4", "mistral_large4"),
     on_other_types="For other types transformers 5.23 ignores these keys, or (glm5_next) fails on the first S layer.",
@@ -29,7 +40,7 @@ VLLM = Engine(
     name="vllm",
     title="vLLM",
     how="add this flag to vllm serve",
-    settings=keys.vllm_keys,
+    settings=engine.vllm_keys,
     render=json_flag("--hf-overrides"),
     model_types=("deepseek_v32", "glm_moe_dsa", "minimax_m3_vl"),
     on_other_types=MAY_IGNORE,
@@ -52,7 +63,7 @@ SGLANG = Engine(
     name="sglang",
     title="SGLang",
     how="add this flag to python -m sglang.launch_server",
-    settings=keys.pattern_key,
+    settings=engine.pattern_key,
     render=json_flag("--json-model-override-args"),
     model_types=("deepseek_v32", "glm_moe_dsa"),
     on_other_types=MAY_IGNORE,
@@ -75,7 +86,7 @@ TRTLLM = Engine(
     name="trtllm",
     title="TensorRT-LLM",
     how="put these keys into the checkpoint's config.json (there is no launch argument); it reads index_topk_pattern",
-    settings=keys.config_keys,
+    settings=engine.config_keys,
     render=config_json,
     model_types=("glm_moe_dsa",),
     on_other_types=NOT_KNOWN,
@@ -87,7 +98,7 @@ LMDEPLOY = Engine(
     name="lmdeploy",
     title="LMDeploy",
     how="add this flag to lmdeploy serve api_server (PyTorch backend)",
-    settings=keys.types_key,
+    settings=engine.types_key,
     render=json_flag("--hf-overrides"),
     model_types=("glm_moe_dsa",),
     on_other_types="It reads indexer_types for glm_moe_dsa alone.",
@@ -97,7 +108,7 @@ ATOM_ENGINE = Engine(
     name="atom",
     title="ATOM",
     how="add this flag where ATOM is started (ROCm; also as vLLM's plugin)",
-    settings=keys.atom_keys,
+    settings=engine.atom_keys,
     render=json_flag("--hf-overrides"),
     model_types=("deepseek_v32", "glm_moe_dsa", "deepseek_v4", "minimax_m3_vl"),
     on_other_types=NOT_KNOWN,
@@ -135,7 +146,7 @@ VLLM_ASCEND = Engine(
     name="vllm-ascend",
     title="vllm-ascend",
     how="add this flag to vllm serve",
-    settings=keys.switched_pattern,
+    settings=engine.switched_pattern,
     render=json_flag("--hf-overrides"),
     model_types=("deepseek_v32", "glm_moe_dsa", "deepseek_v4"),
     on_other_types=MAY_IGNORE,
@@ -165,25 +176,27 @@ LLAMACPP = Engine(
         "set this bool array in the GGUF (icsearch export ... --gguf OLD.gguf --out NEW.gguf does), or convert a "
         "checkpoint whose config.json has the keys of --engine transformers: the converter reads indexer_types"
     ),
-    settings=keys.gguf_key,
+    settings=engine.gguf_key,
     render=config_json,
     model_types=("glm_moe_dsa",),
     on_other_types="The key belongs to the architecture glm-dsa.",
     nests=False,
     writes="GGUF",
-    reader=Reader(order=(keys.GGUF_KEY, TYPES)),
+    reader=Reader(order=(engine.GGUF_KEY, TYPES)),
 )
 MEGATRON_ENGINE = Engine(
     name="megatron",
     title="Megatron-LM",
     how="add these flags (TransformerConfig's dsa_indexer_topk_freq and dsa_indexer_skip_topk_offset)",
-    settings=keys.megatron_keys,
+    settings=engine.megatron_keys,
     render=plain_flags,
     model_types=("glm_moe_dsa",),
     on_other_types=NOT_KNOWN,
     nests=False,
     all_layers_alike=True,
-    reader=Reader(order=(keys.MEGATRON_FREQ,), schedule=MEGATRON, freq=keys.MEGATRON_FREQ, offset=keys.MEGATRON_OFFSET),
+    reader=Reader(
+        order=(engine.MEGATRON_FREQ,), schedule=MEGATRON, freq=engine.MEGATRON_FREQ, offset=engine.MEGATRON_OFFSET
+    ),
 )
 
 ENGINES: dict[str, Engine] = {

@@ -12,8 +12,8 @@ from typing import Any
 
 import psutil
 
-from icsearch.errors import IcsearchError
-from icsearch.jsonfile import shown
+from icsearch.core.errors import IcsearchError
+from icsearch.core.jsonfile import shown
 
 MAX_RATE = 1e24  # far above all devices of the world together
 MB, GB, TB = 10**6, 10**9, 10**12

@@ -7,15 +7,15 @@ that the call begins with: that is its branch's. No torch here.
 
 The experts take most per token: transformers' `grouped_mm` makes one row of hidden size for each (token, expert) pair,
 and the routing weights, which are float32, make it float32, twice. So they work on a chunk of tokens at once
-(`icsearch.experts`).
+(`icsearch.model.kernels`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from icsearch.block_sizes import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, block_size, gathering_pays
-from icsearch.cost import ModelShape
+from icsearch.model.block_sizes import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, block_size, gathering_pays
+from icsearch.model.shape import ModelShape
 
 FLOAT, LONG, INT = 4, 8, 4  # bytes
 

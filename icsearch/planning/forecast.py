@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from operator import mul
 
-from icsearch.block_sizes import default_batch_size
-from icsearch.errors import IcsearchError
+from icsearch.commands.requests import PatternRequest
+from icsearch.core.errors import IcsearchError
+from icsearch.model.block_sizes import default_batch_size
+from icsearch.model.holding import DISK
 from icsearch.planning.devices import CPU as DEVICE_CPU
 from icsearch.planning.devices import Devices
 from icsearch.planning.layer_time import CallWork, Efficiency, efficiency_of, head_call, layer_call
@@ -28,9 +30,7 @@ from icsearch.planning.offload import pass_bytes
 from icsearch.planning.placement import MEMORY_SHARE, Case, Fit, fit, placements, weight_sizes, why_nothing_fits
 from icsearch.planning.rehearsal import Sweep
 from icsearch.planning.workload import Plays, Workload, layer_evaluations, likely_passes, share_of_exact
-from icsearch.requests import PatternRequest
-from icsearch.strategies import STRATEGIES
-from icsearch.weights.holding import DISK
+from icsearch.search.registry import STRATEGIES
 
 DEFAULT_SEQUENCES = 24
 SECONDS_AN_HOUR = 3600.0

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from icsearch.block_sizes import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, block_size
-from icsearch.cost import Breakdown, Widths, layer_work
+from icsearch.model.block_sizes import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, block_size
 from icsearch.planning.devices import CPU, Device
 from icsearch.planning.footprint import FLOAT, Call
+from icsearch.planning.work import Breakdown, Widths, layer_work
 
 FITTED, ASSUMED = "fitted on measured runs on a CPU", "assumed; nothing was measured on this device"
 

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icsearch.cost import ModelShape
-from icsearch.errors import ModelError, first_line
-from icsearch.files import may_be_hub_id, typed_path
-from icsearch.jsonfile import FLAG, TEXT, list_of, read_object, shown, whole
-from icsearch.pattern import Pattern
-from icsearch.resources import demo_checkpoint
-from icsearch.weights.configfile import check_config, fp8_block, language_config
-from icsearch.weights.sharing import start_pattern
+from icsearch.core.errors import ModelError
+from icsearch.core.files import demo_checkpoint, may_be_hub_id, typed_path
+from icsearch.core.jsonfile import FLAG, TEXT, list_of, read_object, shown, whole
+from icsearch.core.pattern import Pattern
+from icsearch.core.text import first_line
+from icsearch.model.config import check_config, fp8_block, language_config, start_pattern
+from icsearch.model.shape import ModelShape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP8_BYTES = 1

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from icsearch.block_sizes import BLOCK_ELEMENTS
-from icsearch.errors import IcsearchError
+from icsearch.core.errors import IcsearchError
+from icsearch.core.text import format_bytes
+from icsearch.model.block_sizes import BLOCK_ELEMENTS
+from icsearch.model.holding import CPU, DISK, RESIDENT
 from icsearch.planning import plan
 from icsearch.planning.devices import CPU as DEVICE_CPU
 from icsearch.planning.devices import Device, Devices
 from icsearch.planning.footprint import Call
 from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
 from icsearch.planning.offload import SHARE_OF_CPU, WeightSizes, choose, plan_waves, resting_room
-from icsearch.planning.plan import BatchShape, Kept, format_bytes
+from icsearch.planning.plan import BatchShape, Kept
 from icsearch.planning.workload import Workload
-from icsearch.processes.launch import Grid, can_be_cut, pipeline_blocks
-from icsearch.weights.holding import CPU, DISK, RESIDENT
+from icsearch.sweep.distributed.launch import Grid, can_be_cut, pipeline_blocks
 
 OFFLOADS = (RESIDENT, CPU, DISK)
 MEMORY_SHARE = 0.8  # of a device's memory, as a run takes by default of what is free

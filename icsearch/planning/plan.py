@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from icsearch.errors import IcsearchError
-from icsearch.jsonfile import MAX_COUNT, shown
+from icsearch.core.errors import IcsearchError
+from icsearch.core.text import format_bytes
 from icsearch.planning.footprint import Call, head_bytes
-from icsearch.states import Keeping
-from icsearch.strategies import Options
-from icsearch.strategies.swaps import MAX_SWAPS
+from icsearch.search.registry import Options
+from icsearch.search.swaps import MAX_SWAPS
+from icsearch.sweep.states import Keeping
 
 FLOAT_BYTES = 4
 INDEX_BYTES = 4
@@ -23,7 +22,6 @@ INDEX_BYTES = 4
 LARGEST_IN_HEAP, HEAP_SHARE = 2**25, 0.35
 NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
 FEWEST_BRANCHES = 3  # the trunk, a candidate, and the layer output that is just being made
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 @dataclass(frozen=True)
@@ -333,30 +331,3 @@ def model_rows(start: dict[str, Any]) -> list[tuple[str, str]]:
     if shared := model["native_shared"]:
         found.append(("native S layers", f"{', '.join(map(str, shared))}: shared by the checkpoint, and they stay so"))
     return found
-
-
-def parse_bytes(text: str) -> int:
-    """A size as typed, such as 8GB, 500MB or 2GiB, in bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
-    size = float(match[1]) * _UNITS.get(match[2], 0) if match else 0.0
-    if not 0 < size <= MAX_COUNT:
-        raise IcsearchError(f"memory {shown(text)} is not a size: give a number with a unit, such as 8GB or 500MB")
-    return int(size)
-
-
-def format_bytes(size: int) -> str:
-    """A size for people, in decimal units."""
-    value = float(size)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def shrunk_note(failed: int, left: int) -> str:
-    """What a run says when memory ran out over `failed` patterns at once and it goes on with `left`."""
-    return (
-        f"memory ran out in a sweep of {failed} patterns; from there on at most {left} at once: the losses are the "
-        "same, the run takes longer"
-    )

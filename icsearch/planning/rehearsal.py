@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from icsearch.pattern import Pattern
-from icsearch.states import Keeping, LayerRuns, Rehearsal
-from icsearch.strategies import Strategy
+from icsearch.core.pattern import Pattern
+from icsearch.search.protocol import Strategy
+from icsearch.sweep.states import Keeping, LayerRuns, Rehearsal
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from icsearch.engines.stages import aligned_partition
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
+from icsearch.engines.pipeline import aligned_partition
 
 
 def stage_notes(start: dict[str, Any]) -> list[str]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern, references
 from icsearch.planning.rehearsal import Sweep, preview, rehearsed, swept
-from icsearch.specs import references
-from icsearch.states import Keeping, Rehearsal
-from icsearch.strategies import Options, Strategy, Task, make_strategy
+from icsearch.search.protocol import Strategy, Task
+from icsearch.search.registry import Options, make_strategy
+from icsearch.sweep.states import Keeping, Rehearsal
 
 # Layer evaluations, of those of an exact search with states kept: medians of searches of two 24-layer checkpoints,
 # measured by benchmarks/search.py (see benchmarks/README.md). They follow from the losses, so another model has others.

@@ -11,7 +11,7 @@ from icsearch.report.card_serving import serving
 from icsearch.report.eval_view import EvalRow, EvalView
 from icsearch.report.view import RunView, headline
 from icsearch.runs import results
-from icsearch.runs.guessing import split_notes
+from icsearch.runs.results import split_notes
 
 
 def render_card(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from icsearch.calibration.sources import hub_parts
 from icsearch.report.eval_view import EvalRow, EvalView
 from icsearch.report.view import Point, RunView
-from icsearch.texts.sources import hub_parts
 
 TAGS = ("icsearch", "indexcache", "deepseek-sparse-attention")
 _NAME = r"[\w-][\w.-]*"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from icsearch.core.pattern_file import PatternFile
+from icsearch.engines.engine import ExportError
 from icsearch.engines.export import Export, export
-from icsearch.engines.letters import ExportError
 from icsearch.engines.table import ENGINES
-from icsearch.pattern import PatternFile
 
 SHOWN = 2  # engines whose settings are written out; the others are named
 

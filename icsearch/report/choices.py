@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from icsearch.report import numbers
-from icsearch.runs.commit import Commit
-from icsearch.runs.record import RunRecord
+from icsearch.runs.record import Commit, RunRecord
 
 
 def guarantee(record: RunRecord) -> str:

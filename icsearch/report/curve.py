@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from icsearch.core.statistics import Difference
 from icsearch.report import numbers
 from icsearch.report.scales import Axis, tick_label
 from icsearch.report.view import Point, Reference, RunView
-from icsearch.statistics import Difference
 
 OFF_SCALE = 2.0  # a uniform pattern higher than this many times the curve's height is named at the edge instead
 LABEL_LINE, LABEL_LETTER = 15.0, 6.8  # pixels between lines of text, and from letter to letter

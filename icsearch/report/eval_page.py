@@ -7,23 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from icsearch.core.statistics import Difference
 from icsearch.report import numbers
-from icsearch.report.eval_view import (
-    Accuracy,
-    EvalRow,
-    EvalView,
-    Gap,
-    eval_headline,
-    gap_text,
-    perplexity,
-    smallest,
-)
+from icsearch.report.eval_view import Accuracy, EvalRow, EvalView, Gap, eval_headline, gap_text, perplexity, smallest
 from icsearch.report.parts import LegendEntry, Provenance, Tile, provenance, value_and_error
 from icsearch.report.scales import Axis, LogAxis
 from icsearch.report.scatter import ScatterPicture, SeriesStyle, scatter_picture, styles
 from icsearch.report.strips import StripsPicture, strips_picture
-from icsearch.runs.guessing import split_notes
-from icsearch.statistics import Difference
+from icsearch.runs.results import split_notes
 
 GAP_BAR = 180.0  # pixels
 PHASES = ("prefill", "decode")

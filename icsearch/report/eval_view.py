@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
+from icsearch.core.statistics import Difference
 from icsearch.report import numbers
 from icsearch.report.scales import CostScale, cost_scale
 from icsearch.runs.evaluation import excludes_clear_loss
-from icsearch.statistics import Difference
 
 WAYS = ("forced", "generated")
 

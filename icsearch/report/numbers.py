@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from icsearch.statistics import Difference
+from icsearch.core.statistics import Difference
 
 MAX_DECIMALS = 7
 

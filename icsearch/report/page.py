@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from icsearch.core.errors import IcsearchError
 from icsearch.engines.export import Export, export
-from icsearch.errors import IcsearchError
 from icsearch.report import numbers
 from icsearch.report.choices import arithmetic_note, guarantee, leaves_out, step_note, what_was_left_out
 from icsearch.report.curve import CurvePicture, comparison_picture, run_picture
@@ -21,7 +21,7 @@ from icsearch.report.refined import RefinementSection, refinement_section
 from icsearch.report.streaming import weights_sentence
 from icsearch.report.view import Point, Reference, RunView, Tie, headline, kink_sentence
 from icsearch.runs import results
-from icsearch.runs.guessing import split_notes
+from icsearch.runs.results import split_notes
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -162,7 +162,7 @@ def _environment() -> Environment:
 
     # Every string of a journal is somebody's input: autoescape is on for all templates, whatever their ending.
     environment = Environment(
-        loader=PackageLoader("icsearch", "templates"),
+        loader=PackageLoader("icsearch.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

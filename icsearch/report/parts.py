@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from icsearch.core.statistics import Difference
 from icsearch.report import numbers
-from icsearch.statistics import Difference
 
 # (title, its (key, value) pairs as text) for each group
 Provenance = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]

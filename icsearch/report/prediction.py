@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
+from icsearch.core.statistics import Difference
 from icsearch.report import numbers
 from icsearch.report.triangle import TrianglePicture, triangle_picture
 from icsearch.report.view import Reference, RunView
-from icsearch.statistics import Difference
 
 Triangle = Sequence[Sequence[float]]
 

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from icsearch.core.statistics import Difference
 from icsearch.report import numbers
 from icsearch.report.curve import Guide, retention_guides
 from icsearch.report.eval_view import EvalRow, EvalView
 from icsearch.report.scales import Axis, LogAxis, tick_label
-from icsearch.statistics import Difference
 
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 66.0, 18.0, 16.0, 62.0
 DODGE = 9.0  # pixels between patterns of different series with as many F layers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icsearch.planning.plan import format_bytes
+from icsearch.core.text import format_bytes
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import weights_read
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
 from icsearch.report import numbers
 from icsearch.report.choices import what_was_left_out
 from icsearch.report.refined import RefinementSection, refinement_section

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
 from icsearch.report.parts import LegendEntry
 from icsearch.report.scales import ShareScale, label_every, share_scale
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
+from icsearch.core.statistics import Difference
 from icsearch.report import numbers
 from icsearch.report.kink import MIN_POINTS, Kink, find_kink
 from icsearch.runs.record import RunRecord
-from icsearch.statistics import Difference
 
 SIMILARITY_METHOD = "dp-baseline"  # chooses a whole pattern: no steps, no candidates
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icsearch.errors import IcsearchError, JournalError
-from icsearch.journal import Event
-from icsearch.jsonfile import FieldError, read_object, write_object
-from icsearch.pattern import Pattern
-from icsearch.runs.eval_schema import check_document, check_later, check_start
-from icsearch.statistics import Difference, mean_loss, paired_difference, wilson_interval
+from icsearch.core.errors import IcsearchError, JournalError
+from icsearch.core.jsonfile import FieldError, read_object, write_object
+from icsearch.core.pattern import Pattern
+from icsearch.core.statistics import Difference, mean_loss, paired_difference, wilson_interval
+from icsearch.runs.journal import Event
+from icsearch.runs.schema import check_document, check_eval_start, check_later
 
 EVAL_FORMAT = "icsearch.eval/1"
 CLEAR_LOSS, HEAVY_LOSS = 0.01, 0.1  # nats per token, where a verdict's words begin
@@ -66,7 +66,7 @@ class EvalRecord:
         if self.start:
             check_later(event, self.start)
         else:
-            check_start(event)
+            check_eval_start(event)
         kind = event["event"]
         if kind == "start":
             self.start = event

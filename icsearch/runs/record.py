@@ -1,22 +1,205 @@
-"""What a run's journal says, replayed: losses and commits. Search, report and export all read a run through it."""
+"""One step of a search as its journal has it: the flip that was committed, and the flips it was chosen from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icsearch.errors import JournalError, PatternError
-from icsearch.journal import Event, Journal
-from icsearch.jsonfile import FieldError, Kind, check_fields, shown
-from icsearch.pattern import Pattern, Step
-from icsearch.runs.commit import Candidate, Commit
-from icsearch.runs.journal_schema import check_start, event_fields
-from icsearch.runs.loss_table import LossTable
+from icsearch.core.errors import JournalError, PatternError
+from icsearch.core.jsonfile import FieldError, Kind, check_fields, shown
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import Step
+from icsearch.core.statistics import Difference, mean_loss, paired_difference
+from icsearch.runs.journal import Event, Journal
 from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, OUTCOMES, Refinement
-from icsearch.runs.similarity_sums import SimilaritySums
-from icsearch.statistics import Difference
+from icsearch.runs.schema import check_run_start, event_fields
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One committed flip, and the flips it was chosen from.
+
+    `candidates` are the layers that were scored, `ties` those of them that the winner could not be told from (within
+    one paired std_err). The rest is of strategies other than exact: see `strategies.Choice`.
+    """
+
+    step: int
+    layer: int
+    pattern: str
+    candidates: tuple[int, ...]
+    ties: tuple[int, ...]
+    dropped: tuple[int, ...] = ()
+    within_margin: tuple[int, ...] = ()
+    stale: tuple[int, ...] = ()
+    violations: tuple[int, ...] = ()
+    settled: int | None = None
+    missed: bool = False
+    spared: tuple[int, ...] = ()
+
+    @classmethod
+    def from_event(cls, event: Event) -> Commit:
+        """A commit event whose fields are checked; what exact searches and old journals do not say is empty."""
+        lists = ("dropped", "within_margin", "stale", "violations", "spared")
+        return cls(
+            event["step"],
+            event["layer"],
+            event["pattern"],
+            tuple(event["candidates"]),
+            tuple(event["ties"]),
+            **{name: tuple(event.get(name) or ()) for name in lists},
+            settled=event.get("settled"),
+            missed=bool(event.get("missed")),
+        )
+
+    @property
+    def given_up(self) -> tuple[int, ...]:
+        """The candidates that were not scored on all sequences."""
+        return tuple(sorted((*self.dropped, *self.within_margin)))
+
+    def check(self, step: int, before: Pattern) -> None:
+        """Raise FieldError unless this can be that step of a search which has come to the pattern `before`."""
+        if self.step != step:
+            raise FieldError(f"step is {self.step}: expected {step}")
+        flips = {layer: before.flip(layer).letters for layer in (*self.candidates, *self.stale)}
+        scored, others = set(self.candidates), {*self.ties, *self.given_up, *self.violations}
+        if self.pattern != flips.get(self.layer) or self.layer not in scored or not scored >= others:
+            raise FieldError(f"layer, pattern and ties of step {step} do not follow from its candidates")
+        if scored & set(self.stale) or self.layer in self.given_up or not set(self.stale) >= set(self.spared):
+            raise FieldError(f"what step {step} says of its candidates does not agree")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One flip scored in a step: the layer, its loss (nats per token) and the difference to the all-F baseline.
+
+    `sequences` is the number of those that this is known on, the first ones.
+    """
+
+    step: int
+    layer: int
+    pattern: str
+    loss: float
+    difference: Difference
+    sequences: int
+
+
+class LossTable(Mapping[str, Mapping[int, float]]):
+    """`table[letters][sequence]` is the NLL or the KL of one sequence, summed over its counted tokens, in nats.
+
+    `tokens` are the counted tokens of each sequence. What is asked of a pattern that was not scored on the sequences
+    in question raises JournalError.
+    """
+
+    def __init__(self, tokens: Sequence[int] = ()) -> None:
+        self._tokens = tuple(tokens)
+        self._sums: dict[str, dict[int, float]] = {}
+
+    def __getitem__(self, letters: str) -> Mapping[int, float]:
+        return self._sums[letters]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+    def __repr__(self) -> str:
+        return f"LossTable({self._sums!r})"
+
+    def add(self, letters: str, first: int, sums: Sequence[float]) -> None:
+        """Take in the sums of the sequences from `first` on."""
+        self._sums.setdefault(letters, {}).update(enumerate(sums, start=first))
+
+    def known_sequences(self, letters: str) -> int:
+        """How many sequences a pattern was scored on, from the first one on without a gap."""
+        known = self._sums.get(letters, {})
+        return next(n for n in range(len(known) + 1) if n not in known)
+
+    def is_complete(self, letters: str) -> bool:
+        """Whether the pattern was scored on every sequence."""
+        return len(self._sums.get(letters, ())) == len(self._tokens)
+
+    def sums(self, letters: str, first: int = 0, last: int | None = None) -> list[float]:
+        """The sums of the sequences [first, last), by default all, in order."""
+        known = self._sums.get(letters, {})
+        wanted = range(first, len(self._tokens) if last is None else last)
+        if not all(sequence in known for sequence in wanted):
+            raise JournalError(f"the journal has no complete loss of {letters}: continue the run first")
+        return [known[sequence] for sequence in wanted]
+
+    def loss(self, letters: str) -> float:
+        """Nats per token over all sequences."""
+        return mean_loss(self.sums(letters), self._tokens)
+
+    def mean(self, letters: str) -> Difference:
+        """As `loss`, with its standard error over sequences."""
+        sums = self.sums(letters)
+        return paired_difference(sums, [0.0] * len(sums), self._tokens)
+
+    def difference(self, letters: str, reference: str) -> Difference:
+        """The pattern's loss minus that of `reference`, paired over all sequences."""
+        return paired_difference(self.sums(letters), self.sums(reference), self._tokens)
+
+    def known_loss(self, letters: str, most: int | None = None) -> float:
+        """Nats per token over the first sequences, as many as the pattern was scored on (at least one) or `most`."""
+        known = self._known_up_to(most, letters)
+        return mean_loss(self.sums(letters, 0, known), self._tokens[:known])
+
+    def known_difference(self, letters: str, reference: str, most: int | None = None) -> Difference:
+        """As `difference`, over the first sequences, as many as both patterns were scored on, and at most `most`."""
+        common = self._known_up_to(most, letters, reference)
+        if not common:
+            raise JournalError(f"the journal lacks losses of {letters} or {reference}: continue the run first")
+        own, others = (self.sums(name, 0, common) for name in (letters, reference))
+        return paired_difference(own, others, self._tokens[:common])
+
+    def _known_up_to(self, most: int | None, *patterns: str) -> int:
+        """How many of the first sequences all of these patterns were scored on, and at most `most`."""
+        known = [self.known_sequences(letters) for letters in patterns]
+        return min(known if most is None else [*known, most])
+
+
+@dataclass
+class SimilaritySums:
+    """Lower triangles summed over choosing queries, as they come in batch by batch.
+
+    `numerics` are those that they were measured with, where that was another run's.
+    """
+
+    cosine: list[list[float]] = field(default_factory=list)
+    overlap: list[list[float]] = field(default_factory=list)
+    sequences: int = 0
+    queries: int = 0
+    numerics: dict[str, Any] | None = None
+
+    def check(self, event: Event) -> None:
+        """Raise FieldError unless its sequences are those that come next."""
+        first, _ = event["sequences"]
+        if first != self.sequences:
+            raise FieldError(f"similarity of sequence {first} behind {self.sequences} sequences")
+
+    def add(self, event: Event) -> None:
+        """Take in an event that `check` lets through."""
+        _, last = event["sequences"]
+        self.numerics = event.get("numerics")
+        self.sequences, self.queries = last, self.queries + event["queries"]
+        self.cosine = _added(self.cosine, event["cosine"])
+        self.overlap = _added(self.overlap, event["overlap"])
+
+    def means(self) -> dict[str, Any]:
+        """`cosine` and `overlap` as means, and the number of `queries` that they are taken over."""
+        triangles = {"cosine": self.cosine, "overlap": self.overlap}
+        means = {name: [[x / self.queries for x in row] for row in rows] for name, rows in triangles.items()}
+        return {**means, "queries": self.queries}
+
+
+def _added(sums: list[list[float]], more: list[list[float]]) -> list[list[float]]:
+    if not sums:
+        return [list(row) for row in more]
+    return [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(sums, more, strict=True)]
+
 
 JOURNAL_NAME = "journal.jsonl"
 REFINING = -1  # stands for a step in `asked`: what a refinement scored on the calibration sequences
@@ -69,7 +252,7 @@ class RunRecord:
         """Raise ValueError or PatternError where the event does not fit what is before it."""
         kind = event.get("event")
         if not self.start:
-            check_start(event)
+            check_run_start(event)
         elif _is_heldout(event):
             self._check_heldout(event)
         elif kind in list(self._fields):  # a list: a damaged journal's kind may not be hashable

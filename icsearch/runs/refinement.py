@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from icsearch.journal import Event
-from icsearch.jsonfile import FieldError
-from icsearch.pattern import Pattern
+from icsearch.core.jsonfile import FieldError
+from icsearch.core.pattern import Pattern
+from icsearch.runs.journal import Event
 
 CALIBRATION_SET, HELDOUT_SET = "refine", "refine-on"  # `set` of the losses that a refinement asked for
 OUTCOMES = ("judged", "swap", "refused")

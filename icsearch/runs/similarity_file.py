@@ -8,10 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from icsearch.errors import IcsearchError, first_line
-from icsearch.files import typed_path, write_atomically
-from icsearch.journal import Event
-from icsearch.jsonfile import OBJECT, TEXT, FieldError, check_fields, optional, read_object, strict, whole, write_object
+from icsearch.core.errors import IcsearchError
+from icsearch.core.files import typed_path, write_atomically
+from icsearch.core.jsonfile import (
+    OBJECT,
+    TEXT,
+    FieldError,
+    check_fields,
+    optional,
+    read_object,
+    strict,
+    whole,
+    write_object,
+)
+from icsearch.core.text import first_line
+from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icsearch.errors import first_line
-from icsearch.listening import Passing
+from icsearch.commands.progress import Passing
+from icsearch.core.text import first_line
 from icsearch.runs.record import RunRecord
-from icsearch.search import Progress
+from icsearch.search.loop import Progress
 from icsearch.tracking.rows import MakeRow, eval_rows, run_rows
 from icsearch.tracking.trackers import RunTracker, check_trackers
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from icsearch.pattern import Pattern
-from icsearch.runs.commit import Candidate, Commit
-from icsearch.runs.record import RunRecord
+from icsearch.core.pattern import Pattern
+from icsearch.core.statistics import Difference
+from icsearch.runs.record import Candidate, Commit, RunRecord
 from icsearch.runs.refinement import Trial
-from icsearch.statistics import Difference
 
 Cell = str | int | float | None
 

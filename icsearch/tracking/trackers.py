@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icsearch.errors import IcsearchError
-from icsearch.files import make_directory
-from icsearch.jsonfile import OBJECT, TEXT, FieldError, check_fields, read_object, whole, write_object
+from icsearch.core.errors import IcsearchError
+from icsearch.core.files import make_directory
+from icsearch.core.jsonfile import OBJECT, TEXT, FieldError, check_fields, read_object, whole, write_object
 from icsearch.tracking.rows import MakeRow, Row, configuration
 
 TRACKING_FORMAT = "icsearch.tracking/1"

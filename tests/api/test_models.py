@@ -16,14 +16,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 import icsearch
 import tiny
 import tiny_families
-from icsearch.errors import ModelError, PatternError
-from icsearch.model import DsaModel
-from icsearch.pattern import Pattern, PatternFile
-from icsearch.slot import IndexerSlot
-from icsearch.specs import Target, resolve_specs
-from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.layout import inspect
-from icsearch.weights.loading import quiet_transformers
+from icsearch.commands.specs import Target, resolve_specs
+from icsearch.core.errors import ModelError, PatternError
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import PatternFile
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.layout import inspect
+from icsearch.model.loading import quiet_transformers
+from icsearch.model.model import DsaModel
+from icsearch.model.slot import IndexerSlot
 
 quiet_transformers()
 LAYERS, PROMPT, NEW = 6, 30, 12  # prompts are longer than index_topk (8)

@@ -13,11 +13,11 @@ import pytest
 
 import icsearch
 import tiny
-from icsearch import cli
 from icsearch.api.options import CalibrationOptions, EvalOptions, SearchOptions, fraction
-from icsearch.pattern import num_full
-from icsearch.requests import CalibrationRequest, EvalRequest, GreedyRequest
-from icsearch.resources import demo_checkpoint
+from icsearch.cli import app
+from icsearch.commands.requests import CalibrationRequest, EvalRequest, GreedyRequest
+from icsearch.core.files import demo_checkpoint
+from icsearch.core.pattern import num_full
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: object) -> None:
-    assert cli._run([*map(str, arguments), "--quiet"], debug=True) == 0
+    assert app._run([*map(str, arguments), "--quiet"], debug=True) == 0
 
 
 def document(path: Path) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def test_calibrate_is_the_commands(glm_checkpoint: Path, tmp_path: Path) -> None
     assert made.input_ids.shape == (3, 32)
     sizes = ["--seq-len", 32, "--num-sequences", 3, "--seed", 5]
     assert (
-        cli._run([*map(str, ["calibrate", glm_checkpoint, "demo", "--out", tmp_path / "command", *sizes])], True) == 0
+        app._run([*map(str, ["calibrate", glm_checkpoint, "demo", "--out", tmp_path / "command", *sizes])], True) == 0
     )
     for name in ("calibration.safetensors", "calibration.json"):
         assert (tmp_path / "api" / name).read_bytes() == (tmp_path / "command" / name).read_bytes()
@@ -120,7 +120,7 @@ def test_export_takes_a_result_a_file_and_a_run(glm_checkpoint: Path, few: Path,
 
 def test_export_takes_a_published_pattern_as_the_command_does(capsys: pytest.CaptureFixture[str]) -> None:
     name = "published:demo-greedy"
-    assert cli._run(["export", name, "--engine", "vllm"], debug=True) == 0
+    assert app._run(["export", name, "--engine", "vllm"], debug=True) == 0
     assert capsys.readouterr().out == f"{icsearch.export_pattern(name, 'vllm').text}\n"
     with pytest.raises(icsearch.IcsearchError, match="known are"):
         icsearch.export_pattern("published:gpt", "vllm")
@@ -139,7 +139,7 @@ def test_export_for_a_pipeline_is_the_commands(repair: str | None, capsys: pytes
         2,
         *(["--repair", repair] if repair else []),
     ]
-    assert cli._run([*map(str, ["export", name, "--engine", "sglang", *options])], debug=True) == 0
+    assert app._run([*map(str, ["export", name, "--engine", "sglang", *options])], debug=True) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{made.text}\n"
     warnings = [line.removeprefix("warning: ") for line in shown.err.splitlines() if line.startswith("warning: ")]
@@ -169,7 +169,7 @@ def test_a_checkpoint_is_the_commands(glm_checkpoint: Path, few: Path, tmp_path:
     icsearch.find_pattern(glm_checkpoint, few, run, num_shared=3)
     made = icsearch.export_checkpoint(run, tmp_path / "api", retention="4/6", drop_indexers=True)
     options = ["--retention", "4/6", "--drop-indexers"]
-    assert cli._run([*map(str, ["export", run, "--checkpoint", tmp_path / "command", *options])], debug=True) == 0
+    assert app._run([*map(str, ["export", run, "--checkpoint", tmp_path / "command", *options])], debug=True) == 0
     names = sorted(path.name for path in (tmp_path / "command").iterdir())
     assert names == sorted(path.name for path in made.out.iterdir())
     assert all((made.out / name).read_bytes() == (tmp_path / "command" / name).read_bytes() for name in names)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from icsearch import cli
+from icsearch.cli import app
 
 LONGEST_LINE = 400  # characters, without the directory that the test works in
 NOBODY = 65534
@@ -144,7 +144,7 @@ class Place:
         before = tree(self.root)
         capfd.readouterr()
         with as_nobody(*owned) if nobody else contextlib.nullcontext():
-            status = cli._run(list(words), debug=False)
+            status = app._run(list(words), debug=False)
         out, err = capfd.readouterr()
         line = self.one_line(status, out, err, row)
         assert tree(self.root) == before

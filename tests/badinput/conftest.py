@@ -11,7 +11,7 @@ from types import FrameType
 import pytest
 
 from bad_input import Good, Place
-from icsearch import cli
+from icsearch.cli import app
 
 PATIENCE = 60.0  # seconds of one process's work; the slowest refusal takes one
 
@@ -28,7 +28,7 @@ def good(glm_checkpoint: Path, tokens: Path, tmp_path_factory: pytest.TempPathFa
     }
     for command, more in commands.items():
         out = ("--out", str(folder / command))
-        assert cli._run([command, str(glm_checkpoint), *fixed, *out, *more], debug=True) == 0
+        assert app._run([command, str(glm_checkpoint), *fixed, *out, *more], debug=True) == 0
     return Good(glm_checkpoint, tokens, *(folder / command for command in commands))
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from conftest import within
-from icsearch.errors import IcsearchError
+from icsearch.core.errors import IcsearchError
 
 FEW, MANY = 60, 600
 SECONDS = 20.0  # of work for one example, before it counts as one without end

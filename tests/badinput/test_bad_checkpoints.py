@@ -293,9 +293,9 @@ def test_configs_to_plan_for(place: Place, capfd: pytest.CaptureFixture[str], ca
 
 
 def test_the_config_to_plan_for_is_fine_without_changes(place: Place, capfd: pytest.CaptureFixture[str]) -> None:
-    from icsearch import cli
+    from icsearch.cli import app
 
-    assert cli._run(["plan", str(place.json("config.json", GLM))], debug=False) == 0
+    assert app._run(["plan", str(place.json("config.json", GLM))], debug=False) == 0
 
 
 # --- tokenizers ---

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 
 from bad_input import Place, Row, Words
-from icsearch.engines.backbone import Backbone
-from icsearch.engines.importing import import_pattern
-from icsearch.errors import IcsearchError
+from icsearch.core.errors import IcsearchError
+from icsearch.engines.read import import_pattern
+from icsearch.model.config import Backbone
 from mutations import few, texts, within
 
 SIX = ("--layers", 6)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bad_input import Place, Row, Words
-from icsearch import cli
+from icsearch.cli import app
 
 HUGE = "9" * 400
 SEARCH: dict[str, tuple[tuple[object, ...], str, str]] = {
@@ -290,7 +290,7 @@ def test_odd_names_are_names(place: Place, capfd: pytest.CaptureFixture[str], na
     out = place.root / "here" / name / "run"
     shutil.copytree(place.good.greedy, out)
     for words in (("export", out, "--engine", "vllm"), ("report", out, "--out", out.parent / "page.html")):
-        assert cli._run([str(word) for word in words], debug=False) == 0, capfd.readouterr()
+        assert app._run([str(word) for word in words], debug=False) == 0, capfd.readouterr()
     assert (out.parent / "page.html").stat().st_size > 1000
 
 
@@ -303,6 +303,6 @@ def test_a_search_in_an_odd_place(place: Place, capfd: pytest.CaptureFixture[str
     )
     words = list(place.greedy("--num-shared", 3, model=model, tokens=tokens))
     words[words.index("out")] = odd / "run"
-    assert cli._run([str(word) for word in words], debug=False) == 0, capfd.readouterr()
+    assert app._run([str(word) for word in words], debug=False) == 0, capfd.readouterr()
     found, expected = (path / "curve.csv" for path in (odd / "run", place.good.greedy))
     assert found.read_bytes() == expected.read_bytes()

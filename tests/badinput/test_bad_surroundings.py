@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bad_input import Good, Place, Row, Words
-from icsearch import cli
+from icsearch.cli import app
 
 # --- permissions ---
 
@@ -125,7 +125,7 @@ def icsearch(
     *words: object, environment: Mapping[str, str | None] | None = None, shell: str | None = None, **more: object
 ) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own; None takes a variable away. `shell`, such as `"$@" >&-`, runs it."""
-    changes = {"PYTHONPATH": str(Path(cli.__file__).parents[2]), **(environment or {})}
+    changes = {"PYTHONPATH": str(Path(app.__file__).parents[2]), **(environment or {})}
     variables = {**os.environ, **{name: value for name, value in changes.items() if value is not None}}
     for name, value in changes.items():
         if value is None:
@@ -177,7 +177,7 @@ def test_tables_in_odd_terminals(
     searched = ("greedy", place.good.checkpoint, "--calibration", place.good.tokens, "--num-shared", 3)
     fixed = ("--out", place.good.greedy, "--batch-size", 2, "--threads", 1)
     for words in ((*searched, *fixed), ("plan", "demo"), ("--help",), ("greedy", "--help")):
-        assert cli._run([str(word) for word in words], debug=False) == 0, capfd.readouterr().err
+        assert app._run([str(word) for word in words], debug=False) == 0, capfd.readouterr().err
 
 
 STREAMS: dict[str, tuple[str, str, int]] = {

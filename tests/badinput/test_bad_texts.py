@@ -204,10 +204,10 @@ CACHE_DAMAGE: dict[str, tuple[dict[str, Any] | str, str, str]] = {
 
 @pytest.mark.parametrize("case", CACHE_DAMAGE)
 def test_a_cache_that_is_another(place: Place, capfd: pytest.CaptureFixture[str], case: str) -> None:
-    from icsearch import cli
+    from icsearch.cli import app
 
     change, found, todo = CACHE_DAMAGE[case]
-    assert cli._run([str(word) for word in place.calibrate("demo")], debug=True) == 0
+    assert app._run([str(word) for word in place.calibrate("demo")], debug=True) == 0
     manifest = place.root / "out" / "calibration.json"
     changed = change if isinstance(change, str) else json.dumps({**json.loads(manifest.read_text()), **change})
     manifest.write_text(changed)

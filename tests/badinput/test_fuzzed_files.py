@@ -16,22 +16,22 @@ from hypothesis import strategies as st
 
 from bad_input import Good
 from eval_fixtures import MadeUpEval, eval_events, made_up_document
-from icsearch.calibration import check, load, tokenizer_fingerprint
-from icsearch.calibration.batches import Limits
+from icsearch.calibration.batches import Limits, check, tokenizer_fingerprint
+from icsearch.calibration.cache import load
+from icsearch.core.jsonfile import strict
+from icsearch.core.pattern_file import load_pattern_file
 from icsearch.engines.export import export
 from icsearch.engines.table import ENGINES
-from icsearch.journal import Journal
-from icsearch.jsonfile import strict
-from icsearch.pattern import load_pattern_file
+from icsearch.model import layout
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.loading import load_tokenizer
+from icsearch.model.shards import Shards
 from icsearch.planning.modelfile import open_model_file
-from icsearch.report import write_report
+from icsearch.report.write import write_report
 from icsearch.runs.evaluation import EvalRecord, load_eval
+from icsearch.runs.journal import Journal
 from icsearch.runs.record import load_run
 from icsearch.runs.similarity_file import read_similarity
-from icsearch.weights import layout
-from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.loading import load_tokenizer
-from icsearch.weights.shards import Shards
 from mutations import damaged, documents, few, many, reads_or_refuses, texts
 from run_fixtures import MadeUpRun, events
 
@@ -156,7 +156,7 @@ def test_evaluations(how: Any, tmp_path: Path, outcomes: Outcomes) -> None:
 @pytest.fixture(scope="module")
 def described(good: Good, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokens and their manifest."""
-    from icsearch.calibration.directory import save
+    from icsearch.calibration.cache import save
 
     directory = tmp_path_factory.mktemp("tokens")
     save(load(good.tokens), directory)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bad_input import Place, Row
-from icsearch import cli
+from icsearch.cli import app
 
 TOP = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("icsearch", "checkpoint", "benchmarks") for path in (TOP / folder).rglob("*.py"))
@@ -121,10 +121,10 @@ def test_pickles_beside_the_weights_are_not_loaded(place: Place) -> None:
     for name in names:
         (model / name).write_bytes(bomb)
     (model / "pytorch_model.bin.index.json").write_text('{"weight_map": {"lm_head.weight": "pytorch_model.bin"}}')
-    assert cli._run([str(word) for word in place.calibrate("demo", model=model)], debug=True) == 0
+    assert app._run([str(word) for word in place.calibrate("demo", model=model)], debug=True) == 0
     words = [str(word) for word in place.greedy("--num-shared", 1, model=model)]
     words[words.index("out")] = "run"
-    assert cli._run(words, debug=True) == 0
+    assert app._run(words, debug=True) == 0
     assert not (place.root / "mark").exists()
 
 
@@ -212,7 +212,7 @@ def test_files_named_in_a_run_are_not_opened(place: Place, opened: Opened) -> No
     try:
         for words in (place.report(run, evaluation), place.export(run), place.greedy("--num-shared", 3)):
             given = [str(run) if word == "out" else str(word) for word in words]
-            assert cli._run(given, debug=True) == 0
+            assert app._run(given, debug=True) == 0
     finally:
         opened.watching = False
     assert opened.paths  # the hook does hear
@@ -237,7 +237,7 @@ def test_markup_in_a_run_is_text_in_its_report(place: Place) -> None:
     document["model"]["name_or_path"] = document["rows"][1]["name"] = document["rows"][1]["verdict"] = MARKUP
     document["gaps"] = []
     (evaluation / "eval.json").write_text(json.dumps(document))
-    assert cli._run([str(word) for word in place.report(run, evaluation)], debug=True) == 0
+    assert app._run([str(word) for word in place.report(run, evaluation)], debug=True) == 0
     page = (place.root / "page.html").read_text()
     assert "alert(1)" in page  # it is shown
     assert "<script>alert" not in page and "<img src=x" not in page

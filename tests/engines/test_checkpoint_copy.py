@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from icsearch.engines import checkpoint_copy
-from icsearch.engines.checkpoint_copy import (
+from icsearch.engines import copy as copying
+from icsearch.engines.copy import (
     Copied,
     CopyError,
     check_outside,
@@ -25,7 +25,7 @@ from icsearch.engines.checkpoint_copy import (
     plan_copy,
     whole_directory,
 )
-from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.model.checkpoint import open_checkpoint
 
 NEW = {"config.json": '{"new": true}\n'}
 
@@ -144,7 +144,7 @@ def test_on_another_file_system_it_is_copied(source: Path, tmp_path: Path) -> No
 def test_room_is_looked_at_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the free space that the system reports; here it reports very little."""
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
-    monkeypatch.setattr(checkpoint_copy.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(copying.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CopyError, match=r"has 100 B free, and the copy needs 1\.0 MB .*1 shard rewritten"):
         copy(source, tmp_path / "out", {"model-2.safetensors": {"2.spare"}})
     assert {path.name for path in tmp_path.iterdir()} == {"source"}
@@ -155,8 +155,8 @@ def test_a_file_that_cannot_be_written_leaves_nothing(source: Path, tmp_path: Pa
     (source / "tokenizer.json").write_bytes(bytes(10**6))
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from pathlib import Path; from icsearch.engines.checkpoint_copy import *\n"
-        "from icsearch.weights.checkpoint import open_checkpoint\n"
+        "from pathlib import Path; from icsearch.engines.copy import *\n"
+        "from icsearch.model.checkpoint import open_checkpoint\n"
         "source, out = map(Path, sys.argv[1:])\n"
         "plan = plan_copy(open_checkpoint(str(source)), {}, {})\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))\n"
@@ -171,7 +171,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(source: Path, tmp_path: Pa
 
 def test_a_killed_process_leaves_no_copy_and_the_next_one_tidies_up(source: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys; from pathlib import Path; from icsearch.engines.checkpoint_copy import *\n"
+        "import os, signal, sys; from pathlib import Path; from icsearch.engines.copy import *\n"
         "with whole_directory(Path(sys.argv[1])) as directory:\n"
         "    (directory / 'half').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )

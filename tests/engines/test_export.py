@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from engine_files import LETTERS, pattern_file
+from icsearch.core.errors import PatternError
+from icsearch.core.pattern import Pattern
+from icsearch.engines.engine import ExportError, decoder_letters
 from icsearch.engines.export import export
-from icsearch.engines.letters import ExportError, decoder_letters
 from icsearch.engines.table import ENGINES
-from icsearch.errors import PatternError
-from icsearch.pattern import Pattern
 from icsearch.runs import results
 from run_fixtures import MadeUpRun, write_run
 

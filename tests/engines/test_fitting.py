@@ -11,14 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from engine_files import LETTERS, pattern_file
-from icsearch.engines.export import export
-from icsearch.engines.fitting import with_config
-from icsearch.engines.letters import ExportError
-from icsearch.engines.writing import write_file
-from icsearch.exporting import ExportRequest, engine_settings
-from icsearch.jsonfile import write_object
-from icsearch.pattern import PatternFile, load_pattern_file
-from icsearch.resources import published_patterns
+from icsearch.commands.export import ExportRequest, engine_settings
+from icsearch.core.files import published_patterns
+from icsearch.core.jsonfile import write_object
+from icsearch.core.pattern_file import PatternFile, load_pattern_file
+from icsearch.engines.engine import ExportError
+from icsearch.engines.export import export, with_config, write_file
 
 N = len(LETTERS)
 CONFIG = {"model_type": "glm_moe_dsa", "num_hidden_layers": N, "hidden_size": 64}

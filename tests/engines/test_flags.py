@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch.engines.backbone import Backbone
-from icsearch.engines.flags import HF_OVERRIDES, SGLANG_ARGS, has_flag, parse_flags
-from icsearch.engines.importing import import_pattern, is_engine_source
-from icsearch.errors import IcsearchError, PatternError
+from icsearch.core.errors import IcsearchError, PatternError
+from icsearch.engines.read import HF_OVERRIDES, SGLANG_ARGS, has_flag, import_pattern, is_engine_source, parse_flags
+from icsearch.model.config import Backbone
 
 FOUR = Backbone.alike(4)
 SERVE = "vllm serve MODEL -tp 8"

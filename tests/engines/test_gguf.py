@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icsearch.engines.backbone import EngineConfigError
-from icsearch.engines.gguf_file import read_gguf, write_gguf
-from icsearch.engines.importing import import_pattern
-from icsearch.engines.keys import GGUF_KEY
+from icsearch.engines.engine import GGUF_KEY
+from icsearch.engines.gguf import read_gguf, write_gguf
+from icsearch.engines.read import import_pattern
+from icsearch.model.config import EngineConfigError
 
 LAYERS = 4
 

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch.engines.backbone import Backbone, read_backbone
-from icsearch.engines.importing import import_pattern, is_engine_source
-from icsearch.errors import IcsearchError, PatternError
-from icsearch.jsonfile import write_object
-from icsearch.pattern import load_pattern_file
-from icsearch.resources import published_patterns
+from icsearch.core.errors import IcsearchError, PatternError
+from icsearch.core.files import published_patterns
+from icsearch.core.jsonfile import write_object
+from icsearch.core.pattern_file import load_pattern_file
+from icsearch.engines.read import import_pattern, is_engine_source
+from icsearch.model.config import Backbone, read_backbone
 
 GLM = {"model_type": "glm_moe_dsa", "num_hidden_layers": 6}
 SIX = Backbone.alike(6)

@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_files import pattern_file
-from icsearch.engines.backbone import Backbone, read_backbone
+from icsearch.core.errors import PatternError
+from icsearch.engines.engine import ExportError
 from icsearch.engines.export import Export, export
-from icsearch.engines.importing import import_pattern
-from icsearch.engines.letters import ExportError
-from icsearch.engines.readers import notes
-from icsearch.errors import PatternError
+from icsearch.engines.native import notes
+from icsearch.engines.read import import_pattern
+from icsearch.model.config import Backbone, read_backbone
 
 M3 = "minimax_m3_vl"
 DENSE_FIRST = Backbone(8, (2, 3, 4, 6, 7), M3, wrapper=True)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 import fp8_fixtures
 import icsearch
 import tiny
+from icsearch.core.errors import IcsearchError
+from icsearch.core.pattern_file import load_pattern_file
 from icsearch.engines.native import NativeRequest, export_checkpoint
-from icsearch.errors import IcsearchError
-from icsearch.pattern import load_pattern_file
-from icsearch.weights.checkpoint import INDEX_NAME, fingerprint, open_checkpoint
+from icsearch.model.checkpoint import INDEX_NAME, fingerprint, open_checkpoint
 from native_fixtures import LAYERS, LETTERS, NATIVE, auto_class, save_native, save_pattern
 
 SHARED = [layer for layer, letter in enumerate(LETTERS) if letter == "S"]

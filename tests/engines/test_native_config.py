@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GlmMoeDsaConfig, HYV4Config
 
-from icsearch.engines.indexer_weights import indexers_by_layer
-from icsearch.engines.native_config import declared_shared, edit_config, native_keys, num_hidden_layers
-from icsearch.errors import IcsearchError
+from icsearch.core.errors import IcsearchError
+from icsearch.engines.native import declared_shared, edit_config, indexers_by_layer, native_keys, num_hidden_layers
 
 letters = st.text("FS", max_size=20).map(lambda tail: "F" + tail)
 

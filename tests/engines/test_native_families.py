@@ -12,14 +12,12 @@ import transformers
 
 import icsearch
 import tiny_families
-from icsearch.engines.indexer_weights import indexers_by_layer
-from icsearch.engines.native import NativeRequest, export_checkpoint
-from icsearch.engines.readers import LOAD_WITHOUT_INDEXERS
+from icsearch.core.errors import IcsearchError
+from icsearch.engines.native import LOAD_WITHOUT_INDEXERS, NativeRequest, export_checkpoint, indexers_by_layer
 from icsearch.engines.table import TRANSFORMERS
-from icsearch.errors import IcsearchError
-from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.header import read_header
-from icsearch.weights.layout import Layout, inspect
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.header import read_header
+from icsearch.model.layout import Layout, inspect
 from native_fixtures import save_pattern
 
 OTHER_NAMES = ("minimax_m3_vl",)  # files in which no module is called indexer

@@ -11,13 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_files import pattern_file
-from icsearch.engines.export import export
-from icsearch.engines.letters import ExportError
-from icsearch.engines.losses import flip_costs, losses_of_file, losses_of_run
-from icsearch.engines.repair import add_full, move_full
-from icsearch.engines.serving import Serving
-from icsearch.engines.stages import split_front, stages_on_shared
-from icsearch.pattern import Pattern, PatternFile, Step
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import PatternFile, Step
+from icsearch.engines.engine import ExportError
+from icsearch.engines.export import Serving, export
+from icsearch.engines.pipeline import (
+    add_full,
+    flip_costs,
+    losses_of_file,
+    losses_of_run,
+    move_full,
+    split_front,
+    stages_on_shared,
+)
 from icsearch.runs import results
 from run_fixtures import MadeUpRun, write_run
 

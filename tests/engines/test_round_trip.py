@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch.engines.backbone import Backbone
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import PatternFile
+from icsearch.engines.engine import MEGATRON, MINIMAX_M3, ExportError
 from icsearch.engines.export import export
-from icsearch.engines.importing import import_pattern
-from icsearch.engines.letters import ExportError
-from icsearch.engines.schedule import MEGATRON, MINIMAX_M3
+from icsearch.engines.read import import_pattern
 from icsearch.engines.table import ENGINES
-from icsearch.pattern import Pattern, PatternFile
+from icsearch.model.config import Backbone
 
 MODEL_TYPES = [None, "glm_moe_dsa", "deepseek_v32", "hy_v4", "mistral_large4", "deepseek_v4", "dots3_note"]
 TWO_NUMBERS = ("vllm", "minimax_m3_vl")  # the family that an engine reads no letters for
@@ -98,7 +98,7 @@ def test_flags_may_be_pasted_with_others_around_them(file: PatternFile) -> None:
 
 
 def test_a_written_pattern_file_loads_again(tmp_path: Path) -> None:
-    from icsearch.pattern import load_pattern_file
+    from icsearch.core.pattern_file import load_pattern_file
 
     found = import_pattern("freq:4", "megatron", Backbone.alike(6))
     found.pattern_file("freq:4").save(tmp_path / "pattern.json")

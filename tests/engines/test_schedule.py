@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch.engines.schedule import ASCEND_V4, ATOM, COMMON, MEGATRON, MINIMAX_M3, Schedule
+from icsearch.engines.engine import ASCEND_V4, ATOM, MEGATRON, MINIMAX_M3
+from icsearch.model.config import COMMON, Schedule
 
 RULES = [COMMON, ATOM, MEGATRON, ASCEND_V4]
 patterns = st.text("FS", max_size=20).map(lambda tail: "F" + tail)

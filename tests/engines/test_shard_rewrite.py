@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from icsearch.engines import shard_rewrite
-from icsearch.engines.shard_rewrite import rewrite_shard, rewritten_bytes
-from icsearch.errors import ModelError, ShardError
-from icsearch.weights.header import BITS, Entry, make_header, read_header
+from icsearch.core.errors import ModelError, ShardError
+from icsearch.engines import copy
+from icsearch.engines.copy import rewrite_shard, rewritten_bytes
+from icsearch.model.header import BITS, Entry, make_header, read_header
 
 RANDOM = torch.Generator().manual_seed(0)
 TENSORS = {
@@ -68,7 +68,7 @@ def test_all_lie_aligned_whatever_the_source(tmp_path: Path) -> None:
 
 
 def test_a_small_buffer_is_enough(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_rewrite, "_BUFFER_BYTES", 5)
+    monkeypatch.setattr(copy, "_BUFFER_BYTES", 5)
     rewrite_shard(source, tmp_path / "target", ["half"])
     assert load_file(tmp_path / "target").keys() == TENSORS.keys() - {"half"}
 
@@ -99,7 +99,7 @@ def test_a_source_that_ends_while_it_is_read(source: Path, tmp_path: Path, monke
         os.truncate(source, source.stat().st_size - 1)
         return make_header(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(shard_rewrite, "make_header", cut_and_make)
+    monkeypatch.setattr(copy, "make_header", cut_and_make)
     with pytest.raises(ShardError, match="ends 1 bytes early"):
         rewrite_shard(source, tmp_path / "target", [])
 

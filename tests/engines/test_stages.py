@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_files import pattern_file
+from icsearch.core.pattern import Pattern
+from icsearch.engines.engine import ExportError
 from icsearch.engines.export import export
-from icsearch.engines.letters import ExportError
-from icsearch.engines.stages import (
+from icsearch.engines.pipeline import (
     aligned_partition,
     serving_sizes,
     split_front,
@@ -17,7 +18,6 @@ from icsearch.engines.stages import (
     stage_starts,
     stages_on_shared,
 )
-from icsearch.pattern import Pattern
 
 patterns = st.text("FS", max_size=20).map(lambda tail: "F" + tail)
 

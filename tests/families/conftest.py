@@ -9,9 +9,9 @@ import pytest
 from family_batches import Made
 
 import tiny_families
-from icsearch.model import DsaModel
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.model import loading
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.model import DsaModel
 
 loading.quiet_transformers()
 

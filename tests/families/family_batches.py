@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from icsearch.block import Batch, cut_batches
+from icsearch.sweep.branches import Batch, cut_batches
 from tiny import VOCABULARY
 
 LENGTH = 40

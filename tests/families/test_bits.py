@@ -14,15 +14,15 @@ from family_batches import Made, random_batches, random_ids
 
 import icsearch
 import tiny_families
-from icsearch.families.attention import Core
-from icsearch.model import DsaModel
-from icsearch.pattern import Pattern
-from icsearch.similarity import SimilaritySweep, direct_similarity
-from icsearch.slot import IndexerSlot, SelectionStore
-from icsearch.sweep import Sweeper, naive_nll
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.layout import inspect
+from icsearch.core.pattern import Pattern
+from icsearch.model import loading
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.families.attention import Core
+from icsearch.model.layout import inspect
+from icsearch.model.model import DsaModel
+from icsearch.model.slot import IndexerSlot, SelectionStore
+from icsearch.sweep.similarity import SimilaritySweep, direct_similarity
+from icsearch.sweep.sweep import Sweeper, naive_nll
 
 LAYERS = {"dots3_note": (0, 2, 3), "deepseek_v4": (1, 3, 4), "glm5_next": (0, 2, 4), "minimax_m3_vl": (1, 2, 3)}
 LAYERS |= {"qwen4_exp": (1, 2, 3)}

@@ -14,14 +14,13 @@ from test_commands import BLOCKWISE
 from torch.nn import functional
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaIndexer
 
-from icsearch import block_sizes, ops
-from icsearch.model import DsaModel
-from icsearch.pattern import Pattern
-from icsearch.similarity import SimilaritySweep
-from icsearch.sweep import Sweeper, naive_nll
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.layout import inspect
+from icsearch.core.pattern import Pattern
+from icsearch.model import block_sizes, loading, ops
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.layout import inspect
+from icsearch.model.model import DsaModel
+from icsearch.sweep.similarity import SimilaritySweep
+from icsearch.sweep.sweep import Sweeper, naive_nll
 from ties import broken_by_our_rule
 
 OTHERS = sorted(BLOCKWISE - {"deepseek_v32", "glm_moe_dsa"})  # these two have tests of their own

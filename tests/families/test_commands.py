@@ -14,12 +14,12 @@ from test_bits import LAYERS
 
 import tiny
 import tiny_families
-from icsearch import cli
-from icsearch.block import cut_batches
-from icsearch.pattern import Pattern
-from icsearch.sweep import naive_nll
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.cli import app
+from icsearch.core.pattern import Pattern
+from icsearch.model import loading
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.sweep.branches import cut_batches
+from icsearch.sweep.sweep import naive_nll
 
 KEPT = {"deepseek_v4": 15, "glm5_next": 9, "minimax_m3_vl": 12, "qwen4_exp": 9}  # others: index_topk, 8
 BLOCKWISE = {"axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "mistral_large4"}
@@ -36,7 +36,7 @@ one_quickly = pytest.mark.parametrize(
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """The command in this process: status, stdout, stderr."""
     capsys.readouterr()
-    status = cli._run([str(argument) for argument in arguments], debug=False)
+    status = app._run([str(argument) for argument in arguments], debug=False)
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 
@@ -62,7 +62,7 @@ def searched(checkpoint: Path, tokens: Path, tmp_path_factory: pytest.TempPathFa
     """A finished search that shares two layers."""
     out = tmp_path_factory.mktemp("searched") / "run"
     arguments = ["greedy", *fixed(checkpoint, tokens, out, "--num-shared", 2)]
-    assert cli._run([str(one) for one in arguments], debug=False) == 0
+    assert app._run([str(one) for one in arguments], debug=False) == 0
     return out
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from icsearch.cost import ModelShape
-from icsearch.errors import ModelError
-from icsearch.families.decoder import decoder_layers
+from icsearch.core.errors import ModelError
+from icsearch.model.families.decoder import decoder_layers
+from icsearch.model.shape import ModelShape
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,18 @@ from family_batches import Made, random_batches, random_ids
 from test_bits import all_patterns, stock
 from test_commands import fixed, pattern_of, refused
 
-from icsearch import cli
-from icsearch.block import LayerBlock
-from icsearch.errors import ModelError, OutOfMemoryError, ShardError
-from icsearch.families.handed import Handed, hand_on, map_tensors, take_up, tensors_of
-from icsearch.pattern import Pattern
-from icsearch.planning.plan import format_bytes
-from icsearch.resting import InCpuMemory
-from icsearch.similarity import SimilaritySweep, direct_similarity
-from icsearch.slot import SelectionStore
-from icsearch.sweep import Sweeper, naive_nll
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.layout import inspect
+from icsearch.cli import app
+from icsearch.core.errors import ModelError, OutOfMemoryError, ShardError
+from icsearch.core.pattern import Pattern
+from icsearch.core.text import format_bytes
+from icsearch.model import loading
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.families.handed import Handed, hand_on, map_tensors, take_up, tensors_of
+from icsearch.model.layout import inspect
+from icsearch.model.slot import SelectionStore
+from icsearch.sweep.branches import InCpuMemory, LayerBlock
+from icsearch.sweep.similarity import SimilaritySweep, direct_similarity
+from icsearch.sweep.sweep import Sweeper, naive_nll
 from several import launched, torchrun
 
 # Layers 2 and 3 use the latents of 0 and 1, one of which has RoPE; and a source that is replaced by a later one.
@@ -121,7 +120,7 @@ def test_a_pipeline_and_streamed_weights(made: Made, tokens: Path, tmp_path: Pat
     checkpoint, options = made("mistral_large4", **SHARING[0]), ["--num-shared", 2, "--stages", 1]
     for out, more in (("alone", []), ("streamed", ["--offload", "disk"])):
         arguments = ["greedy", *fixed(checkpoint, tokens, tmp_path / out, *options, *more)]
-        assert cli._run([str(one) for one in arguments], debug=False) == 0
+        assert app._run([str(one) for one in arguments], debug=False) == 0
     result = launched(torchrun(2), ["greedy", *fixed(checkpoint, tokens, tmp_path / "two", *options, "--pp", 2)])
     assert result.returncode == 0, result.stderr
     steps = [pattern_of(tmp_path / out)["steps"] for out in ("alone", "streamed", "two")]

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_bits import all_patterns, stock
 
-from icsearch.model import DsaModel
-from icsearch.pattern import Pattern
-from icsearch.sweep import Sweeper, naive_nll
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.core.pattern import Pattern
+from icsearch.model import loading
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.model import DsaModel
+from icsearch.sweep.sweep import Sweeper, naive_nll
 
 TYPES = {"F": "full", "S": "shared"}
 

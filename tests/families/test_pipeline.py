@@ -9,7 +9,7 @@ from family_batches import Made
 from test_commands import fixed, pattern_of
 
 import tiny_families
-from icsearch import cli
+from icsearch.cli import app
 from several import launched, torchrun
 
 pytestmark = pytest.mark.alone
@@ -21,7 +21,7 @@ def test_a_pipeline_of_two(made: Made, tokens: Path, tmp_path: Path, family: str
     """Hidden states of several streams, selections of every form, and token ids go, or come, where they are needed."""
     options = ["--num-shared", 2, "--stages", 1]
     alone = ["greedy", *fixed(made(family), tokens, tmp_path / "alone", *options)]
-    assert cli._run([str(one) for one in alone], debug=False) == 0
+    assert app._run([str(one) for one in alone], debug=False) == 0
     result = launched(torchrun(2), ["greedy", *fixed(made(family), tokens, tmp_path / "two", *options, "--pp", 2)])
     assert result.returncode == 0, result.stderr
     found, expected = pattern_of(tmp_path / "two"), pattern_of(tmp_path / "alone")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from icsearch.errors import ModelError
-from icsearch.families.selection import index_heads, read_form
-from icsearch.losses import selection_overlap
+from icsearch.core.errors import ModelError
+from icsearch.model.families.selection import index_heads, read_form
+from icsearch.sweep.losses import selection_overlap
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_heads() -> None:
 def test_bytes_are_what_a_selection_takes(checkpoint: Any, dsa: Any) -> None:
     from family_batches import LENGTH, random_batches
 
-    from icsearch.sweep import Sweeper
-    from icsearch.weights.checkpoint import open_checkpoint
-    from icsearch.weights.layout import inspect
+    from icsearch.model.checkpoint import open_checkpoint
+    from icsearch.model.layout import inspect
+    from icsearch.sweep.sweep import Sweeper
 
     (batch,), form = random_batches(2), inspect(open_checkpoint(str(checkpoint))).selection
     selections: list[torch.Tensor] = []

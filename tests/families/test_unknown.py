@@ -16,11 +16,11 @@ from test_commands import fixed, pattern_of, refused, run
 
 import icsearch
 import tiny
-from icsearch.model import DsaModel
-from icsearch.pattern import Pattern
-from icsearch.sweep import Sweeper, naive_nll
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.core.pattern import Pattern
+from icsearch.model import loading
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.model import DsaModel
+from icsearch.sweep.sweep import Sweeper, naive_nll
 
 CODE = Path(toy_code.__file__)
 REMOTE = "--trust-remote-code"

@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icsearch import cli
-from icsearch.journal import Event, Journal
+from icsearch.cli import app
+from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import load_run
 
 PRELOAD = (
-    "icsearch.greedy",
-    "icsearch.baseline",
-    "icsearch.evaluate",
+    "icsearch.commands.greedy",
+    "icsearch.commands.baseline",
+    "icsearch.commands.evaluate",
     "icsearch.report.png",
     "jinja2",
     "matplotlib.figure",
@@ -133,7 +133,7 @@ def command(arguments: Sequence[str], before: Before | None = None) -> None:
     sys.argv = ["icsearch", *arguments]
     if before is not None:
         before()
-    cli.main()
+    app.main()
 
 
 def command_in_fork(arguments: Sequence[str], log: Path) -> Ended:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fault_harness import Case, Commands, outcome
-from icsearch.journal import Journal
+from icsearch.runs.journal import Journal
 
 pytestmark = pytest.mark.alone
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fault_harness import Commands, count_operations, kill_at_operation
-from icsearch.resources import published_patterns
+from icsearch.core.files import published_patterns
 from test_faults_disk import limit_file_size
 from test_faults_moments import ENDS, end_after
 

@@ -19,24 +19,25 @@ import torch
 
 import tiny
 from fault_harness import Case, Commands, command, outcome, scored_twice
-from icsearch import cli, measures, model
-from icsearch.block import Batch, BranchState, cut_batches
-from icsearch.errors import OutOfMemoryError
-from icsearch.journal import Journal
-from icsearch.memory import is_out_of_memory, out_of_memory
-from icsearch.pattern import Pattern
-from icsearch.progress import Quiet
-from icsearch.requests import CalibrationRequest
+from icsearch.cli import app
+from icsearch.commands.progress import Quiet
+from icsearch.commands.requests import CalibrationRequest
+from icsearch.commands.scoring import SweepScorer
+from icsearch.commands.setup import open_model
+from icsearch.core.errors import OutOfMemoryError
+from icsearch.core.pattern import Pattern
+from icsearch.model import loading, model
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.machine import is_out_of_memory, out_of_memory
+from icsearch.planning.memory import batch_shape
+from icsearch.runs.journal import Journal
 from icsearch.runs.record import RunRecord
-from icsearch.search import Scores, Scoring, Search
-from icsearch.setup.inputs import open_model
-from icsearch.setup.memory_plan import batch_shape
-from icsearch.setup.sweep_scorer import SweepScorer
-from icsearch.states import Keeping, StateStore
-from icsearch.strategies import make_strategy
-from icsearch.sweep import Sweeper
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.search.loop import Scores, Scoring, Search
+from icsearch.search.registry import make_strategy
+from icsearch.sweep import measures
+from icsearch.sweep.branches import Batch, BranchState, cut_batches
+from icsearch.sweep.states import Keeping, StateStore
+from icsearch.sweep.sweep import Sweeper
 from test_search import SEQUENCES, START, MadeUp, run, task
 from test_search import outcome as record_outcome
 
@@ -158,7 +159,7 @@ def test_an_evaluation_shrinks_too(
     case, out = cases["eval"], tmp_path / "run"
     monkeypatch.setattr(Cramped, "most", 2)
     monkeypatch.setattr(measures, "Sweeper", Cramped)
-    assert cli._run([*map(str, case.into(out))], debug=True) == 0
+    assert app._run([*map(str, case.into(out))], debug=True) == 0
     note = f"{GONE.format(2, 1)}: the losses are the same, the run takes longer"
     assert [text for text in notes(out / "journal.jsonl") if GUESSING not in text] == [note]
     assert note in " ".join(capsys.readouterr().err.split())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fault_harness import Case, Commands, has_lines, outcome, scored_twice, whole_lines
-from icsearch.errors import JournalError
+from icsearch.core.errors import JournalError
 
 pytestmark = pytest.mark.alone
 
@@ -119,7 +119,7 @@ def test_a_second_run_is_refused_while_the_first_lives(
 HOLD_AND_FORK = """
 import os, sys, time
 from pathlib import Path
-from icsearch.runs.rundir import RunDirectory
+from icsearch.runs.directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).locked():
     if not os.fork():
         print(os.getpid(), flush=True)
@@ -128,7 +128,7 @@ with RunDirectory(Path(sys.argv[1])).locked():
 
 
 def test_a_fork_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path) -> None:
-    from icsearch.runs.rundir import RunDirectory
+    from icsearch.runs.directory import RunDirectory
 
     parent = subprocess.Popen(
         [sys.executable, "-c", HOLD_AND_FORK, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
@@ -147,9 +147,9 @@ def test_a_fork_does_not_keep_the_lock_of_its_dead_parent(tmp_path: Path) -> Non
 
 def test_a_lock_file_that_goes_away_while_it_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that never began removes its directory: who opened the file in it just before must not hold a ghost."""
-    from icsearch.runs import rundir
+    from icsearch.runs import directory
 
-    run, acquire, removed = rundir.RunDirectory(tmp_path / "run"), rundir._acquire, []
+    run, acquire, removed = directory.RunDirectory(tmp_path / "run"), directory._acquire, []
 
     def acquire_late(file: object) -> bool:
         if not removed:
@@ -158,9 +158,9 @@ def test_a_lock_file_that_goes_away_while_it_is_taken(tmp_path: Path, monkeypatc
             (tmp_path / "run").rmdir()
         return acquire(file)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(rundir, "_acquire", acquire_late)
+    monkeypatch.setattr(directory, "_acquire", acquire_late)
     with run.locked():
         assert (tmp_path / "run" / ".lock").exists()
-        second = rundir.RunDirectory(tmp_path / "run")
+        second = directory.RunDirectory(tmp_path / "run")
         with pytest.raises(JournalError, match="another icsearch"), second.locked():
             pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from icsearch.errors import IcsearchError
+from icsearch.core.errors import IcsearchError
 from icsearch.planning.devices import DEVICES, parse_devices, parse_rate
 
 

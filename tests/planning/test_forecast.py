@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 import tiny
-from icsearch import cli
-from icsearch.cost import layer_work
-from icsearch.errors import IcsearchError
+from icsearch.cli import app
+from icsearch.core.errors import IcsearchError
+from icsearch.model.holding import CPU, DISK, RESIDENT
 from icsearch.planning.forecast import Forecast, Plan, make_plan
+from icsearch.planning.page import reason
 from icsearch.planning.placement import Placement
-from icsearch.planning.report import reason
+from icsearch.planning.work import layer_work
 from icsearch.planning.workload import MEASURED_SHARES, share_of_exact
-from icsearch.weights.holding import CPU, DISK, RESIDENT
 from plan_fixtures import DEEPSEEK, GLM, plan_request
 
 
@@ -117,7 +117,7 @@ def test_a_run_races_as_the_forecast_says(glm_checkpoint: Path, tmp_path: Path) 
     for strategy in ("exact", "race"):
         out = tmp_path / strategy
         arguments = ["greedy", glm_checkpoint, "--calibration", tokens, "--out", out, "--strategy", strategy, *fixed]
-        assert cli._run([str(argument) for argument in arguments], debug=True) == 0
+        assert app._run([str(argument) for argument in arguments], debug=True) == 0
         found[strategy] = json.loads((out / "pattern.json").read_text())["cost"]["layer_evaluations"]
     assert found["race"] == found["exact"]
 

@@ -10,15 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from icsearch.cost import layer_work
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
+from icsearch.model import loading
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.slot import SelectionStore
 from icsearch.planning.devices import DEVICES
 from icsearch.planning.footprint import Call
 from icsearch.planning.layer_time import CPU_EFFICIENCY, KINDS, CallWork, Efficiency, Part, head_call, layer_call
 from icsearch.planning.modelfile import open_model_file
-from icsearch.slot import SelectionStore
-from icsearch.weights import loading
-from icsearch.weights.checkpoint import open_checkpoint
+from icsearch.planning.work import layer_work
 from plan_fixtures import DEEPSEEK, GLM
 
 H200 = DEVICES["h200"]

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
 import tiny_families
-from icsearch.errors import IcsearchError
+from icsearch.core.errors import IcsearchError
+from icsearch.model import layout
+from icsearch.model.checkpoint import open_checkpoint
 from icsearch.planning.modelfile import open_model_file
-from icsearch.weights import layout
-from icsearch.weights.checkpoint import open_checkpoint
 
 CONFIGS = Path(__file__).parent.parent / "data" / "configs"
 PARAMETERS = {"deepseek-v3.2": 671e9, "glm-5": 744e9}  # as published; without the MTP layer

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from icsearch.errors import IcsearchError
+from icsearch.core.errors import IcsearchError
 from icsearch.planning.offload import SHARE_OF_CPU, Offload, WeightSizes, choose, plan_waves, rows
 
 SIZES = WeightSizes(outside=100, layers=(10, 30, 30, 30), on_disk=250)

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 import tiny
-from icsearch.block_sizes import BLOCK_ELEMENTS
-from icsearch.errors import IcsearchError
+from icsearch.core.errors import IcsearchError
+from icsearch.model import layout
+from icsearch.model.block_sizes import BLOCK_ELEMENTS
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.holding import CPU, DISK, RESIDENT
 from icsearch.planning import plan
 from icsearch.planning.forecast import make_case
+from icsearch.planning.memory import batch_shape
 from icsearch.planning.offload import SHARE_OF_CPU
 from icsearch.planning.placement import Placement, fit, placements, weight_bytes, weight_sizes, why_nothing_fits
-from icsearch.setup.memory_plan import batch_shape
-from icsearch.weights import layout
-from icsearch.weights.checkpoint import open_checkpoint
-from icsearch.weights.holding import CPU, DISK, RESIDENT
 from plan_fixtures import DEEPSEEK, GLM, plan_request
 
 

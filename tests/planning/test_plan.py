@@ -8,20 +8,14 @@ from dataclasses import replace
 
 import pytest
 
-from icsearch.errors import IcsearchError
-from icsearch.pattern import Pattern
-from icsearch.planning.plan import (
-    HEAP_SHARE,
-    BatchShape,
-    Kept,
-    SearchPlan,
-    format_bytes,
-    parse_bytes,
-    patterns_per_sweep,
-)
+from icsearch.core.errors import IcsearchError
+from icsearch.core.pattern import Pattern
+from icsearch.core.text import format_bytes, parse_bytes
+from icsearch.planning.plan import HEAP_SHARE, BatchShape, Kept, SearchPlan, patterns_per_sweep
 from icsearch.planning.rehearsal import preview
-from icsearch.states import Keeping
-from icsearch.strategies import Options, Task, looks_of, make_strategy
+from icsearch.search.protocol import Task, looks_of
+from icsearch.search.registry import Options, make_strategy
+from icsearch.sweep.states import Keeping
 
 TOKENS = (30, 31, 29)
 SHAPE = BatchShape(

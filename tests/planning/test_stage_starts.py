@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch.engines.stages import stages_on_shared
-from icsearch.pattern import Pattern, load_pattern_file
+from icsearch.core.files import published_patterns
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import load_pattern_file
+from icsearch.engines.pipeline import stages_on_shared
 from icsearch.planning.stage_starts import shared_starts, stage_notes, stage_rows
-from icsearch.resources import published_patterns
-from icsearch.strategies import split_stages
+from icsearch.search.greedy import split_stages
 
 EIGHT = (
     "block 2 of --stages 2 begins with layer 4, which the checkpoint itself shares: F cannot be kept there, and a "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
 from icsearch.planning.rehearsal import preview, rehearse
 from icsearch.planning.workload import MEASURED_SHARES, Plays, Workload, layer_evaluations
-from icsearch.states import Rehearsal
-from icsearch.strategies import STRATEGIES, Options, Task, looks_of, make_strategy
+from icsearch.search.protocol import Task, looks_of
+from icsearch.search.registry import STRATEGIES, Options, make_strategy
+from icsearch.sweep.states import Rehearsal
 
 LAYERS, FLIPS, SEQUENCES = 10, 6, 6
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from eval_fixtures import MadeUpEval, eval_events, made_up_document
-from icsearch.jsonfile import FieldError, strict
-from icsearch.runs.eval_schema import check_document, check_later, check_start
+from icsearch.core.jsonfile import FieldError, strict
+from icsearch.runs.schema import check_document, check_eval_start, check_later
 
 EVALUATION = MadeUpEval(num_sequences=2)
 
@@ -25,7 +25,7 @@ def document() -> dict[str, Any]:
 def test_what_is_written_fits() -> None:
     check_document(document())
     start, *later = eval_events(EVALUATION)
-    check_start(start)
+    check_eval_start(start)
     for event in later:
         check_later(event, start)
 
@@ -85,7 +85,7 @@ def test_damaged_starts(case: str) -> None:
     start = copy.deepcopy(eval_events(EVALUATION)[0])
     edit(start)
     with pytest.raises(FieldError, match=message):
-        check_start(start)
+        check_eval_start(start)
 
 
 FULL = "F" * 16

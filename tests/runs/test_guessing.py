@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from icsearch.runs.guessing import guessing_notes, split_notes
+from icsearch.runs.results import guessing_notes, split_notes
 
 
 @pytest.mark.parametrize("vocab_size", [2, 1024, 154880])

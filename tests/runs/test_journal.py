@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icsearch.errors import JournalError
-from icsearch.journal import JOURNAL_FORMAT, Event, Journal
+from icsearch.core.errors import JournalError
+from icsearch.runs.journal import JOURNAL_FORMAT, Event, Journal
 
 START: Event = {"event": "start", "format": JOURNAL_FORMAT}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from icsearch.errors import JournalError
-from icsearch.runs.loss_table import LossTable
-from icsearch.statistics import mean_loss, paired_difference
+from icsearch.core.errors import JournalError
+from icsearch.core.statistics import mean_loss, paired_difference
+from icsearch.runs.record import LossTable
 
 TOKENS = [10, 20, 10]
 

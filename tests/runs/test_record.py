@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from icsearch.errors import JournalError
-from icsearch.journal import Event, Journal
-from icsearch.pattern import load_pattern_file
-from icsearch.report import write_results
-from icsearch.requests import KERNELS, MIN_BLOCK_ELEMENTS, MOST, OBJECTIVES, REFINEMENTS
-from icsearch.runs.journal_schema import OPTION_FIELDS
+from icsearch.commands.requests import KERNELS, MIN_BLOCK_ELEMENTS, MOST, OBJECTIVES, REFINEMENTS
+from icsearch.core.errors import JournalError
+from icsearch.core.pattern_file import load_pattern_file
+from icsearch.report.write import write_results
+from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import RunRecord, load_run
 from icsearch.runs.results import cost, pattern_file
-from icsearch.strategies import STRATEGIES
+from icsearch.runs.schema import OPTION_FIELDS
+from icsearch.search.registry import STRATEGIES
 
 DATA = Path(__file__).parent.parent / "data"
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from icsearch.errors import JournalError
-from icsearch.runs.rundir import RunDirectory
+from icsearch.core.errors import JournalError
+from icsearch.runs.directory import RunDirectory
 
 
 def test_a_lock_that_was_given_back_is_forgotten(tmp_path: Path) -> None:

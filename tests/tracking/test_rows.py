@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from icsearch.pattern import Pattern
+from icsearch.core.pattern import Pattern
 from icsearch.runs import results
 from icsearch.runs.record import RunRecord
 from icsearch.tracking.rows import Table, configuration, run_rows

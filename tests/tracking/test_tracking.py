@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import several
 import tiny
-from icsearch import cli
-from icsearch.greedy import greedy
-from icsearch.progress import Quiet
-from icsearch.requests import TRACKERS, CalibrationRequest, GreedyRequest
+from icsearch.cli import app
+from icsearch.commands.greedy import greedy
+from icsearch.commands.progress import Quiet
+from icsearch.commands.requests import TRACKERS, CalibrationRequest, GreedyRequest
 from icsearch.runs.record import RunRecord
 from icsearch.tracking.listener import Tracked, tracked
 from icsearch.tracking.trackers import STATE_NAME
@@ -34,7 +34,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def search(checkpoint: Path, tokens: Path, out: Path, *more: object) -> int:
     command = ["greedy", checkpoint, "--calibration", tokens, "--num-shared", 3, "--out", out, "--quiet", *more]
-    return cli._run([str(part) for part in command], debug=False)
+    return app._run([str(part) for part in command], debug=False)
 
 
 def logged(out: Path) -> dict[str, Steps]:
@@ -153,7 +153,7 @@ def test_an_evaluation_in_tensorboard(glm_checkpoint: Path, few: Path, tmp_path:
     out = tmp_path / "eval"
     arguments = ["eval", glm_checkpoint, "--calibration", few, "--pattern", "uniform:1/2", "--out", out, "--quiet"]
     for _ in range(2):
-        assert cli._run([*map(str, arguments), "--tracker", "tensorboard"], debug=False) == 0
+        assert app._run([*map(str, arguments), "--tracker", "tensorboard"], debug=False) == 0
     rows = json.loads((out / "eval.json").read_text())["rows"]
     shown = logged(out)
     for row in rows:

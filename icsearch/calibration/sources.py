@@ -1,0 +1,440 @@
+"""Where calibration text comes from: SOURCE as typed on the command line, read as a stream of documents.
+
+    demo, demo:heldout            the built-in corpus (no file, no download)
+    FILE.txt                      one document per file, unless lines ``<|endoftext|>`` separate several
+    FILE.jsonl, FILE.parquet      the field or column ``text``, one document per line or row
+    hf:NAME[:CONFIG][:SPLIT]      a dataset of the hub or a local folder, through `datasets`, streamed
+    DIRECTORY                     ready tokens: calibration.safetensors (see icsearch.calibration)
+
+Why a .txt file is one document: a search for layers that can share their selection needs far dependencies,
+and splitting at blank lines would cut every text into paragraphs. Form feeds are page breaks in text taken
+from PDFs, and ``---`` is a rule in Markdown, so neither separates documents; a line that holds nothing but
+``<|endoftext|>`` never stands in a text by accident.
+
+Files are read as streams, so a source may be larger than memory. This module imports neither torch nor
+`datasets` by itself. JSON lines are read with the standard library and Parquet with pyarrow, which give the
+line number of a mistake and read the one column that is needed.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import logging
+import random
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from icsearch.calibration import corpus
+from icsearch.core.errors import CalibrationError
+from icsearch.core.files import typed_path
+from icsearch.core.text import first_line
+
+TOKENS_FILE = "calibration.safetensors"
+MANIFEST_FILE = "calibration.json"
+SEPARATOR = "<|endoftext|>"
+EXPECTED = "demo, a .txt, .jsonl or .parquet file, hf:NAME[:CONFIG][:SPLIT], or a directory with " + TOKENS_FILE
+
+# About a million tokens, longer than any sequence: what is longer is read as several documents, so that one huge
+# file neither fills the memory nor is tokenised whole for a few sequences from its beginning.
+MAX_DOCUMENT_CHARS = 4_000_000
+
+# A source that fits into the buffer is shuffled whole, a larger one through it. A stream from the hub gets a
+# smaller one, as all of it has to be downloaded before the first document is used.
+FILE_BUFFER = (100_000, 64_000_000)
+HUB_BUFFER = (1_000, 16_000_000)
+
+# A lone second part of an hf: spec is a split when it is one of these names, and a configuration otherwise.
+SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
+
+CHUNK_BYTES = 1 << 20
+
+
+@dataclass
+class TextSource(ABC):
+    """Text to be tokenised. `text` is the SOURCE as typed; `revision` is known once a hub dataset was opened."""
+
+    text: str
+    corpus_version: str | None = None
+    revision: str | None = None
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest of what the text is, not of where it lies; the same content gives the same cache key."""
+
+    @abstractmethod
+    def documents(self, seed: int) -> Iterator[str]:
+        """Non-blank documents in an order that `seed` decides; read only as far as the caller goes on."""
+
+
+@dataclass
+class ReadyTokens:
+    """A directory that holds tokens already: nothing to tokenise or to shuffle."""
+
+    text: str
+    directory: Path
+
+
+Source = TextSource | ReadyTokens
+
+
+def parse_source(text: str) -> Source:
+    """The source that `text` names, checked as far as possible without reading it.
+
+    Raises CalibrationError for what is none: a missing or empty file, an unknown extension, a directory
+    without tokens, an hf: spec without a name.
+    """
+    if text == "demo" or text.startswith("demo:"):
+        return _parse_demo(text)
+    if text.startswith("hf:"):
+        return _parse_hub(text)
+    path = typed_path(text, CalibrationError)
+    with _file_errors(path):
+        return _parse_directory(text, path) if path.is_dir() else _parse_file(text, path)
+
+
+def _parse_demo(text: str) -> TextSource:
+    split = text.partition(":")[2] or "calibration"
+    if text == "demo:" or split not in ("calibration", "heldout"):
+        raise CalibrationError(f"no built-in corpus {text!r}: expected demo, demo:calibration or demo:heldout")
+    return BuiltIn(text=text, corpus_version=corpus.CORPUS_VERSION, split=split)
+
+
+def _parse_hub(text: str) -> TextSource:
+    name, config, split = hub_parts(text)
+    if not name.strip() or text.count(":") > 3:
+        raise CalibrationError(
+            f"{text!r} is not a dataset: expected hf:NAME[:CONFIG][:SPLIT], such as hf:wikitext:train"
+        )
+    path = typed_path(name, CalibrationError)
+    if path.is_file():
+        raise CalibrationError(f"{name} is a file, hf: expects a dataset name or a folder: give the file without hf:")
+    if not path.is_dir():
+        _check_hub_name(text, name)
+    return HubDataset(text=text, name=name, config=config, split=split)
+
+
+def hub_parts(text: str) -> tuple[str, str | None, str | None]:
+    """NAME, CONFIG and SPLIT of hf:NAME[:CONFIG][:SPLIT], as typed; None for those that it does not say."""
+    name, *rest = text.removeprefix("hf:").split(":")
+    if len(rest) == 1 and rest[0] in SPLIT_NAMES:
+        rest = ["", *rest]
+    config, split = (*rest, "", "")[:2]
+    return name, config or None, split or None
+
+
+def _check_hub_name(text: str, name: str) -> None:
+    if re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name) is None:
+        raise CalibrationError(
+            f"{text!r}: {name!r} is neither a folder here nor a name on the hub: expected NAME or OWNER/NAME"
+        )
+
+
+def _parse_directory(text: str, path: Path) -> ReadyTokens:
+    if (path / TOKENS_FILE).is_file():
+        return ReadyTokens(text, path)
+    if (path / MANIFEST_FILE).is_file():
+        raise CalibrationError(f"{path} is unfinished, it has no {TOKENS_FILE}: run icsearch calibrate there again")
+    raise CalibrationError(f"directory {path} has no {TOKENS_FILE}: expected {EXPECTED} (a dataset folder: hf:{text})")
+
+
+def _parse_file(text: str, path: Path) -> TextSource:
+    if not path.exists():
+        raise CalibrationError(f"no file {text}: expected {EXPECTED}")
+    kind = FILE_KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise CalibrationError(f"{text} has the extension {path.suffix or '(none)'}: expected .txt, .jsonl or .parquet")
+    if not path.is_file():
+        raise CalibrationError(f"{text} is no regular file: expected {EXPECTED}")
+    if path.stat().st_size == 0:
+        raise CalibrationError(f"{text} is empty: expected text in it")
+    return kind(text=text, path=path)
+
+
+@dataclass
+class BuiltIn(TextSource):
+    """The built-in corpus, an endless stream that the seed starts."""
+
+    split: str = "calibration"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"demo:{self.split}:{corpus.CORPUS_VERSION}".encode()).hexdigest()
+
+    def documents(self, seed: int) -> Iterator[str]:
+        return iter(corpus.documents(self.split, seed))
+
+
+@dataclass
+class FileSource(TextSource):
+    """A local file. The fingerprint is of its bytes: a copy elsewhere is the same source."""
+
+    path: Path = Path()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        with _file_errors(self.path), self.path.open("rb") as file:
+            digest = hashlib.sha256()
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def documents(self, seed: int) -> Iterator[str]:
+        return shuffled(usable(self.read()), seed, *FILE_BUFFER)
+
+    @abstractmethod
+    def read(self) -> Iterator[str]:
+        """Documents in the order of the file."""
+
+
+@dataclass
+class TextFile(FileSource):
+    """A .txt file: one document, or several separated by lines that hold ``<|endoftext|>`` alone."""
+
+    def read(self) -> Iterator[str]:
+        lines: list[str] = []
+        chars = 0
+        for line in self._lines():
+            if line.strip() == SEPARATOR or chars + len(line) > MAX_DOCUMENT_CHARS:
+                yield "".join(lines)
+                lines, chars = [], 0
+            if line.strip() != SEPARATOR:
+                lines.append(line)
+                chars += len(line)
+        yield "".join(lines)
+
+    def _lines(self) -> Iterator[str]:
+        """Lines (or pieces of very long ones) as text, with line ends as \\n."""
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        number = 1
+        with _file_errors(self.path), self.path.open("rb") as file:
+            while raw := file.readline(CHUNK_BYTES):
+                yield _decoded(decoder, raw, self.path, number).replace("\r\n", "\n")
+                number += raw.endswith(b"\n")
+        _decoded(decoder, b"", self.path, number, final=True)
+
+
+@dataclass
+class JsonLines(FileSource):
+    """A .jsonl file: one JSON object with a string ``text`` per line; blank lines are skipped."""
+
+    def read(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        with _file_errors(self.path), self.path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                line = _decoded(decoder, raw, self.path, number, final=raw[-1:] != b"\n")
+                if line.strip():
+                    yield self._text(line, number)
+
+    def _text(self, line: str, number: int) -> str:
+        where = f"{self.path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CalibrationError(f"{where} is not JSON ({error}): expected one JSON object per line") from None
+        if not isinstance(row, dict):
+            raise CalibrationError(f"{where} is a JSON {type(row).__name__}: expected an object with a text field")
+        # An escape such as \ud800 alone is half a character, which no tokenizer takes.
+        return text_of(row, where).encode("utf-8", "replace").decode("utf-8")
+
+
+@dataclass
+class Parquet(FileSource):
+    """A .parquet file with a string column ``text``; no other column is read."""
+
+    def read(self) -> Iterator[str]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                self._check_column(file.schema_arrow)
+                for batch in file.iter_batches(batch_size=256, columns=["text"]):
+                    yield from (text or "" for text in batch.column(0).to_pylist())
+        except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+            raise CalibrationError(
+                f"{self.path} cannot be read as Parquet ({_short_line(error)}): expected a whole .parquet file"
+            ) from None
+
+    def _check_column(self, schema: Any) -> None:
+        if "text" not in schema.names:
+            raise CalibrationError(
+                f"{self.path} has no column text (found: {_names(schema.names)}): rename one to text"
+            )
+        found = str(schema.field("text").type)
+        if not found.startswith(("string", "large_string", "dictionary<values=string")):
+            raise CalibrationError(f"{self.path}: column text holds {found}: expected strings")
+
+
+FILE_KINDS: dict[str, type[FileSource]] = {".txt": TextFile, ".jsonl": JsonLines, ".parquet": Parquet}
+
+
+@dataclass
+class HubDataset(TextSource):
+    """A dataset of the hub, or a local dataset folder (also one written by `save_to_disk`), read as a stream."""
+
+    name: str = ""
+    config: str | None = None
+    split: str | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        path = typed_path(self.name, CalibrationError)
+        return path if path.is_dir() else None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of name, configuration and split, so that a cache is found again without a network.
+
+        The hub's revision goes into the manifest instead. A folder is taken by the names, sizes, beginnings
+        and ends of its files: enough to see a change, without reading all of a large one.
+        """
+        content = _folder_digest(self.folder) if self.folder else self.name
+        spec = json.dumps(["hf", content, self.config, self.split or "train"])
+        return hashlib.sha256(spec.encode()).hexdigest()
+
+    def documents(self, seed: int) -> Iterator[str]:
+        texts = (text_of(row, self.text) for row in self._rows())
+        return shuffled(usable(texts), seed, *HUB_BUFFER)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        # Whatever `datasets`, the hub client or a file format raises here is about the source, so it is said in
+        # one line; the cause stays attached for --debug.
+        with _quiet("datasets", "huggingface_hub"):
+            try:
+                yield from self._open()
+            except Exception as error:
+                raise CalibrationError(self._complaint(error)) from error
+
+    def _open(self) -> Iterable[dict[str, Any]]:
+        import datasets
+
+        folder = self.folder
+        if folder is not None and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            return self._pick_split(datasets.load_from_disk(str(folder)))
+        builder = datasets.load_dataset_builder(str(folder or self.name), name=self.config)
+        self.revision = None if folder else builder.hash
+        stream: Iterable[dict[str, Any]] = builder.as_streaming_dataset(split=self.split or "train")
+        return stream
+
+    def _pick_split(self, saved: Any) -> Iterable[dict[str, Any]]:
+        """The split of a `save_to_disk` folder, which holds either one unnamed split or a dictionary of them."""
+        available = list(saved) if isinstance(saved, dict) else []
+        if self.config or (self.split and not available):
+            raise ValueError("the folder was written by save_to_disk and has no such configuration or split")
+        if available and (self.split or "train") not in available:
+            raise ValueError(f"no split {self.split or 'train'}, available splits: {available}")
+        chosen: Iterable[dict[str, Any]] = saved[self.split or "train"] if available else saved
+        return chosen
+
+    def _complaint(self, error: Exception) -> str:
+        tried = f"dataset {self.name}, configuration {self.config or '(default)'}, split {self.split or 'train'}"
+        advice = "check the spec hf:NAME[:CONFIG][:SPLIT]"
+        if isinstance(error, OSError) and not self.folder:
+            advice = (
+                "check the name and the network, or download it elsewhere and give hf:/path/to/folder "
+                "or a .jsonl or .parquet file"
+            )
+        return f"cannot read {self.text} (tried {tried}): {_short_line(error).rstrip('.')}; {advice}"
+
+
+def shuffled(documents: Iterable[str], seed: int, max_documents: int, max_chars: int) -> Iterator[str]:
+    """Documents in a random order, through a buffer that holds at most so many documents and characters.
+
+    All of them are shuffled together where they fit; the reader is never further ahead than the buffer is large.
+    """
+    rng = random.Random(seed)
+    buffer: list[str] = []
+    chars = 0
+    for document in documents:
+        while buffer and (len(buffer) >= max_documents or chars + len(document) > max_chars):
+            chosen = rng.randrange(len(buffer))
+            buffer[chosen], buffer[-1] = buffer[-1], buffer[chosen]
+            chars -= len(buffer[-1])
+            yield buffer.pop()
+        buffer.append(document)
+        chars += len(document)
+    rng.shuffle(buffer)
+    yield from buffer
+
+
+def usable(documents: Iterable[str]) -> Iterator[str]:
+    """Without blank documents, and with those above MAX_DOCUMENT_CHARS cut into several."""
+    for document in documents:
+        for start in range(0, len(document), MAX_DOCUMENT_CHARS):
+            piece = document[start : start + MAX_DOCUMENT_CHARS]
+            if piece.strip():
+                yield piece
+
+
+def text_of(row: dict[str, Any], where: str) -> str:
+    """The string in ``text``; nothing (null) counts as blank. Raises CalibrationError naming the fields found."""
+    if "text" not in row:
+        raise CalibrationError(f"{where} has no field text (found: {_names(row)}): rename one to text")
+    text = row["text"]
+    if text is not None and not isinstance(text, str):
+        raise CalibrationError(f"{where}: field text holds a {type(text).__name__}: expected a string")
+    return text or ""
+
+
+def _decoded(decoder: codecs.IncrementalDecoder, raw: bytes, path: Path, line: int, final: bool = False) -> str:
+    try:
+        return decoder.decode(raw, final)
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path} is not UTF-8 text (line {line}: {error.reason}): convert it, for example with "
+            f"iconv -f LATIN1 -t UTF-8"
+        ) from None
+
+
+def _folder_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        size = path.stat().st_size
+        digest.update(json.dumps([path.relative_to(folder).as_posix(), size]).encode())
+        with _file_errors(path), path.open("rb") as file:
+            digest.update(file.read(CHUNK_BYTES))
+            file.seek(max(0, size - CHUNK_BYTES))
+            digest.update(file.read(CHUNK_BYTES))
+    return digest.hexdigest()
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot read {path}: {error.strerror or error}; check the path and its permissions"
+        ) from None
+
+
+@contextmanager
+def _quiet(*names: str) -> Iterator[None]:
+    """Keep the libraries' own complaints off the terminal: an error is raised once, and said once."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(str, names)) or "none"
+
+
+def _short_line(error: BaseException) -> str:
+    line = first_line(error)
+    return line if len(line) <= 200 else line[:200] + "..."

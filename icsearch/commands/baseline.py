@@ -1,0 +1,130 @@
+"""`icsearch dp-baseline` as a function: similarity by one sweep, the dynamic program, the pattern's real loss.
+
+The baseline of the IndexCache paper (Appendix C). It maximises a local similarity and so cannot see how missed
+tokens add up downstream; the report sets its prediction beside what the pattern really costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from icsearch.commands.requests import BaselineRequest
+from icsearch.commands.scoring import (
+    Loaded,
+    Publish,
+    count_in_sweeps,
+    load_together,
+    make_scoring,
+    opened,
+    process_rows,
+    publish_nothing,
+    score_baseline,
+    weight_rows,
+)
+from icsearch.commands.setup import Inputs, pattern_start
+from icsearch.core.pattern import Pattern
+from icsearch.model.layout import Layout
+from icsearch.planning import plan
+from icsearch.planning.stage_starts import stage_rows
+from icsearch.runs.journal import Event
+from icsearch.runs.record import RunRecord
+from icsearch.runs.similarity_file import other_numerics, read_similarity, save_similarity, square_of
+from icsearch.search.dynamic_program import solve
+from icsearch.search.loop import Progress, Scoring
+from icsearch.sweep.branches import Batch, cut_waves
+from icsearch.sweep.distributed.launch import check_device, grids
+from icsearch.sweep.distributed.worker import COMPARE
+from icsearch.sweep.similarity import SimilaritySweep, similarity_events
+
+if TYPE_CHECKING:
+    from icsearch.sweep.distributed.world import World
+
+
+def dp_baseline(
+    request: BaselineRequest, listener: Progress, publish: Publish = publish_nothing, world: World | None = None
+) -> RunRecord:
+    """Find the pattern of highest similarity, and its loss. Raises IcsearchError for bad input.
+
+    With `world`, this is rank 0 of a run of several processes, which share the sequences.
+    """
+    wanted = grids(world.size if world else 1, None, 1)
+    check_device(request.device, wanted[0].size)
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+        reused = [read_similarity(request.similarity, here.start)] if request.similarity else []
+        record = RunRecord.replay(here.existing)
+        if not record.finished:
+            loaded = load_together(request, here, world, wanted, listener.info)
+            record = RunRecord.replay(here.run.open(here.start, here.existing))
+            _compare(request, here.inputs, loaded, make_scoring(here, record, loaded, listener), reused)
+        save_similarity(request.out, record)
+        publish(request.out, record)
+        return record
+
+
+def _start(request: BaselineRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    method = {"method": "dp-baseline", "strategy": "dynamic-program", "objective": "cosine-similarity"}
+    return pattern_start(request, inputs, existing, method)
+
+
+def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
+    """Similarity, then the pattern, then what it costs beside the references."""
+    record, layout = scoring.record, inputs.layout
+    patterns = [record.start_pattern, *map(Pattern, record.references.values())]
+    runs = layout.num_layers + count_in_sweeps(layout, patterns, loaded.memory.patterns_per_sweep)
+    of_model, of_weights = plan.model_rows(record.start), weight_rows(loaded, len(patterns))
+    rows = [*of_model, *process_rows(loaded), *of_weights, *stage_rows(record.start)]
+    scoring.progress.planned(rows, runs * len(record.tokens), record.layer_sequences)
+    if not record.similarity_sums.sequences:
+        for event in reused:
+            scoring.append(event)
+    if (measured := record.similarity_sums.numerics) is not None:
+        scoring.note(other_numerics(measured, record.start))
+    _measure_similarity(layout, loaded, scoring)
+    if record.chosen is None:
+        _choose(request, scoring)
+    score_baseline(scoring, layout, record.pattern)
+    scoring.append({"event": "finish", "pattern": record.pattern.letters})
+
+
+def _measure_similarity(layout: Layout, loaded: Loaded, scoring: Scoring) -> None:
+    """Wave by wave, what the journal does not hold yet."""
+    memory, of_batch = loaded.memory, loaded.memory.shape.selections_bytes(len(layout.layer_indices))
+    per_wave = min(memory.batches_per_wave, max(1, memory.spare // of_batch))
+    shared = {"index_topk": layout.selection.kept, "keep_on_cpu": of_batch > memory.spare}
+    left = [batch for batch in loaded.batches if batch.first >= scoring.record.similarity_sums.sequences]
+    if left:
+        scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))
+    waves = cut_waves(left, per_wave)
+    for events in _similarities(loaded, shared, waves, scoring.progress.layer_done):
+        for event in events:
+            scoring.append(event)
+
+
+def _similarities(
+    loaded: Loaded, shared: dict[str, Any], waves: Sequence[Sequence[Batch]], on_layer: Callable[[int], None]
+) -> Iterator[list[Event]]:
+    """The events of each wave, by one process or by all."""
+    if loaded.crew is not None:
+        items = [{"batches": [batch.first for batch in wave]} for wave in waves]
+        yield from loaded.crew.do_jobs(COMPARE, shared, items, on_layer)
+        return
+    sweep = SimilaritySweep(loaded.dsa, shared["index_topk"], shared["keep_on_cpu"])
+    for wave in waves:
+        yield similarity_events(sweep, wave, on_layer)
+
+
+def _choose(request: BaselineRequest, scoring: Scoring) -> None:
+    """Solve the dynamic program and journal its pattern."""
+    record = scoring.record
+    start = record.start_pattern
+    stages = frozenset(first for first, _ in record.start["blocks"])
+    native = frozenset(record.start["model"]["native_shared"])
+    solutions = solve(
+        square_of(record.similarity_sums.means()["cosine"]).tolist(),
+        must_be_full=(request.keep_full | stages) - native - {0},
+        must_be_shared=native,
+    )
+    kept = len(start.full_layers) - record.start["options"]["num_shared"]
+    pattern = solutions.pattern(kept)
+    scoring.append({"event": "chosen", "pattern": pattern.letters, "objective": solutions.objective(kept)})

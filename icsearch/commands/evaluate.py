@@ -1,0 +1,322 @@
+"""`icsearch eval` as a function: from a request to eval.json. The command line parses and calls this."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from icsearch.commands import tasks
+from icsearch.commands.requests import EvalRequest
+from icsearch.commands.scoring import (
+    Loaded,
+    count_in_sweeps,
+    load_together,
+    opened,
+    process_rows,
+    weight_notes,
+    weight_rows,
+)
+from icsearch.commands.setup import Inputs, run_options, start_event
+from icsearch.commands.specs import NamedPattern, Target, resolve_specs
+from icsearch.commands.tasks import lm_eval_results
+from icsearch.core.errors import IcsearchError, ModelError
+from icsearch.core.pattern import Pattern
+from icsearch.model import shape
+from icsearch.model.layout import Layout
+from icsearch.model.loading import load_tokenizer
+from icsearch.model.model import DsaModel
+from icsearch.planning import plan
+from icsearch.planning import work as cost
+from icsearch.runs.evaluation import EvalRecord, save_eval
+from icsearch.runs.journal import Event
+from icsearch.runs.results import guessing_notes
+from icsearch.search.loop import Progress
+from icsearch.sweep.branches import cut_waves
+from icsearch.sweep.distributed.launch import check_device, grids
+from icsearch.sweep.distributed.worker import MEASURE
+from icsearch.sweep.measures import Evaluation, Share, Work, bucket_edges, bucket_tokens
+from icsearch.sweep.timing import Timing, measure
+
+if TYPE_CHECKING:
+    from icsearch.sweep.distributed.world import World
+
+# Writes an event to the journal and lets the record take it in.
+Append = Callable[[Event], None]
+# The tasks with an answer, by kind.
+Questions = dict[str, list[tasks.Task]]
+# Writes the results of an evaluation into its directory, given the content of eval.json.
+Publish = Callable[[Path, dict[str, Any]], object]
+
+DEFAULT_CONTEXTS = (10_000, 60_000, 120_000, 200_000)  # the lengths of the paper's table
+TASK_SEED = 0
+ROOM_TO_WRITE = 16  # tokens decoded behind a prompt
+EXTRAS = {  # what is done for each of them, in words
+    "cost_rows": "counting the work of each pattern, and what that makes its speed-up",
+    "measured": "timing prefill and decoding on this machine",
+    "lm_eval": "running lm-evaluation-harness",
+}
+
+
+def evaluate(
+    request: EvalRequest,
+    listener: Progress,
+    publish: Publish = lambda out, document: None,
+    world: World | None = None,
+) -> dict[str, Any]:
+    """Measure, or continue, or return the finished evaluation in `request.out`; the content of eval.json.
+
+    With `world`, this is rank 0 of a run of several processes, which share the sequences; all else it does alone.
+    """
+    wanted = grids(world.size if world else 1, None, 1)
+    check_device(request.device, wanted[0].size)
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+        record = EvalRecord.replay(here.existing)
+        if not record.finished:
+            _check_extras(request, here.inputs)  # all that can be refused is, before anything heavy
+            questions = _questions(request, here.inputs)
+            loaded = load_together(request, here, world, wanted, listener.info)
+            _check_whole_forwards(request, loaded)
+            record = EvalRecord.replay(here.run.open(here.start, here.existing))
+
+            def append(event: Event) -> None:
+                here.run.journal.append(event)
+                record.apply(event)
+                if event["event"] == "note":
+                    listener.info(event["text"])
+
+            _measure(request, here.inputs, loaded, questions, record, append, listener)
+        document = save_eval(request.out / "eval.json", record)
+        publish(request.out, document)
+        return document
+
+
+def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    layout, batches = inputs.layout, inputs.batches
+    edges = bucket_edges(batches.seq_len, layout.selection.kept)
+    start = start_event(
+        inputs,
+        {"method": "eval", **run_options(request, inputs, existing)},
+        index_topk=layout.selection.kept,
+        bucket_edges=edges,
+        bucket_tokens=bucket_tokens(torch.from_numpy(batches.counted()), edges),
+        choosing_queries=batches.seq_len - layout.selection.kept,
+    )
+    target = Target(
+        layout.model_type,
+        start["model"]["fingerprint"],
+        layout.start_pattern,
+        start["calibration"]["fingerprint"],
+        frozenset(start["calibration"]["sequences"]),
+        layout.backbone,
+    )
+    named = resolve_specs(request.patterns, target, request.retentions, request.force)
+    start["patterns"] = [_describe(one) for one in named]
+    start["options"] |= {
+        "patterns": [list(_describe(one).values()) for one in named],
+        "tasks": request.tasks,
+        "task_length": task_length(request, inputs) if request.tasks else None,
+        "contexts": list(request.contexts),
+        "measure": list(request.measure),
+        "lm_eval": list(request.lm_eval),
+    }
+    return start
+
+
+def _describe(named: NamedPattern) -> dict[str, Any]:
+    described = {**asdict(named), "pattern": named.pattern.letters}
+    return {name: value for name, value in described.items() if name != "notes"}
+
+
+def _reading_notes(request: EvalRequest, layout: Layout) -> list[str]:
+    """How patterns that an engine is given were read."""
+    target = Target("", "", layout.start_pattern, "", layers=layout.backbone)
+    named = resolve_specs(request.patterns, target, request.retentions, force=True)
+    return [f"{one.name}: {note}" for one in named for note in one.notes]
+
+
+def task_length(request: EvalRequest, inputs: Inputs) -> int:
+    """Tokens of a task's prompt: as asked, or as long as the batches."""
+    return request.task_length or inputs.batches.seq_len
+
+
+def _measure(
+    request: EvalRequest,
+    inputs: Inputs,
+    loaded: Loaded,
+    questions: Questions,
+    record: EvalRecord,
+    append: Append,
+    listener: Progress,
+) -> None:
+    """Whatever the record does not hold yet: the batches, the tasks, the cost."""
+    layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
+    patterns = list(dict.fromkeys(Pattern(one["pattern"]) for one in record.start["patterns"]))
+    total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
+    rows = [*plan.model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
+    listener.planned(rows, total, record.layer_sequences)
+    listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
+    read = _reading_notes(request, inputs.layout)
+    for text in dict.fromkeys((*loaded.notes, *weight_notes(loaded), *_uncounted(inputs), *read)):
+        _note(text, record, append)
+    waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)
+    several = _shared_by(loaded, record, listener)
+    Evaluation(loaded.dsa, waves, record, append, listener.layer_done, several).run(patterns, per_sweep)
+    for text in guessing_notes(record.loss(layout.start_pattern.letters), layout.vocab_size):
+        _note(text, record, append)
+    _run_tasks(questions, loaded.dsa, patterns, record, append, listener)
+    for name, compute in _extras(request, inputs, loaded, record).items():
+        if name not in record.extras:
+            listener.info(f"{EXTRAS[name]} ...")
+            append({"event": "extra", "name": name, "value": compute()})
+    append({"event": "finish"})
+
+
+def _note(text: str, record: EvalRecord, append: Append) -> None:
+    """Keep what the reader should know, once."""
+    if text not in record.notes:
+        append({"event": "note", "text": text})
+
+
+def _shared_by(loaded: Loaded, record: EvalRecord, listener: Progress) -> Share | None:
+    """Has all processes of the run measure; None where there is one."""
+    crew = loaded.crew
+    if crew is None:
+        return None
+    shared = {name: record.start[name] for name in ("bucket_edges", "index_topk")}
+
+    def measure_all(work: Sequence[Work]) -> Iterator[Event]:
+        items = [
+            {"batches": [batch.first for batch in wave], "patterns": [pattern.letters for pattern in patterns]}
+            for patterns, wave in work
+        ]
+        for events in crew.do_jobs(MEASURE, shared, items, listener.layer_done):
+            yield from events
+
+    return measure_all
+
+
+def _check_extras(request: EvalRequest, inputs: Inputs) -> None:
+    """Refuse what would fail only behind hours of measuring; raises IcsearchError."""
+    if request.contexts:
+        _shape(inputs)  # where nothing was asked for, an evaluation of a family that is not counted does without
+    limit = inputs.layout.max_positions
+    longest = max([0, *request.measure, task_length(request, inputs) if request.tasks else 0]) + ROOM_TO_WRITE
+    if (request.measure or request.tasks) and longest > limit:
+        raise IcsearchError(
+            f"--measure and tasks need up to {longest} positions with what is written behind a prompt, the model has "
+            f"{limit}: give a smaller --measure or --task-length"
+        )
+    if request.lm_eval and importlib.util.find_spec("lm_eval") is None:
+        raise IcsearchError("--lm-eval needs lm-evaluation-harness: pip install 'icsearch[lm-eval]'")
+
+
+def _check_whole_forwards(request: EvalRequest, loaded: Loaded) -> None:
+    """Refuse what runs token by token where each token would read all weights; raises IcsearchError."""
+    asked = {"--tasks": request.tasks, "--measure": request.measure, "--lm-eval": request.lm_eval}
+    if loaded.dsa.weights.streamed and any(asked.values()):
+        option = next(name for name, value in asked.items() if value)
+        raise IcsearchError(
+            f"{option} runs the model token by token, and each token would read all weights, which are streamed from "
+            f"{loaded.memory.offload.where}: leave it out, or give --offload none"
+        )
+
+
+def _questions(request: EvalRequest, inputs: Inputs) -> Questions:
+    """The tasks of each kind; none where none were asked for. Raises TaskError."""
+    if not request.tasks:
+        return {}
+    tokenizer = load_tokenizer(inputs.source, request.calibration.trust_remote_code)
+    length = task_length(request, inputs)
+    return {
+        kind: tasks.make_tasks(tokenizer, kind, length_tokens=length, count=request.tasks, seed=TASK_SEED)
+        for kind in tasks.KINDS
+    }
+
+
+def _run_tasks(
+    questions: Questions,
+    dsa: DsaModel,
+    patterns: Sequence[Pattern],
+    record: EvalRecord,
+    append: Append,
+    listener: Progress,
+) -> None:
+    """Tasks with an answer, for each pattern and kind that is missing."""
+    for kind, asked in questions.items():
+        for pattern in patterns:
+            if (pattern.letters, kind) in record.tasks:
+                continue
+            listener.info(f"task {kind}, {len(asked)} questions of {len(asked[0].prompt)} tokens: {pattern}")
+            with dsa.running(pattern):
+                forced = tasks.teacher_forced_hits(dsa.model, asked)
+                generated = tasks.generated_hits(dsa.model, asked)
+            append(
+                {"event": "task", "pattern": pattern.letters, "kind": kind, "forced": forced, "generated": generated}
+            )
+
+
+def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRecord) -> dict[str, Callable[[], Any]]:
+    """What is asked for beside the losses, by the name it has in eval.json."""
+    start = inputs.layout.start_pattern
+    names: dict[Pattern, str] = {}
+    for one in record.start["patterns"]:
+        names.setdefault(Pattern(one["pattern"]), one["name"])
+    extras: dict[str, Callable[[], Any]] = {
+        "cost_rows": lambda: [_cost(request, inputs, name, p) for p, name in names.items() if p != start]
+    }
+    if _uncounted(inputs):
+        del extras["cost_rows"]
+    if request.measure:
+        extras["measured"] = lambda: _timings(measure(loaded.dsa, list(names), request.measure), names)
+    if request.lm_eval:
+        tokenizer = load_tokenizer(inputs.source, request.calibration.trust_remote_code)
+        extras["lm_eval"] = lambda: lm_eval_results(loaded.dsa, tokenizer, list(names), request.lm_eval)
+    return extras
+
+
+def _cost(request: EvalRequest, inputs: Inputs, name: str, pattern: Pattern) -> dict[str, Any]:
+    """Counted work and estimated speed-ups at the context lengths asked for."""
+    contexts = request.contexts or DEFAULT_CONTEXTS
+    rows = cost.cost_rows(_shape(inputs), pattern, contexts, baseline=inputs.layout.start_pattern)
+    return {"name": name, "rows": [asdict(row) for row in rows]}
+
+
+def _shape(inputs: Inputs) -> shape.ModelShape:
+    """What the cost is counted from; raises ModelError for a family that is not counted."""
+    return shape.ModelShape.from_config(inputs.source.config, dsa_layers=len(inputs.layout.layer_indices))
+
+
+def _uncounted(inputs: Inputs) -> list[str]:
+    """A note where the cost of this family is not counted."""
+    try:
+        _shape(inputs)
+    except ModelError as error:
+        return [f"no counted work and no estimated speed-up for {inputs.layout.model_type}: {error}"]
+    return []
+
+
+def _timings(timings: Sequence[Timing], names: dict[Pattern, str]) -> list[dict[str, Any]]:
+    """Measured ratios, time of the unmodified model / time of the pattern, in paired rounds on this machine."""
+    return [
+        {
+            "name": names[Pattern(timing.pattern)],
+            "length": timing.length,
+            "phase": phase,
+            "min": speedup.minimum,
+            "median": speedup.median,
+            "max": speedup.maximum,
+            "median_seconds": seconds.median,
+            "repeats": timing.repeats,
+            "threads": timing.threads,
+        }
+        for timing in timings
+        for phase, speedup, seconds in (
+            ("prefill", timing.prefill_speedup, timing.prefill_seconds),
+            ("decode", timing.decode_speedup, timing.decode_seconds),
+        )
+    ]

@@ -1,0 +1,180 @@
+"""`icsearch greedy` as a function: from a request to a finished run. The command line parses and calls this."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from icsearch.commands.requests import GreedyRequest
+from icsearch.commands.scoring import (
+    Loaded,
+    Publish,
+    count_in_sweeps,
+    heldout_scorer,
+    load_together,
+    make_scoring,
+    opened,
+    publish_nothing,
+    score_baseline,
+    weight_rows,
+)
+from icsearch.commands.setup import Inputs, pattern_start
+from icsearch.core.pattern import Pattern
+from icsearch.model.layout import Layout
+from icsearch.planning import plan, rehearsal
+from icsearch.planning.memory import Memory
+from icsearch.planning.stage_starts import stage_rows
+from icsearch.runs.directory import part_of
+from icsearch.runs.journal import Event
+from icsearch.runs.record import RunRecord
+from icsearch.search.loop import Progress, Search, SwapRefinement
+from icsearch.search.protocol import Strategy, Task, looks_of
+from icsearch.search.race import testing_looks
+from icsearch.search.registry import DEFAULT_CONFIDENCE, Options, make_strategy
+from icsearch.sweep.distributed.launch import check_device, grids, pipeline_blocks
+from icsearch.sweep.states import Keeping
+
+if TYPE_CHECKING:
+    from icsearch.sweep.distributed.world import World
+
+
+def greedy(
+    request: GreedyRequest, listener: Progress, publish: Publish = publish_nothing, world: World | None = None
+) -> RunRecord:
+    """Search, or continue, or return the finished run in `request.out`. Raises IcsearchError for bad input.
+
+    `publish` writes the results, while the directory is still ours. With `world`, this is rank 0 of a run of several
+    processes, and has the others do their part.
+    """
+    size = world.size if world else 1
+    wanted = grids(size, request.dp, request.pp)  # refused before anything is read
+    check_device(request.device, size)
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+        record = RunRecord.replay(here.existing)
+        if not record.finished:
+            request = request.settled(here.start["options"])
+            loaded = load_together(request, here, world, wanted, listener.info)
+            record = RunRecord.replay(here.run.open(here.start, here.existing))
+            search_plan = _plan(request, here.inputs.layout, loaded, record)
+            scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
+            total = search_plan.expected_layer_evaluations * len(record.tokens)
+            rows = [*plan.rows(search_plan, here.start), *stage_rows(here.start)]
+            listener.planned(rows, total, record.layer_sequences)
+            if options_of(record).races and (why := _why_race_saves_nothing(record, scoring.waves)):
+                listener.info(why)
+            score_baseline(scoring, here.inputs.layout)
+            search = Search(scoring, strategy_of(record))
+            if request.refine is None:
+                search.run()
+            else:
+                search.run(SwapRefinement(scoring, heldout_scorer(here, record, loaded)).run)
+        publish(request.out, record)
+        return record
+
+
+def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    request = request.settled(part_of(existing, "options"))
+    method = {"method": "greedy", "strategy": request.strategy, "objective": request.objective}
+    if request.refine is not None:  # only then: runs of earlier versions have no such option, and go on
+        method["refine"] = request.refine
+    return pattern_start(request, inputs, existing, {**method, **request.race_options})
+
+
+def _why_race_saves_nothing(record: RunRecord, waves: int) -> str:
+    """Where that is known before the run begins; else nothing."""
+    if not testing_looks(_task(record)):
+        return (
+            "this race can drop nobody: it tests between two batches, after at least 5 sequences; "
+            "give more sequences, or a smaller --batch-size"
+        )
+    if waves == 1:
+        return "this race saves nothing: all sequences are scored in one wave, before it can drop anybody"
+    return ""
+
+
+def strategy_of(record: RunRecord) -> Strategy:
+    """The strategy of a run, at its beginning."""
+    return make_strategy(_task(record), options_of(record))
+
+
+def _task(record: RunRecord) -> Task:
+    options, tokens = record.start["options"], record.tokens
+    return Task(
+        start=record.start_pattern,
+        keep_full=frozenset(options["keep_full"]),
+        num_shared=options["num_shared"],
+        stages=options["stages"],
+        tokens=tuple(tokens),
+        looks=looks_of(len(tokens), options["batch_size"]),
+    )
+
+
+def options_of(record: RunRecord) -> Options:
+    """The strategy that a run was begun with, and what it was told."""
+    recorded = record.start["options"]
+    confidence = recorded.get("confidence") or DEFAULT_CONFIDENCE
+    return Options(recorded["strategy"], confidence, recorded.get("tie_margin"))
+
+
+def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRecord) -> plan.SearchPlan:
+    memory, size = loaded.memory, loaded.memory.patterns_per_sweep
+    along = [layout.start_pattern] * memory.along
+
+    def count(patterns: list[Pattern]) -> int:
+        return count_in_sweeps(layout, patterns, size, along)
+
+    references = [Pattern(letters) for letters in record.references.values()]
+    flippable = request.flippable(layout.start_pattern)
+    kept = _kept(layout, flippable, memory, record)
+    options = options_of(record)
+    evaluations, layer_runs = rehearsal.preview(strategy_of(record), record.tokens, count, options.is_lazy)
+    expected = most = layer_runs + count([layout.start_pattern, *references])
+    if options.name == "exact":  # what the others take follows from the losses
+        expected = rehearsal.rehearse(lambda: strategy_of(record), record.tokens, references, kept.keeping, size, along)
+    return plan.SearchPlan(
+        strategy=options,
+        num_layers=len(layout.layer_indices),
+        candidates=len(flippable),
+        num_shared=record.start["options"]["num_shared"],
+        candidate_evaluations=evaluations,
+        layer_evaluations=most,
+        expected_layer_evaluations=expected,
+        naive_layer_evaluations=(evaluations + 1 + len(references)) * layout.num_layers,
+        branches_per_sweep=size,
+        branch_bytes=memory.branch_bytes,
+        layer_bytes=memory.shape.layer_bytes,
+        weight_bytes=memory.weights,
+        memory_bytes=memory.budget,
+        full_state_bytes=memory.full_states,
+        kept=kept,
+        program_bytes=memory.program,
+        resting=memory.resting,
+        tensor_bytes=memory.shape.final_bytes * memory.shape.batch_size,
+        state_bytes=memory.shape.branch_bytes,
+        packets=memory.share.packets,
+        along=memory.along,
+        layer_known=memory.shape.known,
+        heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
+        processes=_processes(request, memory, record),
+        weight_rows=tuple(weight_rows(loaded, len(flippable))),
+    )
+
+
+def _kept(layout: Layout, flippable: Sequence[int], memory: Memory, record: RunRecord) -> plan.Kept:
+    """Live branches come first, as many as one step has; the states kept between steps get what is left."""
+    most = max(len(flippable), 1 + len(record.references))
+    keeping = Keeping(layout.num_layers, layout.layer_indices, frozenset(flippable))
+    share = memory.share
+    sequences = share.sequences(len(record.tokens), memory.shape.batch_size)
+    blocks = pipeline_blocks(layout.num_layers, layout.layer_indices, share.grid.pipeline)
+    return plan.plan_kept(keeping, memory.shape, sequences, memory.beside(most), blocks, memory.resting > 0)
+
+
+def _processes(request: GreedyRequest, memory: Memory, record: RunRecord) -> str:
+    """Who computes, in words; nothing where one process does."""
+    if memory.share.grid.size == 1:
+        return ""
+    words, stages = memory.grid_words(len(record.tokens)), record.start["options"]["stages"]
+    if stages == request.pp and stages > 1:
+        return f"{words}; searched in {stages} stages, their blocks of layers (--stages 1: all layers together)"
+    return words

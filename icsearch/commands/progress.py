@@ -1,0 +1,269 @@
+"""How a run shows itself: a live display on a terminal, plain lines elsewhere, nothing with --quiet."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich import progress as bars
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from icsearch.core.statistics import mean_loss
+from icsearch.report import numbers
+from icsearch.report.choices import step_note
+from icsearch.runs.record import RunRecord
+from icsearch.runs.refinement import HELDOUT_SET
+from icsearch.search.loop import Progress
+
+
+class Passing:
+    """Hears a run for somebody else."""
+
+    def __init__(self, inner: Progress) -> None:
+        self._inner = inner
+
+    def info(self, text: str) -> None:
+        self._inner.info(text)
+
+    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None:
+        self._inner.planned(rows, layer_sequences, done)
+
+    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
+        self._inner.step_started(step, patterns, layer_sequences)
+
+    def layer_done(self, layer_sequences: int) -> None:
+        self._inner.layer_done(layer_sequences)
+
+    def losses_known(self, record: RunRecord, step: int | str) -> None:
+        self._inner.losses_known(record, step)
+
+    def committed(self, record: RunRecord) -> None:
+        self._inner.committed(record)
+
+    def tried(self, record: RunRecord) -> None:
+        self._inner.tried(record)
+
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Quiet:
+    """Hears everything and says nothing."""
+
+    def opening(self, text: str) -> None: ...
+
+    def info(self, text: str) -> None: ...
+
+    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None: ...
+
+    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None: ...
+
+    def layer_done(self, layer_sequences: int) -> None: ...
+
+    def losses_known(self, record: RunRecord, step: int | str) -> None: ...
+
+    def committed(self, record: RunRecord) -> None: ...
+
+    def tried(self, record: RunRecord) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Plain(Quiet):
+    """One line for each thing that happens: for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._clock = RunClock()
+        self._last_line = 0.0
+        self._step: int | str | None = None
+
+    def info(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True)
+
+    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None:
+        self._clock.total, self._clock.done = layer_sequences, done
+        self.console.print(plan_table(rows))
+
+    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
+        self._clock.start_step(step, layer_sequences)
+        if step != self._step:  # a race begins to score many times in a step
+            self.info(f"{_step_name(step)}: scoring {numbers.plural(patterns, 'pattern')}")
+        self._step = step
+
+    def layer_done(self, layer_sequences: int) -> None:
+        self._clock.advance(layer_sequences)
+
+    def losses_known(self, record: RunRecord, step: int | str) -> None:
+        if time.monotonic() - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = time.monotonic()
+        share = self._clock.step_done / max(self._clock.step_total, 1)
+        self.info(f"{_step_name(step)}: {share:.0%}, {best_so_far(record, step)}, {self._clock.remaining()}")
+
+    def committed(self, record: RunRecord) -> None:
+        last = len(record.commits) == record.start["options"]["num_shared"]
+        self.info(commit_line(record) + ("" if last else f", {self._clock.remaining()}"))
+
+    def tried(self, record: RunRecord) -> None:
+        self.info(trial_line(record))
+
+
+class Live(Plain):
+    """A progress bar for the step at work, above it one line for each commit."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._progress = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(bar_width=20),
+            bars.TextColumn("{task.percentage:>3.0f}%"),
+            bars.TextColumn("{task.fields[note]}", style="dim"),
+            bars.TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: Any = None
+        self._status = console.status("")
+
+    def opening(self, text: str) -> None:
+        """Shown until the plan or the end comes: libraries are imported, and whatever can be refused is."""
+        self._status.update(escape(text))
+        self._status.start()
+
+    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None:
+        self._status.stop()
+        super().planned(rows, layer_sequences, done)
+
+    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
+        self._clock.start_step(step, layer_sequences)
+        if self._task is None:
+            self._progress.start()
+        else:
+            self._progress.remove_task(self._task)
+        description = f"{_step_name(step)} · {numbers.plural(patterns, 'pattern')}"
+        self._task = self._progress.add_task(description, total=layer_sequences, note="")
+
+    def layer_done(self, layer_sequences: int) -> None:
+        super().layer_done(layer_sequences)
+        self._progress.advance(self._task, layer_sequences)
+
+    def losses_known(self, record: RunRecord, step: int | str) -> None:
+        self._progress.update(self._task, note=f"{best_so_far(record, step)} · {self._clock.remaining()}")
+
+    def committed(self, record: RunRecord) -> None:
+        self.info(commit_line(record))
+
+    def close(self) -> None:
+        self._status.stop()
+        self._progress.stop()
+
+
+class RunClock:
+    """Remaining time, from the layer runs done in this process and those still to come (a bound from above)."""
+
+    def __init__(self) -> None:
+        self.total = self.done = self.step_total = self.step_done = 0
+        self._measured = 0
+        self._started: float | None = None
+
+    def start_step(self, step: int | str, layer_sequences: int) -> None:
+        self._started = self._started or time.monotonic()
+        if isinstance(step, str):  # how long a refinement goes on nobody knows: time left is that of what is at work
+            self.total = self.done + layer_sequences
+        self.step_total, self.step_done = layer_sequences, 0
+
+    def advance(self, layer_sequences: int) -> None:
+        self.step_done += layer_sequences
+        self.done += layer_sequences
+        self._measured += layer_sequences
+
+    def remaining(self) -> str:
+        """Such as `about 1 min 23 s left`.
+
+        A run that goes on after an interruption, or whose plan was halved, does more than was planned from the start:
+        then it is known only that what is left of the step at work will be done.
+        """
+        left = max(self.total - self.done, self.step_total - self.step_done)
+        if self._started is None or not self._measured or left <= 0:
+            return "time left unknown"
+        rate = (time.monotonic() - self._started) / self._measured
+        seconds = rate * left
+        return f"about {numbers.duration(seconds)} left" if seconds >= 1 else "less than 1 s left"
+
+
+def make_listener(quiet: bool) -> Quiet:
+    """The display that fits: nothing, a live bar on a terminal, or plain lines. All of it goes to stderr."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        return Quiet()
+    return Live(console) if console.is_terminal else Plain(console)
+
+
+def plan_table(rows: Sequence[tuple[str, str]]) -> Table:
+    """The plan, printed before the run."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name, text in rows:
+        table.add_row(name, escape(text))
+    return table
+
+
+def commit_line(record: RunRecord) -> str:
+    """What the last commit did."""
+    commit, step = record.commits[-1], record.steps()[-1]
+    tie = f", tied with {', '.join(map(str, commit.ties))}" if commit.ties else ""
+    note = f"; {said}" if (said := step_note(commit)) else ""
+    kl = f"KL {numbers.compact(step.kl)}, " if step.kl is not None else ""
+    return (
+        f"step {commit.step}/{record.start['options']['num_shared']}: layer {commit.layer} shares, "
+        f"{kl}loss {numbers.loss(step.loss)} ({numbers.with_error(step.delta, step.std_err)}){tie}{note}"
+    )
+
+
+def trial_line(record: RunRecord) -> str:
+    """What became of the last move that held-out sequences were asked about."""
+    if record.refinement is None or record.heldout is None:
+        return ""
+    trial = record.refinement.trials[-1]
+    here, there = (one.objective.difference(trial.pattern, trial.before) for one in (record, record.heldout))
+    return (
+        f"swap {'made' if trial.made else 'refused'}: layer {trial.from_layer} to {trial.to_layer}, "
+        f"{numbers.difference(here)}, held out {numbers.difference(there)}"
+    )
+
+
+def best_so_far(record: RunRecord, step: int | str) -> str:
+    """The leader of a step, on the sequences that all patterns have been scored on that are not behind.
+
+    Behind are those of a sweep to come, and those that a race has dropped.
+    """
+    if isinstance(step, str):
+        made = len(record.refinement.swaps) if record.refinement else 0
+        return f"{numbers.plural(made, 'swap')} made"
+    patterns = record.asked[step]
+    if step:
+        furthest = max(len(record.nll[letters]) for letters in patterns)
+        patterns = [letters for letters in patterns if len(record.nll[letters]) == furthest]
+    common = set.intersection(*(set(record.nll[letters]) for letters in patterns))
+    if step == 0 or not common:
+        return f"{len(common)} of {len(record.tokens)} sequences"
+    order = sorted(common)
+    tokens = [record.tokens[s] for s in order]
+    known = record.kl if record.by_kl else record.nll
+    losses = {p: mean_loss([known[p][s] for s in order], tokens) for p in patterns}
+    best = min(losses, key=losses.__getitem__)
+    before = record.pattern.letters
+    layer = next(i for i, (a, b) in enumerate(zip(before, best, strict=True)) if a != b)
+    what = "KL" if record.by_kl else "loss"
+    return f"best so far layer {layer}, {what} {losses[best]:.4f} on {len(order)} of {len(record.tokens)} sequences"
+
+
+def _step_name(step: int | str) -> str:
+    if isinstance(step, str):
+        return "held-out sequences" if step == HELDOUT_SET else "swaps"
+    return f"step {step}" if step else "baseline"

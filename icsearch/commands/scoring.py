@@ -1,0 +1,256 @@
+"""The scorer of a run: weights loaded, on one process or several, and sweeps that answer the search."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from icsearch.commands.requests import KL, RunRequest
+from icsearch.commands.setup import Inputs, environment_notes, is_ready, obtain, obtain_heldout, open_model
+from icsearch.core.pattern import Pattern
+from icsearch.model.holding import DISK
+from icsearch.model.layout import Layout
+from icsearch.model.loading import resolve_device
+from icsearch.model.model import DsaModel
+from icsearch.model.shards import read_rate
+from icsearch.planning import offload, plan
+from icsearch.planning.memory import Memory, plan_memory, plan_share
+from icsearch.planning.stage_starts import stage_notes
+from icsearch.runs.directory import RunDirectory
+from icsearch.runs.journal import Event
+from icsearch.runs.record import RunRecord
+from icsearch.runs.results import guessing_notes
+from icsearch.search.loop import Progress, Scorer, Scores, Scoring
+from icsearch.sweep.branches import Batch, BranchState, cut_waves
+from icsearch.sweep.distributed.launch import Grid, pipeline_blocks
+from icsearch.sweep.distributed.schedule import CALIBRATION, HELDOUT, Ledger
+from icsearch.sweep.distributed.startup import bring_up, device_batches
+from icsearch.sweep.states import Keeping, StateStore
+from icsearch.sweep.sweep import Sweeper, kernel_notes, make_sweeper
+
+if TYPE_CHECKING:
+    from icsearch.sweep.distributed.coordinator import Crew
+    from icsearch.sweep.distributed.world import World
+
+# Writes the results of a run into its directory.
+Publish = Callable[[Path, RunRecord], object]
+# Hears a line for whoever watches the run.
+Tell = Callable[[str], None]
+
+
+def publish_nothing(out: Path, record: RunRecord) -> None:
+    """For callers who only want the record."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A directory that is ours: its inputs checked, its events so far, and the first event that it has or gets."""
+
+    inputs: Inputs
+    run: RunDirectory
+    existing: list[Event]
+    start: Event
+
+
+@contextlib.contextmanager
+def opened(
+    request: RunRequest, describe: Callable[[Inputs, list[Event]], Event], listener: Progress
+) -> Iterator[Opened]:
+    """Check the inputs, hold the directory, and refuse to continue a run with other settings.
+
+    `describe` makes the first event. Nothing of an earlier run is touched; no weights are read.
+    """
+    resolve_device(request.device)  # refused before anything is read or made
+    source, layout = open_model(request.calibration)
+    request.check(layout.start_pattern, layout.backbone)
+    run = RunDirectory(request.out)
+    with run.locked():
+        batches, hit = obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
+        inputs = Inputs(source, layout, batches, obtain_heldout(request, source, layout, batches))
+        existing = [] if request.fresh else run.existing()
+        start = describe(inputs, existing)
+        run.check_same(existing, start)
+        how = "ready" if is_ready(request.calibration.source) else "from the cache" if hit else "made now"
+        listener.info(f"calibration: {batches.num_sequences} x {batches.seq_len} tokens ({how})")
+        if existing:
+            done = existing[-1]["event"] == "finish"
+            listener.info(f"{request.out} is finished" if done else f"continuing {request.out}")
+        yield Opened(inputs, run, existing, start)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory, its batches beside it, and the memory that was planned for them."""
+
+    dsa: DsaModel
+    batches: list[Batch]
+    memory: Memory
+    heldout: list[Batch]
+    crew: Crew | None = None  # in a run of several processes
+    notes: tuple[str, ...] = ()
+    bytes_per_second: float | None = None  # of reading streamed weights, as measured when the run started
+
+
+def load(request: RunRequest, inputs: Inputs, options: dict[str, Any], tell: Tell = lambda _: None) -> Loaded:
+    """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError.
+
+    `tell` hears when weights are about to be read: by then everything that needs none of them has been refused.
+    """
+    memory = plan_memory(request, inputs, options)
+    tell(f"loading {request.model} ...")
+    remote = request.calibration.trust_remote_code
+    dsa = bring_up(inputs.source, options, remote, None, memory.offload.where)
+    size = options["batch_size"]
+    heldout = [] if inputs.heldout is None else device_batches(dsa, inputs.heldout, size)
+    rate = read_rate(inputs.source.shards) if memory.offload.where == DISK else None
+    batches = device_batches(dsa, inputs.batches, size)
+    return Loaded(dsa, batches, memory, heldout, bytes_per_second=rate)
+
+
+def load_together(request: RunRequest, here: Opened, world: World | None, wanted: Sequence[Grid], tell: Tell) -> Loaded:
+    """As `load`, by all processes of a run: what each of them gets follows from the grid that they make.
+
+    That is the first of those wanted in which the weights fit. Without a world, this process is the only one.
+    """
+    if world is None:
+        return load(request, here.inputs, here.start["options"], tell)
+    from icsearch.sweep.distributed.coordinator import Crew  # torch.distributed, which one process can do without
+    from icsearch.sweep.distributed.startup import check_ready, lead_in, load_order
+
+    inputs, options = here.inputs, here.start["options"]
+    memory = plan_share(request, inputs, options, world.launch, wanted)
+    tell(f"loading {request.model} ...")
+    grid = memory.share.grid
+    layers = pipeline_blocks(inputs.layout.num_layers, inputs.layout.layer_indices, grid.pipeline)
+    sets = {CALIBRATION: inputs.batches, **({HELDOUT: inputs.heldout} if inputs.heldout else {})}
+    remote, where = request.calibration.trust_remote_code, memory.offload.where
+    order = load_order(grid, layers, inputs.source, remote, options, sets, where)
+    member, dsa = lead_in(world, order, inputs.source, sets)
+    notes = check_ready(world, here.start)
+    batches = {name: member.batches_of(name) for name in sets}
+    return Loaded(
+        dsa,
+        batches[CALIBRATION],
+        memory,
+        batches.get(HELDOUT, []),
+        Crew(world, grid, member),
+        tuple(notes),
+        read_rate(inputs.source.shards) if where == DISK else None,
+    )
+
+
+class SweepScorer:
+    """The layer sweep as the search sees it. Resident weights: one batch is one wave; streamed ones: as many as fit."""
+
+    def __init__(self, sweeper: Sweeper, batches: Sequence[Batch], patterns: int, batches_per_wave: int = 1) -> None:
+        self.patterns_per_sweep = patterns
+        self._sweeper = sweeper
+        self._waves = {(wave[0].first, wave[-1].last): wave for wave in cut_waves(batches, batches_per_wave)}
+        self._shrunk = False
+
+    @property
+    def waves(self) -> Sequence[tuple[int, int]]:
+        return list(self._waves)
+
+    def retain(self, base: Pattern) -> None:
+        self._sweeper.retain(base)
+
+    def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
+        return self._sweeper.expected([(patterns, self._waves[wave]) for patterns, wave in work])
+
+    def announce(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> None:
+        """One process begins with nothing before it is asked to."""
+
+    def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
+        weights = self._sweeper.model.weights
+        before = weights.bytes_read
+        with kernel_notes() as notes:
+            result = self._sweeper.sweep(patterns, self._waves[wave], on_layer)
+        read = weights.bytes_read - before
+        return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)), result.kl, read)
+
+    def shrink(self, patterns: int) -> bool:
+        """Half as many patterns at once as failed, and half of what was kept. Once: after that the plan is no guide."""
+        if self._shrunk:
+            return False
+        self._shrunk, self.patterns_per_sweep = True, max(1, patterns // 2)
+        freed = self._sweeper.shrink()
+        return patterns > 1 or freed > 0
+
+
+def make_scoring(
+    here: Opened, record: RunRecord, loaded: Loaded, listener: Progress, kept: plan.Kept | None = None
+) -> Scoring:
+    """The scoring of a run by the layer sweep; notes what has changed around a run that goes on.
+
+    `kept` says which states are kept between sweeps; by default none.
+    """
+    layout = here.inputs.layout
+    kept = kept or _keep_nothing(layout)
+    scorer = _scorer(loaded, CALIBRATION, loaded.batches, kept, record)
+    scoring = Scoring(here.run.journal, record, scorer, listener)
+    changed = environment_notes(here.existing, here.start)
+    scoring.note([*changed, *loaded.notes, *weight_notes(loaded), *stage_notes(here.start)])
+    return scoring
+
+
+def heldout_scorer(here: Opened, record: RunRecord, loaded: Loaded) -> Scorer:
+    """Scores the held-out sequences of a refinement; few patterns ever come there, and no states are kept."""
+    return _scorer(loaded, HELDOUT, loaded.heldout, _keep_nothing(here.inputs.layout), record)
+
+
+def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept, record: RunRecord) -> Scorer:
+    """Measures what the run's objective needs; by all processes of the run, where it has several."""
+    by_kl, keep_full_states = record.start["options"]["objective"] == KL, loaded.memory.full_states > 0
+    if loaded.crew is not None:
+        full = loaded.dsa.start_pattern if by_kl else None
+        ledger = Ledger(kept.keeping, record.pattern, full, keep_full_states)
+        ranges = [(batch.first, batch.last) for batch in batches]
+        memory = loaded.memory
+        sizes = memory.patterns_per_sweep, memory.batches_per_wave
+        return loaded.crew.scorer(name, ledger, ranges, *sizes, memory.resting > 0)
+    store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
+    sweeper = make_sweeper(loaded.dsa, store, by_kl, keep_full_states, loaded.memory.resting > 0)
+    return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep, loaded.memory.batches_per_wave)
+
+
+def process_rows(loaded: Loaded) -> list[tuple[str, str]]:
+    """The plan's row on processes, where there are several."""
+    if loaded.crew is None:
+        return []
+    return [("processes", loaded.memory.grid_words(sum(len(batch.input_ids) for batch in loaded.batches)))]
+
+
+def weight_rows(loaded: Loaded, patterns: int) -> list[tuple[str, str]]:
+    """The plan's rows on weights, for steps of so many patterns at most."""
+    passes = loaded.memory.passes(patterns, sum(len(batch.input_ids) for batch in loaded.batches))
+    return offload.rows(loaded.memory.offload, passes, loaded.bytes_per_second)
+
+
+def score_baseline(scoring: Scoring, layout: Layout, *more: Pattern) -> None:
+    """Step 0 of a run, and a note where its loss says that something is wrong."""
+    scoring.score_references(*more)
+    loss = scoring.record.loss(scoring.record.start_pattern.letters)
+    for text in guessing_notes(loss, layout.vocab_size):
+        scoring.progress.info(text)
+        scoring.note([text])
+
+
+def weight_notes(loaded: Loaded) -> list[str]:
+    """Where the losses came from, as far as it is not the usual: the bits do not follow from it."""
+    if not loaded.memory.offload.streamed:
+        return []
+    return [f"weights were streamed layer by layer (--offload {loaded.memory.offload.where}): the same bits"]
+
+
+def _keep_nothing(layout: Layout) -> plan.Kept:
+    return plan.Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
+
+
+def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int, along: Sequence[Pattern] = ()) -> int:
+    """Layer runs of scoring these patterns, with so many in one sweep, and others that run along in each."""
+    starts = range(0, len(patterns), per_sweep)
+    return sum(layout.count_layer_runs([*patterns[start : start + per_sweep], *along]) for start in starts)

@@ -1,0 +1,217 @@
+"""Patterns as named on the command line by a SPEC: `full`, `uniform:1/4`, `published:NAME`, a file, letters, or what
+an engine is given today."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from icsearch.core.errors import IcsearchError, PatternError
+from icsearch.core.files import published_patterns, typed_path
+from icsearch.core.jsonfile import shown
+from icsearch.core.pattern import Pattern, parse_retention
+from icsearch.core.pattern_file import PatternFile, load_pattern_file
+from icsearch.core.text import did_you_mean
+from icsearch.engines.read import import_pattern, is_engine_source
+from icsearch.model.config import Backbone
+from icsearch.runs.record import why_no_pattern
+
+EXPECTED = (
+    "full, uniform:1/4, published:NAME, a pattern.json or RUN (RUN@1/2: at that retention), letters, or what an engine "
+    "is given (a config.json, overrides as JSON, freq:4,offset:2)"
+)
+FORMS = ("uniform", "published", "freq")
+NAME_LENGTH = 32  # of a name in a table
+
+
+@dataclass(frozen=True)
+class Target:
+    """The model that patterns are for. `layers` are its decoder layers, by default one for each letter."""
+
+    model_type: str
+    fingerprint: str
+    start: Pattern  # all F but for native S layers
+    calibration_fingerprint: str
+    sequences: frozenset[str] = frozenset()  # digests of the calibration sequences
+    layers: Backbone | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The decoder layers, and the config that an engine would read with a pattern."""
+        return self.layers or replace(Backbone.alike(len(self.start)), model_type=self.model_type or None)
+
+
+@dataclass(frozen=True)
+class NamedPattern:
+    """A pattern with what is known of its origin.
+
+    `method` groups patterns in a picture. `in_sample`: it was searched on some of the sequences it is evaluated on.
+    `foreign`: it belongs to another model, and was let through by --force. `notes`: how it was read.
+    """
+
+    name: str
+    pattern: Pattern
+    method: str
+    in_sample: bool = False
+    foreign: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def resolve_specs(
+    specs: Sequence[str], target: Target, retentions: Sequence[Fraction] = (), force: bool = False
+) -> list[NamedPattern]:
+    """All patterns that the SPECs name, checked against the target, `full` first; raises PatternError.
+
+    `retentions` asks every run's file for its nested patterns at these retentions instead of its last one.
+    """
+    found = [NamedPattern("full", target.start, "full")]
+    for spec in specs:
+        found += [_checked(named, target) for named in _resolve(spec.strip(), target, retentions, force)]
+    return _with_unique_names(found)
+
+
+def pattern_of(spec: str, start: Pattern, layers: Backbone | None = None) -> Pattern:
+    """The pattern that a SPEC names, for a model of this start pattern; whose pattern it is does not matter here."""
+    return resolve_specs([spec], Target("", "", start, "", layers=layers), force=True)[-1].pattern
+
+
+def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
+    num_layers = len(target.start)
+    if spec == "full":
+        return [NamedPattern("full", target.start, "full")]
+    if spec.startswith("uniform:"):
+        retention = parse_retention(spec.removeprefix("uniform:"))
+        return [NamedPattern(f"uniform {retention}", Pattern.uniform(num_layers, retention), "uniform")]
+    if spec.startswith("published:"):
+        file = load_pattern_file(published_path(spec))
+        return [_from_file(spec, file, file.pattern, target, force)]
+    if re.fullmatch(r"[A-Z]+|[fs]+", spec) and not os.path.exists(spec):  # other letters: their position gets named
+        return [NamedPattern(spec.upper(), Pattern.parse(spec, num_layers), "letters")]
+    if is_engine_source(spec):
+        return [_from_engine(spec, target, force)]
+    return _from_path(spec, target, retentions, force)
+
+
+def _from_engine(spec: str, target: Target, force: bool) -> NamedPattern:
+    """What an engine runs with a config, overrides or numbers, by that engine's rules."""
+    found = import_pattern(spec, None, target.backbone)
+    name = spec if len(spec) <= NAME_LENGTH else _short(spec, found.engine.title)
+    file = found.pattern_file(name)
+    return replace(_from_file(name, file, file.pattern, target, force), notes=found.notes)
+
+
+def _short(spec: str, title: str) -> str:
+    """The end of a path, or whose settings these are."""
+    return Path(spec).name if Path(spec).suffix in (".json", ".gguf") else f"as {title}"
+
+
+def published_path(spec: str) -> Path:
+    """The file of `published:NAME`; raises PatternError with the names that there are."""
+    known = sorted(file.stem for file in published_patterns().glob("*.json"))
+    name = spec.removeprefix("published:")
+    if name not in known:
+        meant = did_you_mean(name, known)
+        raise PatternError(
+            f"no published pattern {shown(name)}: {f'{meant} ' if meant else ''}known are {', '.join(known)}"
+        )
+    return published_patterns() / f"{name}.json"
+
+
+def split_retention(text: str) -> tuple[str, str]:
+    """RUN@1/2 as the RUN and its retention; the latter is empty where none is given, or the whole is a file's name."""
+    run, _, at = (text, "", "") if os.path.exists(text) else text.partition("@")
+    return run, at
+
+
+def pattern_file_of(text: str, error: type[IcsearchError]) -> Path:
+    """The path as typed, of a RUN its pattern.json; it need not exist. Raises `error` for an unfinished run."""
+    path = typed_path(text, error)
+    if not path.is_dir():
+        return path
+    file = path / "pattern.json"
+    if not file.exists() and (why := why_no_pattern(path)):
+        raise error(why)
+    return file
+
+
+def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
+    text, at = split_retention(spec)
+    path = pattern_file_of(text, PatternError)
+    if not path.exists():
+        meant = did_you_mean(spec.partition(":")[0], FORMS) if ":" in spec else did_you_mean(spec, ["full"])
+        raise PatternError(f"unknown pattern {shown(spec)}: {f'{meant} ' if meant else ''}expected {EXPECTED}")
+    file = load_pattern_file(path)
+    label = _label(path, file.method)
+    wanted = [parse_retention(at)] if at else list(retentions)
+    if not wanted or not (at or file.steps):
+        return [_from_file(label, file, file.pattern, target, force)]
+    try:
+        nested = [(r, file.at_retention(r)) for r in wanted]
+    except PatternError as error:
+        raise PatternError(f"{spec}: {error}") from None
+    return [_from_file(f"{label} @{r}", file, pattern, target, force) for r, pattern in nested]
+
+
+def _label(path: Path, method: str) -> str:
+    """A run is called by its method and its folder, other files by their name."""
+    if path.name != "pattern.json":
+        return path.stem
+    folder = path.resolve().parent.name
+    return folder if folder.startswith(method) else f"{method} {folder}"
+
+
+def _from_file(name: str, file: PatternFile, pattern: Pattern, target: Target, force: bool) -> NamedPattern:
+    """A pattern of a file, refused where it was made for another kind of model (unless forced)."""
+    model_type = file.model.get("model_type")
+    foreign = [
+        f"{what} {found}, this model has {here}"
+        for what, found, here in (
+            ("model type", model_type, target.model_type or model_type),
+            ("layers", len(pattern), len(target.start)),
+        )
+        if found is not None and found != here
+    ]
+    fits = len(pattern) == len(target.start)
+    if foreign and not (force and fits):
+        remedy = "use --force to evaluate it all the same" if fits else "it cannot be run here"
+        raise PatternError(f"pattern {name!r} belongs to another model ({'; '.join(foreign)}): {remedy}")
+    fingerprint = file.model.get("fingerprint")
+    other_weights = fingerprint is not None and fingerprint != target.fingerprint
+    in_sample = any(_shares_sequences(batches, target) for batches in _chosen_on(file, pattern))
+    return NamedPattern(name, pattern, file.method, in_sample, bool(foreign) or other_weights)
+
+
+def _chosen_on(file: PatternFile, pattern: Pattern) -> list[dict[str, Any]]:
+    """The batches that a pattern of a file was chosen on: a refined one's held-out sequences are among them."""
+    refined = file.refinement is not None and pattern == file.pattern
+    return [file.calibration, file.refinement["heldout"]] if refined and file.refinement else [file.calibration]
+
+
+def _shares_sequences(batches: dict[str, Any], target: Target) -> bool:
+    same = batches.get("fingerprint") == target.calibration_fingerprint
+    return same or not target.sequences.isdisjoint(batches.get("sequences") or ())
+
+
+def _checked(named: NamedPattern, target: Target) -> NamedPattern:
+    for layer in named.pattern.full_layers:
+        if not target.start.is_full(layer):
+            raise PatternError(
+                f"pattern {named.name!r} asks F of layer {layer}, which this checkpoint shares natively and which has "
+                f"no indexer: {'give letters with S there' if named.method == 'uniform' else 'write S there'}"
+            )
+    return named
+
+
+def _with_unique_names(found: list[NamedPattern]) -> list[NamedPattern]:
+    """Each pair of name and letters once; a name that stands for several patterns gets its letters added."""
+    unique = list(dict.fromkeys(found))
+    names = [named.name for named in unique]
+    return [
+        named if names.count(named.name) == 1 else replace(named, name=f"{named.name} {named.pattern}")
+        for named in unique
+    ]

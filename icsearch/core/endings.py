@@ -1,0 +1,151 @@
+"""How a command ends: whatever happens, one line on stderr and an exit status. No torch here."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TextIO
+
+from icsearch.core.errors import IcsearchError
+from icsearch.core.files import is_disk_full
+from icsearch.core.text import first_line
+
+EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 128 + signal.SIGTERM
+
+# A path that the user gave, or may not use; one that is missing can have gone while the command ran.
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
+_OTHER_PATH = "check its permissions, or give another path"
+_GOES_ON = "without --fresh, it continues where it stopped"
+
+
+class Terminated(BaseException):
+    """SIGTERM came: as KeyboardInterrupt, no error that anything but the end of the command should handle."""
+
+
+def open_closed_streams() -> None:
+    """Streams that whoever started this process has closed lead nowhere from here on.
+
+    Else the next file to be opened would get the number of one, and hold whatever is printed there.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is not None:
+            continue
+        null = os.open(os.devnull, os.O_RDWR)
+        if null != number and not _is_open(number):
+            os.dup2(null, number)
+        setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def raise_on_sigterm() -> None:
+    """From here on SIGTERM, by which schedulers and shut-downs end a process, unwinds it as Ctrl-C does.
+
+    A second one ends it at once. Where SIGTERM is ignored, it stays so.
+    """
+    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
+
+
+def run_to_its_end(command: Callable[[], object], debug: bool) -> int:
+    """Run a command; every way to end becomes an exit status, and a line on stderr where something went wrong."""
+    try:
+        status = command()
+        sys.stdout.flush()  # what cannot be written fails here, and not after the last line of defence
+        return status if isinstance(status, int) else 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Terminated:
+        return EXIT_TERMINATED
+    except BrokenPipeError:  # whoever read the output went away, and wants to hear no more
+        _say("")
+        return EXIT_FAILURE
+    except Exception as error:  # the last line of defence: whatever happens, one line and a status
+        message, status = explain(error)
+        _say(f"{traceback.format_exc() if debug else ''}icsearch: {one_line(message)}\n")
+        return status
+
+
+def one_line(message: str) -> str:
+    """The message on one line, with escapes for what is no sign: names from outside can hold a terminal's commands."""
+    line = " ".join(message.split())
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in line)
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """The line for the user and the exit status."""
+    if isinstance(error, IcsearchError):
+        return str(error), error.exit_status
+    if hasattr(error, "format_message"):  # a usage error of the command-line parser
+        return _usage(error), EXIT_BAD_INPUT
+    if is_disk_full(error):
+        return f"the disk is full ({_where(error)}): free some space and repeat the command; {_GOES_ON}", EXIT_FAILURE
+    if isinstance(error, MemoryError):
+        return f"out of memory ({first_line(error)}): free some and repeat the command; {_GOES_ON}", EXIT_FAILURE
+    if isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename:
+        return f"cannot use {_shortened(error.filename)} ({error.strerror}): {_OTHER_PATH}", EXIT_BAD_INPUT
+    return f"{type(error).__name__}: {error} (--debug shows where)", EXIT_FAILURE
+
+
+def _usage(error: Any) -> str:
+    """What the parser says, where the value came from unless it was typed, and whose help says more."""
+    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    command = f" {context.info_name}" if context is not None and context.parent is not None else ""
+    return f"{error.format_message()}{_origin(context, parameter)} (see icsearch{command} --help)"
+
+
+def _origin(context: Any, parameter: Any) -> str:
+    """Such as ` (from the config file icsearch.toml)`; nothing for what was typed, or is missing."""
+    if context is None or parameter is None:
+        return ""
+    source = getattr(context.get_parameter_source(parameter.name), "name", "")
+    if source == "DEFAULT_MAP":
+        config = context.params.get("config") or context.find_root().params.get("config")
+        return f" (from the config file {config})"
+    if source == "ENVIRONMENT":
+        return f" (from the environment, {context.auto_envvar_prefix}_{parameter.name.upper()})"
+    return ""
+
+
+def _shortened(name: object) -> str:
+    text = os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    return text if len(text) <= 200 else f"{text[:196]}..."
+
+
+def _where(error: Exception) -> str:
+    """What the system says, and of which file."""
+    reason, name = getattr(error, "strerror", None), getattr(error, "filename", None)
+    return ", ".join(str(part) for part in (reason, name) if part)
+
+
+def _say(what: str) -> None:
+    """Write to stderr what went wrong, and let go of a stdout or stderr that takes nothing more."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, what)):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # a log on a full disk, a terminal that is gone: there is no other place to say it
+            _let_go(stream)
+
+
+def _let_go(stream: TextIO) -> None:
+    """Nothing can be written there: what the buffer still holds must not fail at the interpreter's end too."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,174 @@
+"""JSON documents from outside: read, checked and written in one place, so that what is wrong is always one line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from icsearch.core.errors import IcsearchError
+from icsearch.core.files import read_text, write_atomically
+
+MAX_NUMBER = 1e100  # far above any loss, far below where sums and squares of float64 overflow
+MAX_COUNT = 2**53  # the integers that float64 holds exactly
+MAX_LAYERS = 4096  # some fifty times the deepest model of today
+
+
+def read_object(
+    path: Path,
+    *,
+    expected: str,
+    advice: str,
+    error: type[IcsearchError],
+    version: str | None = None,
+    absent: str | None = None,
+) -> dict[str, Any]:
+    """The JSON object in a file; raises `error`, which names the file, for everything that is none.
+
+    With `version`, the object's `format` must be that. `absent` is the advice where there is no file.
+    """
+    try:
+        document = json.loads(read_text(path), object_pairs_hook=unambiguous)
+    except FileNotFoundError:
+        raise error(f"no file {path}: expected {expected}; {absent or advice}") from None
+    except OSError as problem:
+        raise error(f"cannot read {path} ({problem.strerror or problem}): expected {expected}; {advice}") from None
+    except RecursionError:
+        raise error(f"{path} is nested too deeply: expected {expected}; {advice}") from None
+    except AmbiguityError as problem:
+        raise error(f"{path} {problem}: expected {expected}; {advice}") from None
+    except ValueError as problem:  # not UTF-8, not JSON, a number of 5000 digits
+        raise error(f"{path} is not JSON ({problem}): expected {expected}; {advice}") from None
+    if not isinstance(document, dict):
+        raise error(f"{path} holds {shown(document)}: expected {expected}; {advice}")
+    if version is not None and document.get("format") != version:
+        raise error(f"{path} has format {shown(document.get('format'))}: expected {version!r}; {advice}")
+    return document
+
+
+class AmbiguityError(ValueError):
+    """An object that says a thing twice: readers differ in which one they take."""
+
+
+def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs, for json's `object_pairs_hook`; raises AmbiguityError where a name comes twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise AmbiguityError(f"has {shown(next(name for name in names if names.count(name) > 1))} twice")
+    return found
+
+
+def write_object(path: Path, document: Mapping[str, Any]) -> None:
+    """Write strict JSON, whole or not at all: nan and infinity, which JSON has not, become null."""
+    write_atomically(path, json.dumps(strict(document), indent=2, allow_nan=False) + "\n")
+
+
+def strict(value: Any) -> Any:
+    """The value with None where a float is nan or infinite, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value must be: its name in messages, and the test."""
+
+    name: str
+    fits: Callable[[Any], bool]
+
+
+class FieldError(ValueError):
+    """A field that is missing, or other than its kind."""
+
+
+def check_fields(document: Mapping[str, Any], fields: Mapping[str, Kind]) -> None:
+    """Raise FieldError for the first field that is not of its kind. A missing one counts as null."""
+    for name, kind in fields.items():
+        if not kind.fits(document.get(name)):
+            found = shown(document[name]) if name in document else "missing"
+            raise FieldError(f"{name} is {found}: expected {kind.name}")
+
+
+def optional(kind: Kind) -> Kind:
+    """The kind, or null."""
+    return Kind(f"{kind.name} or null", lambda value: value is None or kind.fits(value))
+
+
+def list_of(kind: Kind, length: int | None = None) -> Kind:
+    """A list of values of one kind, of `length` where it is given."""
+    count = "" if length is None else f"{length} "
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, list) and length in (None, len(value)) and all(map(kind.fits, value))
+
+    return Kind(f"a list of {count}x {kind.name}" if count else f"a list of {kind.name}", fits)
+
+
+def whole(least: int, most: int = MAX_COUNT) -> Kind:
+    """An integer from `least` to `most`; true and false are none."""
+    name = f"an integer from {least}" + (f" to {most}" if most != MAX_COUNT else " up")
+    return Kind(name, lambda value: _is(value, int) and least <= value <= most)
+
+
+def letters(length: int | None = None) -> Kind:
+    """F and S, F first."""
+    many = MAX_LAYERS if length is None else length
+    fewest = 1 if length is None else length
+    name = "letters F and S, F first" if length is None else f"{length} letters F and S, F first"
+
+    def fits(value: Any) -> bool:
+        return isinstance(value, str) and fewest <= len(value) <= many and bool(re.fullmatch("F[FS]*", value))
+
+    return Kind(name, fits)
+
+
+def layers(most: int = MAX_LAYERS) -> Kind:
+    """Layer numbers below `most`, each larger than the one before."""
+
+    def fits(value: Any) -> bool:
+        if not (isinstance(value, list) and all(_is(item, int) and 0 <= item < most for item in value)):
+            return False
+        return all(a < b for a, b in pairwise(value))
+
+    return Kind(f"ascending layer numbers below {most}", fits)
+
+
+def one_of(*values: str) -> Kind:
+    """One of these texts."""
+    return Kind(" or ".join(values), lambda value: isinstance(value, str) and value in values)
+
+
+def between(low: float, high: float) -> Kind:
+    """A number above `low` and below `high`."""
+    name = f"a number above {low:g}" + (f" and below {high:g}" if high < MAX_NUMBER else "")
+    return Kind(name, lambda value: NUMBER.fits(value) and low < value < high)
+
+
+def shown(value: Any) -> str:
+    """A value for a message: short ones as they are, the rest by their type."""
+    if isinstance(value, (list, dict)):
+        return f"a {'list' if isinstance(value, list) else 'JSON object'}"
+    if isinstance(value, int) and abs(value) > MAX_COUNT:
+        return "a huge integer"
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:36]}..."
+
+
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+TEXT = Kind("text", lambda value: isinstance(value, str))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+OBJECT = Kind("a JSON object", lambda value: isinstance(value, dict))
+NUMBER = Kind("a finite number", lambda value: _is(value, (int, float)) and abs(value) <= MAX_NUMBER)
+DURATION = Kind("a number of seconds", lambda value: NUMBER.fits(value) and value >= 0)

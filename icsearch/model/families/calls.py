@@ -1,0 +1,189 @@
+"""What a model's own forward calls its decoder layers with, heard without running them.
+
+Masks, positions, rotary embeddings: without padding they follow from the shape of a batch alone. Token ids do not;
+where a family's layers take them too (hashed experts, n-gram embeddings), they are filled in batch by batch. That
+nothing else of a batch reaches a layer but the states that the layer before it returned is tried on each model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from icsearch.core.errors import ModelError
+
+PROBE_TOKENS = 2
+TOKEN_ARGUMENTS = ("input_ids", "ple_input_ids")  # what layers may take a batch's token ids as
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments of one decoder layer beside the hidden states, as the model's own forward passed them."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def on(self, input_ids: torch.Tensor) -> LayerCall:
+        """The call on these [B, T] token ids: another one only where the layer takes them."""
+        tokens = {name: input_ids for name in TOKEN_ARGUMENTS if name in self.kwargs}
+        return replace(self, kwargs={**self.kwargs, **tokens}) if tokens else self
+
+
+@contextlib.contextmanager
+def embedding_nothing(model: Any) -> Iterator[None]:
+    """Within the block, the model's embedding makes states of the token ids' own numbers: it needs no weights."""
+    embedding = model.get_input_embeddings()
+    if getattr(embedding, "weight", None) is None:
+        raise ModelError(
+            f"the input embedding of {type(model).__name__} has no weight: expected a table with a row for each token; "
+            "this family cannot be searched"
+        )
+    width, dtype = embedding.weight.shape[1], embedding.weight.dtype
+
+    def numbers(input_ids: torch.Tensor) -> torch.Tensor:
+        return input_ids.to(dtype).unsqueeze(-1).expand(*input_ids.shape, width)
+
+    with instead_of_forward(embedding, numbers):
+        yield
+
+
+@contextlib.contextmanager
+def recorded(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
+    """Within the block, layers do nothing but leave their call in the list; the last one ends the forward.
+
+    A family that hands the selection from layer to layer as an argument gets None there: the slots supply it. Raises
+    ModelError where the forward does not call each layer once, in order.
+    """
+    calls: list[LayerCall] = []
+
+    def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(LayerCall(args, kwargs))
+        if len(calls) == len(layers):
+            raise LastLayerReached
+        return hidden_states.as_subclass(LayerOutput)
+
+    with contextlib.suppress(LastLayerReached), in_order(layers, lambda _, *args, **kwargs: record(*args, **kwargs)):
+        yield calls
+
+
+@contextlib.contextmanager
+def in_order(layers: Sequence[nn.Module], function: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Within the block, calling a layer calls the function, with the layer's number in front.
+
+    Raises ModelError where layers are not called one after another, each of them once.
+    """
+    done = 0
+
+    def call(index: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        nonlocal done
+        if index != done:
+            raise _out_of_order(done, f"layer {index}")
+        done += 1
+        return function(index, *args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            stack.enter_context(instead_of_forward(layer, partial(call, index)))
+        yield
+        if done < len(layers):
+            raise _out_of_order(done, "none of the others")
+
+
+def check_layers_stand_alone(
+    model: Any, layers: Sequence[nn.Module], decode: Callable[[torch.Tensor], Any], device: torch.device
+) -> None:
+    """Raise ModelError where a layer gets more of a batch than its token ids and the states of the layer before it.
+
+    Tried on two made-up batches of a few tokens, with layers that return made-up states: `decode` is the forward.
+    """
+    one, other = (
+        _made_up_calls(model, layers, decode, torch.full((1, PROBE_TOKENS), token, device=device)) for token in (0, 1)
+    )
+    for index, (call, again) in enumerate(zip(one, other, strict=True)):
+        if not _same_values((call.args, call.kwargs), (again.args, again.kwargs)):
+            raise ModelError(
+                f"{type(model).__name__} hands decoder layer {index} something that follows from the text, beside the "
+                f"states of the layer before it: expected masks, positions or {' or '.join(TOKEN_ARGUMENTS)}; this "
+                "family cannot be searched layer by layer"
+            )
+
+
+def _made_up_calls(
+    model: Any, layers: Sequence[nn.Module], decode: Callable[[torch.Tensor], Any], input_ids: torch.Tensor
+) -> list[LayerCall]:
+    """Each layer's call, without its token ids, where layer i returns states that are all i + 1."""
+    calls: list[LayerCall] = []
+
+    def record(index: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if index and not torch.equal(hidden_states, torch.full_like(hidden_states, index)):
+            raise ModelError(
+                f"{type(model).__name__} changes the states between decoder layers {index - 1} and {index}: expected "
+                "each layer to get what the one before it returned; this family cannot be searched layer by layer"
+            )
+        calls.append(LayerCall(args, {name: kwargs[name] for name in kwargs if name not in TOKEN_ARGUMENTS}))
+        if len(calls) == len(layers):
+            raise LastLayerReached
+        return torch.full_like(hidden_states, index + 1).as_subclass(LayerOutput)
+
+    with contextlib.suppress(LastLayerReached), embedding_nothing(model), in_order(layers, record):
+        decode(input_ids)
+    return calls
+
+
+def _same_values(one: Any, other: Any) -> bool:
+    """Whether arguments hold the same tensors; what is neither a tensor nor a plain container is not compared."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same_values(one[name], other[name]) for name in one)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_same_values, one, other))
+    return True
+
+
+def _out_of_order(done: int, then: str) -> ModelError:
+    return ModelError(
+        f"the model's own forward calls {done} decoder layers in order and then {then}: expected each layer once; this "
+        "family cannot be searched layer by layer"
+    )
+
+
+@contextlib.contextmanager
+def instead_of_forward(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the block, calling the module calls the function."""
+    before = vars(module).get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+class LayerOutput(torch.Tensor):
+    """States as a decoder layer of any family returns them: alone, or first of a pair with the layer's selection."""
+
+    def __iter__(self) -> Iterator[torch.Tensor | None]:
+        return iter((self, None))
+
+    def __getitem__(self, item: Any) -> torch.Tensor:
+        return self if isinstance(item, int) and item == 0 else super().__getitem__(item)
+
+
+class LastLayerReached(Exception):
+    """Ends a forward when all layers have been called."""
+
+
+class FirstLayerReached(Exception):
+    """Carries the embedded states out of the model's forward."""
+
+    def __init__(self, hidden_states: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states

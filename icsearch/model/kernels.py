@@ -1,0 +1,265 @@
+"""How DSA layers compute: transformers' own modules, or the block-wise arithmetic of `ops` in their place."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from icsearch.core.errors import ModelError
+from icsearch.model import block_sizes, ops
+from icsearch.model.families.attention import Core, Observer
+from icsearch.model.families.calls import instead_of_forward
+from icsearch.model.families.indexer import arguments, bound, has_scores, index_queries, turns
+
+_TAKES = ["hidden_states", "top_k_index", "top_k_weights"]
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def find_experts(layers: Iterable[nn.Module]) -> list[Any]:
+    """The modules that take states of single tokens and each one's experts, as transformers' fused experts do."""
+    return [module for layer in layers for module in layer.modules() if _is_experts(module)]
+
+
+def _is_experts(module: nn.Module) -> bool:
+    return list(inspect.signature(type(module).forward).parameters)[1:] == _TAKES
+
+
+@contextlib.contextmanager
+def chunked(experts: Iterable[Any]) -> Iterator[None]:
+    """Within the block these modules work on EXPERT_CHUNK_TOKENS tokens at once; of no more they see one call."""
+    with contextlib.ExitStack() as stack:
+        for module in experts:
+            by_so_many = partial(by_chunks, module.forward, block_sizes.EXPERT_CHUNK_TOKENS)
+            stack.enter_context(instead_of_forward(module, by_so_many))
+        yield
+
+
+def by_chunks(
+    forward: Experts, size: int, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """`forward` on [N, D] states, [N, e] experts and their weights [N, e], at most `size` tokens at once: [N, D]."""
+    if len(hidden_states) <= size:
+        return forward(hidden_states, top_k_index, top_k_weights)
+    output = torch.empty_like(hidden_states)
+    for first in range(0, len(hidden_states), size):
+        part = slice(first, first + size)
+        output[part] = forward(hidden_states[part], top_k_index[part], top_k_weights[part])
+    return output
+
+
+NAME = "icsearch"  # of our attention, in transformers' registry
+
+Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_HARMLESS = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position")  # no dropout: we do not train
+_ATTENTION_PARTS = ("expand_kv", "kv_b_proj", "qk_nope_head_dim", "v_head_dim")
+
+
+def has_arithmetic(owner: nn.Module, indexer: nn.Module | None) -> bool:
+    """Whether a DSA layer is made of what the block-wise arithmetic works on, and of nothing that it does not know.
+
+    A native S layer has no indexer. Whether an indexer scores as ours does, `find_rotation` tells.
+    """
+    if not all(hasattr(owner, name) for name in _ATTENTION_PARTS) or hasattr(owner, "sinks"):
+        return False
+    return indexer is None or has_scores(indexer)
+
+
+def is_windowed(layer: nn.Module) -> bool:
+    """Whether a layer of another kind attends to a sliding window, which the block-wise arithmetic knows too."""
+    return any(
+        isinstance(getattr(module, "sliding_window", None), int) and hasattr(module, "expand_kv")
+        for module in layer.modules()
+    )
+
+
+@dataclass(frozen=True)
+class Blockwise:
+    """The block-wise arithmetic of one model: its indexer's RoPE layout, and how many numbers a block may hold."""
+
+    rotate: Rotate
+    block_elements: int
+
+    def select(self, indexer: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """What a call of the indexer with these arguments returns: int32 [B, S, k], of [B, S, D] states."""
+        queries, keys, weights = self.projections(indexer, *args, **kwargs)
+        return ops.select(queries, keys, weights, indexer.index_topk, self.block_elements)
+
+    def projections(self, indexer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What scores are made of: queries [B, S, H, D], keys [B, S, D], and the heads' weights [B, S, H], scaled."""
+        call = bound(indexer, args, kwargs)
+        hidden_states = call["hidden_states"]
+        keys = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)  # [B, S, 1, D]
+        weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
+        return (
+            self._rotated(indexer, index_queries(indexer, call), call["position_embeddings"]),
+            self._rotated(indexer, keys, call["position_embeddings"]).squeeze(2),
+            weights * (indexer.n_heads**-0.5 * indexer.softmax_scale),
+        )
+
+    def _rotated(self, indexer: Any, states: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        if not turns(indexer):
+            return states
+        rope, rest = states.split([indexer.qk_rope_head_dim, indexer.head_dim - indexer.qk_rope_head_dim], dim=-1)
+        return torch.cat([self.rotate(rope, *angles), rest], dim=-1)
+
+    def window(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, scaling: float
+    ) -> torch.Tensor:
+        """Attention of a layer of another kind, to the last `window` tokens: [B, S, H, V]."""
+        return ops.window_attention(query, key, value, window, scaling)
+
+    def core(self, owner: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Core:
+        """Core attention over compressed keys [B, 1, S, L] and their RoPE part [B, 1, S, R], which come as value."""
+        heads, length, latent, rope = query.shape[1], query.shape[2], key.shape[-1], value.shape[-1]
+        no_rope, value_dim = query.shape[-1] - rope, owner.v_head_dim
+
+        def core(selection: torch.Tensor) -> torch.Tensor:
+            topk = selection.shape[-1]
+            if not block_sizes.gathering_pays(length, topk, heads, query.shape[-1], value_dim, latent, rope):
+                keys, values = type(owner).expand_kv(owner, key, value)
+                return ops.dense_attention(query, keys, values, selection, scaling, self.block_elements)
+            latents = torch.cat([key, value], dim=-1).squeeze(1)  # [B, S, L + R]
+            up_key, up_value = owner.kv_b_proj.weight.view(heads, -1, latent).split([no_rope, value_dim], dim=1)
+            return ops.gather_attention(query, latents, selection, up_key, up_value, scaling, self.block_elements)
+
+        return core
+
+
+@contextlib.contextmanager
+def attending(config: Any, blockwise: Blockwise, observer: Observer | None) -> Iterator[None]:
+    """Within the block the model's attention modules run ours, and the observer hears of every DSA layer."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(
+        owner: Any, query: Any, key: Any, value: Any, mask: Any, *, indices: Any, scaling: float, **more: Any
+    ) -> tuple[torch.Tensor, None]:
+        window = more.pop("sliding_window", None) if indices is None else None
+        _check_known(owner, more)
+        if window is not None:
+            return blockwise.window(query, key, value, window, scaling), None
+        core = blockwise.core(owner, query, key, value, scaling)
+        output = core(indices)
+        if observer is not None:
+            observer(output, indices, core)
+        return output, None
+
+    own = config._attn_implementation
+    ALL_ATTENTION_FUNCTIONS[NAME] = attend
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = own
+        del ALL_ATTENTION_FUNCTIONS[NAME]
+
+
+def _check_known(owner: Any, more: dict[str, Any]) -> None:
+    """Refuse what our attention would not do: sinks, windows, whatever else a family hands over by name."""
+    if unknown := sorted(name for name, value in more.items() if name not in _HARMLESS and value is not None):
+        raise ModelError(
+            f"{type(owner).__name__} asks its attention for {', '.join(unknown)}, which is not done here: "
+            "give --kernels reference"
+        )
+
+
+@contextlib.contextmanager
+def compressed(owners: Sequence[Any]) -> Iterator[None]:
+    """Within the block `expand_kv` of these attention modules hands on the compressed latents that it gets."""
+    for owner in owners:
+        owner.expand_kv = lambda latents, rope_keys: (latents, rope_keys)
+    try:
+        yield
+    finally:
+        for owner in owners:
+            del owner.expand_kv
+
+
+def mask_stand_in(input_ids: torch.Tensor) -> torch.Tensor:
+    """What the model takes for a finished mask, [B, 1, 1, 1]: block-wise arithmetic is causal by position."""
+    return torch.ones(len(input_ids), 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+
+
+PROBE_TOKENS, PROBE_TOPK = 256, 32
+PROBE_TOLERANCE = 1e-2  # of the scores' spread; a right layout is off by rounding, 1e-6
+
+
+@torch.inference_mode()
+def find_rotation(indexer: Any) -> Rotate:
+    """The RoPE layout under whose scores the indexer's own choices are the best ones, on a short random input.
+
+    Nothing in a config tells the layout. Scores are compared, not tokens: among equal scores any choice is right.
+    Raises ModelError where no layout fits: the indexer then does something else.
+    """
+    inputs = _probe(indexer)
+    topk, indexer.index_topk = indexer.index_topk, PROBE_TOPK
+    try:
+        own = indexer(**inputs)[:, PROBE_TOPK:].long()  # the queries that have a choice
+    finally:
+        indexer.index_topk = topk
+    gaps = {rotate: _gap(indexer, rotate, inputs, own) for rotate in (ops.rotate_interleaved, ops.rotate_half_split)}
+    best = min(gaps, key=gaps.__getitem__)
+    if not gaps[best] < PROBE_TOLERANCE:
+        raise ModelError(
+            "the block-wise arithmetic does not choose what this model's own indexers choose: give --kernels reference"
+        )
+    return best
+
+
+def scores_alike(indexer: nn.Module) -> bool:
+    """Whether an indexer of this make, its weights aside, chooses as the block-wise arithmetic does."""
+    try:
+        find_rotation(random_copy(indexer))
+    except ModelError:
+        return False
+    return True
+
+
+def random_copy(indexer: nn.Module) -> nn.Module:
+    """An indexer of the same make on the CPU, in float32, with random weights: its RoPE layout does not follow them.
+
+    So the layout is known of a model whose weights are on meta, and is the same on every device.
+    """
+    copied = copy.deepcopy(indexer)
+    generator = torch.Generator().manual_seed(0)
+    for module in copied.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            values = torch.randn(weight.shape, generator=generator) * max(weight.shape[-1], 1) ** -0.5
+            setattr(module, name, nn.Parameter(values, requires_grad=False))
+    return copied.to("cpu")
+
+
+def _probe(indexer: Any) -> dict[str, Any]:
+    """Random hidden states, query residuals and angles, one sequence, the same every time; and the causal mask."""
+    weight, rope = indexer.wk.weight, indexer.qk_rope_head_dim
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(1, PROBE_TOKENS, *shape, generator=generator).to(weight.device, weight.dtype)
+
+    turns = noise(rope // 2).float().repeat(1, 1, 2)
+    inputs = {
+        "position_embeddings": (turns.cos().to(weight.dtype), turns.sin().to(weight.dtype)),
+        "hidden_states": noise(weight.shape[1]),
+        "q_resid": noise(indexer.wq_b.weight.shape[1]),
+        "attention_mask": torch.ones(1, PROBE_TOKENS, PROBE_TOKENS, dtype=torch.bool, device=weight.device).tril_(),
+        "position_ids": torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0),
+    }
+    return {name: value for name, value in inputs.items() if name in arguments(indexer)}
+
+
+def _gap(indexer: Any, rotate: Rotate, inputs: dict[str, Any], own: torch.Tensor) -> float:
+    """How far the scores of the chosen tokens are from the highest ones, at most, in units of the scores' spread."""
+    queries, keys, weights = Blockwise(rotate, 1).projections(indexer, **inputs)
+    scores = ops.mask_future(ops.index_scores(queries.float(), keys.float(), weights), 0)[:, PROBE_TOPK:]
+    chosen = scores.gather(-1, own).sort(dim=-1, descending=True).values
+    highest = scores.topk(PROBE_TOPK, dim=-1).values
+    return float((highest - chosen).abs().max() / scores[scores.isfinite()].std())

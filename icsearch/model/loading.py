@@ -1,0 +1,293 @@
+"""A checkpoint's weights put into a model, checked, whole or some layers of it; and its tokenizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from icsearch.core.errors import ModelError
+from icsearch.core.text import first_line
+from icsearch.model.checkpoint import Checkpoint
+from icsearch.model.conversion import Conversion, check_finite, check_rehearsed, layer_prefix
+from icsearch.model.families.decoder import auto_class, decoder_layers
+from icsearch.model.fp8 import check_none_quantised, make_quantizer
+from icsearch.model.holding import CPU, DISK, RESIDENT, LayerWeights, StreamedWeights
+from icsearch.model.layout import DTYPES, cannot_build, config_dtype, load_config
+from icsearch.model.machine import is_out_of_memory, out_of_memory
+from icsearch.model.model import DsaModel
+from icsearch.model.shards import Shards
+
+
+class Reader:
+    """Reads for one empty model of transformers on one device. Raises ModelError where the checkpoint does not fit.
+
+    Weights are converted on the CPU and then brought to the device.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+        self.model = model
+        self.layers = decoder_layers(model)
+        self._checkpoint = checkpoint
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._shards = Shards(checkpoint.shards)
+        quantizer = make_quantizer(checkpoint)
+        if quantizer is None:
+            check_none_quantised(checkpoint, self._shards)
+        self._conversion = Conversion(model, dtype, quantizer)
+        self._tied = check_rehearsed(checkpoint, model, self._conversion.rehearse(self._shards))
+        if quantizer is None:
+            self._check_floating()
+        self._of_layer, self._outside = self._sorted()
+        self._known_finite: set[int] = set()
+        self._parked: dict[int, dict[str, torch.Tensor]] = {}
+        self._moved = 0
+
+    def _sorted(self) -> tuple[list[list[str]], dict[str, str]]:
+        """The checkpoint's tensors that make each layer, and the others that are of use, with the parameter of each."""
+        prefix, parameters = layer_prefix(self.model), set(self.model.state_dict())
+        of_layer: list[list[str]] = [[] for _ in self.layers]
+        outside: dict[str, str] = {}
+        for name, target in self._conversion.targets(self._shards).items():
+            if target not in parameters:
+                continue  # such as the layers of an MTP head
+            if target.startswith(prefix):
+                of_layer[int(target.removeprefix(prefix).partition(".")[0])].append(name)
+            else:
+                outside[name] = target
+        return of_layer, outside
+
+    def _check_floating(self) -> None:
+        """Raise ModelError where whole numbers are stored in place of weights: some quantisations are nothing else."""
+        parameters = dict(self.model.named_parameters())
+        for name, target in self._conversion.targets(self._shards).items():
+            weight, stored = parameters.get(target), self._shards[name].dtype
+            if weight is not None and weight.is_floating_point() and stored.startswith(("I", "U", "BOOL")):
+                raise ModelError(
+                    f"tensor {name} of {self._checkpoint.name} is {stored}: expected floating-point weights, as "
+                    "config.json names no quantization_config; convert the checkpoint, or use its own config"
+                )
+
+    def bytes_read(self) -> int:
+        """Bytes of weights read from the shards so far."""
+        return self._shards.bytes_read
+
+    def bytes_moved(self) -> int:
+        """Bytes of parked weights brought to the device so far."""
+        return self._moved
+
+    def read_layer(self, index: int) -> None:
+        """Read one decoder layer's weights, and bring them to the device."""
+        self._read(index)
+        with self._beside():
+            self.layers[index].to(self._device)
+
+    def _read(self, index: int) -> None:
+        """Read one decoder layer's weights; the first time, look whether all are finite."""
+        self._conversion.fill({name: self._shards[name] for name in self._of_layer[index]})
+        if index not in self._known_finite:
+            check_finite(self._checkpoint, self.layers[index].state_dict(prefix=f"{layer_prefix(self.model)}{index}."))
+            self._known_finite.add(index)
+
+    def park_layer(self, index: int) -> None:
+        """Read one decoder layer's weights, and keep them in CPU memory until `fetch_layer` wants them."""
+        self._read(index)
+        self._parked[index] = self.layers[index].state_dict()
+        self.drop_layer(index)
+
+    def fetch_layer(self, index: int) -> None:
+        """Bring one parked decoder layer to the device."""
+        from accelerate.utils import set_module_tensor_to_device
+
+        with self._beside():
+            for name, tensor in self._parked[index].items():
+                set_module_tensor_to_device(
+                    self.layers[index], name, self._device, tensor, tensor.dtype, clear_cache=False
+                )
+                self._moved += tensor.nbytes
+
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Within the block, what is brought to a CUDA device comes beside what computes there; then it is all there."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            yield
+        self._stream.synchronize()
+
+    def drop_layer(self, index: int) -> None:
+        """Let one decoder layer's weights go; buffers that are in no checkpoint stay."""
+        from accelerate.utils import set_module_tensor_to_device
+
+        if self._stream is not None:  # its memory may be filled again at once: wait for what still computes with it
+            torch.cuda.current_stream(self._device).synchronize()
+        layer = self.layers[index]
+        for name in layer.state_dict():
+            set_module_tensor_to_device(layer, name, "meta")
+
+    def read_outside(self, held: range) -> None:
+        """Read what is no decoder layer and bring it to the device, as far as these layers need it: see `load`."""
+        first, last = 0 in held, len(self.layers) - 1 in held
+        unwanted = self._unwanted(first, last)
+        names = [name for name, target in self._outside.items() if target not in unwanted]
+        self._conversion.fill({name: self._shards[name] for name in names})
+        if first or last:
+            self.model.tie_weights(missing_keys=set(self._tied), recompute_mapping=False)
+        check_finite(self._checkpoint, {name: one for name, one in self.model.state_dict().items() if not one.is_meta})
+        if self._device.type != "cpu":
+            self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self._device))
+
+    def _unwanted(self, first: bool, last: bool) -> set[str]:
+        """The parameters outside of the layers that go with the first or the last layer, where that one is not held."""
+        tied = bool(self.model.all_tied_weights_keys) and (first or last)  # then embedding and LM head are one
+        wanted = {
+            self.model.get_input_embeddings(): first or tied,
+            getattr(self.model.get_decoder(), "norm", None): last,
+            self.model.get_output_embeddings(): last or tied,
+        }
+        paths = [f"{path}." for path, module in self.model.named_modules() if not wanted.get(module, True)]
+        return {target for target in self._outside.values() if target.startswith(tuple(paths))}
+
+
+def load(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    block_elements: int | None = None,
+    layers: range | None = None,
+    offload: str = RESIDENT,
+) -> DsaModel:
+    """Load a checked checkpoint, and check that it is a whole DSA model; raises ModelError, OutOfMemoryError.
+
+    With `layers`, a contiguous range of decoder layers, only those are read, the embedding where layer 0 is among
+    them, final norm and LM head where the last one is; the rest stays on meta. `offload` says where the weights of
+    decoder layers rest: `none`, on the device; `cpu`, in CPU memory; `disk`, in the checkpoint. What is no decoder
+    layer always stays on the device: embedding and LM head are small against the layers, and every wave needs them.
+    """
+    place = resolve_device(device)
+    with _out_of_memory_named(), _bars_off():
+        model = _empty_model(checkpoint, dtype, trust_remote_code)
+        reader = Reader(checkpoint, model, model.dtype, place)
+        held = range(len(reader.layers)) if layers is None else layers
+        reader.read_outside(held)
+        return DsaModel(model, block_elements, _layer_weights(reader, held, offload), place)
+
+
+def _layer_weights(reader: Reader, held: range, offload: str) -> LayerWeights:
+    """The decoder layers: read now, or when they are wanted."""
+    if offload == DISK:
+        return StreamedWeights(held, reader.read_layer, reader.drop_layer, reader.bytes_read)
+    if offload == CPU:
+        for index in held:
+            reader.park_layer(index)
+        return StreamedWeights(held, reader.fetch_layer, reader.drop_layer, reader.bytes_moved)
+    for index in held:
+        reader.read_layer(index)
+    return LayerWeights(held, reader.bytes_read)
+
+
+def _empty_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Any:
+    """The model with its parameters on meta. Its buffers are real: no checkpoint holds all of them."""
+    from accelerate import init_empty_weights
+
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
+    config = load_config(checkpoint, trust_remote_code)
+    wanted = config_dtype(config) if dtype == "auto" else DTYPES[dtype]
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise cannot_build(checkpoint, error) from error
+    for one in (model.config, model.config.get_text_config()):
+        if hasattr(one, "quantization_config"):
+            del one.quantization_config  # weights are dequantised as they are read
+    _load_generation_config(checkpoint, model)
+    return model.eval().requires_grad_(False)
+
+
+def _load_generation_config(checkpoint: Checkpoint, model: Any) -> None:
+    from transformers import GenerationConfig
+
+    path = checkpoint.directory / "generation_config.json"
+    if not path.exists():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+    except Exception as error:  # OSError, ValueError, ... by the kind of damage
+        raise ModelError(
+            f"transformers cannot use {path} ({first_line(error)}): download it again, or remove it"
+        ) from error
+
+
+@contextlib.contextmanager
+def _out_of_memory_named() -> Iterator[None]:
+    """Within the block, memory that runs out is an error that says what to do."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
+        raise
+
+
+@contextlib.contextmanager
+def _bars_off() -> Iterator[None]:
+    """Within the block, transformers shows no bars; behind it, those of the program around are as they were."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' bars and load reports off the terminal: what matters of them becomes an error here."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Any:
+    """The checkpoint's own tokenizer, or None where it brings none; raises ModelError for a damaged one."""
+    from transformers import AutoTokenizer
+
+    if not any(checkpoint.directory.glob("tokenizer*")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            checkpoint.directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by the kind of damage
+        raise ModelError(
+            f"the tokenizer in {checkpoint.directory} cannot be used ({first_line(error)}): "
+            "download it again, or give ready tokens (a directory with calibration.safetensors)"
+        ) from error
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` is cuda where there is one, else cpu."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"unknown device {device!r}: give auto, cpu, cuda or cuda:0") from None
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"no CUDA device is available for --device {device}: give cpu or auto")
+    if resolved.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {device!r} is not supported: give auto, cpu, cuda or cuda:0")
+    return resolved

@@ -1,0 +1,173 @@
+"""The sizes of a model that its cost follows from, as its config.json has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from icsearch.core.errors import ModelError
+
+# Keys of a config whose work the formulas leave out, and what that work is.
+_UNCOUNTED = {
+    "index_kpool": "pooled index keys",
+    "hc_mult": "hyper-connections",
+    "hc_count": "hyper-connections",
+    "compress_rates": "compressed keys",
+}
+DSA_LAYER_TYPES = ("indexed_attention", "full_attention")  # both names occur for DSA layers beside others
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a DSA model with latent attention (MLA) that its cost depends on.
+
+    Layers of another kind than DSA are counted with projections of the same size and without core attention, so
+    shares and speed-ups of a model that mixes kinds are upper bounds. MTP layers are not counted. `gate_rank`: the
+    query projection makes output gates too, from the query latent before and behind its norm, and each of a layer's
+    two norms has a low-rank gate (A.X-K2; the norm before a dense MLP has none, and is counted as if it had).
+    `q_lora_rank` 0: queries, the indexer's too, come straight from the hidden states (Mistral-Large-4, whose layers
+    without RoPE are counted as if they had it).
+    """
+
+    hidden_size: int
+    layers: int
+    dsa_layers: int
+    heads: int
+    q_lora_rank: int
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    index_heads: int
+    index_head_dim: int
+    index_topk: int
+    intermediate_size: int
+    dense_layers: int
+    moe_intermediate_size: int
+    routed_experts: int
+    experts_per_token: int
+    shared_experts: int
+    vocab_size: int
+    gate_rank: int = 0
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], dsa_layers: int | None = None) -> ModelShape:
+        """The shape in a config.json, multimodal wrappers included; ModelError where this module cannot count it.
+
+        `dsa_layers`, where the caller knows the model, beats what `layer_types` says.
+        """
+        config = config.get("text_config") or config
+        for key, what in _UNCOUNTED.items():
+            if config.get(key):
+                raise ModelError(f"config.json has {key}, and the cost of {what} is not counted here")
+        layers = _size(config, "num_hidden_layers")
+        dense = _dense_layers(config, layers)
+        moe = dense < layers
+        return cls(
+            hidden_size=_size(config, "hidden_size"),
+            layers=layers,
+            dsa_layers=_dsa_layers(config, layers) if dsa_layers is None else dsa_layers,
+            heads=_size(config, "num_attention_heads"),
+            q_lora_rank=_query_rank(config),
+            kv_lora_rank=_size(config, "kv_lora_rank"),
+            qk_nope_head_dim=_size(config, "qk_nope_head_dim"),
+            qk_rope_head_dim=_size(config, "qk_rope_head_dim", least=0),
+            v_head_dim=_size(config, "v_head_dim"),
+            index_heads=_size(config, "index_n_heads"),
+            index_head_dim=_size(config, "index_head_dim"),
+            index_topk=_size(config, "index_topk"),
+            intermediate_size=_size(config, "intermediate_size") if dense else 0,
+            dense_layers=dense,
+            moe_intermediate_size=_size(config, "moe_intermediate_size") if moe else 0,
+            routed_experts=_size(config, "n_routed_experts", "num_experts", "num_local_experts") if moe else 0,
+            experts_per_token=_size(config, "num_experts_per_tok") if moe else 0,
+            shared_experts=_size(config, "n_shared_experts", least=0) if moe else 0,
+            vocab_size=_size(config, "vocab_size"),
+            gate_rank=config.get("gated_norm_rank") or 0,
+        )
+
+    @property
+    def index_weights(self) -> int:
+        """Weights of one indexer: queries from the query latent, keys and head weights from the hidden state."""
+        queries = (self.q_lora_rank or self.hidden_size) * self.index_heads * self.index_head_dim
+        return queries + self.hidden_size * (self.index_head_dim + self.index_heads)
+
+    @property
+    def projection_weights(self) -> int:
+        """Weights of one layer's attention: query down and up, key-value down, key and value up, output."""
+        heads = self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        query = self.q_lora_rank * (self.hidden_size + heads) if self.q_lora_rank else self.hidden_size * heads
+        key_value = self.heads * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
+        output = self.heads * self.v_head_dim * self.hidden_size
+        return query + self.hidden_size * self.latent + key_value + output + self._gate_weights
+
+    @property
+    def _gate_weights(self) -> int:
+        if not self.gate_rank:
+            return 0
+        fused = self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + 2 * self.v_head_dim)
+        return self.q_lora_rank * fused + 4 * self.hidden_size * self.gate_rank
+
+    @property
+    def expert_weights(self) -> int:
+        """Weights of one expert: gate, up, down."""
+        return 3 * self.hidden_size * self.moe_intermediate_size
+
+    @property
+    def router_weights(self) -> int:
+        return self.hidden_size * self.routed_experts
+
+    def layer_parameters(self, index: int, with_indexer: bool = True) -> int:
+        """Parameters of a decoder layer, norms included; biases, which the large models have none of, are not."""
+        norms = 2 * self.hidden_size + self.q_lora_rank + self.kv_lora_rank
+        indexer = (self.index_weights + 2 * self.index_head_dim) if with_indexer else 0
+        experts = self.expert_weights * (self.routed_experts + self.shared_experts) + self.router_weights
+        mlp = 3 * self.hidden_size * self.intermediate_size if index < self.dense_layers else experts
+        if index < self.dense_layers:
+            mlp -= 2 * self.hidden_size * self.gate_rank  # that norm has no gate
+        return self.projection_weights + norms + indexer + mlp
+
+    @property
+    def embedding_weights(self) -> int:
+        """Weights of the embedding, and of the LM head where it has its own."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def latent(self) -> int:
+        """Values cached per token and layer for core attention."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+def _size(config: dict[str, Any], *keys: str, least: int = 1) -> int:
+    value = next((config[key] for key in keys if config.get(key) is not None), None)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ModelError(
+            f"config.json has {keys[0]} {value!r}: expected a whole number of at least {least}; the cost is counted "
+            "for models with latent attention (MLA) and a DSA indexer on the query latent, such as deepseek_v32 or "
+            "glm_moe_dsa"
+        )
+    return value
+
+
+def _query_rank(config: dict[str, Any]) -> int:
+    """Rank of the query latent; 0 in the one make that has none, which lists its layers without RoPE."""
+    if config.get("no_rope_layers") and config.get("q_lora_rank") is None:
+        return 0
+    return _size(config, "q_lora_rank")
+
+
+def _dense_layers(config: dict[str, Any], layers: int) -> int:
+    """Layers with a dense MLP: as listed, else the leading ones and those that `moe_layer_freq` skips."""
+    types = config.get("mlp_layer_types")
+    if types:
+        return sum(kind == "dense" for kind in types)
+    if not any(config.get(key) for key in ("n_routed_experts", "num_experts", "num_local_experts")):
+        return layers
+    first = config.get("first_k_dense_replace") or 0
+    frequency = config.get("moe_layer_freq") or 1
+    return sum(index < first or index % frequency != 0 for index in range(layers))
+
+
+def _dsa_layers(config: dict[str, Any], layers: int) -> int:
+    types = config.get("layer_types")
+    return sum(kind in DSA_LAYER_TYPES for kind in types) if types else layers

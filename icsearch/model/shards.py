@@ -1,0 +1,174 @@
+"""The tensors of a checkpoint, read straight from its safetensors shards, and counted.
+
+They are read, not mapped: a shard that shrinks or goes away while a run reads it is then an error that names it, where
+a mapping would kill the process. Each tensor gets memory of its own, which torch aligns: no matrix product can then
+depend on where in a shard its weight lies.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icsearch.core.errors import ModelError, ShardError
+from icsearch.model.header import LENGTH_BYTES, HeaderError, damaged, header_length, parse_header
+
+# What block scales may be stored in that transformers' own table of types leaves out: powers of two, a byte each.
+OF_SCALES = {"F8_E8M0": torch.float8_e8m0fnu}
+
+
+class Shards(Mapping[str, "StoredTensor"]):
+    """All tensors of a checkpoint by name, none of them read yet; `bytes_read` counts what has been."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.bytes_read = 0
+        self._lock = threading.Lock()  # transformers reads in several threads
+        self._stored: dict[str, StoredTensor] = {}
+        for path in paths:
+            for one in _stored_in(_Shard.open(path), self):
+                self._add(one)
+
+    def _add(self, one: StoredTensor) -> None:
+        known = self._stored.setdefault(one.name, one)
+        if known is not one:
+            raise ModelError(
+                f"tensor {one.name} is in two shards, {known.shard.path.name} and {one.shard.path.name} of "
+                f"{one.shard.path.parent}: expected it once; download the checkpoint again"
+            )
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._stored[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def count(self, size: int) -> None:
+        """Take note of so many bytes that were read."""
+        with self._lock:
+            self.bytes_read += size
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file, and what tells it from another that takes its name while a run is at work."""
+
+    path: Path
+    identity: tuple[int, int, int]
+
+    @classmethod
+    def open(cls, path: Path) -> _Shard:
+        try:
+            return cls(path, _identity(path.stat()))
+        except OSError as error:
+            raise _unreadable(path, error.strerror or str(error)) from None
+
+    def read(self, start: int, size: int) -> torch.Tensor:
+        """uint8 [size], the bytes from `start` on; raises ShardError where they are not there any more."""
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                if _identity(os.fstat(file.fileno())) != self.identity:
+                    raise _unreadable(self.path, "it is not the file any more that it was when the run began")
+                return self._fill(torch.empty(size, dtype=torch.uint8), file, start)
+        except OSError as error:
+            raise _unreadable(self.path, error.strerror or str(error)) from None
+
+    def _fill(self, buffer: torch.Tensor, file: Any, start: int) -> torch.Tensor:
+        left = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
+        file.seek(start)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                raise _unreadable(self.path, f"it ends {len(left)} bytes early")
+            left = left[count:]
+        return buffer
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor in a shard. It answers as safetensors' own slices do, which transformers' loading asks for."""
+
+    name: str
+    dtype: str  # as safetensors writes it, such as BF16
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+    shard: _Shard
+    shards: Shards
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def __getitem__(self, everything: Any) -> torch.Tensor:
+        """The tensor, on the CPU, whatever part of it is asked for: transformers asks for all of it."""
+        data = self.shard.read(self.start, self.bytes)
+        self.shards.count(self.bytes)
+        return data.view(self.torch_dtype).view(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Raises ModelError for a type that torch does not have, or transformers' loading does not know."""
+        from transformers.modeling_utils import str_to_torch_dtype
+
+        known = {**str_to_torch_dtype, **OF_SCALES}
+        if self.dtype not in known:
+            raise ModelError(f"tensor {self.name} in {self.shard.path} has the unknown type {self.dtype}: convert it")
+        return known[self.dtype]
+
+    def on_meta(self) -> torch.Tensor:
+        """Shape and type alone; nothing is read."""
+        return torch.empty(self.shape, dtype=self.torch_dtype, device="meta")
+
+
+def read_rate(paths: Iterable[Path], most: int = 2**28) -> float:
+    """Bytes a second that the middle of the largest shard is read at, from the disk where the system lets us ask so."""
+    path = max(paths, key=lambda one: one.stat().st_size)
+    with open(path, "rb", buffering=0) as file:
+        size = min(most, path.stat().st_size)
+        start = (path.stat().st_size - size) // 2
+        if hasattr(os, "posix_fadvise"):  # else what is cached of it counts as read
+            os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+        file.seek(start)
+        began, done, buffer = time.perf_counter(), 0, bytearray(min(size, 2**24))
+        while done < size and (count := file.readinto(buffer)):
+            done += count
+    return done / max(time.perf_counter() - began, 1e-9)
+
+
+def _stored_in(shard: _Shard, shards: Shards) -> Iterator[StoredTensor]:
+    """What a shard's header says; raises ModelError for one that is damaged."""
+    size = shard.identity[0]
+    try:
+        length = header_length(_bytes(shard.read(0, min(LENGTH_BYTES, size))), size)
+        header = parse_header(_bytes(shard.read(LENGTH_BYTES, length)), size)
+    except HeaderError as error:
+        raise damaged(shard.path, error) from None
+    for entry in header.entries:
+        yield StoredTensor(entry.name, entry.dtype, entry.shape, entry.start, entry.bytes, shard, shards)
+
+
+def _bytes(buffer: torch.Tensor) -> bytes:
+    return buffer.numpy().tobytes()
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _unreadable(path: Path, why: str) -> ShardError:
+    return ShardError(
+        f"shard {path.name} of {path.parent} cannot be read ({why}): make it readable again; what is in the journal is "
+        "safe, and the same command continues"
+    )

@@ -1,0 +1,270 @@
+"""Curves, heatmaps and tables of runs and evaluations, from saved JSON alone: files, HTML pages, terminal summaries.
+
+A run's losses are in-sample: they are measured on the calibration batches that the search chose by.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from icsearch.core.errors import IcsearchError
+from icsearch.core.files import check_new, is_disk_full, typed_path, write_atomically
+from icsearch.report.eval_terminal import eval_table
+from icsearch.report.eval_view import EvalRow, EvalView, view_eval
+from icsearch.report.kink import Kink, find_kink
+from icsearch.report.page import render_page
+from icsearch.report.terminal import summary_table
+from icsearch.report.view import RunView, view_run
+from icsearch.runs import results
+from icsearch.runs.evaluation import load_eval
+from icsearch.runs.record import RunRecord, load_run
+
+__all__ = [
+    "CSV_COLUMNS",
+    "EVAL_CSV_COLUMNS",
+    "EvalView",
+    "Kink",
+    "ReportError",
+    "RunView",
+    "curve_csv",
+    "eval_csv",
+    "eval_table",
+    "find_kink",
+    "model_card",
+    "summary_table",
+    "view_eval",
+    "view_run",
+    "write_eval_results",
+    "write_model_card",
+    "write_report",
+    "write_results",
+]
+
+CSV_COLUMNS = (
+    "step",
+    "layer",
+    "decoder_layer",
+    "full_layers",
+    "retention",
+    "loss",
+    "delta",
+    "std_err",
+    "pattern",
+)
+
+# Task accuracies, KIND_forced and KIND_generated, stand before the last column.
+EVAL_CSV_COLUMNS = (
+    "name",
+    "method",
+    "retention",
+    "full_layers",
+    "in_sample",
+    "other_model",
+    "loss",
+    "delta",
+    "std_err",
+    "perplexity",
+    "kl",
+    "kl_std_err",
+    "top1_agreement",
+    "pattern",
+)
+EVAL_NAME = "eval.json"
+PAGE_MARK = "– icsearch report</title>"  # as the template of a page has it
+_HEAD_BYTES = 2**16
+
+
+class ReportError(IcsearchError):
+    """A report that cannot be made or written."""
+
+
+def write_results(run_dir: Path, record: RunRecord) -> list[Path]:
+    """Write pattern.json, curve.csv, curve.png and report.html into `run_dir`, each whole or not at all.
+
+    Raises JournalError while the baseline or a committed pattern has no complete loss.
+    """
+    from icsearch.report.png import curve_png
+
+    pattern_file = results.pattern_file(record)
+    view = _view(record, run_dir)
+    contents: dict[str, str | bytes] = {
+        "curve.csv": curve_csv(view),
+        "curve.png": curve_png(view),
+        "report.html": render_page([view]),
+    }
+    pattern_file.save(run_dir / "pattern.json")
+    for name, content in contents.items():
+        write_atomically(run_dir / name, content)
+    return [run_dir / "pattern.json", *(run_dir / name for name in contents)]
+
+
+def write_eval_results(directory: Path, document: dict[str, Any]) -> list[Path]:
+    """Write eval.csv and report.html for the content of eval.json, each whole or not at all."""
+    view = _eval_view(document, directory)
+    contents = {"eval.csv": eval_csv(view), "report.html": render_page([], [view])}
+    for name, content in contents.items():
+        write_atomically(directory / name, content)
+    return [directory / name for name in contents]
+
+
+def write_report(runs: Sequence[Path], out: Path) -> None:
+    """One HTML page for RUN directories and for those that hold an eval.json, which come first.
+
+    Unfinished runs are shown as such. Raises JournalError where a directory is not a RUN or its journal cannot be
+    read, ReportError where `out` cannot be written, or is a file that is no page of ours: such a page is replaced.
+    """
+    out = _checked_out(out, "report.html")
+    if out.exists() and not _is_page(out):
+        raise ReportError(f"{out} exists and is no page of icsearch: give another --out, or remove it first")
+    searched, evaluated = _views(runs)
+    _write(out, render_page(searched, evaluated))
+
+
+def model_card(runs: Sequence[Path]) -> str:
+    """A model-card section with the hub's metadata, for finished RUN directories and those that hold an eval.json.
+
+    Raises ReportError where a run is not finished, or they are of several checkpoints; JournalError as `write_report`.
+    """
+    from icsearch.report.card import render_card
+
+    searched, evaluated = _views(runs)
+    for view in searched:
+        if not view.finished:
+            raise ReportError(f"the search {view.name} is not finished: repeat its command to finish it")
+    models = {str((model or {}).get("fingerprint")) for model in _models(searched, evaluated)}
+    if len(models) > 1:
+        raise ReportError(f"a model card is of one checkpoint, and these are of {len(models)}: give those of one")
+    return render_card(searched, evaluated)
+
+
+def write_model_card(runs: Sequence[Path], out: Path) -> None:
+    """Write `model_card` to a new file; raises as that does, and ReportError where `out` exists or has no place."""
+    out = _checked_out(out, "card.md")
+    check_new(out, ReportError)
+    _write(out, model_card(runs))
+
+
+def _models(searched: Sequence[RunView], evaluated: Sequence[EvalView]) -> list[dict[str, Any] | None]:
+    return [*(view.start["model"] for view in searched), *(view.document.get("model") for view in evaluated)]
+
+
+def _views(runs: Sequence[Path]) -> tuple[list[RunView], list[EvalView]]:
+    """The searches and the evaluations of these directories."""
+    if not runs:
+        raise ReportError("no run to report on: give at least one directory of icsearch greedy, dp-baseline or eval")
+    runs = [typed_path(str(run), ReportError) for run in runs]
+    evaluated = [run for run in runs if (run / EVAL_NAME).is_file()]
+    searches = [_view(load_run(run), run) for run in runs if run not in evaluated]
+    return searches, [_eval_view(load_eval(one / EVAL_NAME), one) for one in evaluated]
+
+
+def _checked_out(out: Path, example: str) -> Path:
+    """Refuse a place that no file can be written to, before anything is read."""
+    out = typed_path(str(out), ReportError)
+    if out.is_dir():
+        raise ReportError(f"{out} is a directory: give the name of a file, such as {out / example}")
+    if not out.parent.is_dir():
+        raise ReportError(f"no directory {out.parent} to write {out.name} into: create it, or give another --out")
+    return out
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a file is a page that a report wrote, which can be made again."""
+    if not path.is_file():  # a pipe or a device
+        return False
+    try:
+        with open(path, "rb") as file:
+            return PAGE_MARK.encode() in file.read(_HEAD_BYTES)
+    except OSError:  # locked: whose it is cannot be told
+        return False
+
+
+def _write(out: Path, content: str) -> None:
+    try:
+        write_atomically(out, content)
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise ReportError(f"cannot write {out}: {error.strerror or error}") from None
+
+
+def curve_csv(view: RunView) -> str:
+    """The loss curve as CSV, one row per committed flip; row 0 is the baseline. Losses in nats per token.
+
+    Of a search by KL, that and its error stand before the last column.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    *columns, last = CSV_COLUMNS
+    writer.writerow([*columns, *(("kl", "kl_std_err") if view.record.by_kl else ()), last])
+    for point in view.points:
+        writer.writerow(
+            [
+                point.step,
+                "" if point.layer is None else point.layer,
+                "" if point.decoder_layer is None else point.decoder_layer,
+                point.full,
+                point.pattern.retention,
+                point.loss,
+                point.difference.delta,
+                point.difference.std_err,
+                *((point.kl.delta, point.kl.std_err) if point.kl else ()),
+                point.pattern.letters,
+            ]
+        )
+    return text.getvalue()
+
+
+def eval_csv(view: EvalView) -> str:
+    """An evaluation as CSV, one row per pattern. Losses and KL in nats per token; a task not given is empty."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    tasks = [f"{kind}_{way}" for kind, way in view.task_columns]
+    writer.writerow([*EVAL_CSV_COLUMNS[:-1], *tasks, EVAL_CSV_COLUMNS[-1]])
+    for row in view.rows:
+        writer.writerow(_eval_cells(row, view))
+    return text.getvalue()
+
+
+def _eval_cells(row: EvalRow, view: EvalView) -> list[object]:
+    tasks = [row.tasks.get(column) for column in view.task_columns]
+    return [
+        row.name,
+        row.method,
+        row.pattern.retention,
+        row.full,
+        str(row.in_sample).lower(),
+        str(row.foreign).lower(),
+        row.loss,
+        row.difference.delta,
+        row.difference.std_err,
+        row.perplexity,
+        row.kl.delta,
+        row.kl.std_err,
+        row.top1_agreement,
+        *("" if accuracy is None else accuracy.share for accuracy in tasks),
+        row.pattern.letters,
+    ]
+
+
+def _eval_view(document: dict[str, Any], directory: Path) -> EvalView:
+    try:
+        return view_eval(document, directory.resolve().name)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ReportError(
+            f"the {EVAL_NAME} of {directory} is damaged ({type(error).__name__}: {error}): evaluate again"
+        ) from None
+
+
+def _view(record: RunRecord, run_dir: Path) -> RunView:
+    try:
+        return view_run(record, run_dir.resolve().name)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ReportError(
+            f"the journal in {run_dir} is damaged ({type(error).__name__}: {error}): "
+            "restore the file, or start over with --fresh"
+        ) from None

@@ -1,0 +1,349 @@
+"""What the fields of a journal and of an eval.json must be, and what has to agree among them. No state."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+from icsearch.core.jsonfile import (
+    DURATION,
+    FLAG,
+    MAX_NUMBER,
+    NUMBER,
+    OBJECT,
+    TEXT,
+    FieldError,
+    Kind,
+    between,
+    check_fields,
+    layers,
+    letters,
+    list_of,
+    one_of,
+    optional,
+    shown,
+    whole,
+)
+from icsearch.core.pattern_file import CALIBRATION_FIELDS, MODEL_FIELDS
+from icsearch.runs.journal import Event
+from icsearch.runs.refinement import CALIBRATION_SET
+
+# What the fields of the first event must be; `check_start` adds what has to agree among them.
+START_FIELDS = {
+    "icsearch_version": TEXT,
+    "options": OBJECT,
+    "model": OBJECT,
+    "calibration": OBJECT,
+    "environment": optional(OBJECT),
+    "start_pattern": letters(),
+    "layer_indices": layers(),
+    "decoder_layers": whole(1),
+    "references": OBJECT,
+    "tokens": list_of(whole(1)),
+    "refine_on": optional(OBJECT),
+    "checkpoint_bytes": optional(whole(0)),
+}
+# Options of any run, evaluations too; earlier versions have fewer.
+RUN_OPTION_FIELDS = {
+    "dtype": optional(TEXT),
+    "device": optional(TEXT),
+    "batch_size": optional(whole(1)),
+    "attention": optional(TEXT),
+    "threads": optional(whole(1, 1024)),
+    "kernels": optional(one_of("blockwise", "reference")),
+    "block_elements": optional(whole(1024)),
+}
+OPTION_FIELDS = {
+    "method": one_of("greedy", "dp-baseline"),
+    "strategy": one_of("exact", "race", "lazy", "race+lazy", "dynamic-program"),
+    "objective": one_of("lm-loss", "kl", "cosine-similarity"),
+    "refine": optional(one_of("swaps")),
+    "num_shared": optional(whole(0)),
+    "stages": optional(whole(1)),
+    "keep_full": optional(layers()),
+    "confidence": optional(between(0.5, 1)),
+    "tie_margin": optional(between(0, MAX_NUMBER)),
+    **RUN_OPTION_FIELDS,
+}
+
+
+def check_options(event: Event) -> None:
+    """Raise FieldError where the options of a first event, of a search or an evaluation, are no options.
+
+    What a command takes over from an existing run it takes from there, before anything else of the journal is read.
+    """
+    check_fields(event, {"options": OBJECT})
+    options = event["options"]
+    check_fields(options, RUN_OPTION_FIELDS if options.get("method") == "eval" else OPTION_FIELDS)
+
+
+def check_run_start(event: Event) -> None:
+    """Raise FieldError where the first event is no start event, lacks a field, or its fields disagree."""
+    if event.get("event") != "start":
+        raise FieldError(f"event is {shown(event.get('event'))}: expected start, which every journal begins with")
+    check_fields(event, START_FIELDS)
+    num_layers = len(event["start_pattern"])
+    agreeing = {
+        "num_layers": optional(whole(num_layers, num_layers)),
+        "layer_indices": list_of(whole(0, event["decoder_layers"] - 1), num_layers),
+        "tokens": Kind("at least one sequence", bool),
+        "blocks": optional(Kind(f"stages that cover layers 0 to {num_layers - 1}", lambda b: _covers(b, num_layers))),
+    }
+    check_fields(event, agreeing)
+    check_options(event)
+    check_fields(event["model"], {**MODEL_FIELDS, "native_shared": optional(layers(num_layers))})
+    check_fields(event["calibration"], CALIBRATION_FIELDS)
+    if event.get("refine_on") is not None:
+        tokens = event["refine_on"].get("tokens")
+        check_fields(event["refine_on"], {**CALIBRATION_FIELDS, "tokens": list_of(whole(1))})
+        check_fields({"refine_on": tokens}, {"refine_on": Kind("at least one sequence", bool)})
+    check_fields(event["references"], dict.fromkeys(event["references"], letters(num_layers)))
+
+
+def _covers(blocks: Any, num_layers: int) -> bool:
+    """True for [first, last) ranges that follow one another from 0 to the last layer."""
+    pairs = list_of(list_of(whole(0), 2)).fits(blocks)
+    edges = [0, *(last for _, last in blocks)] if pairs else []
+    return pairs and edges[-1] == num_layers and [[a, b] for a, b in pairwise(edges)] == blocks
+
+
+def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
+    """What the fields of every later event must be, in a run that began so."""
+    num_layers, sequences = len(start["start_pattern"]), len(start["tokens"])
+    pattern = letters(num_layers)
+    flipped = list_of(whole(1, num_layers - 1))
+    waves = Kind(f"a range within 0 to {sequences}", lambda value: _is_range(value, sequences))
+    triangle = Kind("a lower triangle of numbers", lambda value: _is_triangle(value, num_layers))
+    cost = {"layer_sequences": whole(0), "seconds": DURATION, "weight_bytes": optional(whole(0))}
+    return {
+        "losses": {
+            "step": whole(0),
+            "sequences": waves,
+            "patterns": list_of(pattern),
+            "nll": list_of(list_of(NUMBER)),
+            **({"kl": list_of(list_of(NUMBER))} if start["options"]["objective"] == "kl" else {}),
+            "set": optional(Kind(repr(CALIBRATION_SET), lambda value: value == CALIBRATION_SET)),
+            **cost,
+        },
+        "commit": {
+            "step": whole(1),
+            "layer": whole(1, num_layers - 1),
+            "pattern": pattern,
+            "candidates": flipped,
+            "ties": flipped,
+            **dict.fromkeys(("dropped", "within_margin", "stale", "violations", "spared"), optional(flipped)),
+            "settled": optional(whole(1, sequences)),
+            "missed": optional(FLAG),
+        },
+        "similarity": {
+            "sequences": waves,
+            "queries": whole(1),
+            "cosine": triangle,
+            "overlap": triangle,
+            "numerics": optional(OBJECT),
+            **cost,
+        },
+        "chosen": {"pattern": pattern, "objective": NUMBER},
+        **_refinement_fields(num_layers),
+        "note": {"text": TEXT},
+        "finish": {},
+    }
+
+
+def _refinement_fields(num_layers: int) -> dict[str, dict[str, Kind]]:
+    """What the fields of a refinement's events must be."""
+    pattern, layer = letters(num_layers), whole(0, num_layers - 1)
+    moves = list_of(list_of(layer, 2))
+    trial: dict[str, Any] = {
+        "before": pattern,
+        "from_layer": layer,
+        "to_layer": layer,
+        "pattern": pattern,
+        **dict.fromkeys(("delta", "std_err", "heldout_delta", "heldout_std_err"), NUMBER),
+    }
+    return {
+        "refine": {"pattern": pattern, "costs": list_of(optional(NUMBER), num_layers)},
+        "judged": {"pattern": pattern, "moves": moves, "qualified": moves},
+        "swap": trial,
+        "refused": trial,
+    }
+
+
+def _is_range(value: Any, sequences: int) -> bool:
+    return list_of(whole(0, sequences), 2).fits(value) and value[0] < value[1]
+
+
+def _is_triangle(value: Any, num_layers: int) -> bool:
+    rows = list_of(list_of(NUMBER), num_layers).fits(value)
+    return rows and [len(row) for row in value] == list(range(num_layers))
+
+
+PHASES = ("prefill", "decode")
+WAYS = ("forced", "generated")
+_FINITE = Kind(  # a perplexity can be far larger than any loss
+    "a finite number", lambda value: NUMBER.fits(value) or (type(value) is float and abs(value) <= sys.float_info.max)
+)
+_error = optional(NUMBER)  # null: one sequence has none
+_layer = Kind("layer numbers as names", lambda value: all(key.isdecimal() and len(key) < 6 for key in value))
+_described = {"name": TEXT, "method": TEXT, "in_sample": FLAG, "foreign": FLAG}
+_common = {
+    "icsearch_version": optional(TEXT),
+    "layer_indices": optional(layers()),
+    "model": OBJECT,
+    "calibration": OBJECT,
+    "options": optional(OBJECT),
+    "environment": optional(OBJECT),
+}
+
+
+def _each(fields: Mapping[str, Kind]) -> Kind:
+    """A list of objects with these fields."""
+
+    def fits(value: Any) -> bool:
+        return list_of(OBJECT).fits(value) and all(_has(one, fields) for one in value)
+
+    return Kind(f"a list of objects with {', '.join(fields)}", fits)
+
+
+def _has(value: Mapping[str, Any], fields: Mapping[str, Kind]) -> bool:
+    return all(kind.fits(value.get(name)) for name, kind in fields.items())
+
+
+# --- eval.json --------------------------------------------------------------------------------------------------------
+
+
+def check_document(document: dict[str, Any]) -> None:
+    """Raise FieldError where a field of an eval.json is missing or other than its kind."""
+    check_fields(document, {**_common, "rows": list_of(OBJECT), "notes": optional(list_of(TEXT))})
+    check_fields(document["model"], MODEL_FIELDS)
+    check_fields(document["calibration"], CALIBRATION_FIELDS)
+    check_fields(document, _BESIDE_ROWS)
+    if not document["rows"]:
+        raise FieldError("rows is an empty list: expected one for each pattern")
+    for row in document["rows"]:
+        check_fields(row, {"pattern": letters(), **_ROW})
+        check_fields(row, {"pattern": letters(len(document["rows"][0]["pattern"]))})
+
+
+_BOUNDS = dict.fromkeys(("accuracy", "low", "high"), NUMBER)
+_ACCURACY = Kind("accuracy, low and high", lambda value: OBJECT.fits(value) and _has(value, _BOUNDS))
+_ROW = {
+    **_described,
+    "loss": NUMBER,
+    "delta": NUMBER,
+    "std_err": _error,
+    "perplexity": optional(_FINITE),
+    "kl": NUMBER,
+    "kl_std_err": _error,
+    "top1_agreement": NUMBER,
+    "verdict": TEXT,
+    "positions": optional(_each({"first": whole(0), "last": whole(1), "delta": NUMBER, "std_err": _error})),
+    "borrowed_overlap": optional(
+        Kind(
+            "an object of a number for each layer",
+            lambda value: OBJECT.fits(value) and _layer.fits(value) and all(map(NUMBER.fits, value.values())),
+        )
+    ),
+    "tasks": optional(_each({"kind": TEXT, **dict.fromkeys(WAYS, optional(_ACCURACY))})),
+}
+_ESTIMATE = {
+    "context": whole(1),
+    **dict.fromkeys(
+        (
+            "indexer_share_full",
+            "indexer_share_pattern",
+            "removed_share",
+            "prefill_speedup_estimate",
+            "decode_speedup_estimate",
+        ),
+        NUMBER,
+    ),
+}
+_BESIDE_ROWS = {
+    "gaps": optional(_each({"name": TEXT, "uniform": TEXT, "gap_closed": _error, "std_err": _error})),
+    "cost": optional(OBJECT),
+    "cost_rows": optional(_each({"name": TEXT, "rows": _each(_ESTIMATE)})),
+    "measured": optional(
+        _each(
+            {"name": TEXT, "phase": one_of(*PHASES), "length": whole(1), "min": NUMBER, "median": NUMBER, "max": NUMBER}
+        )
+    ),
+}
+
+
+# --- the journal ------------------------------------------------------------------------------------------------------
+
+
+def check_eval_start(event: Event) -> None:
+    """Raise FieldError where the first event is not that of an evaluation, or its fields disagree."""
+    if event.get("event") != "start":
+        raise FieldError(f"event is {shown(event.get('event'))}: expected start, which every journal begins with")
+    check_fields(event, {**_common, "start_pattern": letters(), "tokens": list_of(whole(1))})
+    check_fields(event, {"icsearch_version": TEXT, "layer_indices": layers(), "options": OBJECT, "environment": OBJECT})
+    check_fields(event, {"choosing_queries": whole(1)})
+    check_fields(event, {"bucket_edges": layers(sys.maxsize), "tokens": Kind("at least one sequence", bool)})
+    num_layers, buckets = len(event["start_pattern"]), len(event["bucket_edges"]) - 1
+    check_fields(
+        event,
+        {
+            "bucket_tokens": list_of(list_of(whole(0), buckets), len(event["tokens"])),
+            "patterns": _each({**_described, "pattern": letters(num_layers)}),
+        },
+    )
+    check_fields(event["model"], MODEL_FIELDS)
+    check_fields(event["calibration"], CALIBRATION_FIELDS)
+
+
+def check_later(event: Event, start: Event) -> None:
+    """Raise FieldError where another event is none of an evaluation that began so."""
+    fields = _event_fields(start)
+    kind = event.get("event")
+    if kind not in list(fields):  # a list: a damaged journal's kind may not be hashable
+        raise FieldError(f"event is {shown(kind)}: expected one of {', '.join(fields)}")
+    check_fields(event, fields[kind])
+    if kind == "measures":
+        _check_measures(event, start)
+
+
+def _event_fields(start: Event) -> dict[str, dict[str, Kind]]:
+    sequences, pattern = len(start["tokens"]), letters(len(start["start_pattern"]))
+    waves = Kind(f"a range within 0 to {sequences}", lambda value: _is_range(value, sequences))
+    hits = Kind("true or false for each question", lambda value: list_of(FLAG).fits(value) and bool(value))
+    return {
+        "measures": {
+            "sequences": waves,
+            "patterns": OBJECT,
+            "layer_sequences": whole(0),
+            "seconds": DURATION,
+            "weight_bytes": optional(whole(0)),
+        },
+        "task": {"pattern": pattern, "kind": TEXT, "forced": hits, "generated": hits},
+        "extra": {"name": TEXT},
+        "note": {"text": TEXT},
+        "finish": {},
+    }
+
+
+def _check_measures(event: Event, start: Event) -> None:
+    """Raise FieldError where a pattern's sums are not one for each sequence, or for each bucket of each."""
+    first, last = event["sequences"]
+    buckets = len(start["bucket_edges"]) - 1
+    sums = list_of(NUMBER, last - first)
+    by_layer = Kind(
+        f"{last - first} sums for each layer",
+        lambda value: OBJECT.fits(value) and _layer.fits(value) and all(map(sums.fits, value.values())),
+    )
+    pattern = letters(len(start["start_pattern"]))
+    for name, table in event["patterns"].items():
+        if not (pattern.fits(name) and OBJECT.fits(table)):
+            raise FieldError(f"patterns has {shown(name)}: expected the sums of {pattern.name}")
+        check_fields(
+            table,
+            {
+                **dict.fromkeys(("nll", "kl", "agree"), sums),
+                "bucket_nll": list_of(list_of(NUMBER, buckets), last - first),
+                "overlap": by_layer,
+            },
+        )

@@ -1,0 +1,1 @@
+"""Strategies and the loop that asks for losses: numbers alone, never a model. No torch."""

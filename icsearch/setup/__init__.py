@@ -1,1 +1,0 @@
-"""From a request to a model that computes: inputs, options, start events, weights, the scorer."""

@@ -1,0 +1,1 @@
+"""Patterns run, losses come out."""

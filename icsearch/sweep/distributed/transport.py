@@ -1,0 +1,146 @@
+"""Branches from one process of a pipeline to the next, point to point, several packets in flight.
+
+A packet is what a block of layers leaves of one wave: its branches, with hidden states and selections. What it holds
+is announced through the store; the tensors follow by isend. A selection that branches share goes once.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+from icsearch.core.errors import ModelError
+from icsearch.core.pattern import Pattern
+from icsearch.model.families.handed import Handed
+from icsearch.sweep.branches import Branch
+from icsearch.sweep.distributed.launch import IN_FLIGHT
+from icsearch.sweep.distributed.world import World
+
+TAGS = 2**16  # gloo tells messages apart by a number that may come again once they are through
+
+
+@dataclass(frozen=True)
+class Packet:
+    """The branches of one wave behind a block, and what the blocks so far took and noted."""
+
+    branches: list[Branch]
+    layer_sequences: int
+    bytes_read: int = 0  # of weights, from the checkpoint
+    notes: tuple[str, ...] = ()
+
+
+class Wire:
+    """To the process behind this one in a pipeline, and from the one before it; `device` is where branches live.
+
+    `direct`: tensors go from device to device, else by way of CPU memory.
+    """
+
+    def __init__(self, world: World, device: torch.device, direct: bool) -> None:
+        self._world = world
+        self._device = device
+        self._between = device if direct else torch.device("cpu")
+        self._sent: deque[tuple[str, list[Any], list[torch.Tensor]]] = deque()
+        self._tags = {"to": 0, "from": 0}
+
+    def send(self, item: int, packet: Packet) -> None:
+        """Hand a packet on; waits while there are too many that the next process has not taken."""
+        to = self._world.rank + 1
+        header, tensors = _pack(packet)
+        self._settle(IN_FLIGHT - 1)
+        self._world.post(f"branches/{to}/{item}", header)
+        tensors = [tensor.to(self._between).contiguous() for tensor in tensors]
+        works = [distributed.isend(tensor, to, tag=self._tag("to")) for tensor in tensors]
+        self._sent.append((f"taken/{to}/{item}", works, tensors))
+
+    def _settle(self, left: int) -> None:
+        """Wait until no more than so many packets are on their way."""
+        to = self._world.rank + 1
+        while len(self._sent) > left:
+            taken, works, _ = self._sent.popleft()
+            self._world.take(taken, f"rank {to} to take branches")
+            self._wait(works, to)
+
+    def receive(self, item: int) -> Packet:
+        """The packet of this item from the process before."""
+        source, here = self._world.rank - 1, self._world.rank
+        header = self._world.take(f"branches/{here}/{item}", f"branches from rank {source}")
+        tensors = [
+            torch.empty(shape, dtype=getattr(torch, dtype), device=self._between) for shape, dtype in header["tensors"]
+        ]
+        with self._world.watch.waiting(f"branches from rank {source}"):
+            self._wait([distributed.irecv(tensor, source, tag=self._tag("from")) for tensor in tensors], source)
+        self._world.post(f"taken/{here}/{item}", True)
+        return _unpack(header, [tensor.to(self._device) for tensor in tensors])
+
+    def _tag(self, direction: str) -> int:
+        self._tags[direction] = (self._tags[direction] + 1) % TAGS
+        return self._tags[direction]
+
+    def _wait(self, works: list[Any], rank: int) -> None:
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:
+            raise self._world.watch.lost(rank, str(error).splitlines()[0]) from None
+
+
+def _pack(packet: Packet) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    """What the receiver must know before the tensors come, and these, each once."""
+    numbers: dict[int, int] = {}
+    tensors: list[torch.Tensor] = []
+
+    def number_of(value: Any) -> int | None:
+        if value is None:
+            return None
+        if not isinstance(value, torch.Tensor):
+            raise ModelError(f"a selection of type {type(value).__name__} cannot go to another process: give --pp 1")
+        if id(value) not in numbers:
+            numbers[id(value)] = len(tensors)
+            tensors.append(value)
+        return numbers[id(value)]
+
+    def numbered(handed: Any) -> Any:
+        if not isinstance(handed, Handed):
+            return number_of(handed)
+        left = {
+            name: {key: [number_of(one) for one in kept] for key, kept in ofs.items()}
+            for name, ofs in handed.left.items()
+        }
+        return {"selection": number_of(handed.selection), "left": left}
+
+    branches = [
+        {
+            "patterns": [pattern.letters for pattern in branch.patterns],
+            "hidden_states": [number_of(states) for states in branch.hidden_states],
+            "selections": [numbered(selection) for selection in branch.selections],
+        }
+        for branch in packet.branches
+    ]
+    shapes = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors]
+    others = {name: getattr(packet, name) for name in ("layer_sequences", "bytes_read", "notes")}
+    return {"branches": branches, "tensors": shapes, **others}, tensors
+
+
+def _unpack(header: dict[str, Any], tensors: list[torch.Tensor]) -> Packet:
+    def handed(item: Any) -> Any:
+        if not isinstance(item, dict):
+            return None if item is None else tensors[item]
+        left = {
+            name: {key: tuple(tensors[number] for number in kept) for key, kept in ofs.items()}
+            for name, ofs in item["left"].items()
+        }
+        return Handed(handed(item["selection"]), left)
+
+    branches = [
+        Branch(
+            [Pattern(letters) for letters in branch["patterns"]],
+            [tensors[number] for number in branch["hidden_states"]],
+            [handed(item) for item in branch["selections"]],
+        )
+        for branch in header["branches"]
+    ]
+    return Packet(branches, header["layer_sequences"], header["bytes_read"], tuple(header["notes"]))

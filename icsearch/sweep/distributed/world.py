@@ -1,0 +1,205 @@
+"""This process among those of a run: small messages through the launcher's store, tensors through torch.distributed.
+
+Orders and losses are small, and go as JSON through the store that all processes share. Tensors go by
+gloo, and from one GPU to another by NCCL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from icsearch.core.errors import IcsearchError
+from icsearch.sweep.distributed.heartbeat import GRACE, Watch
+from icsearch.sweep.distributed.launch import Launch
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.0002, 0.02  # seconds between two looks for a message
+JOIN_TIMEOUT = 300.0  # seconds that processes may be apart when they start
+NEVER = timedelta(days=30)  # the watch ends what hangs; a process may compute for as long as it takes
+
+
+class JoinError(IcsearchError):
+    """The processes of a run did not find one another."""
+
+    exit_status = 1
+
+
+class World:
+    """The processes of a run, seen from one of them. Make one by `join`."""
+
+    def __init__(self, launch: Launch, store: Any, watch: Watch) -> None:
+        self.launch = launch
+        self.watch = watch
+        self._orders = 0
+        self._store = store
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def size(self) -> int:
+        return self.launch.size
+
+    @property
+    def others(self) -> list[int]:
+        return [rank for rank in range(self.size) if rank != self.rank]
+
+    @contextlib.contextmanager
+    def _store_at_hand(self) -> Iterator[Any]:
+        """The store; where it does not answer, the process that keeps it is gone."""
+        try:
+            yield self._store
+        except distributed.DistError as error:
+            raise self.watch.lost(0, f"its store, or its launcher's: {str(error).splitlines()[0]}") from None
+
+    def post(self, key: str, message: Any) -> None:
+        """Leave a JSON message for whoever takes it. Numbers arrive bit for bit."""
+        with self._store_at_hand() as store:
+            store.set(key, json.dumps(message))
+
+    def take(self, key: str, what: str) -> Any:
+        """Wait for a message, and take it away. `what` is said where it never comes; raises what ends the run."""
+        with self.watch.waiting(what), self._store_at_hand() as store:
+            look_for(store, [key], self.watch.check)
+            message = json.loads(store.get(key))
+            store.delete_key(key)
+        return message
+
+    def has(self, keys: list[str]) -> bool:
+        """Whether all of these messages have come."""
+        with self._store_at_hand() as store:
+            return bool(store.check(keys))
+
+    def tell(self, order: dict[str, Any]) -> None:
+        """Rank 0: an order for every other process, each of which takes its own in turn."""
+        for rank in self.others:
+            self.post(f"order/{rank}/{self._orders}", order)
+        self._orders += 1
+
+    def order(self) -> dict[str, Any]:
+        """Another process: the next order of rank 0."""
+        order: dict[str, Any] = self.take(f"order/{self.rank}/{self._orders}", "orders from rank 0")
+        self._orders += 1
+        return order
+
+    def set_timeout(self, seconds: float) -> None:
+        """Let all processes know for how long one may be silent."""
+        self.post("timeout", seconds)
+        self.watch.timeout = seconds
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Rank 0's CPU tensor, put into those of the same shape that all others bring; returns it."""
+        with self.watch.waiting("the calibration batches"):
+            try:
+                distributed.broadcast(tensor, src=0)
+            except RuntimeError as error:
+                raise self.watch.lost(0, str(error).splitlines()[0]) from None
+        return tensor
+
+    def finish(self, status: int, text: str = "") -> None:
+        """End the run for all processes; rank 0 waits for them, since the store may live in it."""
+        end = self.watch.declare(status, text)
+        with contextlib.suppress(distributed.DistError, TimeoutError):
+            self._store.set(f"bye/{self.rank}", json.dumps(end.status))
+            if self.rank == 0:
+                look_for(self._store, [f"bye/{rank}" for rank in self.others], _patience(GRACE - 1))
+        self.watch.close()
+
+
+def join(launch: Launch) -> World:
+    """Find the other processes. Raises JoinError where they do not come."""
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = PrefixStore(f"icsearch/{attempt}", store)
+        watch = _watch(launch, attempt)
+        watch.announce()
+        _wait_for_all(launch, own)
+        watch.start()
+        distributed.init_process_group(
+            _backend(launch),
+            store=PrefixStore(f"group/{attempt}", store),
+            rank=launch.rank,
+            world_size=launch.size,
+            timeout=NEVER,
+        )
+    except (distributed.DistError, RuntimeError, ValueError) as error:
+        raise JoinError(
+            f"rank {launch.rank} of {launch.size} cannot reach the others at {_address()} "
+            f"({str(error).splitlines()[0]}): check MASTER_ADDR, MASTER_PORT and the network, and start again"
+        ) from error
+    return World(launch, own, watch)
+
+
+def _watch(launch: Launch, attempt: str) -> Watch:
+    """With a connection of its own: the main thread may be waiting on the other one."""
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=False,
+        timeout=timedelta(seconds=JOIN_TIMEOUT),
+        wait_for_workers=False,
+    )
+    where = f"the store at {_address()} (of rank 0, or of its launcher)"
+    return Watch(launch.rank, launch.size, PrefixStore(f"icsearch/{attempt}", store), where)
+
+
+def look_for(store: Any, keys: list[str], between: Callable[[], object]) -> None:
+    """Wait for keys by looking again and again, more rarely the longer it takes; `between` may raise.
+
+    The store's own wait would hear neither a signal nor what ends the run.
+    """
+    started = time.monotonic()
+    while not store.check(keys):
+        between()
+        time.sleep(min(LONGEST_PAUSE, max(SHORTEST_PAUSE, (time.monotonic() - started) / 10)))
+
+
+def _patience(seconds: float) -> Callable[[], None]:
+    """Raises TimeoutError when called after so many seconds."""
+    deadline = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"nothing came within {seconds:.0f} s")
+
+    return check
+
+
+def _wait_for_all(launch: Launch, store: Any) -> None:
+    """Raises ValueError that names those who did not come."""
+    signs = [f"beat/{rank}" for rank in range(launch.size)]
+    try:
+        look_for(store, signs, _patience(JOIN_TIMEOUT))
+    except TimeoutError:
+        missing = [str(rank) for rank, sign in enumerate(signs) if not store.check([sign])]
+        raise ValueError(f"rank {', '.join(missing)} did not come within {JOIN_TIMEOUT:.0f} s") from None
+
+
+def _address() -> str:
+    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+
+
+def has_own_gpu(launch: Launch) -> bool:
+    """Whether every process of this machine has a GPU of its own: NCCL needs that."""
+    return (
+        torch.cuda.is_available() and distributed.is_nccl_available() and launch.local_size <= torch.cuda.device_count()
+    )
+
+
+def _backend(launch: Launch) -> str:
+    if not torch.cuda.is_available():
+        return "gloo"
+    torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+    return "cpu:gloo,cuda:nccl" if has_own_gpu(launch) else "gloo"

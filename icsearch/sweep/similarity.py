@@ -1,0 +1,182 @@
+"""Similarity and overlap of selections, by one sweep of the unmodified model (IndexCache paper, Appendices A and C).
+
+S[i][j], j < i: mean cosine similarity between layer i's core-attention output under its own selection and under
+layer j's, everything before layer i being the unmodified model. The tensor is the attention-weighted sum of the
+values, per token over the concatenated heads, before the output projection.
+O[i][j] = |T_i & T_j| / k, the share of a selection that two layers have in common.
+Both are means over the queries that see more than index_topk tokens: below that every selection is the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from icsearch.core.errors import IcsearchError
+from icsearch.model.families.attention import Core
+from icsearch.model.families.calls import LayerCall
+from icsearch.model.model import DsaModel
+from icsearch.model.slot import SelectionStore
+from icsearch.runs.journal import Event
+from icsearch.sweep.branches import Batch
+from icsearch.sweep.losses import selection_overlap
+from icsearch.sweep.sweep import Sweeper
+
+# Rows of a lower triangle: row i has i sums, one for each earlier layer.
+Triangle = list[list[float]]
+# A selection made small, and the type that it had.
+Kept = tuple[torch.Tensor, torch.dtype]
+
+
+@dataclass(frozen=True)
+class SimilaritySums:
+    """Sums over all choosing queries of one batch."""
+
+    cosine: Triangle
+    overlap: Triangle
+    queries: int
+    layer_sequences: int
+
+
+@dataclass
+class _Pass:
+    """One batch on its way through the layers: its states, the selections so far, and the sums of each layer."""
+
+    batch: Batch
+    calls: list[LayerCall]
+    states: torch.Tensor
+    store: SelectionStore
+    earlier: list[Kept] = field(default_factory=list)
+    cosine: Triangle = field(default_factory=list)
+    overlap: Triangle = field(default_factory=list)
+
+
+class SimilaritySweep:
+    """Runs the unmodified model layer by layer, and each DSA layer's core attention under all earlier selections."""
+
+    def __init__(self, dsa: DsaModel, index_topk: int, keep_on_cpu: bool = False) -> None:
+        self._dsa = dsa
+        self._sweeper = Sweeper(dsa)
+        self._topk = index_topk
+        self._keep_on_cpu = keep_on_cpu
+        self.weights = dsa.weights
+
+    def run(self, batch: Batch, on_layer: Callable[[int], None] = lambda layer_sequences: None) -> SimilaritySums:
+        """Both triangles' sums for one batch; raises IcsearchError where a similarity is not finite."""
+        return self.run_wave([batch], on_layer)[0]
+
+    @torch.inference_mode()
+    def run_wave(
+        self, wave: Sequence[Batch], on_layer: Callable[[int], None] = lambda layer_sequences: None
+    ) -> list[SimilaritySums]:
+        """As `run`, of each of these batches in one pass over the layers."""
+        passes = [self._begin(batch) for batch in wave]
+        for index in range(len(self._dsa.layers)):
+            with self._dsa.holding(index):
+                for one in passes:
+                    with self._dsa.observed(partial(self._observe, one)):
+                        call = one.calls[index].on(one.batch.input_ids)
+                        one.states = self._dsa.run_layer(index, one.states, call, one.store)
+                    on_layer(len(one.batch.input_ids))
+        return [self._sums(one) for one in passes]
+
+    def _begin(self, batch: Batch) -> _Pass:
+        # Captured before observing: the reference's mask is made under its own name only.
+        calls, states = self._sweeper.calls_for(batch), self._dsa.embed(batch.input_ids)
+        return _Pass(batch, calls, states, SelectionStore(self._dsa.start_pattern))
+
+    def _observe(self, one: _Pass, output: torch.Tensor, selection: torch.Tensor, core: Core) -> None:
+        """A DSA layer's own core attention, and what it would be under each earlier selection."""
+        one.cosine.append([self._cosine(output, core(self._restore(kept))) for kept in one.earlier])
+        one.overlap.append([self._overlap(selection, self._restore(kept)) for kept in one.earlier])
+        one.earlier.append(self._keep(selection, one.batch.input_ids.shape[1]))
+
+    def _sums(self, one: _Pass) -> SimilaritySums:
+        self._check(one.cosine, one.batch)
+        sequences, length = one.batch.input_ids.shape
+        queries, runs = sequences * (length - self._topk), sequences * len(self._dsa.layers)
+        return SimilaritySums(one.cosine, one.overlap, queries, runs)
+
+    def _cosine(self, own: torch.Tensor, other: torch.Tensor) -> float:
+        """[B, T, H, D] outputs to the summed cosine over the choosing queries, per token over concatenated heads."""
+        similarity = functional.cosine_similarity(own.flatten(2).float(), other.flatten(2).float(), dim=-1)  # [B, T]
+        return float(similarity[:, self._topk :].double().sum())
+
+    def _overlap(self, own: torch.Tensor, other: torch.Tensor) -> float:
+        return float(selection_overlap(own, other)[:, self._topk :].sum())
+
+    def _keep(self, selection: torch.Tensor, length: int) -> Kept:
+        """A selection in the smallest integer type that holds a position, or as it is where it is a mask."""
+        dtype = selection.dtype
+        if dtype != torch.bool:
+            selection = selection.to(smallest_index_type(length, signed=bool((selection < 0).any())))
+        return (selection.cpu() if self._keep_on_cpu else selection), dtype
+
+    def _restore(self, kept: Kept) -> torch.Tensor:
+        small, dtype = kept
+        return small.to(self._dsa.device, dtype)
+
+    def _check(self, cosine: Triangle, batch: Batch) -> None:
+        for layer, row in enumerate(cosine):
+            if not all(abs(value) < float("inf") for value in row):
+                raise IcsearchError(
+                    f"the similarity of DSA layer {layer} is not finite in sequences {batch.first} to "
+                    f"{batch.last - 1}: expected numbers; try --dtype float32, or look at those sequences"
+                )
+
+
+def smallest_index_type(length: int, signed: bool = False) -> torch.dtype:
+    """The smallest integer type that holds every position of a sequence, and where it is signed -1 too."""
+    types = (torch.int8 if signed else torch.uint8, torch.int16, torch.int32)
+    return next(t for t in types if torch.iinfo(t).max >= length - 1)
+
+
+def similarity_events(sweep: SimilaritySweep, wave: Sequence[Batch], on_layer: Callable[[int], None]) -> list[Event]:
+    """The batches of a wave measured, as the journal keeps them: each by itself, so that waves change no sum."""
+    started, before = time.monotonic(), sweep.weights.bytes_read
+    measured = sweep.run_wave(wave, on_layer)
+    seconds, read = time.monotonic() - started, sweep.weights.bytes_read - before
+    events: list[Event] = [
+        {
+            "event": "similarity",
+            "sequences": [batch.first, batch.last],
+            "cosine": sums.cosine,
+            "overlap": sums.overlap,
+            "queries": sums.queries,
+            "layer_sequences": sums.layer_sequences,
+            "seconds": round(seconds / len(wave), 3),
+        }
+        for batch, sums in zip(wave, measured, strict=True)
+    ]
+    if read:
+        events[0]["weight_bytes"] = read
+    return events
+
+
+@torch.inference_mode()
+def direct_similarity(dsa: DsaModel, batch: Batch, index_topk: int, layer: int, source: int) -> float:
+    """The slow, obvious twin of one entry: whole layers, core-attention outputs read off in front of `o_proj`."""
+    calls = [call.on(batch.input_ids) for call in dsa.capture_calls(batch.input_ids)]
+    states, store = dsa.embed(batch.input_ids), SelectionStore(dsa.start_pattern)
+    borrowed: Any = None
+    for index in range(dsa.layer_indices[layer]):
+        states = dsa.run_layer(index, states, calls[index], store)
+        borrowed = store.selection if index == dsa.layer_indices[source] else borrowed
+    index = dsa.layer_indices[layer]
+    outputs: list[torch.Tensor] = []
+    attention: Any = dsa.layers[index].self_attn
+    hook = attention.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+    try:
+        dsa.run_layer(index, states, calls[index], store)
+        shared = dsa.start_pattern.flip(layer)
+        dsa.run_layer(index, states, calls[index], SelectionStore(shared, borrowed, left=store.left))
+    finally:
+        hook.remove()
+    similarity = functional.cosine_similarity(outputs[0].float(), outputs[1].float(), dim=-1)
+    return float(similarity[:, index_topk:].double().sum())

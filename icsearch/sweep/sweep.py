@@ -1,0 +1,304 @@
+"""The layer sweep: many patterns scored in one pass over the layers, by loss and by KL."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from icsearch.core.errors import NonFiniteLossError
+from icsearch.core.pattern import Pattern
+from icsearch.model.families.calls import LayerCall
+from icsearch.model.machine import is_out_of_memory, out_of_memory
+from icsearch.model.model import DsaModel
+from icsearch.model.slot import SelectionStore
+from icsearch.sweep.branches import (
+    Batch,
+    Branch,
+    BranchState,
+    InCpuMemory,
+    LayerBlock,
+    OnDevice,
+    Probe,
+    count_sequences,
+)
+from icsearch.sweep.losses import per_sequence, sequence_nll, token_measures
+from icsearch.sweep.states import Keeping, StateStore
+
+LM_HEAD = "the LM head"  # where a loss is not finite though all states are
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """`nll[letters]`: summed NLL in nats of each sequence of the wave; `layer_sequences`: layer runs x sequences.
+
+    `kl` is the same of the KL to the unmodified model, where it was measured.
+    """
+
+    nll: dict[str, list[float]]
+    layer_sequences: int = 0
+    kl: dict[str, list[float]] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def computing() -> Iterator[None]:
+    """Around what runs layers: no gradients, and memory that runs out is an error that names the options to change."""
+    try:
+        with torch.inference_mode():
+            yield
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
+        raise
+
+
+@contextlib.contextmanager
+def kernel_notes() -> Iterator[set[str]]:
+    """Within the block, collects what torch warns of a kernel that has no deterministic form."""
+    notes: set[str] = set()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield notes
+    notes.update(str(warning.message) for warning in caught if "deterministic" in str(warning.message))
+
+
+class Sweeper:
+    """Runs sweeps of one model, or in a pipeline this process's part of them: the layers that its model holds.
+
+    With `kept`, which belongs to one set of batches, a sweep goes on from earlier ones' states and keeps new ones.
+    `resting` says where states are between layer calls.
+    """
+
+    def __init__(
+        self, model: DsaModel, kept: StateStore[BranchState] | None = None, resting: OnDevice | None = None
+    ) -> None:
+        self.model = model
+        self.block = LayerBlock(model, resting)
+        self._nothing: StateStore[BranchState] = StateStore(
+            Keeping(len(model.layers), tuple(model.layer_indices)), model.start_pattern
+        )
+        self._kept = self._nothing if kept is None else kept
+
+    def retain(self, base: Pattern) -> None:
+        """Let go of kept states that are of no use to the committed pattern and its flips."""
+        self._kept.retain(base)
+
+    def shrink(self) -> int:
+        """Let go of all kept states, and keep half as much from here on; returns the bytes that are free now."""
+        return self._kept.shrink()
+
+    def expected(self, work: Iterable[tuple[Sequence[Pattern], Sequence[Batch]]]) -> int:
+        """Layer runs x sequences that sweeps of these patterns over these waves, in this order, will take."""
+        rehearsal = self._kept.rehearsal()
+        return sum(
+            rehearsal.sweep(patterns, [batch.first for batch in wave]) * count_sequences(wave)
+            for patterns, wave in work
+        )
+
+    def sweep(
+        self,
+        patterns: Iterable[Pattern],
+        wave: Sequence[Batch],
+        on_layer: Callable[[int], None] = lambda layer_sequences: None,
+    ) -> SweepResult:
+        """The loss of every pattern on every sequence of the wave, which must be consecutive.
+
+        `on_layer` hears the layer runs x sequences done by each layer. Raises NonFiniteLossError, OutOfMemoryError.
+        """
+        asked = list(dict.fromkeys(patterns))
+        branches, layer_sequences = self.advance(self._starts(self.with_others(asked, wave), wave), wave, on_layer)
+        return self.measure(asked, wave, branches, layer_sequences)
+
+    def with_others(self, asked: Sequence[Pattern], wave: Sequence[Batch]) -> Sequence[Pattern]:
+        """The patterns that run in a sweep: those asked for, and those that their measures need beside them."""
+        return asked
+
+    def _starts(self, patterns: Iterable[Pattern], wave: Sequence[Batch]) -> dict[Pattern, int]:
+        """The decoder layer where each pattern's branch begins: the deepest one whose entry is kept."""
+        return {pattern: self._kept.start(pattern, [batch.first for batch in wave]) for pattern in patterns}
+
+    @computing()
+    def advance(
+        self,
+        starts: Mapping[Pattern, int],
+        wave: Sequence[Batch],
+        on_layer: Callable[[int], None] = lambda layer_sequences: None,
+        arriving: Sequence[Branch] = (),
+    ) -> tuple[list[Branch], int]:
+        """Branches behind the last of this sweeper's layers, and the layer runs x sequences: see LayerBlock."""
+        return self.block.advance(starts, wave, self._kept, on_layer, arriving=arriving)
+
+    @computing()
+    def measure(
+        self, asked: Sequence[Pattern], wave: Sequence[Batch], branches: Sequence[Branch], layer_sequences: int
+    ) -> SweepResult:
+        """The losses of branches that are behind the model's last layer."""
+        tables: dict[str, dict[str, list[float]]] = {}
+        for number, batch in enumerate(wave):
+            for name, sums in self.losses(asked, batch, states_of(branches, number)).items():
+                for letters, values in sums.items():
+                    tables.setdefault(name, {}).setdefault(letters, []).extend(values)
+        return SweepResult(tables.get("nll", {}), layer_sequences, tables.get("kl", {}))
+
+    def losses(
+        self, asked: Sequence[Pattern], batch: Batch, states: Mapping[str, torch.Tensor]
+    ) -> dict[str, dict[str, list[float]]]:
+        """By measure and letters, one sum per sequence of a batch; `states` as in `states_of`."""
+        return {"nll": {p.letters: self._nll(states[p.letters], batch, p) for p in asked}}
+
+    @computing()
+    def run(
+        self,
+        patterns: Iterable[Pattern],
+        wave: Sequence[Batch],
+        reduce: Callable[[Batch, dict[str, torch.Tensor]], None],
+        on_layer: Callable[[int], None] = lambda layer_sequences: None,
+        probe: Probe | None = None,
+    ) -> int:
+        """One pass over the layers; `reduce` gets each batch with the last layer's [B, T, D] states by pattern.
+
+        With a `probe`, S layers run their own indexer too, and the probe hears both selections. It wants to see every
+        layer, so this pass goes without what is kept. Returns the layer runs x sequences.
+        """
+        starts = dict.fromkeys(patterns, 0)
+        branches, layer_sequences = self.block.advance(starts, wave, self._nothing, on_layer, probe)
+        for number, batch in enumerate(wave):
+            reduce(batch, states_of(branches, number))
+        return layer_sequences
+
+    def _nll(self, hidden_states: torch.Tensor, batch: Batch, pattern: Pattern) -> list[float]:
+        """The last layer's [B, T, D] states to one NLL sum per sequence; raises NonFiniteLossError."""
+        normed = self.normed(hidden_states)
+        nll = sequence_nll(normed, self.model.lm_head, batch.input_ids, batch.counted)
+        self.check_finite(nll, batch, pattern)
+        return [float(value) for value in nll]
+
+    def normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The last layer's states, wherever they rest, behind the final norm and on the device."""
+        return self.model.final_norm(self.block.resting.take(hidden_states))
+
+    def check_finite(self, nll: torch.Tensor, batch: Batch, pattern: Pattern) -> None:
+        """Raise NonFiniteLossError with layer and sequence named, unless all of the [B] sums are finite."""
+        bad = (~torch.isfinite(nll)).nonzero().flatten().tolist()
+        if bad:
+            row = bad[0]
+            where = ""
+            if len(self.model.held) == len(self.model.layers):
+                where = self.trace(pattern, batch, row)[0] or LM_HEAD
+            raise NonFiniteLossError(str(nll[row].item()), batch.first + row, str(pattern), where)
+
+    @computing()
+    def trace(
+        self, pattern: Pattern, batch: Batch, row: int, arriving: BranchState | None = None
+    ) -> tuple[str, BranchState]:
+        """Where in the layers that this process has a sequence's states are first not finite, "" where they all are.
+
+        Layer by layer, from the embedding or from what the block before has left; with what these layers leave.
+        """
+        calls = self.calls_for(batch)
+        if arriving is None:
+            arriving = BranchState(self.model.embed(batch.input_ids), None)
+            if not torch.isfinite(arriving.hidden_states[row]).all():
+                return "the embedding", arriving
+        states, store = arriving.hidden_states, SelectionStore(pattern, arriving.selection)
+        for index in self.model.held:
+            with self.model.holding(index):
+                states = self.model.run_layer(index, states, calls[index], store)
+            if not torch.isfinite(states[row]).all():
+                return f"decoder layer {index}", BranchState(states, store.selection)
+        return "", BranchState(states, store.selection)
+
+    def calls_for(self, batch: Batch) -> list[LayerCall]:
+        """Each layer's call arguments for this batch's shape."""
+        return self.block.calls_for(batch)
+
+
+def states_of(branches: Sequence[Branch], number: int) -> dict[str, torch.Tensor]:
+    """The [B, T, D] states of branches behind the last layer on one batch of the wave, by the pattern's letters."""
+    return {branch.patterns[0].letters: branch.hidden_states[number] for branch in branches}
+
+
+@torch.inference_mode()
+def naive_nll(model: DsaModel, pattern: Pattern, batches: Sequence[Batch]) -> list[float]:
+    """The slow, obvious twin: one whole forward per pattern and batch by the model's own code."""
+    sums: list[float] = []
+    for batch in batches:
+        states = model.final_hidden_states(batch.input_ids, pattern)
+        sums += sequence_nll(states, model.lm_head, batch.input_ids, batch.counted).tolist()
+    return sums
+
+
+class KlSweeper(Sweeper):
+    """A sweeper whose results have KL(unmodified || pattern) too, summed, in nats.
+
+    The NLL has the bits of a sweep without KL. `keep_full_states`: all batches' final states have room in memory.
+    """
+
+    def __init__(
+        self,
+        model: DsaModel,
+        kept: StateStore[BranchState] | None,
+        keep_full_states: bool,
+        resting: OnDevice | None = None,
+    ) -> None:
+        super().__init__(model, kept, resting)
+        self._keep_full_states = keep_full_states
+        self._full_states: dict[int, torch.Tensor] = {}  # by first sequence: [B, T, D] after the final norm
+
+    def expected(self, work: Iterable[tuple[Sequence[Pattern], Sequence[Batch]]]) -> int:
+        """As of any sweeper, with the runs of the unmodified model where its states are not known."""
+        known, swept = set(self._full_states), []
+        for patterns, wave in work:
+            swept.append((self._with_full(patterns, wave, known), wave))
+            known |= {batch.first for batch in wave if self._keep_full_states}
+        return super().expected(swept)
+
+    def with_others(self, asked: Sequence[Pattern], wave: Sequence[Batch]) -> Sequence[Pattern]:
+        """The patterns asked for, and the unmodified model's unless its states on the whole wave are known."""
+        return self._with_full(asked, wave, self._full_states)
+
+    def _with_full(self, patterns: Sequence[Pattern], wave: Sequence[Batch], known: Iterable[int]) -> Sequence[Pattern]:
+        if {batch.first for batch in wave} <= set(known):
+            return patterns
+        return list(dict.fromkeys([*patterns, self.model.start_pattern]))
+
+    def losses(
+        self, asked: Sequence[Pattern], batch: Batch, states: Mapping[str, torch.Tensor]
+    ) -> dict[str, dict[str, list[float]]]:
+        """NLL and KL sums; `states` holds the unmodified model's too, where they are not known."""
+        reference = self._reference(batch, states)
+        sums = {p.letters: self._sums(states[p.letters], reference, batch, p) for p in asked}
+        return {
+            "nll": {letters: nll.tolist() for letters, (nll, _) in sums.items()},
+            "kl": {letters: kl.tolist() for letters, (_, kl) in sums.items()},
+        }
+
+    def _reference(self, batch: Batch, states: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        if batch.first in self._full_states:
+            return self._full_states[batch.first]
+        reference = self.normed(states[self.model.start_pattern.letters])
+        if self._keep_full_states:
+            self._full_states[batch.first] = reference
+        return reference
+
+    def _sums(
+        self, hidden_states: torch.Tensor, reference: torch.Tensor, batch: Batch, pattern: Pattern
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, T, D] states of the last layer to NLL and KL sums, float64 [B] each; raises NonFiniteLossError."""
+        normed = self.normed(hidden_states)
+        nll, kl, _ = token_measures(normed, reference, self.model.lm_head, batch.input_ids)
+        sums = per_sequence(nll, batch.counted), per_sequence(kl, batch.counted)
+        for values in sums:
+            self.check_finite(values, batch, pattern)
+        return sums
+
+
+def make_sweeper(
+    model: DsaModel, kept: StateStore[BranchState], by_kl: bool, keep_full_states: bool, rest_in_cpu: bool
+) -> Sweeper:
+    """A sweeper that measures the KL too where that is wanted, with states where the plan has them rest."""
+    resting = InCpuMemory(model.device) if rest_in_cpu else OnDevice()
+    return KlSweeper(model, kept, keep_full_states, resting) if by_kl else Sweeper(model, kept, resting)

@@ -1,1 +1,0 @@
-"""Checkpoints and their weights: which files, how they are read, where they rest while a model runs."""

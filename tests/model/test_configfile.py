@@ -1,0 +1,139 @@
+"""Whatever a config.json holds: a plan and a layout come out, or one line that says what is wrong. Never anything else.
+
+Every key that is read, here or by transformers, with values of every kind.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from icsearch.core.errors import IcsearchError, ModelError
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.config import fp8_block
+from icsearch.model.layout import inspect
+from icsearch.model.loading import load, quiet_transformers
+from icsearch.planning.forecast import make_plan
+from icsearch.planning.modelfile import open_model_file
+from plan_fixtures import plan_request
+
+quiet_transformers()
+
+KEYS = (
+    *("text_config", "model_type", "architectures", "dtype", "torch_dtype", "tie_word_embeddings", "vocab_size"),
+    *("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+    *("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "rope_parameters"),
+    *("index_n_heads", "index_head_dim", "index_topk", "index_kpool", "indexer_types", "index_topk_pattern"),
+    *("intermediate_size", "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok", "n_shared_experts"),
+    *("num_experts", "num_local_experts", "n_group", "topk_group", "mlp_layer_types", "layer_types"),
+    *("first_k_dense_replace", "moe_layer_freq", "num_nextn_predict_layers", "quantization_config"),
+)
+VALUES = (None, "x", "4", -1, 0, 10**400, True, 1e30, [], {}, [0, 0], [["full"]], {"a": {"b": 1}})
+NESTED: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "weight_block_size": lambda value: {"quantization_config": {"quant_method": "fp8", "weight_block_size": value}},
+    "quant_method": lambda value: {"quantization_config": {"quant_method": value}},
+    "activation_scheme": lambda value: {"quantization_config": {"quant_method": "fp8", "activation_scheme": value}},
+    "index_topk_freq": lambda value: {"indexer_types": None, "index_topk_freq": value},
+    "index_skip_topk_offset": lambda v: {"indexer_types": None, "index_topk_freq": 4, "index_skip_topk_offset": v},
+    "index_topk_pattern alone": lambda value: {"indexer_types": None, "index_topk_pattern": value},
+    "first_k_dense_replace alone": lambda value: {"mlp_layer_types": None, "first_k_dense_replace": value},
+    "moe_layer_freq alone": lambda value: {"mlp_layer_types": None, "moe_layer_freq": value},
+    "in a wrapper": lambda value: {"text_config": {"index_topk": 8, "num_hidden_layers": value}},
+}
+
+
+def cases() -> Iterator[tuple[str, dict[str, Any]]]:
+    for value in VALUES:
+        yield from ((f"{key} {str(value)[:20]}", {key: value}) for key in KEYS)
+        yield from ((f"{key} {str(value)[:20]}", changes(value)) for key, changes in NESTED.items())
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tiny.save_checkpoint(tmp_path)
+
+
+def outcomes(directory: Path, read: Callable[[], object]) -> dict[str, BaseException]:
+    """What is neither a result nor a refusal in one line, by case."""
+    path, wrong = directory / "config.json", {}
+    known = json.loads(path.read_text())
+    for name, changes in cases():
+        path.write_text(json.dumps(known | changes))
+        try:
+            read()
+        except IcsearchError as error:
+            if "\n" in str(error) or error.exit_status != 2:
+                wrong[name] = error
+        except Exception as error:  # what is looked for
+            wrong[name] = error
+    return wrong
+
+
+def test_a_plan_of_whatever_config(directory: Path) -> None:
+    assert outcomes(directory, lambda: make_plan(plan_request(str(directory), "1xcpu", 2, 40))) == {}
+
+
+def test_the_layout_of_whatever_config(directory: Path) -> None:
+    assert outcomes(directory, lambda: inspect(open_checkpoint(str(directory)))) == {}
+
+
+@pytest.mark.parametrize("read", [open_checkpoint, open_model_file])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_config": [1]}, "has text_config a list: expected an object"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000: expected an integer from 1 to 4096"),
+        ({"num_nextn_predict_layers": "one"}, "num_nextn_predict_layers is 'one': expected an integer from 0"),
+    ],
+)
+def test_what_every_command_refuses(
+    directory: Path, read: Callable[[str], object], changes: dict[str, Any], message: str
+) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ModelError, match=message):
+        read(str(directory))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("fp8", "has quantization_config 'fp8': expected an object with quant_method 'fp8'"),
+        ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128: expected two sizes"),
+        ({"quant_method": "fp8", "weight_block_size": [0, 0]}, "weight_block_size a list: expected two sizes"),
+        ({"quant_method": "gptq"}, "is quantised by 'gptq': expected 'fp8'"),
+    ],
+)
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_plan_and_a_run_refuse_the_same_quantisation(
+    directory: Path, settings: Any, message: str, nested: bool
+) -> None:
+    """In the config itself, and in the language model's part of a wrapper."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    changed = (
+        {"text_config": config | {"quantization_config": settings}} if nested else {"quantization_config": settings}
+    )
+    path.write_text(json.dumps(config | changed))
+    for read in (open_model_file, lambda name: inspect(open_checkpoint(name))):
+        with pytest.raises(ModelError, match=message):
+            read(str(directory))
+
+
+def test_the_blocks_of_a_quantisation() -> None:
+    assert fp8_block({}, "M") is None
+    assert fp8_block({"quantization_config": {"quant_method": "fp8"}}, "M") == (128, 128)
+    assert fp8_block({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "M") == (128, 128)
+    given = {"quant_method": "fp8", "weight_block_size": [64, 32]}
+    assert fp8_block({"quantization_config": given}, "M") == (64, 32)
+
+
+def test_a_null_text_config_is_none(directory: Path) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config": None, "num_nextn_predict_layers": 1}))
+    assert load(open_checkpoint(str(directory))).start_pattern.letters == "F" * 6

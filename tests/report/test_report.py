@@ -1,0 +1,690 @@
+"""The report: its numbers, its files, and its page, opened in a real browser where there is one."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import math
+import random
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from fractions import Fraction
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from test_search import LONG_START, ManySequences, long_run
+
+from icsearch.core.errors import JournalError
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import load_pattern_file
+from icsearch.core.statistics import Difference
+from icsearch.report import numbers
+from icsearch.report.choices import guarantee, step_note, what_was_left_out
+from icsearch.report.curve import LABEL_LETTER, Mark, Series, comparison_picture, curve_picture, run_picture
+from icsearch.report.heatmap import heat_picture, step_rows
+from icsearch.report.kink import find_kink
+from icsearch.report.page import minus, render_page, strip_rows
+from icsearch.report.parts import provenance
+from icsearch.report.scales import Axis, CostScale, cost_scale, nice_step, tick_label
+from icsearch.report.terminal import summary_table
+from icsearch.report.view import RunView, headline, kink_sentence, view_run
+from icsearch.report.write import CSV_COLUMNS, ReportError, curve_csv, write_report, write_results
+from icsearch.runs.journal import Journal
+from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
+from icsearch.runs.results import guessing_notes
+from run_fixtures import MadeUpRun, events, write_run
+
+HOSTILE = "</style><script>alert(1)</script><img src=x onerror=\"alert('&')\">"
+
+
+def view_of(made_up: MadeUpRun, name: str = "") -> RunView:
+    return view_run(RunRecord.replay(events(made_up)), name)
+
+
+@pytest.fixture(scope="module")
+def small() -> RunView:
+    return view_of(MadeUpRun())
+
+
+@pytest.fixture(scope="module")
+def staged() -> RunView:
+    return view_of(MadeUpRun(num_layers=40, num_shared=24, stages=4, num_sequences=5))
+
+
+@pytest.fixture(scope="module")
+def unfinished() -> RunView:
+    return view_of(MadeUpRun(stop_after=5))
+
+
+# --- the kink -------------------------------------------------------------------------------------------------------
+
+
+def test_kink_of_two_lines_is_found_exactly() -> None:
+    xs = [float(x) for x in range(21)]
+    kink = find_kink(xs, [0.01 * x + 0.2 * max(0, x - 13) for x in xs])
+    assert kink is not None
+    assert kink.x == 13
+    assert kink.slope_before == pytest.approx(0.01)
+    assert kink.slope_after == pytest.approx(0.21)
+    assert kink.fit[1] == pytest.approx((13, 0.13))
+
+
+def test_kink_with_noise_and_an_offset() -> None:
+    noise = random.Random(1)
+    xs = [float(x) for x in range(3, 40)]
+    kink = find_kink(xs, [1 + 0.1 * max(0, x - 25) + noise.gauss(0, 0.01) for x in xs])
+    assert kink is not None
+    assert abs(kink.x - 25) <= 1
+
+
+@pytest.mark.parametrize(
+    "curve",
+    [
+        lambda x: 0.0,
+        lambda x: 0.3 * x + 1,
+        lambda x: 0.2 * x + 0.05 * math.sin(7 * x),
+        lambda x: math.sqrt(x),  # bends, but flattens
+        lambda x: min(x, 10.0),
+    ],
+)
+def test_no_clear_kink(curve: object) -> None:
+    xs = [float(x) for x in range(21)]
+    assert find_kink(xs, [curve(x) for x in xs]) is None  # type: ignore[operator]
+
+
+def test_too_few_points_for_a_kink() -> None:
+    assert find_kink([0, 1, 2, 3], [0, 0, 1, 2]) is None
+    assert find_kink([], []) is None
+
+
+# --- numbers and scales ---------------------------------------------------------------------------------------------
+
+
+def test_numbers_have_the_digits_of_their_error() -> None:
+    assert numbers.with_error(0.041234, 0.0035) == "+0.0412 ± 0.0035"
+    assert numbers.with_error(-0.000021, 0.00018) == "-0.00002 ± 0.00018"
+    assert numbers.with_error(12.87, 1.1) == "+12.9 ± 1.1"
+    assert numbers.with_error(0.5, math.nan) == "+0.5000"
+    assert numbers.with_error(0.5, 0.0) == "+0.5000 ± 0.0000"
+
+
+def test_other_numbers() -> None:
+    assert numbers.percent(0.25) == "25%"
+    assert numbers.percent(0.0625) == "6.2%"
+    assert numbers.count(12345.0) == "12,345"
+    assert numbers.count(10.5) == "10.5"
+    assert [numbers.duration(s) for s in (4.21, 48, 200, 18720)] == ["4.2 s", "48 s", "3 min 20 s", "5 h 12 min"]
+    assert [numbers.compact(v) for v in (0.0, 0.00042, 0.0131, 1.52, 151.0)] == ["0", "0.00042", "0.013", "1.5", "151"]
+    assert minus("-0.1 (all-F at -.2, 1-2)") == "−0.1 (all-F at −.2, 1-2)"
+
+
+def test_axis() -> None:
+    axis = Axis(0.0, 10.0, 100.0, 300.0)
+    assert axis.at(5.0) == 200.0
+    assert axis.ticks(5) == [0, 2, 4, 6, 8, 10]
+    assert Axis(-0.5, 2.5, 0, 1).ticks(9, whole=True) == [0, 1, 2]
+    assert nice_step(0.03) == pytest.approx(0.05)
+    assert tick_label(0.15000001, 0.05) == "0.15"
+
+
+def test_cost_scale_is_neutral_within_the_noise_and_logarithmic_beyond() -> None:
+    scale = CostScale(0.001)
+    assert [scale.level(c) for c in (0.0, 0.001, -0.001, 0.0011, 0.003, 0.01, 0.0101, 1e9)] == [0, 0, 0, 1, 1, 2, 3, 8]
+    assert [scale.css_class(c) for c in (0.0, 0.02, -0.02, -1e9)] == ["h0", "h3", "c3", "c4"]
+    assert cost_scale([1.0], [0.0012, math.nan, 0.003, 0.0001]).noise == 0.001
+    assert cost_scale([0.5, 3.0], [math.nan]).level(3.0) == 8
+
+
+# --- the numbers of a run -------------------------------------------------------------------------------------------
+
+
+def test_points_are_the_curve(small: RunView) -> None:
+    assert [point.step for point in small.points] == list(range(13))
+    assert [point.shared for point in small.points] == list(range(13))
+    assert small.points[0].loss == small.record.loss("F" * 16)
+    assert small.final.pattern == small.record.pattern
+
+
+def test_cells_are_the_costs_to_the_pattern_before_the_step(small: RunView) -> None:
+    assert len(small.cells) == sum(15 - step for step in range(12))
+    before = small.points[3].pattern
+    for cell in (cell for cell in small.cells if cell.step == 4):
+        expected = small.record.loss(before.flip(cell.layer).letters) - small.record.loss(before.letters)
+        assert cell.cost.delta == pytest.approx(expected, abs=1e-12)
+    committed = [cell.layer for cell in small.cells if cell.committed]
+    assert committed == [commit.layer for commit in small.record.commits]
+
+
+def test_the_costs_of_the_steps_add_up_to_the_cost_of_the_pattern(small: RunView) -> None:
+    costs = [small.step_cost(step) for step in range(1, 13)]
+    assert sum(cost.delta for cost in costs if cost) == pytest.approx(small.final.difference.delta, abs=1e-12)
+
+
+def test_references_are_paired_with_the_searched_pattern_of_their_size(small: RunView) -> None:
+    by_name = {reference.name: reference for reference in small.references}
+    assert list(by_name) == ["uniform:1/2", "uniform:1/4", "uniform:1/8"]
+    quarter = by_name["uniform:1/4"]
+    assert small.same_retention is quarter
+    assert quarter.searched is small.final
+    assert quarter.avoided is not None
+    assert 0 < quarter.avoided < 1
+    assert quarter.searched_minus_uniform is not None
+    assert quarter.searched_minus_uniform.delta < 0
+    assert by_name["uniform:1/8"].searched is None
+
+
+def test_ties_are_those_of_the_journal(small: RunView) -> None:
+    tied = {tie.step: tuple(layer for layer, _ in tie.others) for tie in small.ties}
+    assert tied == {commit.step: commit.ties for commit in small.record.commits if commit.ties}
+    assert tied, "the made-up run is meant to have ties"
+    assert all(difference.is_tie for tie in small.ties for _, difference in tie.others)
+
+
+def test_headline_carries_numbers_and_errors(small: RunView, unfinished: RunView) -> None:
+    final = small.final.difference
+    text = headline(small)
+    assert text.startswith("4 of 16 layers keep their indexer (25%); the loss rises by ")
+    assert numbers.with_error(final.delta, final.std_err, sign=False) in text
+    assert "The uniform pattern with as many F layers costs" in text
+    assert headline(unfinished).startswith("Not finished; after 5 flips: 11 of 16")
+
+
+def against_uniform(view: RunView, uniform: Difference, searched: Difference) -> str:
+    """The headline where the final pattern and the uniform one with as many F layers cost that."""
+    final = replace(view.final, difference=searched)
+    reference = view.same_retention
+    assert reference is not None
+    reference = replace(reference, difference=uniform, searched=final)
+    return headline(replace(view, points=(*view.points[:-1], final), references=(reference,)))
+
+
+@pytest.mark.parametrize(
+    ("uniform", "searched", "words"),
+    [
+        ((0.4, 0.03), 0.1, "costs +0.400 ± 0.030: the search avoids 75% of that."),
+        ((0.4, 0.03), -0.016, "costs +0.400 ± 0.030: the search avoids all of that."),
+        ((0.4, 0.03), 0.5, "costs +0.400 ± 0.030."),
+        ((-0.002, 0.003), -0.004, "costs nothing measurable (-0.0020 ± 0.0030)."),
+        ((0.005, 0.003), -0.004, "costs nothing measurable (+0.0050 ± 0.0030)."),
+        ((-0.002, math.nan), -0.004, "changes the loss by -0.0020."),
+    ],
+)
+def test_what_is_avoided_is_a_cost(small: RunView, uniform: tuple[float, float], searched: float, words: str) -> None:
+    text = against_uniform(small, Difference(*uniform), Difference(searched, 0.001))
+    assert text.endswith(f"The uniform pattern with as many F layers {words}")
+
+
+@pytest.mark.parametrize("num_shared", [1, 12])
+def test_the_page_counts_and_spaces_its_sentences(num_shared: int) -> None:
+    text = render_page([view_of(MadeUpRun(num_shared=num_shared))])
+    assert not re.search(r"\b1 (steps|flips|layers|sequences)\b", text)
+    assert "sequences. The naive search" in " ".join(text.split())
+    assert ("<summary>The step with its loss</summary>" in text) == (num_shared == 1)
+
+
+def test_one_sequence_has_no_error_and_claims_none() -> None:
+    view = view_of(MadeUpRun(num_sequences=1, num_shared=3))
+    assert "one sequence: no standard error" in headline(view)
+    assert "nan" not in render_page([view]).replace("provenance", "")
+
+
+def test_baseline_not_scored_yet() -> None:
+    view = view_run(RunRecord.replay(events(MadeUpRun())[:1]))
+    assert view.points == ()
+    assert "not scored yet" in headline(view)
+    assert "not scored yet" in render_page([view])
+    assert heat_picture(view) is None
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_far_uniform_patterns_are_named_at_the_edge(small: RunView) -> None:
+    picture = run_picture(small)
+    references = {p.label.split(":")[0]: p for p in picture.series[0].references}
+    assert references["uniform 1/8"].off_scale
+    assert "±" in references["uniform 1/8"].label
+    assert not references["uniform 1/2"].off_scale
+    for point in picture.series[0].points:
+        assert picture.left <= point.x <= picture.right
+        assert picture.top <= point.high <= point.y <= point.low <= picture.bottom
+
+
+def flat_and_short() -> Series:
+    """A curve that stays below its baseline, a uniform pattern near it, and two far above it."""
+    marks = tuple(Mark(float(k), Difference(-0.002 * (k > 0), 0.0025), "", "") for k in range(4))
+    costs = {3: 0.0025, 8: 0.43, 12: 0.39}
+    return Series(
+        marks, tuple(Mark(float(k), Difference(cost, 0.0025), f"uniform {k}", "") for k, cost in costs.items())
+    )
+
+
+def test_labels_at_the_edge_lie_on_nothing_and_within_the_picture() -> None:
+    picture = curve_picture([flat_and_short()], "", 12.5)
+    near, *far = picture.series[0].references
+    assert not near.off_scale and all(one.off_scale for one in far)
+    assert picture.top <= near.high and max(one.label_y for one in far) < picture.zero
+    for one in picture.series[0].references:
+        width = len(one.label) * LABEL_LETTER
+        left = one.label_x - (width if one.anchor == "end" else 0)
+        assert left >= 0 and left + width <= picture.width
+
+
+def test_comparison_is_by_share_of_layers(small: RunView, staged: RunView) -> None:
+    picture = comparison_picture([small, staged])
+    assert [len(one.points) for one in picture.series] == [13, 25]
+    ends = [one.points[-1].x for one in picture.series]
+    assert ends[0] > ends[1]  # 75% against 60% shared
+
+
+def test_heatmap_has_a_rectangle_for_each_candidate(small: RunView) -> None:
+    picture = heat_picture(small)
+    assert picture is not None
+    assert len(picture.cells) == len(small.cells)
+    assert sum(cell.committed for cell in picture.cells) == 12
+    assert len({(cell.x, cell.y) for cell in picture.cells}) == len(picture.cells)
+
+
+def test_pipeline_stages_share_a_row_in_each_round(staged: RunView) -> None:
+    assert [step_rows(staged)[step] for step in range(1, 9)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    picture = heat_picture(staged)
+    assert picture is not None
+    assert len({(cell.x, cell.y) for cell in picture.cells}) == len(picture.cells)
+    assert len(picture.borders) == 3
+
+
+def test_strip_rows_are_the_stages(staged: RunView) -> None:
+    rows = strip_rows(staged)
+    assert [row.label for row in rows] == [f"stage {i + 1} · layers {10 * i}–{10 * i + 9}" for i in range(4)]
+    assert "".join("F" if cell.full else "S" for row in rows for cell in row.cells) == staged.record.pattern.letters
+
+
+def test_native_shared_layers_are_marked() -> None:
+    rows = strip_rows(view_of(MadeUpRun(native_shared=(3, 7), num_shared=4)))
+    assert [cell.layer for cell in rows[0].cells if cell.native] == [3, 7]
+    assert "as the checkpoint itself does" in rows[0].cells[3].tooltip
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def test_write_results(tmp_path: Path) -> None:
+    record = write_run(tmp_path)
+    written = write_results(tmp_path, record)
+    assert [path.name for path in written] == ["pattern.json", "curve.csv", "curve.png", "report.html"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([JOURNAL_NAME, *(p.name for p in written)])
+    assert load_pattern_file(tmp_path / "pattern.json").pattern == record.pattern
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_the_same_bytes_from_the_saved_journal(tmp_path: Path) -> None:
+    first = {p.name: p.read_bytes() for p in write_results(tmp_path, write_run(tmp_path))}
+    again = {p.name: p.read_bytes() for p in write_results(tmp_path, load_run(tmp_path))}
+    assert first == again
+
+
+def test_csv_round_trip(small: RunView) -> None:
+    rows = list(csv.DictReader(io.StringIO(curve_csv(small))))
+    assert tuple(rows[0]) == CSV_COLUMNS
+    assert (rows[0]["step"], rows[0]["layer"], rows[0]["delta"]) == ("0", "", "0.0")
+    for row, point in zip(rows, small.points, strict=True):
+        assert float(row["loss"]) == point.loss
+        assert float(row["delta"]) == point.difference.delta
+        assert float(row["std_err"]) == point.difference.std_err
+        assert Pattern(row["pattern"]) == point.pattern
+        assert int(row["full_layers"]) == point.full
+
+
+def test_results_need_a_scored_baseline(tmp_path: Path) -> None:
+    with pytest.raises(JournalError, match="no complete loss"):
+        write_results(tmp_path, RunRecord.replay(events(MadeUpRun())[:1]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_write_report_of_several_runs(tmp_path: Path) -> None:
+    write_run(tmp_path / "one", MadeUpRun(name="made-up/one"))
+    write_run(tmp_path / "two", MadeUpRun(name="made-up/two", num_layers=20, stop_after=4, seed=3))
+    write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "all.html")
+    page = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert "2 runs compared" in page
+    assert "These runs are on different models" in page
+    assert page.count('class="run"') == 2
+    assert page.count('<span class="badge">unfinished</span>') == 2  # in the table and in the run's section
+
+
+def test_an_engine_that_cannot_be_given_the_pattern_hides_no_other(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", MadeUpRun(model_type="minimax_m3_vl"))
+    write_report([tmp_path / "run"], tmp_path / "all.html")
+    page = (tmp_path / "all.html").read_text(encoding="utf-8")
+    assert page.count("vLLM reads no letters for MiniMax M3") == 1
+    assert "<h4>SGLang</h4>" in page and "<h4>vLLM</h4>" not in page
+
+
+def test_a_page_of_ours_is_replaced_and_nothing_else(tmp_path: Path) -> None:
+    out, longest = tmp_path / "report.html", "m" * 5000
+    write_run(tmp_path / "one", MadeUpRun(name=longest))
+    write_run(tmp_path / "two", MadeUpRun(name="made-up/two"))
+    write_report([tmp_path / "one"], out)
+    write_report([tmp_path / "two"], out)
+    page = out.read_text(encoding="utf-8")
+    assert "made-up/two" in page and longest not in page
+    for own in ("<title>mine</title>", "", "# icsearch report"):
+        out.write_text(own)
+        with pytest.raises(ReportError, match="exists and is no page of icsearch: give another --out"):
+            write_report([tmp_path / "two"], out)
+        assert out.read_text() == own
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    with pytest.raises(JournalError, match="holds no journal"):
+        write_report([tmp_path], tmp_path / "out.html")
+    with pytest.raises(JournalError, match="holds no journal"):
+        write_report([tmp_path / "nowhere"], tmp_path / "out.html")
+    with pytest.raises(ReportError, match="create it"):
+        write_report([tmp_path / "run"], tmp_path / "missing" / "out.html")
+    with pytest.raises(ReportError, match="is a directory"):
+        write_report([tmp_path / "run"], tmp_path)
+    with pytest.raises(ReportError, match="no run to report on"):
+        write_report([], tmp_path / "out.html")
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_unknown_journal_version(tmp_path: Path) -> None:
+    Journal(tmp_path / JOURNAL_NAME).append({"event": "start", "format": "icsearch.journal/99"})
+    with pytest.raises(JournalError, match=r"icsearch\.journal/99"):
+        write_report([tmp_path], tmp_path / "out.html")
+
+
+def test_damaged_start_event(tmp_path: Path) -> None:
+    Journal(tmp_path / JOURNAL_NAME).append({"event": "start", "format": "icsearch.journal/1"})
+    with pytest.raises(JournalError, match="damaged"):
+        write_report([tmp_path], tmp_path / "out.html")
+
+
+def test_report_and_export_start_without_heavy_imports() -> None:
+    code = (
+        "import sys, icsearch.report.write, icsearch.engines.export\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'jinja2', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- the terminal ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "made_up",
+    [
+        MadeUpRun(),
+        MadeUpRun(num_layers=78, num_shared=58, stages=4, num_sequences=4),
+        MadeUpRun(stop_after=0),
+        MadeUpRun(num_sequences=1, num_shared=2),
+    ],
+)
+def test_summary_fits_80_columns_without_a_terminal(made_up: MadeUpRun) -> None:
+    from rich.console import Console
+
+    out = io.StringIO()
+    record = RunRecord.replay(events(made_up))
+    Console(width=80, file=out).print(summary_table(record))
+    text = out.getvalue()
+    assert "\x1b" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert record.pattern.letters in text.splitlines()
+    assert len(text.splitlines()) < 50
+
+
+def test_the_steps_of_a_search_by_kl_show_a_pattern_of_16_layers() -> None:
+    """With a column more, and still within 80 columns."""
+    from rich.console import Console
+
+    out, told = io.StringIO(), events(MadeUpRun())
+    told[0]["options"]["objective"] = "kl"
+    for event in told:
+        if event["event"] == "losses":
+            event["kl"] = [[0.0001 * value for value in sums] for sums in event["nll"]]
+    record = RunRecord.replay(told)
+    Console(width=80, file=out).print(summary_table(record))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    for commit in record.commits:
+        assert any(line.lstrip().startswith(f"{commit.step} ") and commit.pattern in line for line in lines)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Tags, attributes that could load something, and whether tags are closed in order."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.handlers: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [v or "" for k, v in attrs if k in {"src", "href", "xlink:href", "srcset", "data", "action"}]
+        self.handlers += [k for k, _ in attrs if k.startswith("on")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("made_up", [MadeUpRun(), MadeUpRun(num_layers=30, num_shared=20, stages=3, stop_after=7)])
+def test_page_is_whole_and_loads_nothing_from_outside(made_up: MadeUpRun) -> None:
+    text = render_page([view_of(made_up)])
+    page = Page(text)
+    assert page.open == []
+    assert all(link.startswith(("data:", "#")) for link in page.links)
+    assert not {"script", "iframe", "object", "embed", "img"} & set(page.tags)
+    assert page.handlers == []
+    assert "@import" not in text
+    assert all(target.startswith(("data:", "#")) for target in re.findall(r"url\(['\"]?([^)]*)", text))
+
+
+def test_page_has_its_parts(small: RunView) -> None:
+    text = render_page([small])
+    for part in (
+        "In-sample",
+        "The loss curve",
+        "How the kink is found",
+        "Searched against uniform",
+        "What each flip would have cost",
+        "The order in which layers went",
+        "Ties",
+        "Put it to use",
+        "--hf-overrides",
+        "--json-model-override-args",
+        "What the search took",
+        "Where this comes from",
+        "all-F baseline",
+        small.record.pattern.letters,
+        str(small.start["model"]["fingerprint"]),
+        str(small.start["calibration"]["fingerprint"]),
+        kink_sentence(small),
+    ):
+        assert part in text, part
+
+
+def test_a_loss_that_guessing_would_beat_stands_under_the_headline(small: RunView) -> None:
+    (note,) = guessing_notes(9.0, 1024)
+    text = html.unescape(render_page([view_of(MadeUpRun(notes=("another note", note)))]))
+    assert re.search(r'<p class="headline">[^<]*</p>\s*<p class="warn">Caution: ' + re.escape(note), text)
+    assert text.count(note) == 1 and "<li>another note</li>" in text
+    assert "Caution" not in render_page([small])
+
+
+def test_no_kink_is_looked_for_in_too_few_steps(small: RunView) -> None:
+    short = view_of(MadeUpRun(num_shared=3))
+    assert kink_sentence(short) == "Too few steps for a kink."
+    assert "How the kink is found" not in render_page([short])
+    assert "Too few" not in kink_sentence(small)
+
+
+def test_strings_of_the_journal_are_escaped() -> None:
+    made_up = MadeUpRun(name=HOSTILE, notes=(HOSTILE,), num_shared=2)
+    lines = events(made_up)
+    for part in ("calibration", "environment", "options"):
+        lines[0][part][HOSTILE] = HOSTILE
+    lines[0]["references"] = {HOSTILE: Pattern.uniform(16, Fraction(1, 2)).letters}
+    view = view_run(RunRecord.replay(lines), HOSTILE)
+    for text in (render_page([view]), render_page([view, view])):
+        page = Page(text)
+        assert page.open == []
+        assert not {"script", "img"} & set(page.tags)
+        assert page.handlers == []
+        assert "&lt;script&gt;" in text
+
+
+# --- a real browser -------------------------------------------------------------------------------------------------
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium, chromium-browser or google-chrome found")
+
+
+def console_messages(page: Path, profile: Path) -> list[str]:
+    """Open a page in headless Chromium, let it draw, and return what it wrote to the console."""
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={profile}",
+        "--enable-logging=stderr",
+        "--v=0",
+        f"--screenshot={profile / 'page.png'}",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert (profile / "page.png").stat().st_size > 0
+    return [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_browser
+def test_browser_draws_the_report_without_a_console_message(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_results(tmp_path / name, write_run(tmp_path / name))
+    write_report([tmp_path / "one", tmp_path / "two"], tmp_path / "both.html")
+    # The page's own security policy refuses every outside load, and a refusal is a console message.
+    assert console_messages(tmp_path / "one" / "report.html", tmp_path / "profile-1") == []
+    assert console_messages(tmp_path / "both.html", tmp_path / "profile-2") == []
+
+
+@needs_browser
+def test_browser_would_tell_of_an_outside_load(tmp_path: Path, small: RunView) -> None:
+    page = tmp_path / "page.html"
+    outside = '<img src="https://example.org/x.png"><script>1</script>'
+    page.write_text(render_page([small]).replace("</main>", outside + "</main>"), encoding="utf-8")
+    messages = " ".join(console_messages(page, tmp_path / "profile"))
+    assert "example.org" in messages
+    assert "script" in messages
+
+
+# --- strategies other than exact --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def raced(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    """A search by race+lazy with a tie margin."""
+    path = tmp_path_factory.mktemp("raced") / JOURNAL_NAME
+    start = {**LONG_START, "options": {**LONG_START["options"], "strategy": "race+lazy"}}
+    start["options"] |= {"confidence": 0.9, "tie_margin": 0.05}
+    Journal(path).append(start)
+    return long_run(path, "race+lazy", ManySequences(), 0.05)
+
+
+def test_exact_searches_leave_nothing_out(small: RunView) -> None:
+    assert what_was_left_out(small.record) == ""
+    assert "Algorithm 1" in guarantee(small.record)
+    assert "Algorithm 1" in render_page([small])
+    assert {step_note(commit) for commit in small.record.commits} == {""}
+    assert "how it was chosen" not in render_page([small])
+
+
+def test_a_race_states_its_guarantee_and_what_it_left_out(raced: RunRecord) -> None:
+    text = guarantee(raced)
+    for stated in (
+        "confidence of 90%",
+        "one-sided paired t tests on sequences",
+        "corrected (Bonferroni) for looks x (candidates - 1)",
+        "must be random",
+        "an estimate from a part of the sequences",
+        "by more than 0.05 nats",
+        "those of an exact search as long as",
+    ):
+        assert stated in text
+    stale, dropped = (sum(len(getattr(commit, name)) for commit in raced.commits) for name in ("stale", "dropped"))
+    counted = what_was_left_out(raced)
+    assert f"{stale} not scored, {dropped} dropped" in counted
+    assert "turned out cheaper" in counted
+    page = render_page([view_run(raced)])
+    assert text.split(".")[0] in page
+    assert "how it was chosen" in page
+    for commit in raced.commits:
+        assert step_note(commit) in page
+
+
+def test_block_wise_runs_name_their_tie_rule(raced: RunRecord) -> None:
+    assert "the earliest token is chosen" not in render_page([view_run(raced)])
+    blockwise = {**raced.start, "options": {**raced.start["options"], "kernels": "blockwise"}}
+    page = render_page([view_run(replace(raced, start=blockwise))])
+    assert "of equal index scores the earliest token is chosen" in page
+
+
+def test_given_up_candidates_are_pale_cells_with_what_is_known(raced: RunRecord) -> None:
+    view = view_run(raced)
+    cells = {(cell.step, cell.layer): cell for cell in view.cells}
+    given_up = {(commit.step, layer) for commit in raced.commits for layer in commit.given_up}
+    assert given_up == {place for place, cell in cells.items() if cell.given_up_after}
+    assert not any((commit.step, layer) in cells for commit in raced.commits for layer in commit.stale)
+    heat = heat_picture(view)
+    assert heat is not None
+    assert sum(cell.partial for cell in heat.cells) == len(given_up)
+    assert any("given up after 8 sequences" in cell.tooltip for cell in heat.cells)
+
+
+@pytest.mark.parametrize("strategy", ["race", "lazy", "race+lazy"])
+def test_every_part_of_such_a_search_can_be_shown(tmp_path: Path, strategy: str) -> None:
+    """Cut behind any event, the page and the summary are those of a run at work."""
+    whole = tmp_path / "whole"
+    long_run(whole, strategy, ManySequences())
+    for length in range(2, len(Journal(whole).events()), 3):
+        record = RunRecord.replay(Journal(whole).events()[:length])
+        if record.nll.is_complete(record.start_pattern.letters):
+            render_page([view_run(record)])
+            summary_table(record)
+
+
+def test_long_lists_of_where_it_comes_from_are_cut() -> None:
+    digests, layers = [f"{number:016x}" for number in range(24)], list(range(0, 78, 4))
+    ((_, rows),) = provenance([("Calibration", {"sequences": digests, "keep_full": layers})])
+    assert dict(rows)["sequences"] == f"{digests[0]}, {digests[1]}, … (24 in all)"
+    ((_, one),) = provenance([("Options", {"patterns": [["full", "F" * 300]]})])
+    assert dict(one)["patterns"] == str(["full", "F" * 300])
+    assert dict(rows)["keep full"] == ", ".join(map(str, layers))  # what somebody chose is there whole
