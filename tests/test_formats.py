@@ -16,8 +16,6 @@ from icsearch.planning.page import document
 from icsearch.runs import results
 from icsearch.runs.record import RunRecord
 from icsearch.runs.similarity_file import save_similarity
-from icsearch.tracking.rows import run_rows
-from icsearch.tracking.trackers import STATE_NAME, RunTracker
 from plan_fixtures import plan_request
 from run_fixtures import MadeUpRun, events
 
@@ -35,7 +33,7 @@ def test_every_format_of_the_code_has_a_section() -> None:
     named: set[str] = set()
     for path in sorted((ROOT / "icsearch").rglob("*.py")):
         named.update(FORMAT.findall(path.read_text(encoding="utf-8")))
-    assert len(named) == 7
+    assert len(named) == 6
     assert set(sections()) == named
 
 
@@ -48,19 +46,11 @@ def similarity(folder: Path) -> Any:
     return json.loads((folder / "similarity.json").read_text())
 
 
-def tracking(folder: Path) -> Any:
-    record = RunRecord.replay(events(MadeUpRun(num_shared=2)))
-    tracker = RunTracker("tensorboard", folder, record.start)
-    tracker.tell(run_rows(record))
-    tracker.close()
-    return json.loads((folder / STATE_NAME).read_text())
-
-
 def plan(folder: Path) -> Any:
     return document(make_plan(plan_request("demo", "2xH200", sequences=24, seq_len=None)))
 
 
-WRITTEN = {"pattern": pattern, "similarity": similarity, "tracking": tracking, "plan": plan}
+WRITTEN = {"pattern": pattern, "similarity": similarity, "plan": plan}
 # Objects whose keys are no fields, but what the fields below them are of.
 BY_NAME = {"rows", "strategies", "kinds"}
 

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icsearch.api.options import calibration_request, parsed
-from icsearch.commands.progress import Passing, make_listener
+from icsearch.commands.progress import OnStep, make_listener
 from icsearch.commands.requests import EvalRequest, GreedyRequest
 from icsearch.core.pattern import Pattern
-from icsearch.core.pattern_file import PatternFile, Step
+from icsearch.core.pattern_file import PatternFile
 from icsearch.report.eval_view import EvalView, view_eval
 from icsearch.report.write import write_eval_results, write_results
 from icsearch.runs import results
-from icsearch.runs.record import RunRecord
-from icsearch.search.loop import Progress
-from icsearch.tracking.listener import Tracked, tracked
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from icsearch.api.options import CalibrationOptions, EvalOptions, SearchOptions
     from icsearch.calibration.batches import Calibration
-
-OnStep = Callable[[Step], object]
 
 
 def calibrate(
@@ -53,14 +48,13 @@ def find_pattern(
     *,
     on_step: OnStep | None = None,
     progress: bool = False,
-    trackers: Sequence[str] = (),
     **options: Unpack[SearchOptions],
 ) -> PatternFile:
     """Search as `icsearch greedy` does, and return the content of pattern.json; `out` is the RUN directory.
 
     `on_step` is called with each flip that this call commits, once that is in the journal. What it raises ends the
     search there and comes out of this call; the same call later continues behind that flip, and one of a finished
-    run returns its result. `progress` shows on stderr what the command shows; `trackers` are accelerate's.
+    run returns its result. `progress` shows on stderr what the command shows.
 
     Raises IcsearchError for bad input, and for a run that was begun with other options.
     """
@@ -68,10 +62,8 @@ def find_pattern(
 
     asked: dict[str, Any] = dict(options)
     request = GreedyRequest(calibration_request(model, calibration, asked), out=Path(out), **parsed(asked))
-    with _heard(progress, trackers, request.out) as tracking:
-        listener = tracking if on_step is None else _StepListener(tracking, on_step)
+    with closing(make_listener(not progress, on_step)) as listener:
         record = greedy(request, listener, write_results)
-        tracking.tell_run(record)
     return results.pattern_file(record)
 
 
@@ -82,7 +74,6 @@ def evaluate_patterns(
     out: str | Path,
     *,
     progress: bool = False,
-    trackers: Sequence[str] = (),
     **options: Unpack[EvalOptions],
 ) -> EvalView:
     """Measure patterns as `icsearch eval` does; `out` is the directory of its results.
@@ -98,31 +89,6 @@ def evaluate_patterns(
     specs = tuple(map(str, several))
     where = calibration_request(model, calibration, asked)
     request = EvalRequest(where, out=Path(out), patterns=specs, **parsed(asked))
-    with _heard(progress, trackers, request.out) as tracking:
-        document = evaluate(request, tracking, write_eval_results)
-        tracking.tell_evaluation(document)
+    with closing(make_listener(not progress)) as listener:
+        document = evaluate(request, listener, write_eval_results)
     return view_eval(document, request.out.resolve().name)
-
-
-class _StepListener(Passing):
-    """Hands each committed flip on to a function."""
-
-    def __init__(self, inner: Progress, on_step: OnStep) -> None:
-        super().__init__(inner)
-        self._on_step = on_step
-
-    def committed(self, record: RunRecord) -> None:
-        super().committed(record)
-        self._on_step(record.steps()[-1])
-
-
-@contextmanager
-def _heard(progress: bool, trackers: Sequence[str], out: Path) -> Iterator[Tracked]:
-    """The display of a run with its trackers, closed however the run ends."""
-    display = make_listener(quiet=not progress)
-    loud = make_listener(quiet=False)
-    try:
-        with tracked(display, trackers, out, loud.info) as tracking:
-            yield tracking
-    finally:
-        display.close()

@@ -26,9 +26,8 @@ from icsearch.cli.options import (
     SeqLen,
     Threads,
     Timeout,
-    Trackers,
 )
-from icsearch.cli.running import default_run, display, print_result, say, world_of
+from icsearch.cli.running import default_run, display, print_result, world_of
 
 
 def evaluate_patterns(
@@ -84,7 +83,6 @@ def evaluate_patterns(
     block_elements: BlockElements = None,
     offload: Offload = "auto",
     trust_remote_code: Remote = False,
-    tracker: Trackers = None,
     quiet: QuietFlag = False,
     config: ConfigFile = None,
 ) -> None:
@@ -119,9 +117,6 @@ def evaluate_patterns(
         from icsearch.commands.evaluate import evaluate
         from icsearch.report.eval_terminal import eval_table
         from icsearch.report.write import write_eval_results
-        from icsearch.tracking.listener import tracked
 
-        with tracked(listener, tracker or (), request.out, say) as heard:
-            document = evaluate(request, heard, write_eval_results, world)
-            heard.tell_evaluation(document)
+        document = evaluate(request, listener, write_eval_results, world)
     print_result(eval_table(document), f"{request.out / 'eval.json'}, eval.csv, report.html")

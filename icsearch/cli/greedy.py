@@ -34,9 +34,8 @@ from icsearch.cli.options import (
     Strategy,
     Threads,
     Timeout,
-    Trackers,
 )
-from icsearch.cli.running import default_run, display, print_result, say, world_of
+from icsearch.cli.running import default_run, display, print_result, world_of
 
 
 def greedy_search(
@@ -96,7 +95,6 @@ def greedy_search(
     block_elements: BlockElements = None,
     offload: Offload = "auto",
     trust_remote_code: Remote = False,
-    tracker: Trackers = None,
     quiet: QuietFlag = False,
     config: ConfigFile = None,
 ) -> None:
@@ -134,9 +132,6 @@ def greedy_search(
         from icsearch.commands.greedy import greedy
         from icsearch.report.terminal import summary_table
         from icsearch.report.write import write_results
-        from icsearch.tracking.listener import tracked
 
-        with tracked(listener, tracker or (), request.out, say) as heard:
-            record = greedy(request, heard, write_results, world)
-            heard.tell_run(record)
+        record = greedy(request, listener, write_results, world)
     print_result(summary_table(record), f"{request.out / 'pattern.json'}, curve.csv, curve.png, report.html")

@@ -157,17 +157,6 @@ EngineName = Annotated[
     ),
 ]
 
-Trackers = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--tracker",
-        metavar="NAME",
-        help="Log to an experiment tracker of accelerate: tensorboard, wandb, mlflow, ... Several times for several.",
-        show_default=False,
-        autocompletion=_requested("TRACKERS"),
-    ),
-]
-
 DataRanks = Annotated[
     int | None,
     typer.Option(

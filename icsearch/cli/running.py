@@ -34,11 +34,6 @@ def print_result(table: RenderableType, written: str) -> None:
     console.print(f"wrote {written}", highlight=False, soft_wrap=True, markup=False)
 
 
-def say(text: str) -> None:
-    """A line that is worth it with --quiet too."""
-    typer.echo(text, err=True)
-
-
 def world_of(context: typer.Context, timeout: float) -> World | None:
     """The processes of this run, where a launcher has started several; they hear of the time-out."""
     if not math.isfinite(timeout):

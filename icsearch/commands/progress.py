@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich import progress as bars
@@ -11,47 +11,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from icsearch.core.pattern_file import Step
 from icsearch.core.statistics import mean_loss
 from icsearch.report import numbers
 from icsearch.report.choices import step_note
 from icsearch.runs.record import RunRecord
 from icsearch.runs.refinement import HELDOUT_SET
-from icsearch.search.loop import Progress
-
-
-class Passing:
-    """Hears a run for somebody else."""
-
-    def __init__(self, inner: Progress) -> None:
-        self._inner = inner
-
-    def info(self, text: str) -> None:
-        self._inner.info(text)
-
-    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None:
-        self._inner.planned(rows, layer_sequences, done)
-
-    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
-        self._inner.step_started(step, patterns, layer_sequences)
-
-    def layer_done(self, layer_sequences: int) -> None:
-        self._inner.layer_done(layer_sequences)
-
-    def losses_known(self, record: RunRecord, step: int | str) -> None:
-        self._inner.losses_known(record, step)
-
-    def committed(self, record: RunRecord) -> None:
-        self._inner.committed(record)
-
-    def tried(self, record: RunRecord) -> None:
-        self._inner.tried(record)
-
 
 SECONDS_BETWEEN_LINES = 10.0
+OnStep = Callable[[Step], object]
 
 
 class Quiet:
-    """Hears everything and says nothing."""
+    """Hears everything and says nothing; hands each committed flip on to `on_step`."""
+
+    def __init__(self, on_step: OnStep | None = None) -> None:
+        self._on_step = on_step
 
     def opening(self, text: str) -> None: ...
 
@@ -65,7 +40,9 @@ class Quiet:
 
     def losses_known(self, record: RunRecord, step: int | str) -> None: ...
 
-    def committed(self, record: RunRecord) -> None: ...
+    def committed(self, record: RunRecord) -> None:
+        if self._on_step is not None:
+            self._on_step(record.steps()[-1])
 
     def tried(self, record: RunRecord) -> None: ...
 
@@ -75,7 +52,8 @@ class Quiet:
 class Plain(Quiet):
     """One line for each thing that happens: for logs and pipes."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, on_step: OnStep | None = None) -> None:
+        super().__init__(on_step)
         self.console = console
         self._clock = RunClock()
         self._last_line = 0.0
@@ -107,6 +85,7 @@ class Plain(Quiet):
     def committed(self, record: RunRecord) -> None:
         last = len(record.commits) == record.start["options"]["num_shared"]
         self.info(commit_line(record) + ("" if last else f", {self._clock.remaining()}"))
+        super().committed(record)
 
     def tried(self, record: RunRecord) -> None:
         self.info(trial_line(record))
@@ -115,8 +94,8 @@ class Plain(Quiet):
 class Live(Plain):
     """A progress bar for the step at work, above it one line for each commit."""
 
-    def __init__(self, console: Console) -> None:
-        super().__init__(console)
+    def __init__(self, console: Console, on_step: OnStep | None = None) -> None:
+        super().__init__(console, on_step)
         self._progress = bars.Progress(
             bars.TextColumn("{task.description}"),
             bars.BarColumn(bar_width=20),
@@ -156,6 +135,7 @@ class Live(Plain):
 
     def committed(self, record: RunRecord) -> None:
         self.info(commit_line(record))
+        Quiet.committed(self, record)
 
     def close(self) -> None:
         self._status.stop()
@@ -195,12 +175,12 @@ class RunClock:
         return f"about {numbers.duration(seconds)} left" if seconds >= 1 else "less than 1 s left"
 
 
-def make_listener(quiet: bool) -> Quiet:
+def make_listener(quiet: bool, on_step: OnStep | None = None) -> Quiet:
     """The display that fits: nothing, a live bar on a terminal, or plain lines. All of it goes to stderr."""
     console = Console(stderr=True, highlight=False)
     if quiet:
-        return Quiet()
-    return Live(console) if console.is_terminal else Plain(console)
+        return Quiet(on_step)
+    return (Live if console.is_terminal else Plain)(console, on_step)
 
 
 def plan_table(rows: Sequence[tuple[str, str]]) -> Table:

@@ -41,7 +41,6 @@ MOST = {
 }
 REFINEMENTS = ("swaps",)
 DEMO_HELDOUT = {"demo": "demo:heldout", "demo:calibration": "demo:heldout"}  # what is held out of the built-in corpus
-TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 DEFAULT_RETENTION = Fraction(1, 4)
 RequestT = TypeVar("RequestT", bound="PatternRequest")
 

@@ -77,7 +77,6 @@ SEARCH: dict[str, tuple[tuple[object, ...], str, str]] = {
     "an option of nobody": (("--retenton", "1/4"), "No such option: --retenton", "--help"),
     "an option without a value": (("--retention",), "--retention", "--help"),
     "a word too many": (("run",), "unexpected extra argument", "--help"),
-    "a tracker of nobody": (("--tracker", "paper"), "'paper'", ""),
 }
 
 
@@ -89,7 +88,7 @@ def test_searches(place: Place, capfd: pytest.CaptureFixture[str], case: str) ->
     place.refuses(Row(lambda p: p.search(command, *words), found, todo), capfd)
 
 
-GREEDY_ALONE = {"--strategy", "--objective", "--confidence", "--refine", "--refine-on", "--dp", "--pp", "--tracker"}
+GREEDY_ALONE = {"--strategy", "--objective", "--confidence", "--refine", "--refine-on", "--dp", "--pp"}
 
 EVALUATIONS: dict[str, tuple[tuple[object, ...], str, str]] = {
     "no pattern": ((), "--pattern", "--help"),

@@ -368,7 +368,6 @@ def test_greedy_from_a_text_file_uses_its_cache(
 REFUSED_BEFORE_LOADING: dict[str, list[object]] = {
     "no such file": ["--calibration", "nowhere.txt"],
     "no such corpus": ["--calibration", "demo:nowhere"],
-    "no such tracker": ["--calibration", "demo", "--tracker", "nobody"],
     "no memory": ["--calibration", "demo", "--num-sequences", 1, "--memory", "1MB"],
 }
 
