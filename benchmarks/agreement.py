@@ -31,9 +31,9 @@ from icsearch.commands.requests import CalibrationRequest, GreedyRequest
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import mean_loss, paired_difference, wilson_interval
 from icsearch.model import checkpoint, loading
-from icsearch.model.block_sizes import BLOCK_ELEMENTS, default_batch_size
 from icsearch.model.layout import Layout, inspect
 from icsearch.model.model import DsaModel
+from icsearch.model.shape import BLOCK_ELEMENTS, default_batch_size
 from icsearch.runs.record import RunRecord, load_run
 from icsearch.search.protocol import Task, looks_of
 from icsearch.search.registry import Options, make_strategy

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from icsearch.model.block_sizes import BLOCK_ELEMENTS
 from icsearch.model.kernels import Blockwise, find_rotation
+from icsearch.model.shape import BLOCK_ELEMENTS
 from stock import StockModel, Tokens
 
 TopTokens = Callable[[torch.Tensor, int], torch.Tensor]

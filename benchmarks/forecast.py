@@ -22,7 +22,7 @@ import numpy as np
 
 import checkpoints
 from icsearch.commands.requests import CalibrationRequest
-from icsearch.model.block_sizes import BLOCK_ELEMENTS
+from icsearch.model.shape import BLOCK_ELEMENTS
 from icsearch.planning.devices import DEVICES, Devices
 from icsearch.planning.footprint import Call
 from icsearch.planning.forecast import Clock as PlanClock
@@ -67,7 +67,7 @@ def calls(spec: Json) -> Json:
     from icsearch.model import loading
     from icsearch.model.checkpoint import open_checkpoint
     from icsearch.model.slot import SelectionStore
-    from icsearch.sweep.losses import sequence_nll
+    from icsearch.sweep.sweep import sequence_nll
 
     dsa = loading.load(open_checkpoint(spec["model"]), device="cpu", block_elements=BLOCK_ELEMENTS["cpu"])
     ids = torch.randint(dsa.config.vocab_size, (spec["batch_size"], spec["length"]))

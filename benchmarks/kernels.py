@@ -77,7 +77,7 @@ def stock_forward(directory: str, earliest: bool = False, nudged: bool = False) 
 
 def our_forward(directory: str) -> Any:
     from icsearch.model import checkpoint, loading
-    from icsearch.model.block_sizes import BLOCK_ELEMENTS
+    from icsearch.model.shape import BLOCK_ELEMENTS
     from icsearch.sweep.branches import Batch
     from icsearch.sweep.sweep import naive_nll
 

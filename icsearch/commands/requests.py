@@ -14,7 +14,7 @@ from icsearch.core.jsonfile import shown
 from icsearch.core.pattern import Pattern, num_full, parse_retention
 from icsearch.core.text import did_you_mean
 from icsearch.model.config import Backbone
-from icsearch.model.holding import CPU, DISK, RESIDENT
+from icsearch.model.shape import CPU, DISK, RESIDENT
 from icsearch.search.greedy import split_stages
 from icsearch.search.registry import DEFAULT_CONFIDENCE, STRATEGIES, Options
 from icsearch.sweep.distributed.launch import pipeline_blocks

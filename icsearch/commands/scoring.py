@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from icsearch.commands.requests import KL, RunRequest
 from icsearch.commands.setup import Inputs, environment_notes, is_ready, obtain, obtain_heldout, open_model
 from icsearch.core.pattern import Pattern
-from icsearch.model.holding import DISK
 from icsearch.model.layout import Layout
 from icsearch.model.loading import resolve_device
 from icsearch.model.model import DsaModel
+from icsearch.model.shape import DISK
 from icsearch.model.shards import read_rate
 from icsearch.planning import offload, plan
 from icsearch.planning.memory import Memory, plan_memory, plan_share

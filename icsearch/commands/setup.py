@@ -18,11 +18,11 @@ from icsearch.commands.requests import CalibrationRequest, PatternRequest, RunRe
 from icsearch.core.errors import ModelError
 from icsearch.core.pattern import Pattern, references
 from icsearch.model import checkpoint, loading
-from icsearch.model.block_sizes import BLOCK_ELEMENTS, default_batch_size
 from icsearch.model.checkpoint import Checkpoint
 from icsearch.model.layout import Layout, inspect
 from icsearch.model.loading import resolve_device
 from icsearch.model.machine import environment
+from icsearch.model.shape import BLOCK_ELEMENTS, default_batch_size
 from icsearch.runs.directory import part_of
 from icsearch.runs.journal import JOURNAL_FORMAT, Event
 from icsearch.search.greedy import split_stages

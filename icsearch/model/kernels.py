@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from icsearch.core.errors import ModelError
-from icsearch.model import block_sizes, ops
+from icsearch.model import ops, shape
 from icsearch.model.families.attention import Core, Observer
 from icsearch.model.families.calls import instead_of_forward
 from icsearch.model.families.indexer import arguments, bound, has_scores, index_queries, turns
@@ -37,7 +37,7 @@ def chunked(experts: Iterable[Any]) -> Iterator[None]:
     """Within the block these modules work on EXPERT_CHUNK_TOKENS tokens at once; of no more they see one call."""
     with contextlib.ExitStack() as stack:
         for module in experts:
-            by_so_many = partial(by_chunks, module.forward, block_sizes.EXPERT_CHUNK_TOKENS)
+            by_so_many = partial(by_chunks, module.forward, shape.EXPERT_CHUNK_TOKENS)
             stack.enter_context(instead_of_forward(module, by_so_many))
         yield
 
@@ -124,7 +124,7 @@ class Blockwise:
 
         def core(selection: torch.Tensor) -> torch.Tensor:
             topk = selection.shape[-1]
-            if not block_sizes.gathering_pays(length, topk, heads, query.shape[-1], value_dim, latent, rope):
+            if not shape.gathering_pays(length, topk, heads, query.shape[-1], value_dim, latent, rope):
                 keys, values = type(owner).expand_kv(owner, key, value)
                 return ops.dense_attention(query, keys, values, selection, scaling, self.block_elements)
             latents = torch.cat([key, value], dim=-1).squeeze(1)  # [B, S, L + R]

@@ -14,10 +14,10 @@ from icsearch.model.checkpoint import Checkpoint
 from icsearch.model.conversion import Conversion, check_finite, check_rehearsed, layer_prefix
 from icsearch.model.families.decoder import auto_class, decoder_layers
 from icsearch.model.fp8 import check_none_quantised, make_quantizer
-from icsearch.model.holding import CPU, DISK, RESIDENT, LayerWeights, StreamedWeights
 from icsearch.model.layout import DTYPES, cannot_build, config_dtype, load_config
 from icsearch.model.machine import is_out_of_memory, out_of_memory
-from icsearch.model.model import DsaModel
+from icsearch.model.model import DsaModel, LayerWeights, StreamedWeights
+from icsearch.model.shape import CPU, DISK, RESIDENT
 from icsearch.model.shards import Shards
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from icsearch.model.block_sizes import MIN_BLOCK, block_size
+from icsearch.model.shape import MIN_BLOCK, block_size
 
 GROUP, HEAP_RATIO = 4, 64  # where, and in what groups, tokens compete by their highest score first: see `highest`
 

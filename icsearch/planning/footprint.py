@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from icsearch.model.block_sizes import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, block_size, gathering_pays
-from icsearch.model.shape import ModelShape
+from icsearch.model.shape import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, ModelShape, block_size, gathering_pays
 
 FLOAT, LONG, INT = 4, 8, 4  # bytes
 

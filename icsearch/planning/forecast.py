@@ -20,8 +20,7 @@ from operator import mul
 
 from icsearch.commands.requests import PatternRequest
 from icsearch.core.errors import IcsearchError
-from icsearch.model.block_sizes import default_batch_size
-from icsearch.model.holding import DISK
+from icsearch.model.shape import DISK, default_batch_size
 from icsearch.planning.devices import CPU as DEVICE_CPU
 from icsearch.planning.devices import Devices
 from icsearch.planning.layer_time import CallWork, Efficiency, efficiency_of, head_call, layer_call

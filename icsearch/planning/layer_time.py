@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from icsearch.model.block_sizes import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, block_size
+from icsearch.model.shape import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, block_size
 from icsearch.planning.devices import CPU, Device
 from icsearch.planning.footprint import FLOAT, Call
 from icsearch.planning.work import Breakdown, Widths, layer_work

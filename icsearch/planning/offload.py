@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.text import format_bytes
-from icsearch.model.holding import CPU, DISK, RESIDENT
+from icsearch.model.shape import CPU, DISK, RESIDENT
 
 SHARE_OF_CPU = 0.8  # of what is free there, for weights that rest in it
 _ON_DEVICE = 2  # layers at once: the one that runs, the one that is on its way

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from icsearch import __version__
 from icsearch.core.text import format_bytes
-from icsearch.model.holding import CPU, RESIDENT
+from icsearch.model.shape import CPU, RESIDENT
 from icsearch.planning.forecast import PATIENCE, SECONDS_AN_HOUR, Forecast, Plan
 from icsearch.planning.offload import SHARE_OF_CPU
 from icsearch.planning.placement import Fit, missing_cpu_bytes, weight_sizes

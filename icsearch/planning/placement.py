@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.text import format_bytes
-from icsearch.model.block_sizes import BLOCK_ELEMENTS
-from icsearch.model.holding import CPU, DISK, RESIDENT
+from icsearch.model.shape import BLOCK_ELEMENTS, CPU, DISK, RESIDENT
 from icsearch.planning import plan
 from icsearch.planning.devices import CPU as DEVICE_CPU
 from icsearch.planning.devices import Device, Devices

@@ -21,8 +21,7 @@ from icsearch.model.model import DsaModel
 from icsearch.runs.evaluation import EvalRecord
 from icsearch.runs.journal import Event
 from icsearch.sweep.branches import Batch
-from icsearch.sweep.losses import per_sequence, selection_overlap, token_measures
-from icsearch.sweep.sweep import Sweeper
+from icsearch.sweep.sweep import Sweeper, per_sequence, selection_overlap, token_measures
 
 
 def bucket_edges(seq_len: int, index_topk: int) -> list[int]:

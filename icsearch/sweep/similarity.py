@@ -25,8 +25,7 @@ from icsearch.model.model import DsaModel
 from icsearch.model.slot import SelectionStore
 from icsearch.runs.journal import Event
 from icsearch.sweep.branches import Batch
-from icsearch.sweep.losses import selection_overlap
-from icsearch.sweep.sweep import Sweeper
+from icsearch.sweep.sweep import Sweeper, selection_overlap
 
 # Rows of a lower triangle: row i has i sums, one for each earlier layer.
 Triangle = list[list[float]]

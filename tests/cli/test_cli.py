@@ -15,8 +15,8 @@ import torch
 import tiny
 from icsearch.cli import app
 from icsearch.model import layout
-from icsearch.model.block_sizes import BLOCK_ELEMENTS
 from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.shape import BLOCK_ELEMENTS
 from icsearch.planning.memory import batch_shape
 
 CSV = Path("curve.csv")

@@ -13,9 +13,9 @@ from test_cli import greedy, refused, run
 from icsearch.commands.requests import CalibrationRequest, RunRequest
 from icsearch.commands.setup import kernel_options
 from icsearch.core.errors import IcsearchError, ModelError
-from icsearch.model.block_sizes import BLOCK_ELEMENTS
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.layout import inspect
+from icsearch.model.shape import BLOCK_ELEMENTS
 
 
 def options(directory: Path) -> dict[str, Any]:

@@ -21,9 +21,8 @@ from icsearch.model.slot import SelectionStore
 from icsearch.runs.evaluation import EvalRecord, load_eval, save_eval, verdict
 from icsearch.runs.journal import Event
 from icsearch.sweep.branches import cut_waves
-from icsearch.sweep.losses import selection_overlap
 from icsearch.sweep.measures import Evaluation, bucket_edges, bucket_tokens, naive_measures
-from icsearch.sweep.sweep import Sweeper, naive_nll
+from icsearch.sweep.sweep import Sweeper, naive_nll, selection_overlap
 
 PATTERNS = ["FFFFFF", "FSFSFS", "FSSFSS", "FFSSFS", "FSSSSS"]
 TOPK = 8

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers.models.glm_moe_dsa.modeling_glm_moe_dsa import GlmMoeDsaIndexer
 
 from icsearch.core.pattern import Pattern
-from icsearch.model import block_sizes, loading, ops
+from icsearch.model import loading, ops, shape
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.layout import inspect
 from icsearch.model.model import DsaModel
@@ -33,7 +33,7 @@ def load(directory: Path, block_elements: int | None, dtype: str = "float32") ->
 @pytest.fixture(params=["gathered", "dense"])
 def _side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides of the choice by cost."""
-    monkeypatch.setattr(block_sizes, "gathering_pays", lambda *_: request.param == "gathered")
+    monkeypatch.setattr(shape, "gathering_pays", lambda *_: request.param == "gathered")
 
 
 @pytest.mark.usefixtures("_side")

@@ -10,7 +10,7 @@ import torch
 
 from icsearch.core.errors import ModelError
 from icsearch.model.families.selection import index_heads, read_form
-from icsearch.sweep.losses import selection_overlap
+from icsearch.sweep.sweep import selection_overlap
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from test_search import SEQUENCES, START, MadeUp, run, task
+from test_search import outcome as record_outcome
 
 import tiny
 from fault_harness import Case, Commands, command, outcome, scored_twice
@@ -38,8 +40,6 @@ from icsearch.sweep import measures
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
 from icsearch.sweep.states import Keeping, StateStore
 from icsearch.sweep.sweep import Sweeper
-from test_search import SEQUENCES, START, MadeUp, run, task
-from test_search import outcome as record_outcome
 
 pytestmark = pytest.mark.alone
 

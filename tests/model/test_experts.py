@@ -11,8 +11,8 @@ from torch import nn
 
 import tiny
 from icsearch.core.pattern import Pattern
-from icsearch.model import block_sizes, loading
 from icsearch.model import kernels as experts
+from icsearch.model import loading, shape
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.sweep.sweep import naive_nll
 
@@ -53,7 +53,7 @@ def test_within_the_block_only(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     module, inputs, seen = modules(path)[0], calls(20), []
     own = type(module).forward
     monkeypatch.setattr(type(module), "forward", lambda self, *args: (seen.append(len(args[0])), own(self, *args))[1])
-    monkeypatch.setattr(block_sizes, "EXPERT_CHUNK_TOKENS", 8)
+    monkeypatch.setattr(shape, "EXPERT_CHUNK_TOKENS", 8)
     with experts.chunked([module]):
         module(*inputs)
     module(*inputs)
@@ -72,7 +72,7 @@ def losses(path: Path, kernels: int | None) -> dict[str, list[float]]:
 def test_sweep_by_chunks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bits as naive, close to a sweep without chunks; transformers' own modules have none."""
     whole, reference = losses(path, 2**19), losses(path, None)
-    monkeypatch.setattr(block_sizes, "EXPERT_CHUNK_TOKENS", 24)
+    monkeypatch.setattr(shape, "EXPERT_CHUNK_TOKENS", 24)
     chunked = losses(path, 2**19)
     assert losses(path, None) == reference
     for pattern, nll in whole.items():

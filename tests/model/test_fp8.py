@@ -20,9 +20,9 @@ from icsearch.core.pattern import Pattern
 from icsearch.model import loading
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.fp8 import dequantized
-from icsearch.model.holding import DISK
 from icsearch.model.layout import inspect
 from icsearch.model.model import DsaModel
+from icsearch.model.shape import DISK
 from icsearch.model.shards import Shards
 from icsearch.sweep.branches import cut_batches
 from icsearch.sweep.sweep import Sweeper

@@ -15,7 +15,7 @@ import tiny
 from icsearch.core.errors import ModelError
 from icsearch.core.files import demo_checkpoint
 from icsearch.core.pattern import Pattern
-from icsearch.model import block_sizes, kernels, loading, model, ops
+from icsearch.model import kernels, loading, model, ops, shape
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.families.attention import Core
 from icsearch.model.layout import inspect
@@ -56,7 +56,7 @@ def some_patterns(seed: int = 0) -> list[Pattern]:
 @pytest.fixture(params=["gathered", "dense"])
 def side(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both sides of the choice by cost."""
-    monkeypatch.setattr(block_sizes, "gathering_pays", lambda *args: request.param == "gathered")
+    monkeypatch.setattr(shape, "gathering_pays", lambda *args: request.param == "gathered")
     return str(request.param)
 
 

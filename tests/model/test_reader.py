@@ -14,8 +14,8 @@ from icsearch.core.errors import OutOfMemoryError
 from icsearch.core.pattern import Pattern
 from icsearch.model import loading
 from icsearch.model.checkpoint import open_checkpoint
-from icsearch.model.holding import CPU, DISK
 from icsearch.model.model import DsaModel
+from icsearch.model.shape import CPU, DISK
 from icsearch.sweep.branches import cut_batches
 from icsearch.sweep.sweep import Sweeper, naive_nll
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from icsearch.model.holding import LayerWeights, StreamedWeights
+from icsearch.model.model import LayerWeights, StreamedWeights
 
 
 class Shelf:

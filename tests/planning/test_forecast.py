@@ -11,7 +11,7 @@ import pytest
 import tiny
 from icsearch.cli import app
 from icsearch.core.errors import IcsearchError
-from icsearch.model.holding import CPU, DISK, RESIDENT
+from icsearch.model.shape import CPU, DISK, RESIDENT
 from icsearch.planning.forecast import Forecast, Plan, make_plan
 from icsearch.planning.page import reason
 from icsearch.planning.placement import Placement

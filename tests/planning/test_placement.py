@@ -10,9 +10,8 @@ import pytest
 import tiny
 from icsearch.core.errors import IcsearchError
 from icsearch.model import layout
-from icsearch.model.block_sizes import BLOCK_ELEMENTS
 from icsearch.model.checkpoint import open_checkpoint
-from icsearch.model.holding import CPU, DISK, RESIDENT
+from icsearch.model.shape import BLOCK_ELEMENTS, CPU, DISK, RESIDENT
 from icsearch.planning import plan
 from icsearch.planning.forecast import make_case
 from icsearch.planning.memory import batch_shape

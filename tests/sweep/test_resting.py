@@ -11,9 +11,9 @@ import tiny
 from icsearch.core.pattern import Pattern
 from icsearch.model import loading
 from icsearch.model.checkpoint import open_checkpoint
-from icsearch.model.holding import CPU as CPU_MEMORY
-from icsearch.model.holding import DISK, RESIDENT
 from icsearch.model.model import DsaModel
+from icsearch.model.shape import CPU as CPU_MEMORY
+from icsearch.model.shape import DISK, RESIDENT
 from icsearch.planning import plan
 from icsearch.planning.footprint import Call
 from icsearch.planning.memory import Memory

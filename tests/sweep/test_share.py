@@ -11,7 +11,7 @@ import tiny
 from icsearch.commands.requests import BaselineRequest, CalibrationRequest, GreedyRequest
 from icsearch.commands.setup import Inputs, obtain, open_model, run_options
 from icsearch.core.errors import IcsearchError
-from icsearch.model.holding import DISK
+from icsearch.model.shape import DISK
 from icsearch.planning import memory as memory_plan
 from icsearch.planning import plan
 from icsearch.planning.forecast import make_case

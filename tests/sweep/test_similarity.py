@@ -12,9 +12,8 @@ from icsearch.core.pattern import Pattern
 from icsearch.model import loading, model
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.slot import SelectionStore
-from icsearch.sweep.losses import selection_overlap
 from icsearch.sweep.similarity import SimilaritySweep, direct_similarity, smallest_index_type
-from icsearch.sweep.sweep import Sweeper
+from icsearch.sweep.sweep import Sweeper, selection_overlap
 
 TOPK = 8
 

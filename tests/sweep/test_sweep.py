@@ -19,8 +19,7 @@ from icsearch.model import loading, model
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.layout import inspect
 from icsearch.sweep.branches import Batch, cut_batches
-from icsearch.sweep.losses import sequence_nll
-from icsearch.sweep.sweep import Sweeper, naive_nll
+from icsearch.sweep.sweep import Sweeper, naive_nll, sequence_nll
 
 LENGTH = 40
 

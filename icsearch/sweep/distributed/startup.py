@@ -13,9 +13,9 @@ from icsearch.calibration.batches import Calibration
 from icsearch.core.errors import ModelError
 from icsearch.model import checkpoint, loading
 from icsearch.model.checkpoint import Checkpoint, open_checkpoint
-from icsearch.model.holding import RESIDENT
 from icsearch.model.machine import environment
 from icsearch.model.model import DsaModel
+from icsearch.model.shape import RESIDENT
 from icsearch.sweep.branches import Batch, cut_batches
 from icsearch.sweep.distributed.launch import Grid
 from icsearch.sweep.distributed.worker import Member, Order

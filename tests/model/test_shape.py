@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from icsearch.model.block_sizes import MIN_BLOCK, block_size, default_batch_size, gathering_pays
+from icsearch.model.shape import MIN_BLOCK, block_size, default_batch_size, gathering_pays
 
 
 def test_a_block_fills_its_buffer_and_is_never_tiny() -> None:
