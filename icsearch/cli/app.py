@@ -98,7 +98,7 @@ def _start(arguments: list[str], debug: bool) -> object:
     if launch.size == 1:
         return _call(arguments)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # when torch starts it reads this: no C++ stacks
-    from icsearch.sweep.distributed.together import run_together
+    from icsearch.sweep.distributed.startup import run_together
 
     return run_together(launch, lambda world: _call(arguments, world), debug)
 

@@ -33,9 +33,8 @@ from icsearch.runs.similarity_file import other_numerics, read_similarity, save_
 from icsearch.search.dynamic_program import solve
 from icsearch.search.loop import Progress, Scoring
 from icsearch.sweep.branches import Batch, cut_waves
-from icsearch.sweep.distributed.launch import check_device, grids
-from icsearch.sweep.distributed.worker import COMPARE
-from icsearch.sweep.similarity import SimilaritySweep, similarity_events
+from icsearch.sweep.distributed.launch import COMPARE, check_device, grids
+from icsearch.sweep.similarity import SimilaritySweep
 
 if TYPE_CHECKING:
     from icsearch.sweep.distributed.world import World
@@ -105,13 +104,13 @@ def _similarities(
     loaded: Loaded, shared: dict[str, Any], waves: Sequence[Sequence[Batch]], on_layer: Callable[[int], None]
 ) -> Iterator[list[Event]]:
     """The events of each wave, by one process or by all."""
-    if loaded.crew is not None:
+    if loaded.coordinator is not None:
         items = [{"batches": [batch.first for batch in wave]} for wave in waves]
-        yield from loaded.crew.do_jobs(COMPARE, shared, items, on_layer)
+        yield from loaded.coordinator.do_jobs(COMPARE, shared, items, on_layer)
         return
     sweep = SimilaritySweep(loaded.dsa, shared["index_topk"], shared["keep_on_cpu"])
     for wave in waves:
-        yield similarity_events(sweep, wave, on_layer)
+        yield sweep.events(wave, on_layer)
 
 
 def _choose(request: BaselineRequest, scoring: Scoring) -> None:

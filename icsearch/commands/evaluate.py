@@ -37,8 +37,7 @@ from icsearch.runs.journal import Event
 from icsearch.runs.results import guessing_notes
 from icsearch.search.loop import Progress
 from icsearch.sweep.branches import cut_waves
-from icsearch.sweep.distributed.launch import check_device, grids
-from icsearch.sweep.distributed.worker import MEASURE
+from icsearch.sweep.distributed.launch import MEASURE, check_device, grids
 from icsearch.sweep.measures import Evaluation, Share, Work, bucket_edges, bucket_tokens
 from icsearch.sweep.timing import Timing, measure
 
@@ -184,8 +183,8 @@ def _note(text: str, record: EvalRecord, append: Append) -> None:
 
 def _shared_by(loaded: Loaded, record: EvalRecord, listener: Progress) -> Share | None:
     """Has all processes of the run measure; None where there is one."""
-    crew = loaded.crew
-    if crew is None:
+    coordinator = loaded.coordinator
+    if coordinator is None:
         return None
     shared = {name: record.start[name] for name in ("bucket_edges", "index_topk")}
 
@@ -194,7 +193,7 @@ def _shared_by(loaded: Loaded, record: EvalRecord, listener: Progress) -> Share 
             {"batches": [batch.first for batch in wave], "patterns": [pattern.letters for pattern in patterns]}
             for patterns, wave in work
         ]
-        for events in crew.do_jobs(MEASURE, shared, items, listener.layer_done):
+        for events in coordinator.do_jobs(MEASURE, shared, items, listener.layer_done):
             yield from events
 
     return measure_all

@@ -12,7 +12,7 @@ from icsearch.commands.requests import KL, RunRequest
 from icsearch.commands.setup import Inputs, environment_notes, is_ready, obtain, obtain_heldout, open_model
 from icsearch.core.pattern import Pattern
 from icsearch.model.layout import Layout
-from icsearch.model.loading import resolve_device
+from icsearch.model.loading import bring_up, resolve_device
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import DISK
 from icsearch.model.shards import read_rate
@@ -23,16 +23,14 @@ from icsearch.runs.directory import RunDirectory
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import guessing_notes
-from icsearch.search.loop import Progress, Scorer, Scores, Scoring
-from icsearch.sweep.branches import Batch, BranchState, cut_waves
-from icsearch.sweep.distributed.launch import Grid, pipeline_blocks
-from icsearch.sweep.distributed.schedule import CALIBRATION, HELDOUT, Ledger
-from icsearch.sweep.distributed.startup import bring_up, device_batches
+from icsearch.search.loop import Progress, Scorer, Scoring
+from icsearch.sweep.branches import Batch, BranchState, device_batches
+from icsearch.sweep.distributed.launch import CALIBRATION, HELDOUT, Grid, pipeline_blocks
 from icsearch.sweep.states import Keeping, StateStore
-from icsearch.sweep.sweep import Sweeper, kernel_notes, make_sweeper
+from icsearch.sweep.sweep import SweepScorer, make_sweeper
 
 if TYPE_CHECKING:
-    from icsearch.sweep.distributed.coordinator import Crew
+    from icsearch.sweep.distributed.coordinator import Coordinator
     from icsearch.sweep.distributed.world import World
 
 # Writes the results of a run into its directory.
@@ -89,7 +87,7 @@ class Loaded:
     batches: list[Batch]
     memory: Memory
     heldout: list[Batch]
-    crew: Crew | None = None  # in a run of several processes
+    coordinator: Coordinator | None = None  # in a run of several processes
     notes: tuple[str, ...] = ()
     bytes_per_second: float | None = None  # of reading streamed weights, as measured when the run started
 
@@ -104,9 +102,9 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any], tell: Tel
     remote = request.calibration.trust_remote_code
     dsa = bring_up(inputs.source, options, remote, None, memory.offload.where)
     size = options["batch_size"]
-    heldout = [] if inputs.heldout is None else device_batches(dsa, inputs.heldout, size)
+    heldout = [] if inputs.heldout is None else device_batches(inputs.heldout, size, dsa.device)
     rate = read_rate(inputs.source.shards) if memory.offload.where == DISK else None
-    batches = device_batches(dsa, inputs.batches, size)
+    batches = device_batches(inputs.batches, size, dsa.device)
     return Loaded(dsa, batches, memory, heldout, bytes_per_second=rate)
 
 
@@ -117,8 +115,10 @@ def load_together(request: RunRequest, here: Opened, world: World | None, wanted
     """
     if world is None:
         return load(request, here.inputs, here.start["options"], tell)
-    from icsearch.sweep.distributed.coordinator import Crew  # torch.distributed, which one process can do without
-    from icsearch.sweep.distributed.startup import check_ready, lead_in, load_order
+    from icsearch.sweep.distributed.coordinator import (
+        Coordinator,  # torch.distributed, which one process can do without
+    )
+    from icsearch.sweep.distributed.startup import check_ready, start_worker
 
     inputs, options = here.inputs, here.start["options"]
     memory = plan_share(request, inputs, options, world.launch, wanted)
@@ -127,58 +127,18 @@ def load_together(request: RunRequest, here: Opened, world: World | None, wanted
     layers = pipeline_blocks(inputs.layout.num_layers, inputs.layout.layer_indices, grid.pipeline)
     sets = {CALIBRATION: inputs.batches, **({HELDOUT: inputs.heldout} if inputs.heldout else {})}
     remote, where = request.calibration.trust_remote_code, memory.offload.where
-    order = load_order(grid, layers, inputs.source, remote, options, sets, where)
-    member, dsa = lead_in(world, order, inputs.source, sets)
+    worker, dsa = start_worker(world, grid, layers, inputs.source, remote, options, sets, where)
     notes = check_ready(world, here.start)
-    batches = {name: member.batches_of(name) for name in sets}
+    batches = {name: worker.batches_of(name) for name in sets}
     return Loaded(
         dsa,
         batches[CALIBRATION],
         memory,
         batches.get(HELDOUT, []),
-        Crew(world, grid, member),
+        Coordinator(world, grid, worker),
         tuple(notes),
         read_rate(inputs.source.shards) if where == DISK else None,
     )
-
-
-class SweepScorer:
-    """The layer sweep as the search sees it. Resident weights: one batch is one wave; streamed ones: as many as fit."""
-
-    def __init__(self, sweeper: Sweeper, batches: Sequence[Batch], patterns: int, batches_per_wave: int = 1) -> None:
-        self.patterns_per_sweep = patterns
-        self._sweeper = sweeper
-        self._waves = {(wave[0].first, wave[-1].last): wave for wave in cut_waves(batches, batches_per_wave)}
-        self._shrunk = False
-
-    @property
-    def waves(self) -> Sequence[tuple[int, int]]:
-        return list(self._waves)
-
-    def retain(self, base: Pattern) -> None:
-        self._sweeper.retain(base)
-
-    def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
-        return self._sweeper.expected([(patterns, self._waves[wave]) for patterns, wave in work])
-
-    def announce(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> None:
-        """One process begins with nothing before it is asked to."""
-
-    def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
-        weights = self._sweeper.model.weights
-        before = weights.bytes_read
-        with kernel_notes() as notes:
-            result = self._sweeper.sweep(patterns, self._waves[wave], on_layer)
-        read = weights.bytes_read - before
-        return Scores(result.nll, result.layer_sequences, tuple(sorted(notes)), result.kl, read)
-
-    def shrink(self, patterns: int) -> bool:
-        """Half as many patterns at once as failed, and half of what was kept. Once: after that the plan is no guide."""
-        if self._shrunk:
-            return False
-        self._shrunk, self.patterns_per_sweep = True, max(1, patterns // 2)
-        freed = self._sweeper.shrink()
-        return patterns > 1 or freed > 0
 
 
 def make_scoring(
@@ -205,13 +165,13 @@ def heldout_scorer(here: Opened, record: RunRecord, loaded: Loaded) -> Scorer:
 def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept, record: RunRecord) -> Scorer:
     """Measures what the run's objective needs; by all processes of the run, where it has several."""
     by_kl, keep_full_states = record.start["options"]["objective"] == KL, loaded.memory.full_states > 0
-    if loaded.crew is not None:
-        full = loaded.dsa.start_pattern if by_kl else None
-        ledger = Ledger(kept.keeping, record.pattern, full, keep_full_states)
-        ranges = [(batch.first, batch.last) for batch in batches]
-        memory = loaded.memory
+    if loaded.coordinator is not None:
+        from icsearch.sweep.distributed.coordinator import Schedule
+
+        memory, full = loaded.memory, loaded.dsa.start_pattern if by_kl else None
+        schedule = Schedule(kept.keeping, record.pattern, full, keep_full_states)
         sizes = memory.patterns_per_sweep, memory.batches_per_wave
-        return loaded.crew.scorer(name, ledger, ranges, *sizes, memory.resting > 0)
+        return loaded.coordinator.scorer(name, schedule, *sizes, memory.resting > 0)
     store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
     sweeper = make_sweeper(loaded.dsa, store, by_kl, keep_full_states, loaded.memory.resting > 0)
     return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep, loaded.memory.batches_per_wave)
@@ -219,7 +179,7 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept
 
 def process_rows(loaded: Loaded) -> list[tuple[str, str]]:
     """The plan's row on processes, where there are several."""
-    if loaded.crew is None:
+    if loaded.coordinator is None:
         return []
     return [("processes", loaded.memory.grid_words(sum(len(batch.input_ids) for batch in loaded.batches)))]
 

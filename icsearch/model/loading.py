@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,8 +44,7 @@ class Reader:
             self._check_floating()
         self._of_layer, self._outside = self._sorted()
         self._known_finite: set[int] = set()
-        self._parked: dict[int, dict[str, torch.Tensor]] = {}
-        self._moved = 0
+        self._in_cpu_memory: dict[int, dict[str, torch.Tensor]] = {}
 
     def _sorted(self) -> tuple[list[list[str]], dict[str, str]]:
         """The checkpoint's tensors that make each layer, and the others that are of use, with the parameter of each."""
@@ -71,19 +71,18 @@ class Reader:
                     "config.json names no quantization_config; convert the checkpoint, or use its own config"
                 )
 
+    @property
     def bytes_read(self) -> int:
         """Bytes of weights read from the shards so far."""
         return self._shards.bytes_read
 
-    def bytes_moved(self) -> int:
-        """Bytes of parked weights brought to the device so far."""
-        return self._moved
-
-    def read_layer(self, index: int) -> None:
-        """Read one decoder layer's weights, and bring them to the device."""
+    def read_layer(self, index: int) -> int:
+        """Read one decoder layer's weights, and bring them to the device; returns the bytes that were read."""
+        before = self._shards.bytes_read
         self._read(index)
         with self._beside():
             self.layers[index].to(self._device)
+        return self._shards.bytes_read - before
 
     def _read(self, index: int) -> None:
         """Read one decoder layer's weights; the first time, look whether all are finite."""
@@ -92,22 +91,22 @@ class Reader:
             check_finite(self._checkpoint, self.layers[index].state_dict(prefix=f"{layer_prefix(self.model)}{index}."))
             self._known_finite.add(index)
 
-    def park_layer(self, index: int) -> None:
-        """Read one decoder layer's weights, and keep them in CPU memory until `fetch_layer` wants them."""
+    def offload_layer(self, index: int) -> None:
+        """Read one decoder layer's weights, and hold them in CPU memory until `fetch_layer` wants them."""
         self._read(index)
-        self._parked[index] = self.layers[index].state_dict()
+        self._in_cpu_memory[index] = self.layers[index].state_dict()
         self.drop_layer(index)
 
-    def fetch_layer(self, index: int) -> None:
-        """Bring one parked decoder layer to the device."""
+    def fetch_layer(self, index: int) -> int:
+        """Bring one offloaded decoder layer to the device; returns its bytes."""
         from accelerate.utils import set_module_tensor_to_device
 
         with self._beside():
-            for name, tensor in self._parked[index].items():
+            for name, tensor in self._in_cpu_memory[index].items():
                 set_module_tensor_to_device(
                     self.layers[index], name, self._device, tensor, tensor.dtype, clear_cache=False
                 )
-                self._moved += tensor.nbytes
+        return sum(tensor.nbytes for tensor in self._in_cpu_memory[index].values())
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -179,14 +178,45 @@ def load(
         return DsaModel(model, block_elements, _layer_weights(reader, held, offload), place)
 
 
+def bring_up(
+    checkpoint: Checkpoint,
+    options: dict[str, Any],
+    trust_remote_code: bool,
+    layers: range | None = None,
+    offload: str = RESIDENT,
+) -> DsaModel:
+    """As `load`, under the options of a run; sets threads and, on CUDA, deterministic algorithms for the process.
+
+    Expert routing would add with atomics otherwise. torch warns of a kernel that has no deterministic form; the sweep
+    turns such warnings into notes of the run.
+    """
+    torch.set_num_threads(options["threads"])
+    device = options["device"]
+    if torch.device(device).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    # By its number: a thread of its own, such as one that reads weights ahead, would take `cuda` for the first one.
+    device = f"cuda:{torch.cuda.current_device()}" if device == "cuda" else device
+    return load(
+        checkpoint,
+        dtype=options["dtype"],
+        device=device,
+        trust_remote_code=trust_remote_code,
+        block_elements=options.get("block_elements"),
+        layers=layers,
+        offload=offload,
+    )
+
+
 def _layer_weights(reader: Reader, held: range, offload: str) -> LayerWeights:
     """The decoder layers: read now, or when they are wanted."""
     if offload == DISK:
-        return StreamedWeights(held, reader.read_layer, reader.drop_layer, reader.bytes_read)
+        return StreamedWeights(held, reader.read_layer, reader.drop_layer)
     if offload == CPU:
         for index in held:
-            reader.park_layer(index)
-        return StreamedWeights(held, reader.fetch_layer, reader.drop_layer, reader.bytes_moved)
+            reader.offload_layer(index)
+        return StreamedWeights(held, reader.fetch_layer, reader.drop_layer)
     for index in held:
         reader.read_layer(index)
     return LayerWeights(held, reader.bytes_read)

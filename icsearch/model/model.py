@@ -53,14 +53,9 @@ class LayerWeights:
 
     streamed = False
 
-    def __init__(self, held: range, read: Callable[[], int] = int) -> None:
+    def __init__(self, held: range, bytes_read: int = 0) -> None:
         self.held = held
-        self._read = read
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights that were read from the checkpoint so far, or brought from where they rest."""
-        return self._read()
+        self.bytes_read = bytes_read  # of weights so far, from the checkpoint or from CPU memory
 
     @contextlib.contextmanager
     def holding(self, index: int) -> Iterator[None]:
@@ -74,22 +69,22 @@ class LayerWeights:
 
 
 class StreamedWeights(LayerWeights):
-    """Layers that come when they are wanted and go when they are done with; the next one is fetched meanwhile.
+    """Layers that come when they are wanted and go when they are done with; the next one is prefetched meanwhile.
 
-    `fetch(index)` brings a layer to the device, always in one thread of its own; `drop(index)` lets it go, and may be
-    called for a layer that came only in part. At most two layers are there at once.
+    A sweep runs every branch through a layer before it goes on to the next one, so a layer that is brought to the
+    device once serves them all. `fetch(index)` brings it, always in one thread of its own, and returns the bytes that
+    it has read or moved; `drop(index)` lets it go, and may be called for a layer that came only in part. At most two
+    layers are there at once.
     """
 
     streamed = True
 
-    def __init__(
-        self, held: range, fetch: Callable[[int], None], drop: Callable[[int], None], read: Callable[[], int] = int
-    ) -> None:
-        super().__init__(held, read)
+    def __init__(self, held: range, fetch: Callable[[int], int], drop: Callable[[int], object]) -> None:
+        super().__init__(held)
         self._fetch = fetch
         self._drop = drop
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="icsearch-weights")
-        self._ahead: tuple[int, Future[None]] | None = None
+        self._ahead: tuple[int, Future[int]] | None = None
         self._here: int | None = None
 
     @contextlib.contextmanager
@@ -115,11 +110,12 @@ class StreamedWeights(LayerWeights):
     def _wait_for(self, index: int) -> None:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] != index:
-            ahead[1].exception()  # waits; nobody wants that layer now, and who does will meet what went wrong again
+            if ahead[1].exception() is None:  # waits; who wants that layer later will meet what went wrong again
+                self.bytes_read += ahead[1].result()
             self._drop(ahead[0])
             ahead = None
         coming = self._thread.submit(self._fetch, index) if ahead is None else ahead[1]
-        coming.result()
+        self.bytes_read += coming.result()
 
 
 class DsaModel:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from icsearch.calibration.batches import Calibration
 from icsearch.core.pattern import Pattern
 from icsearch.model.families.calls import LayerCall
 from icsearch.model.families.handed import hand_on, map_tensors, take_up, tensors_of
@@ -20,35 +21,39 @@ from icsearch.sweep.states import Keeping, StateStore
 class OnDevice:
     """States stay where they were computed."""
 
-    def lay(self, value: Any) -> Any:
+    def put(self, value: Any) -> Any:
         """A state behind a layer call: hidden states, a selection of any family, or None."""
         return value
 
-    def take(self, value: Any) -> Any:
-        """A resting state on the device, for a layer call."""
+    def fetch(self, value: Any) -> Any:
+        """A state on the device, for a layer call."""
         return value
 
 
 class InCpuMemory(OnDevice):
-    """States rest in CPU memory."""
+    """States are offloaded to CPU memory, pinned where the device is a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def lay(self, value: Any) -> Any:
-        return map_tensors(value, self._copy)
+    def put(self, value: Any) -> Any:
+        def copy(tensor: torch.Tensor) -> torch.Tensor:
+            pinned = self._device.type == "cuda"
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned).copy_(tensor)
 
-    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        pinned = self._device.type == "cuda"
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned).copy_(tensor)
+        return map_tensors(value, copy)
 
-    def take(self, value: Any) -> Any:
+    def fetch(self, value: Any) -> Any:
         return map_tensors(value, lambda tensor: tensor.to(self._device))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive calibration sequences: `input_ids` int64 [B, T], `counted` bool [B, T], `first` sequence number."""
+    """Consecutive sequences on the model's device: what one layer call works on.
+
+    `input_ids` int64 [B, T]; `counted` bool [B, T], the tokens whose prediction counts; `first`: number of the first
+    sequence among those of a run.
+    """
 
     first: int
     input_ids: torch.Tensor
@@ -87,6 +92,12 @@ class BranchState:
 Probe = Callable[[Batch, Sequence[Pattern], int, Any, Any], None]
 
 
+def device_batches(calibration: Calibration, batch_size: int, device: torch.device) -> list[Batch]:
+    """A calibration's sequences as batches on a device."""
+    input_ids, counted = torch.from_numpy(calibration.input_ids), torch.from_numpy(calibration.counted())
+    return cut_batches(input_ids.to(device), counted.to(device), batch_size)
+
+
 def cut_batches(input_ids: torch.Tensor, counted: torch.Tensor, batch_size: int) -> list[Batch]:
     """Fixed batches of consecutive sequences of [S, T] ids. The last may be smaller."""
     return [
@@ -108,12 +119,12 @@ def count_sequences(wave: Sequence[Batch]) -> int:
 class LayerBlock:
     """The decoder layers of a model that this process has.
 
-    Call arguments are captured once per batch shape and kept. `resting`: where states are between layer calls.
+    Call arguments are captured once for each batch shape. `place`: where states are between layer calls.
     """
 
-    def __init__(self, model: DsaModel, resting: OnDevice | None = None) -> None:
+    def __init__(self, model: DsaModel, place: OnDevice | None = None) -> None:
         self.model = model
-        self.resting = resting or OnDevice()
+        self.place = place or OnDevice()
         self._calls: dict[torch.Size, list[LayerCall]] = {}
         self._letter_of_layer = {index: position for position, index in enumerate(model.layer_indices)}
 
@@ -153,7 +164,7 @@ class LayerBlock:
         branches = []
         for group in groups:
             if index == 0:
-                embedded = [self.resting.lay(self.model.embed(batch.input_ids)) for batch in wave]
+                embedded = [self.place.put(self.model.embed(batch.input_ids)) for batch in wave]
                 branches.append(Branch(group, embedded, [None] * len(wave)))
                 continue
             letters = kept.keeping.letters_before(group[0], index)
@@ -163,30 +174,27 @@ class LayerBlock:
 
     def _run_layer(self, index: int, branch: Branch, wave: Sequence[Batch], probe: Probe | None) -> list[Branch]:
         """One layer on one branch; two branches come back where the patterns part."""
-        return [self._advance(index, branch, patterns, wave, probe) for patterns in self._split(index, branch.patterns)]
+        groups, position = [branch.patterns], self._letter_of_layer.get(index)
+        if position is not None:
+            full = [pattern for pattern in branch.patterns if pattern.is_full(position)]
+            shared = [pattern for pattern in branch.patterns if not pattern.is_full(position)]
+            groups = [group for group in (full, shared) if group]
+        return [self._run_group(index, branch, group, wave, probe) for group in groups]
 
-    def _split(self, index: int, patterns: list[Pattern]) -> list[list[Pattern]]:
-        position = self._letter_of_layer.get(index)
-        if position is None:
-            return [patterns]
-        full = [pattern for pattern in patterns if pattern.is_full(position)]
-        shared = [pattern for pattern in patterns if not pattern.is_full(position)]
-        return [group for group in (full, shared) if group]
-
-    def _advance(
+    def _run_group(
         self, index: int, branch: Branch, patterns: list[Pattern], wave: Sequence[Batch], probe: Probe | None
     ) -> Branch:
         hidden_states, selections = [], []
         for states, selection, batch in zip(branch.hidden_states, branch.selections, wave, strict=True):
-            here = self.resting.take(selection)
+            here = self.place.fetch(selection)
             store = take_up(SelectionStore(patterns[0]), here)
             if probe is not None:
                 store.probe = partial(probe, batch, patterns)
             call = self.calls_for(batch)[index].on(batch.input_ids)
-            output = self.model.run_layer(index, self.resting.take(states), call, store)
-            hidden_states.append(self.resting.lay(output))
-            left = hand_on(store, here)  # an S layer borrows what rests already
-            selections.append(selection if left is here else self.resting.lay(left))
+            output = self.model.run_layer(index, self.place.fetch(states), call, store)
+            hidden_states.append(self.place.put(output))
+            handed = hand_on(store, here)  # an S layer borrows what is in its place already
+            selections.append(selection if handed is here else self.place.put(handed))
         return Branch(patterns, hidden_states, selections)
 
     def calls_for(self, batch: Batch) -> list[LayerCall]:

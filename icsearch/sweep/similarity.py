@@ -24,23 +24,23 @@ from icsearch.model.families.calls import LayerCall
 from icsearch.model.model import DsaModel
 from icsearch.model.slot import SelectionStore
 from icsearch.runs.journal import Event
-from icsearch.sweep.branches import Batch
-from icsearch.sweep.sweep import Sweeper, selection_overlap
+from icsearch.sweep.branches import Batch, LayerBlock
+from icsearch.sweep.sweep import selection_overlap
 
 # Rows of a lower triangle: row i has i sums, one for each earlier layer.
 Triangle = list[list[float]]
 # A selection made small, and the type that it had.
-Kept = tuple[torch.Tensor, torch.dtype]
+SmallSelection = tuple[torch.Tensor, torch.dtype]
 
 
-@dataclass(frozen=True)
+@dataclass
 class SimilaritySums:
     """Sums over all choosing queries of one batch."""
 
-    cosine: Triangle
-    overlap: Triangle
-    queries: int
-    layer_sequences: int
+    cosine: Triangle = field(default_factory=list)
+    overlap: Triangle = field(default_factory=list)
+    queries: int = 0
+    layer_sequences: int = 0
 
 
 @dataclass
@@ -51,9 +51,8 @@ class _Pass:
     calls: list[LayerCall]
     states: torch.Tensor
     store: SelectionStore
-    earlier: list[Kept] = field(default_factory=list)
-    cosine: Triangle = field(default_factory=list)
-    overlap: Triangle = field(default_factory=list)
+    earlier: list[SmallSelection] = field(default_factory=list)
+    sums: SimilaritySums = field(default_factory=SimilaritySums)
 
 
 class SimilaritySweep:
@@ -61,46 +60,63 @@ class SimilaritySweep:
 
     def __init__(self, dsa: DsaModel, index_topk: int, keep_on_cpu: bool = False) -> None:
         self._dsa = dsa
-        self._sweeper = Sweeper(dsa)
+        self._block = LayerBlock(dsa)
         self._topk = index_topk
         self._keep_on_cpu = keep_on_cpu
-        self.weights = dsa.weights
-
-    def run(self, batch: Batch, on_layer: Callable[[int], None] = lambda layer_sequences: None) -> SimilaritySums:
-        """Both triangles' sums for one batch; raises IcsearchError where a similarity is not finite."""
-        return self.run_wave([batch], on_layer)[0]
 
     @torch.inference_mode()
-    def run_wave(
+    def run(
         self, wave: Sequence[Batch], on_layer: Callable[[int], None] = lambda layer_sequences: None
     ) -> list[SimilaritySums]:
-        """As `run`, of each of these batches in one pass over the layers."""
-        passes = [self._begin(batch) for batch in wave]
+        """Both triangles' sums for each batch, in one pass over the layers.
+
+        Raises IcsearchError where a similarity is not finite.
+        """
+        passes = []
+        for batch in wave:  # calls are captured before observing: the reference's mask is made under its own name only
+            calls, states = self._block.calls_for(batch), self._dsa.embed(batch.input_ids)
+            passes.append(_Pass(batch, calls, states, SelectionStore(self._dsa.start_pattern)))
         for index in range(len(self._dsa.layers)):
             with self._dsa.holding(index):
-                for one in passes:
-                    with self._dsa.observed(partial(self._observe, one)):
-                        call = one.calls[index].on(one.batch.input_ids)
-                        one.states = self._dsa.run_layer(index, one.states, call, one.store)
-                    on_layer(len(one.batch.input_ids))
-        return [self._sums(one) for one in passes]
+                for through in passes:
+                    with self._dsa.observed(partial(self._observe, through)):
+                        call = through.calls[index].on(through.batch.input_ids)
+                        through.states = self._dsa.run_layer(index, through.states, call, through.store)
+                    on_layer(len(through.batch.input_ids))
+        for through in passes:
+            _check_finite(through.sums.cosine, through.batch)
+            sequences, length = through.batch.input_ids.shape
+            through.sums.queries = sequences * (length - self._topk)
+            through.sums.layer_sequences = sequences * len(self._dsa.layers)
+        return [through.sums for through in passes]
 
-    def _begin(self, batch: Batch) -> _Pass:
-        # Captured before observing: the reference's mask is made under its own name only.
-        calls, states = self._sweeper.calls_for(batch), self._dsa.embed(batch.input_ids)
-        return _Pass(batch, calls, states, SelectionStore(self._dsa.start_pattern))
+    def events(self, wave: Sequence[Batch], on_layer: Callable[[int], None]) -> list[Event]:
+        """The batches of a wave as the journal has them: each by itself, so that waves change no sum."""
+        started, before = time.monotonic(), self._dsa.weights.bytes_read
+        measured = self.run(wave, on_layer)
+        seconds, read = time.monotonic() - started, self._dsa.weights.bytes_read - before
+        events: list[Event] = [
+            {
+                "event": "similarity",
+                "sequences": [batch.first, batch.last],
+                "cosine": sums.cosine,
+                "overlap": sums.overlap,
+                "queries": sums.queries,
+                "layer_sequences": sums.layer_sequences,
+                "seconds": round(seconds / len(wave), 3),
+            }
+            for batch, sums in zip(wave, measured, strict=True)
+        ]
+        if read:
+            events[0]["weight_bytes"] = read
+        return events
 
-    def _observe(self, one: _Pass, output: torch.Tensor, selection: torch.Tensor, core: Core) -> None:
+    def _observe(self, through: _Pass, output: torch.Tensor, selection: torch.Tensor, core: Core) -> None:
         """A DSA layer's own core attention, and what it would be under each earlier selection."""
-        one.cosine.append([self._cosine(output, core(self._restore(kept))) for kept in one.earlier])
-        one.overlap.append([self._overlap(selection, self._restore(kept)) for kept in one.earlier])
-        one.earlier.append(self._keep(selection, one.batch.input_ids.shape[1]))
-
-    def _sums(self, one: _Pass) -> SimilaritySums:
-        self._check(one.cosine, one.batch)
-        sequences, length = one.batch.input_ids.shape
-        queries, runs = sequences * (length - self._topk), sequences * len(self._dsa.layers)
-        return SimilaritySums(one.cosine, one.overlap, queries, runs)
+        restored = partial(_restored, device=self._dsa.device)
+        through.sums.cosine.append([self._cosine(output, core(restored(small))) for small in through.earlier])
+        through.sums.overlap.append([self._overlap(selection, restored(small)) for small in through.earlier])
+        through.earlier.append(self._small(selection, through.batch.input_ids.shape[1]))
 
     def _cosine(self, own: torch.Tensor, other: torch.Tensor) -> float:
         """[B, T, H, D] outputs to the summed cosine over the choosing queries, per token over concatenated heads."""
@@ -110,52 +126,32 @@ class SimilaritySweep:
     def _overlap(self, own: torch.Tensor, other: torch.Tensor) -> float:
         return float(selection_overlap(own, other)[:, self._topk :].sum())
 
-    def _keep(self, selection: torch.Tensor, length: int) -> Kept:
+    def _small(self, selection: torch.Tensor, length: int) -> SmallSelection:
         """A selection in the smallest integer type that holds a position, or as it is where it is a mask."""
         dtype = selection.dtype
         if dtype != torch.bool:
             selection = selection.to(smallest_index_type(length, signed=bool((selection < 0).any())))
         return (selection.cpu() if self._keep_on_cpu else selection), dtype
 
-    def _restore(self, kept: Kept) -> torch.Tensor:
-        small, dtype = kept
-        return small.to(self._dsa.device, dtype)
 
-    def _check(self, cosine: Triangle, batch: Batch) -> None:
-        for layer, row in enumerate(cosine):
-            if not all(abs(value) < float("inf") for value in row):
-                raise IcsearchError(
-                    f"the similarity of DSA layer {layer} is not finite in sequences {batch.first} to "
-                    f"{batch.last - 1}: expected numbers; try --dtype float32, or look at those sequences"
-                )
+def _restored(small: SmallSelection, device: torch.device) -> torch.Tensor:
+    selection, dtype = small
+    return selection.to(device, dtype)
+
+
+def _check_finite(cosine: Triangle, batch: Batch) -> None:
+    for layer, row in enumerate(cosine):
+        if not all(abs(value) < float("inf") for value in row):
+            raise IcsearchError(
+                f"the similarity of DSA layer {layer} is not finite in sequences {batch.first} to "
+                f"{batch.last - 1}: expected numbers; try --dtype float32, or look at those sequences"
+            )
 
 
 def smallest_index_type(length: int, signed: bool = False) -> torch.dtype:
     """The smallest integer type that holds every position of a sequence, and where it is signed -1 too."""
     types = (torch.int8 if signed else torch.uint8, torch.int16, torch.int32)
     return next(t for t in types if torch.iinfo(t).max >= length - 1)
-
-
-def similarity_events(sweep: SimilaritySweep, wave: Sequence[Batch], on_layer: Callable[[int], None]) -> list[Event]:
-    """The batches of a wave measured, as the journal keeps them: each by itself, so that waves change no sum."""
-    started, before = time.monotonic(), sweep.weights.bytes_read
-    measured = sweep.run_wave(wave, on_layer)
-    seconds, read = time.monotonic() - started, sweep.weights.bytes_read - before
-    events: list[Event] = [
-        {
-            "event": "similarity",
-            "sequences": [batch.first, batch.last],
-            "cosine": sums.cosine,
-            "overlap": sums.overlap,
-            "queries": sums.queries,
-            "layer_sequences": sums.layer_sequences,
-            "seconds": round(seconds / len(wave), 3),
-        }
-        for batch, sums in zip(wave, measured, strict=True)
-    ]
-    if read:
-        events[0]["weight_bytes"] = read
-    return events
 
 
 @torch.inference_mode()

@@ -1,22 +1,25 @@
-"""The layer sweep: many patterns scored in one pass over the layers, by loss and by KL."""
+"""The layer sweep: many patterns scored in one pass over the layers, by loss and by KL.
+
+`SweepScorer.score` is where a batch enters, `Sweeper.sweep` the pass over the layers, `sequence_nll` where its losses
+come out: one float64 sum per sequence.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch.nn import functional
 
 from icsearch.core.errors import NonFiniteLossError
 from icsearch.core.pattern import Pattern
-from icsearch.model.families.calls import LayerCall
 from icsearch.model.machine import is_out_of_memory, out_of_memory
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import HEAD_CHUNK_TOKENS
 from icsearch.model.slot import SelectionStore
+from icsearch.search.loop import Scores
 from icsearch.sweep.branches import (
     Batch,
     Branch,
@@ -26,22 +29,48 @@ from icsearch.sweep.branches import (
     OnDevice,
     Probe,
     count_sequences,
+    cut_waves,
 )
 from icsearch.sweep.states import Keeping, StateStore
 
 LM_HEAD = "the LM head"  # where a loss is not finite though all states are
 
+# By measure (nll, kl) and a pattern's letters: one sum per sequence, in nats.
+Sums = dict[str, dict[str, list[float]]]
 
-@dataclass(frozen=True)
-class SweepResult:
-    """`nll[letters]`: summed NLL in nats of each sequence of the wave; `layer_sequences`: layer runs x sequences.
 
-    `kl` is the same of the KL to the unmodified model, where it was measured.
-    """
+class SweepScorer:
+    """The layer sweep as the search sees it. Resident weights: one batch is one wave; streamed ones: as many as fit."""
 
-    nll: dict[str, list[float]]
-    layer_sequences: int = 0
-    kl: dict[str, list[float]] = field(default_factory=dict)
+    def __init__(self, sweeper: Sweeper, batches: Sequence[Batch], patterns: int, batches_per_wave: int = 1) -> None:
+        self.patterns_per_sweep = patterns
+        self._sweeper = sweeper
+        self._waves = {(wave[0].first, wave[-1].last): wave for wave in cut_waves(batches, batches_per_wave)}
+        self._shrunk = False
+
+    @property
+    def waves(self) -> Sequence[tuple[int, int]]:
+        return list(self._waves)
+
+    def retain(self, base: Pattern) -> None:
+        self._sweeper.kept.retain(base)
+
+    def expected(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> int:
+        return self._sweeper.expected([(patterns, self._waves[wave]) for patterns, wave in work])
+
+    def announce(self, work: Sequence[tuple[Sequence[Pattern], tuple[int, int]]]) -> None:
+        """One process begins with nothing before it is asked to."""
+
+    def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Callable[[int], None]) -> Scores:
+        return self._sweeper.sweep(patterns, self._waves[wave], on_layer)
+
+    def shrink(self, patterns: int) -> bool:
+        """Half as many patterns at once as failed, and half of what was kept. Once: after that the plan is no guide."""
+        if self._shrunk:
+            return False
+        self._shrunk, self.patterns_per_sweep = True, max(1, patterns // 2)
+        freed = self._sweeper.kept.shrink()
+        return patterns > 1 or freed > 0
 
 
 @contextlib.contextmanager
@@ -70,30 +99,22 @@ class Sweeper:
     """Runs sweeps of one model, or in a pipeline this process's part of them: the layers that its model holds.
 
     With `kept`, which belongs to one set of batches, a sweep goes on from earlier ones' states and keeps new ones.
-    `resting` says where states are between layer calls.
+    `place` says where states are between layer calls.
     """
 
     def __init__(
-        self, model: DsaModel, kept: StateStore[BranchState] | None = None, resting: OnDevice | None = None
+        self, model: DsaModel, kept: StateStore[BranchState] | None = None, place: OnDevice | None = None
     ) -> None:
         self.model = model
-        self.block = LayerBlock(model, resting)
+        self.block = LayerBlock(model, place)
         self._nothing: StateStore[BranchState] = StateStore(
             Keeping(len(model.layers), tuple(model.layer_indices)), model.start_pattern
         )
-        self._kept = self._nothing if kept is None else kept
-
-    def retain(self, base: Pattern) -> None:
-        """Let go of kept states that are of no use to the committed pattern and its flips."""
-        self._kept.retain(base)
-
-    def shrink(self) -> int:
-        """Let go of all kept states, and keep half as much from here on; returns the bytes that are free now."""
-        return self._kept.shrink()
+        self.kept = self._nothing if kept is None else kept
 
     def expected(self, work: Iterable[tuple[Sequence[Pattern], Sequence[Batch]]]) -> int:
         """Layer runs x sequences that sweeps of these patterns over these waves, in this order, will take."""
-        rehearsal = self._kept.rehearsal()
+        rehearsal = self.kept.rehearsal()
         return sum(
             rehearsal.sweep(patterns, [batch.first for batch in wave]) * count_sequences(wave)
             for patterns, wave in work
@@ -104,22 +125,23 @@ class Sweeper:
         patterns: Iterable[Pattern],
         wave: Sequence[Batch],
         on_layer: Callable[[int], None] = lambda layer_sequences: None,
-    ) -> SweepResult:
+    ) -> Scores:
         """The loss of every pattern on every sequence of the wave, which must be consecutive.
 
         `on_layer` hears the layer runs x sequences done by each layer. Raises NonFiniteLossError, OutOfMemoryError.
         """
-        asked = list(dict.fromkeys(patterns))
-        branches, layer_sequences = self.advance(self._starts(self.with_others(asked, wave), wave), wave, on_layer)
-        return self.measure(asked, wave, branches, layer_sequences)
+        asked, firsts = list(dict.fromkeys(patterns)), [batch.first for batch in wave]
+        starts = {pattern: self.kept.start(pattern, firsts) for pattern in self.with_others(asked, wave)}
+        before = self.model.weights.bytes_read
+        with kernel_notes() as notes:
+            branches, layer_sequences = self.advance(starts, wave, on_layer)
+            sums = self.measure(asked, wave, branches)
+        read = self.model.weights.bytes_read - before
+        return Scores(sums.get("nll", {}), layer_sequences, tuple(sorted(notes)), sums.get("kl", {}), read)
 
     def with_others(self, asked: Sequence[Pattern], wave: Sequence[Batch]) -> Sequence[Pattern]:
         """The patterns that run in a sweep: those asked for, and those that their measures need beside them."""
         return asked
-
-    def _starts(self, patterns: Iterable[Pattern], wave: Sequence[Batch]) -> dict[Pattern, int]:
-        """The decoder layer where each pattern's branch begins: the deepest one whose entry is kept."""
-        return {pattern: self._kept.start(pattern, [batch.first for batch in wave]) for pattern in patterns}
 
     @computing()
     def advance(
@@ -129,26 +151,31 @@ class Sweeper:
         on_layer: Callable[[int], None] = lambda layer_sequences: None,
         arriving: Sequence[Branch] = (),
     ) -> tuple[list[Branch], int]:
-        """Branches behind the last of this sweeper's layers, and the layer runs x sequences: see LayerBlock."""
-        return self.block.advance(starts, wave, self._kept, on_layer, arriving=arriving)
+        """Branches behind the last of this sweeper's layers, and the layer runs x sequences: see LayerBlock.
+
+        `starts` has the decoder layer where each pattern's branch begins: the deepest one whose entry is kept.
+        """
+        return self.block.advance(starts, wave, self.kept, on_layer, arriving=arriving)
 
     @computing()
-    def measure(
-        self, asked: Sequence[Pattern], wave: Sequence[Batch], branches: Sequence[Branch], layer_sequences: int
-    ) -> SweepResult:
-        """The losses of branches that are behind the model's last layer."""
-        tables: dict[str, dict[str, list[float]]] = {}
+    def measure(self, asked: Sequence[Pattern], wave: Sequence[Batch], branches: Sequence[Branch]) -> Sums:
+        """The sums of branches that are behind the model's last layer, batch after batch."""
+        tables: Sums = {}
         for number, batch in enumerate(wave):
             for name, sums in self.losses(asked, batch, states_of(branches, number)).items():
                 for letters, values in sums.items():
                     tables.setdefault(name, {}).setdefault(letters, []).extend(values)
-        return SweepResult(tables.get("nll", {}), layer_sequences, tables.get("kl", {}))
+        return tables
 
-    def losses(
-        self, asked: Sequence[Pattern], batch: Batch, states: Mapping[str, torch.Tensor]
-    ) -> dict[str, dict[str, list[float]]]:
-        """By measure and letters, one sum per sequence of a batch; `states` as in `states_of`."""
-        return {"nll": {p.letters: self._nll(states[p.letters], batch, p) for p in asked}}
+    def losses(self, asked: Sequence[Pattern], batch: Batch, states: Mapping[str, torch.Tensor]) -> Sums:
+        """The sums of one batch; `states` as in `states_of`. Raises NonFiniteLossError."""
+        found: dict[str, list[float]] = {}
+        for pattern in asked:
+            normed = self.normed(states[pattern.letters])
+            nll = sequence_nll(normed, self.model.lm_head, batch.input_ids, batch.counted)
+            self.check_finite(nll, batch, pattern)
+            found[pattern.letters] = nll.tolist()
+        return {"nll": found}
 
     @computing()
     def run(
@@ -170,26 +197,19 @@ class Sweeper:
             reduce(batch, states_of(branches, number))
         return layer_sequences
 
-    def _nll(self, hidden_states: torch.Tensor, batch: Batch, pattern: Pattern) -> list[float]:
-        """The last layer's [B, T, D] states to one NLL sum per sequence; raises NonFiniteLossError."""
-        normed = self.normed(hidden_states)
-        nll = sequence_nll(normed, self.model.lm_head, batch.input_ids, batch.counted)
-        self.check_finite(nll, batch, pattern)
-        return [float(value) for value in nll]
-
     def normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The last layer's states, wherever they rest, behind the final norm and on the device."""
-        return self.model.final_norm(self.block.resting.take(hidden_states))
+        """The last layer's states, wherever they are, behind the final norm and on the device."""
+        return self.model.final_norm(self.block.place.fetch(hidden_states))
 
-    def check_finite(self, nll: torch.Tensor, batch: Batch, pattern: Pattern) -> None:
+    def check_finite(self, sums: torch.Tensor, batch: Batch, pattern: Pattern) -> None:
         """Raise NonFiniteLossError with layer and sequence named, unless all of the [B] sums are finite."""
-        bad = (~torch.isfinite(nll)).nonzero().flatten().tolist()
+        bad = (~torch.isfinite(sums)).nonzero().flatten().tolist()
         if bad:
             row = bad[0]
             where = ""
             if len(self.model.held) == len(self.model.layers):
                 where = self.trace(pattern, batch, row)[0] or LM_HEAD
-            raise NonFiniteLossError(str(nll[row].item()), batch.first + row, str(pattern), where)
+            raise NonFiniteLossError(str(sums[row].item()), batch.first + row, str(pattern), where)
 
     @computing()
     def trace(
@@ -197,9 +217,9 @@ class Sweeper:
     ) -> tuple[str, BranchState]:
         """Where in the layers that this process has a sequence's states are first not finite, "" where they all are.
 
-        Layer by layer, from the embedding or from what the block before has left; with what these layers leave.
+        Layer by layer, from the embedding or from what the block before has handed on; with what these layers hand on.
         """
-        calls = self.calls_for(batch)
+        calls = self.block.calls_for(batch)
         if arriving is None:
             arriving = BranchState(self.model.embed(batch.input_ids), None)
             if not torch.isfinite(arriving.hidden_states[row]).all():
@@ -212,24 +232,10 @@ class Sweeper:
                 return f"decoder layer {index}", BranchState(states, store.selection)
         return "", BranchState(states, store.selection)
 
-    def calls_for(self, batch: Batch) -> list[LayerCall]:
-        """Each layer's call arguments for this batch's shape."""
-        return self.block.calls_for(batch)
-
 
 def states_of(branches: Sequence[Branch], number: int) -> dict[str, torch.Tensor]:
     """The [B, T, D] states of branches behind the last layer on one batch of the wave, by the pattern's letters."""
     return {branch.patterns[0].letters: branch.hidden_states[number] for branch in branches}
-
-
-@torch.inference_mode()
-def naive_nll(model: DsaModel, pattern: Pattern, batches: Sequence[Batch]) -> list[float]:
-    """The slow, obvious twin: one whole forward per pattern and batch by the model's own code."""
-    sums: list[float] = []
-    for batch in batches:
-        states = model.final_hidden_states(batch.input_ids, pattern)
-        sums += sequence_nll(states, model.lm_head, batch.input_ids, batch.counted).tolist()
-    return sums
 
 
 class KlSweeper(Sweeper):
@@ -243,9 +249,9 @@ class KlSweeper(Sweeper):
         model: DsaModel,
         kept: StateStore[BranchState] | None,
         keep_full_states: bool,
-        resting: OnDevice | None = None,
+        place: OnDevice | None = None,
     ) -> None:
-        super().__init__(model, kept, resting)
+        super().__init__(model, kept, place)
         self._keep_full_states = keep_full_states
         self._full_states: dict[int, torch.Tensor] = {}  # by first sequence: [B, T, D] after the final norm
 
@@ -253,56 +259,52 @@ class KlSweeper(Sweeper):
         """As of any sweeper, with the runs of the unmodified model where its states are not known."""
         known, swept = set(self._full_states), []
         for patterns, wave in work:
-            swept.append((self._with_full(patterns, wave, known), wave))
+            swept.append((self.with_others(patterns, wave, known), wave))
             known |= {batch.first for batch in wave if self._keep_full_states}
         return super().expected(swept)
 
-    def with_others(self, asked: Sequence[Pattern], wave: Sequence[Batch]) -> Sequence[Pattern]:
+    def with_others(
+        self, asked: Sequence[Pattern], wave: Sequence[Batch], known: Iterable[int] | None = None
+    ) -> Sequence[Pattern]:
         """The patterns asked for, and the unmodified model's unless its states on the whole wave are known."""
-        return self._with_full(asked, wave, self._full_states)
+        if {batch.first for batch in wave} <= set(self._full_states if known is None else known):
+            return asked
+        return list(dict.fromkeys([*asked, self.model.start_pattern]))
 
-    def _with_full(self, patterns: Sequence[Pattern], wave: Sequence[Batch], known: Iterable[int]) -> Sequence[Pattern]:
-        if {batch.first for batch in wave} <= set(known):
-            return patterns
-        return list(dict.fromkeys([*patterns, self.model.start_pattern]))
-
-    def losses(
-        self, asked: Sequence[Pattern], batch: Batch, states: Mapping[str, torch.Tensor]
-    ) -> dict[str, dict[str, list[float]]]:
+    def losses(self, asked: Sequence[Pattern], batch: Batch, states: Mapping[str, torch.Tensor]) -> Sums:
         """NLL and KL sums; `states` holds the unmodified model's too, where they are not known."""
-        reference = self._reference(batch, states)
-        sums = {p.letters: self._sums(states[p.letters], reference, batch, p) for p in asked}
-        return {
-            "nll": {letters: nll.tolist() for letters, (nll, _) in sums.items()},
-            "kl": {letters: kl.tolist() for letters, (_, kl) in sums.items()},
-        }
-
-    def _reference(self, batch: Batch, states: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        if batch.first in self._full_states:
-            return self._full_states[batch.first]
-        reference = self.normed(states[self.model.start_pattern.letters])
-        if self._keep_full_states:
-            self._full_states[batch.first] = reference
-        return reference
-
-    def _sums(
-        self, hidden_states: torch.Tensor, reference: torch.Tensor, batch: Batch, pattern: Pattern
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, D] states of the last layer to NLL and KL sums, float64 [B] each; raises NonFiniteLossError."""
-        normed = self.normed(hidden_states)
-        nll, kl, _ = token_measures(normed, reference, self.model.lm_head, batch.input_ids)
-        sums = per_sequence(nll, batch.counted), per_sequence(kl, batch.counted)
-        for values in sums:
-            self.check_finite(values, batch, pattern)
-        return sums
+        reference = self._full_states.get(batch.first)
+        if reference is None:
+            reference = self.normed(states[self.model.start_pattern.letters])
+            if self._keep_full_states:
+                self._full_states[batch.first] = reference
+        found: Sums = {"nll": {}, "kl": {}}
+        for pattern in asked:
+            normed = self.normed(states[pattern.letters])
+            nll, kl, _ = token_measures(normed, reference, self.model.lm_head, batch.input_ids)
+            for name, values in (("nll", nll), ("kl", kl)):
+                sums = per_sequence(values, batch.counted)
+                self.check_finite(sums, batch, pattern)
+                found[name][pattern.letters] = sums.tolist()
+        return found
 
 
 def make_sweeper(
-    model: DsaModel, kept: StateStore[BranchState], by_kl: bool, keep_full_states: bool, rest_in_cpu: bool
+    model: DsaModel, kept: StateStore[BranchState], by_kl: bool, keep_full_states: bool, in_cpu_memory: bool
 ) -> Sweeper:
-    """A sweeper that measures the KL too where that is wanted, with states where the plan has them rest."""
-    resting = InCpuMemory(model.device) if rest_in_cpu else OnDevice()
-    return KlSweeper(model, kept, keep_full_states, resting) if by_kl else Sweeper(model, kept, resting)
+    """A sweeper that measures the KL too where that is wanted, with states where the plan has them."""
+    place = InCpuMemory(model.device) if in_cpu_memory else OnDevice()
+    return KlSweeper(model, kept, keep_full_states, place) if by_kl else Sweeper(model, kept, place)
+
+
+@torch.inference_mode()
+def naive_nll(model: DsaModel, pattern: Pattern, batches: Sequence[Batch]) -> list[float]:
+    """The slow, obvious twin: one whole forward per pattern and batch by the model's own code."""
+    sums: list[float] = []
+    for batch in batches:
+        states = model.final_hidden_states(batch.input_ids, pattern)
+        sums += sequence_nll(states, model.lm_head, batch.input_ids, batch.counted).tolist()
+    return sums
 
 
 def sequence_nll(

@@ -112,7 +112,7 @@ def test_borrowed_overlap_is_that_of_the_layers_own_choice(dsa: model.DsaModel) 
     """FSSSSS: each S layer borrows from layer 0, and sees the states that the shared model gives it."""
     batches = random_batches(sequences=2, batch_size=2)
     found = evaluated(dsa, batches=batches).of("FSSSSS")
-    calls, states = Sweeper(dsa).calls_for(batches[0]), None
+    calls, states = Sweeper(dsa).block.calls_for(batches[0]), None
     heard: dict[int, Any] = {}
     store = SelectionStore(Pattern("FSSSSS"), probe=lambda layer, a, b: heard.update({layer: selection_overlap(a, b)}))
     with torch.inference_mode():

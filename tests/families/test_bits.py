@@ -148,7 +148,7 @@ def test_core_attention_under_its_own_selection_is_its_own(dsa: DsaModel) -> Non
 
 def test_similarity(checkpoint: Path, family: str, dsa: DsaModel) -> None:
     (batch,), kept = random_batches(2), inspect(open_checkpoint(str(checkpoint))).selection.kept
-    sums = SimilaritySweep(dsa, kept).run(batch)
+    sums = SimilaritySweep(dsa, kept).run([batch])[0]
     for layer in range(1, len(dsa.slots)):
         for source in range(layer):
             mean = sums.cosine[layer][source] / sums.queries

@@ -56,8 +56,8 @@ def test_similarity_is_the_reference_modules(made: Made, family: str) -> None:
     """Heard in another way: the core of each layer by itself, and not its attention module run again."""
     reference, ours, (batch,) = load(made(family), None), load(made(family), 2000), random_batches(2)
     with broken_by_our_rule(reference):
-        expected = SimilaritySweep(reference, 8).run(batch)
-    found = SimilaritySweep(ours, 8).run(batch)
+        expected = SimilaritySweep(reference, 8).run([batch])[0]
+    found = SimilaritySweep(ours, 8).run([batch])[0]
     for layer in range(len(ours.slots)):
         assert found.cosine[layer] == pytest.approx(expected.cosine[layer], rel=1e-5)
         assert found.overlap[layer] == pytest.approx(expected.overlap[layer], rel=1e-9)

@@ -96,7 +96,7 @@ def raising(error: Exception) -> Callable[..., Any]:
 def test_similarity(made: Made) -> None:
     dsa = loading.load(open_checkpoint(str(made("mistral_large4", **SHARING[0]))))
     (batch,) = random_batches(2)
-    found = SimilaritySweep(dsa, 8).run(batch).cosine
+    found = SimilaritySweep(dsa, 8).run([batch])[0].cosine
     for layer in range(1, 4):
         for source in range(layer):
             assert found[layer][source] == direct_similarity(dsa, batch, 8, layer, source)
@@ -140,7 +140,7 @@ def test_what_nobody_changed_is_handed_on_as_it_is() -> None:
 
 def test_it_rests_in_cpu_memory_as_copies() -> None:
     taken = Handed(torch.zeros(1), {"shared": {"rope": (torch.ones(2), torch.ones(3))}})
-    rested = InCpuMemory(torch.device("cpu")).lay(taken)
+    rested = InCpuMemory(torch.device("cpu")).put(taken)
     pairs = list(zip(tensors_of(rested), tensors_of(taken), strict=True))
     assert len(pairs) == 3
     assert all(torch.equal(one, other) and one is not other for one, other in pairs)

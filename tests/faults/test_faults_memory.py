@@ -24,7 +24,6 @@ from fault_harness import Case, Commands, command, outcome, scored_twice
 from icsearch.cli import app
 from icsearch.commands.progress import Quiet
 from icsearch.commands.requests import CalibrationRequest
-from icsearch.commands.scoring import SweepScorer
 from icsearch.commands.setup import open_model
 from icsearch.core.errors import OutOfMemoryError
 from icsearch.core.pattern import Pattern
@@ -39,7 +38,7 @@ from icsearch.search.registry import make_strategy
 from icsearch.sweep import measures
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
 from icsearch.sweep.states import Keeping, StateStore
-from icsearch.sweep.sweep import Sweeper
+from icsearch.sweep.sweep import Sweeper, SweepScorer
 
 pytestmark = pytest.mark.alone
 

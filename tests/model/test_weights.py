@@ -19,15 +19,16 @@ class Shelf:
         self.fetched: list[int] = []
         self.threads: set[int] = set()
         self.broken = broken
-        self.weights = StreamedWeights(range(count), self.fetch, self.here.discard, lambda: len(self.fetched))
+        self.weights = StreamedWeights(range(count), self.fetch, self.here.discard)
 
-    def fetch(self, index: int) -> None:
+    def fetch(self, index: int) -> int:
         self.threads.add(threading.get_ident())
         self.here.add(index)
         self.fetched.append(index)
         self.most = max(self.most, len(self.here))
         if index in self.broken:
             raise OSError(f"layer {index} is gone")
+        return 1
 
 
 def test_each_layer_is_fetched_once_and_let_go() -> None:

@@ -17,7 +17,6 @@ from test_states import keeping
 
 import tiny
 from icsearch.commands.progress import Quiet, commit_line
-from icsearch.commands.scoring import SweepScorer
 from icsearch.core.errors import JournalError, NonFiniteLossError, PatternError
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import load_pattern_file
@@ -37,7 +36,7 @@ from icsearch.search.registry import make_strategy
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
 from icsearch.sweep.measures import naive_measures
 from icsearch.sweep.states import StateStore
-from icsearch.sweep.sweep import KlSweeper, Sweeper
+from icsearch.sweep.sweep import KlSweeper, Sweeper, SweepScorer
 
 LENGTH, SEQUENCES = 24, 5
 PATTERNS = [Pattern(letters) for letters in ("FFFFFF", "FSFFFF", "FFFSFF", "FSSFSS")]

@@ -27,14 +27,14 @@ from icsearch.cli import app
 from icsearch.planning import memory
 from icsearch.sweep import branches
 
-planned, lay = memory.plan_memory, branches.InCpuMemory.lay
+planned, lay = memory.plan_memory, branches.InCpuMemory.put
 
 def noted(self, value):
     pathlib.Path({folder!r}, "rested" + os.environ["RANK"]).touch()
     return lay(self, value)
 
 memory.plan_memory = lambda *given: replace(planned(*given), resting=10**9)
-branches.InCpuMemory.lay = noted
+branches.InCpuMemory.put = noted
 app.main()
 """
 TIMEOUT = 5  # seconds without a sign of life

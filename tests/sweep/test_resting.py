@@ -35,15 +35,15 @@ class Device(InCpuMemory):
         self.resting: set[int] = set()
         self.moved = 0
 
-    def lay(self, value: Any) -> Any:
-        laid = super().lay(value)
+    def put(self, value: Any) -> Any:
+        laid = super().put(value)
         if isinstance(laid, torch.Tensor):
             assert laid.data_ptr() != value.data_ptr()
             self.resting.add(laid.data_ptr())
             self.moved += 1
         return laid
 
-    def take(self, value: Any) -> Any:
+    def fetch(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             assert value.data_ptr() in self.resting
             return value.clone()
@@ -89,8 +89,8 @@ def test_kept_states_rest_too(dsa: DsaModel, batches: list[Batch]) -> None:
 
 def test_on_the_device_nothing_moves() -> None:
     states = torch.zeros(2)
-    assert OnDevice().lay(states) is states and OnDevice().take(states) is states
-    assert InCpuMemory(CPU).lay(None) is None and InCpuMemory(CPU).take("other") == "other"
+    assert OnDevice().put(states) is states and OnDevice().fetch(states) is states
+    assert InCpuMemory(CPU).put(None) is None and InCpuMemory(CPU).fetch("other") == "other"
 
 
 def memory(patterns: int, **changes: Any) -> Memory:

@@ -26,7 +26,7 @@ def dsa(family_checkpoint: Path) -> model.DsaModel:
 @pytest.mark.parametrize("on_cpu", [False, True])
 def test_cosine_equals_the_direct_computation(dsa: model.DsaModel, on_cpu: bool) -> None:
     (batch,) = random_batches(sequences=2, batch_size=2)
-    found = SimilaritySweep(dsa, TOPK, on_cpu).run(batch).cosine
+    found = SimilaritySweep(dsa, TOPK, on_cpu).run([batch])[0].cosine
     assert [len(row) for row in found] == list(range(6))
     for layer in range(1, 6):
         for source in range(layer):
@@ -35,7 +35,7 @@ def test_cosine_equals_the_direct_computation(dsa: model.DsaModel, on_cpu: bool)
 
 def test_overlap_equals_sets(dsa: model.DsaModel) -> None:
     (batch,) = random_batches(sequences=2, batch_size=2)
-    found = SimilaritySweep(dsa, TOPK).run(batch).overlap
+    found = SimilaritySweep(dsa, TOPK).run([batch])[0].overlap
     store, selections = SelectionStore(Pattern.full(6)), []
     with torch.inference_mode():
         calls, states = dsa.capture_calls(batch.input_ids), dsa.embed(batch.input_ids)
@@ -55,7 +55,7 @@ def test_overlap_equals_sets(dsa: model.DsaModel) -> None:
 def test_observing_changes_nothing(dsa: model.DsaModel) -> None:
     batches = random_batches(sequences=2, batch_size=2)
     before = Sweeper(dsa).sweep([Pattern.full(6)], batches).nll
-    SimilaritySweep(dsa, TOPK).run(batches[0])
+    SimilaritySweep(dsa, TOPK).run(batches[:1])
     assert Sweeper(dsa).sweep([Pattern.full(6)], batches).nll == before
 
 

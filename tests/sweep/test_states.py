@@ -14,7 +14,6 @@ from test_search import START, Killed
 
 import tiny
 from icsearch.commands.progress import Quiet
-from icsearch.commands.scoring import SweepScorer
 from icsearch.core.pattern import Pattern
 from icsearch.model import loading, model
 from icsearch.model.checkpoint import open_checkpoint
@@ -30,7 +29,7 @@ from icsearch.search.protocol import Task, looks_of
 from icsearch.search.registry import make_strategy
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
 from icsearch.sweep.states import Keeping, StateStore
-from icsearch.sweep.sweep import Sweeper
+from icsearch.sweep.sweep import Sweeper, SweepScorer
 
 LENGTH, SEQUENCES, BATCH = 24, 5, 2
 

@@ -7,6 +7,7 @@ sequence, and are put together in sequence order: they are those of one process,
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,63 +18,102 @@ from icsearch.core.errors import NonFiniteLossError
 from icsearch.core.pattern import Pattern
 from icsearch.runs.journal import Event
 from icsearch.search.loop import Scores
-from icsearch.sweep.distributed.launch import Grid
-from icsearch.sweep.distributed.schedule import CALIBRATION, Ledger
-from icsearch.sweep.distributed.worker import Member, Order, losses_message
+from icsearch.sweep.distributed.launch import CALIBRATION, Grid
+from icsearch.sweep.distributed.worker import Order, Worker
 from icsearch.sweep.distributed.world import World
+from icsearch.sweep.states import Keeping, Rehearsal
 
 Range = tuple[int, int]  # sequences [first, last)
 Work = Sequence[tuple[Sequence[Pattern], Range]]
 
 
-class Crew:
+@dataclass(frozen=True)
+class Start:
+    """The decoder layer where each pattern's branch begins, by its letters, and the layer runs that follow."""
+
+    entries: dict[str, int]
+    layer_runs: int
+
+
+class Schedule:
+    """Follows every sweep of one set of sequences, so that all processes agree where a branch begins.
+
+    Numbers alone: what is kept follows from the orders and the plan, never from what memory happens to be free.
+    `full`: the unmodified model, in runs that measure the KL to it. That one runs along in the first sweep of each
+    batch, and in all of them unless `keep_full_states`.
+    """
+
+    def __init__(
+        self, keeping: Keeping, base: Pattern, full: Pattern | None = None, keep_full_states: bool = False
+    ) -> None:
+        self.keeping = keeping
+        self.base = base
+        self.full = full
+        self.keep_full_states = keep_full_states
+        self._kept = Rehearsal(keeping, base)
+        self._known: set[int] = set()
+
+    def retain(self, base: Pattern) -> None:
+        """What cannot be on the way to `base`, or to a flip of it, is let go of everywhere."""
+        self.base = base
+        self._kept.retain(base)
+
+    def sweep(self, asked: Sequence[Pattern], batches: Sequence[int]) -> Start:
+        """A sweep of these patterns over the batches that begin with these sequences; it counts as done."""
+        running = dict.fromkeys(asked)
+        if self.full is not None and not self._known >= set(batches):
+            running[self.full] = None
+            if self.keep_full_states:
+                self._known |= set(batches)
+        entries = {pattern.letters: self._kept.start(pattern, batches) for pattern in running}
+        return Start(entries, self._kept.sweep(running, batches))
+
+    def copy(self) -> Schedule:
+        """For looking ahead: what happens to the copy leaves this one as it is."""
+        other = Schedule(self.keeping, self.base, self.full, self.keep_full_states)
+        other._kept, other._known = self._kept.rehearsal(), set(self._known)
+        return other
+
+
+class Coordinator:
     """Rank 0's hold of the others: they do what they are told, in that order, as rank 0 does its own part."""
 
-    def __init__(self, world: World, grid: Grid, member: Member) -> None:
+    def __init__(self, world: World, grid: Grid, worker: Worker) -> None:
         self.world = world
         self.grid = grid
-        self.member = member
-        self._items = 0
-
-    def next_item(self) -> int:
-        """A number for a sweep, by which its branches and losses are found."""
-        self._items += 1
-        return self._items
-
-    @property
-    def ahead(self) -> int:
-        """Waves that are given out beyond the one whose losses are waited for."""
-        return 2 * self.grid.pipeline
+        self.worker = worker
+        self.items = itertools.count(1)  # a number for each sweep, by which its branches and losses are found
 
     def scorer(
         self,
         name: str,
-        ledger: Ledger,
-        batches: Sequence[Range],
+        schedule: Schedule,
         patterns: int,
         batches_per_share: int = 1,
-        resting: bool = False,
-    ) -> CrewScorer:
-        """Scores one set of sequences, cut into these batches, so many patterns and batches at a time.
+        in_cpu_memory: bool = False,
+    ) -> DistributedScorer:
+        """Scores one set of sequences, so many patterns and batches at a time.
 
-        `resting`: branch states are in each process's CPU memory between layer calls.
+        `in_cpu_memory`: branch states are in each process's CPU memory between layer calls.
         """
+        keeping = schedule.keeping
         order: Order = {
             "do": "set up",
             "set": name,
-            "num_layers": ledger.keeping.num_layers,
-            "layer_indices": list(ledger.keeping.layer_indices),
-            "flippable": sorted(ledger.keeping.flippable),
-            "stride": ledger.keeping.stride,
-            "base": ledger.base.letters,
-            "kl": ledger.full is not None,
-            "keep_full_states": ledger.keep_full_states,
-            "resting": resting,
+            "num_layers": keeping.num_layers,
+            "layer_indices": list(keeping.layer_indices),
+            "flippable": sorted(keeping.flippable),
+            "stride": keeping.stride,
+            "base": schedule.base.letters,
+            "kl": schedule.full is not None,
+            "keep_full_states": schedule.keep_full_states,
+            "in_cpu_memory": in_cpu_memory,
         }
         self.world.tell(order)
-        self.member.set_up(order)
-        shares = [batches[i : i + batches_per_share] for i in range(0, len(batches), batches_per_share)]
-        return CrewScorer(self, name, ledger, shares, patterns)
+        self.worker.set_up(order)
+        ranges = [(batch.first, batch.last) for batch in self.worker.batches_of(name)]
+        shares = [ranges[i : i + batches_per_share] for i in range(0, len(ranges), batches_per_share)]
+        return DistributedScorer(self, name, schedule, shares, patterns)
 
     def do_jobs(
         self, job: str, shared: dict[str, Any], items: Sequence[dict[str, Any]], on_layer: Callable[[int], None]
@@ -83,27 +123,27 @@ class Crew:
         `shared` are the arguments of all. Seconds are those of the wall: the first event of a round has them.
         """
         size, started = self.grid.data, time.monotonic()
-        rounds = [list(items[first : first + size]) for first in range(0, len(items), size)]
-        orders = [self._job_order(job, shared, some) for some in rounds]
+        rounds: list[list[dict[str, Any] | None]] = []
+        orders: list[Order] = []
+        for first in range(0, len(items), size):
+            rounds.append(list(items[first : first + size]))
+            idle = [None] * (size - len(rounds[-1]))
+            order: Order = {"do": "job", "job": job, "item": next(self.items), "set": CALIBRATION, "shared": shared}
+            orders.append({**order, "items": rounds[-1] + idle})
         told = 0
         for number, order in enumerate(orders):
             for coming in orders[told : number + 2]:  # one round ahead, so that nobody waits for the next one
                 self.world.tell(coming)
                 told += 1
-            found = [self.member.do_job(order, on_layer) or []]
+            parts = [self.worker.do_job(order, on_layer) or []]
             for rank in range(1, len(rounds[number])):
-                found.append(self.world.take(f"events/{order['item']}/{rank}", f"results from rank {rank}"))
-                on_layer(sum(event["layer_sequences"] for event in found[-1]))
-            events = [event for several in found for event in several]
+                parts.append(self.world.take(f"events/{order['item']}/{rank}", f"results from rank {rank}"))
+                on_layer(sum(event["layer_sequences"] for event in parts[-1]))
+            events = [event for part in parts for event in part]
             for event, seconds in zip(events, [time.monotonic() - started, *[0.0] * len(events)], strict=False):
                 event["seconds"] = round(seconds, 3)
             started = time.monotonic()
-            yield from found
-
-    def _job_order(self, job: str, shared: dict[str, Any], items: Sequence[dict[str, Any]]) -> Order:
-        idle = [None] * (self.grid.data - len(items))
-        order: Order = {"do": "job", "job": job, "item": self.next_item(), "set": CALIBRATION, "shared": shared}
-        return {**order, "items": [*items, *idle]}
+            yield from parts
 
 
 @dataclass
@@ -113,20 +153,29 @@ class _Flight:
     patterns: list[Pattern]
     wave: Range
     order: Order
+    losses: list[str]  # the key of each pipeline's message
     begun: bool = False
     own_layers: int = 0
     own: dict[str, Any] | None = None
 
 
-class CrewScorer:
+class DistributedScorer:
     """The layer sweep by several processes as the search sees it."""
 
-    def __init__(self, crew: Crew, name: str, ledger: Ledger, shares: Sequence[Sequence[Range]], patterns: int) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        name: str,
+        schedule: Schedule,
+        shares: Sequence[Sequence[Range]],
+        patterns: int,
+    ) -> None:
         self.patterns_per_sweep = patterns
-        self._crew = crew
+        self._world, self._grid, self._worker = coordinator.world, coordinator.grid, coordinator.worker
+        self._items = coordinator.items
         self._name = name
-        self._ledger = ledger
-        size = crew.grid.data
+        self._schedule = schedule
+        size = self._grid.data
         waves = [shares[first : first + size] for first in range(0, len(shares), size)]
         self._shares = {(wave[0][0][0], wave[-1][-1][1]): wave for wave in waves}  # one for each data rank
         self._coming: deque[tuple[Sequence[Pattern], Range]] = deque()
@@ -137,15 +186,15 @@ class CrewScorer:
         return list(self._shares)
 
     def retain(self, base: Pattern) -> None:
-        if base == self._ledger.base:
+        if base == self._schedule.base:
             return
-        self._ledger.retain(base)
+        self._schedule.retain(base)
         order = {"do": "retain", "set": self._name, "base": base.letters}
-        self._crew.world.tell(order)
-        self._crew.member.retain(order)
+        self._world.tell(order)
+        self._worker.retain(order)
 
     def expected(self, work: Work) -> int:
-        ahead = self._ledger.copy()
+        ahead = self._schedule.copy()
         return sum(
             ahead.sweep(patterns, _firsts(share)).layer_runs * (share[-1][1] - share[0][0])
             for patterns, wave in work
@@ -173,64 +222,61 @@ class CrewScorer:
         return self._collect(flight, on_layer)
 
     def _give_out(self) -> None:
-        """Keep the processes supplied."""
-        while self._coming and len(self._flights) <= self._crew.ahead:
+        """Keep the processes supplied: in a pipeline, with two waves a place beyond the one that is waited for."""
+        while self._coming and len(self._flights) <= 2 * self._grid.pipeline:
             patterns, wave = self._coming.popleft()
             shares: list[dict[str, Any] | None] = [
-                {"batches": _firsts(share), "starts": self._ledger.sweep(patterns, _firsts(share)).entries}
+                {"batches": _firsts(share), "starts": self._schedule.sweep(patterns, _firsts(share)).entries}
                 for share in self._shares[wave]
             ]
             order: Order = {
                 "do": "sweep",
-                "item": self._crew.next_item(),
+                "item": next(self._items),
                 "set": self._name,
                 "asked": [pattern.letters for pattern in patterns],
-                "shares": shares + [None] * (self._crew.grid.data - len(shares)),
+                "shares": shares + [None] * (self._grid.data - len(shares)),
             }
-            self._crew.world.tell(order)
-            self._flights.append(_Flight(list(patterns), wave, order))
+            self._world.tell(order)
+            losses = [f"losses/{order['item']}/{data_rank}" for data_rank in range(len(shares))]
+            self._flights.append(_Flight(list(patterns), wave, order, losses))
 
     def _do_own(self, on_layer: Callable[[int], None]) -> None:
         """Rank 0's part of the wave that is waited for; as the head of a pipeline, of those behind it meanwhile."""
         first = self._flights[0]
         for flight in self._flights:
-            if flight is not first and (self._crew.grid.pipeline == 1 or self._is_done(first)):
+            if flight is not first and (self._grid.pipeline == 1 or self._world.has(first.losses)):
                 return
             if not flight.begun:
                 flight.begun = True
                 self._do_part(flight, on_layer)
-
-    def _is_done(self, flight: _Flight) -> bool:
-        """Whether the losses of all pipelines have come."""
-        data_ranks = range(len(self._shares[flight.wave]))
-        return self._crew.world.has([_losses_key(flight, data_rank) for data_rank in data_ranks])
 
     def _do_part(self, flight: _Flight, on_layer: Callable[[int], None]) -> None:
         def count(layer_sequences: int) -> None:
             flight.own_layers += layer_sequences
             on_layer(layer_sequences)
 
-        done = self._crew.member.sweep(flight.order, count)
-        flight.own = None if done is None else losses_message(done)
+        flight.own = self._worker.sweep(flight.order, count)
 
     def _collect(self, flight: _Flight, on_layer: Callable[[int], None]) -> Scores:
         """The sums of all pipelines, in sequence order."""
-        grid = self._crew.grid
-        found = []
-        for data_rank in range(len(self._shares[flight.wave])):
+        parts = []
+        for data_rank, key in enumerate(flight.losses):
             if data_rank == 0 and flight.own is not None:
-                found.append(flight.own)
-                continue
-            last = grid.last_rank(data_rank)
-            found.append(self._crew.world.take(_losses_key(flight, data_rank), f"losses from rank {last}"))
-        for data_rank, part in enumerate(found):
+                parts.append(flight.own)
+            else:
+                parts.append(self._world.take(key, f"losses from rank {self._grid.last_rank(data_rank)}"))
+        for data_rank, part in enumerate(parts):
             if "not finite" in part:
                 raise self._named(flight, data_rank, part["not finite"])
-        done = sum(part["layer_sequences"] for part in found)
+        done = sum(part["layer_sequences"] for part in parts)
         on_layer(done - flight.own_layers)
-        notes = sorted({note for part in found for note in part["notes"]})
-        read = sum(part["bytes_read"] for part in found)
-        return Scores(_joined(found, "nll"), done, tuple(notes), _joined(found, "kl"), read)
+        notes = sorted({note for part in parts for note in part["notes"]})
+        read = sum(part["bytes_read"] for part in parts)
+        nll, kl = (
+            {letters: [value for part in parts for value in part[name][letters]] for letters in parts[0][name]}
+            for name in ("nll", "kl")
+        )
+        return Scores(nll, done, tuple(notes), kl, read)
 
     def _named(self, flight: _Flight, data_rank: int, loss: dict[str, Any]) -> NonFiniteLossError:
         """The error for a loss of a pipeline that is not finite: its processes look for the layer, one after another.
@@ -239,26 +285,17 @@ class CrewScorer:
         """
         for other in self._flights:
             if not other.begun:
-                self._crew.member.sweep(other.order)
+                self._worker.sweep(other.order)
         batches = [batch for batch in self._shares[flight.wave][data_rank] if batch[0] <= loss["sequence"]]
-        order: Order = {"do": "trace", "item": self._crew.next_item(), "set": self._name, "data_rank": data_rank}
+        order: Order = {"do": "trace", "item": next(self._items), "set": self._name, "data_rank": data_rank}
         order |= {"batch": batches[-1][0], "sequence": loss["sequence"], "pattern": loss["pattern"]}
-        self._crew.world.tell(order)
-        where = self._crew.member.trace(order)
+        self._world.tell(order)
+        where = self._worker.trace(order)
         if where is None:
-            where = self._crew.world.take(f"traced/{order['item']}", "the layer of a loss that is not finite")
+            where = self._world.take(f"traced/{order['item']}", "the layer of a loss that is not finite")
         return NonFiniteLossError(loss["value"], loss["sequence"], loss["pattern"], where)
 
 
 def _firsts(share: Sequence[Range]) -> list[int]:
     """The first sequence of each batch, by which processes know it."""
     return [first for first, _ in share]
-
-
-def _losses_key(flight: _Flight, data_rank: int) -> str:
-    return f"losses/{flight.order['item']}/{data_rank}"
-
-
-def _joined(parts: Sequence[dict[str, Any]], name: str) -> dict[str, list[float]]:
-    """Sums by letters over consecutive sequences, put one behind the other."""
-    return {letters: [value for part in parts for value in part[name][letters]] for letters in parts[0][name]}

@@ -63,7 +63,7 @@ class _Life:
     seen: float
 
 
-class Watch:
+class Heartbeat:
     """The life of this process among `size`, and what it knows of the others.
 
     `store` is a connection of its own to the store that all share, `where` names it. `leave` ends the process at once.
@@ -101,7 +101,7 @@ class Watch:
     # --- the main thread ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to live; signals of this process are the watch's business from here on. All must have announced it."""
+        """Begin to live; signals of this process are its business from here on. All processes must have announced it."""
         for end in (self._wakeup, self._signals):
             end.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)

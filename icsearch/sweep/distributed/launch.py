@@ -14,6 +14,8 @@ from icsearch.core.errors import IcsearchError
 from icsearch.core.jsonfile import shown
 from icsearch.search.greedy import split_stages
 
+CALIBRATION, HELDOUT = "calibration", "heldout"  # the sets of sequences that a run scores
+MEASURE, COMPARE = "measure", "compare"  # what processes do with a wave beside scoring it: see `Worker.do_job`
 WAVES_PER_PLACE = 2  # of a pipeline whose layers are streamed
 IN_FLIGHT = 2  # packets of branches that may be on their way to the next process of a pipeline before one waits
 

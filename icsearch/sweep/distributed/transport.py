@@ -33,7 +33,7 @@ class Packet:
     notes: tuple[str, ...] = ()
 
 
-class Wire:
+class Transport:
     """To the process behind this one in a pipeline, and from the one before it; `device` is where branches live.
 
     `direct`: tensors go from device to device, else by way of CPU memory.
@@ -71,7 +71,7 @@ class Wire:
         tensors = [
             torch.empty(shape, dtype=getattr(torch, dtype), device=self._between) for shape, dtype in header["tensors"]
         ]
-        with self._world.watch.waiting(f"branches from rank {source}"):
+        with self._world.heartbeat.waiting(f"branches from rank {source}"):
             self._wait([distributed.irecv(tensor, source, tag=self._tag("from")) for tensor in tensors], source)
         self._world.post(f"taken/{here}/{item}", True)
         return _unpack(header, [tensor.to(self._device) for tensor in tensors])
@@ -85,7 +85,7 @@ class Wire:
             for work in works:
                 work.wait()
         except RuntimeError as error:
-            raise self._world.watch.lost(rank, str(error).splitlines()[0]) from None
+            raise self._world.heartbeat.lost(rank, str(error).splitlines()[0]) from None
 
 
 def _pack(packet: Packet) -> tuple[dict[str, Any], list[torch.Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from icsearch.core.errors import NonFiniteLossError
@@ -10,53 +10,19 @@ from icsearch.core.pattern import Pattern
 from icsearch.model.model import DsaModel
 from icsearch.runs.journal import Event
 from icsearch.sweep.branches import Batch, Branch, BranchState
-from icsearch.sweep.distributed.launch import Grid
-from icsearch.sweep.distributed.transport import Packet, Wire
+from icsearch.sweep.distributed.launch import MEASURE, Grid
+from icsearch.sweep.distributed.transport import Packet, Transport
 from icsearch.sweep.distributed.world import World, has_own_gpu
 from icsearch.sweep.measures import WaveMeasures
-from icsearch.sweep.similarity import SimilaritySweep, similarity_events
+from icsearch.sweep.similarity import SimilaritySweep
 from icsearch.sweep.states import Keeping, StateStore
-from icsearch.sweep.sweep import LM_HEAD, Sweeper, SweepResult, kernel_notes, make_sweeper
-
-MEASURE, COMPARE = "measure", "compare"
-
-# (model, arguments that all waves share, arguments of this wave, wave, what hears of layers) to events.
-Job = Callable[[DsaModel, dict[str, Any], dict[str, Any], Sequence[Batch], Callable[[int], None]], list[Event]]
-
-
-def measure(
-    dsa: DsaModel,
-    shared: dict[str, Any],
-    own: dict[str, Any],
-    wave: Sequence[Batch],
-    on_layer: Callable[[int], None],
-) -> list[Event]:
-    """Patterns measured against the unmodified model: see `WaveMeasures`."""
-    measures = WaveMeasures(dsa, shared["bucket_edges"], shared["index_topk"])
-    return [measures.event([Pattern(letters) for letters in own["patterns"]], wave, on_layer)]
-
-
-def compare(
-    dsa: DsaModel,
-    shared: dict[str, Any],
-    own: dict[str, Any],
-    wave: Sequence[Batch],
-    on_layer: Callable[[int], None],
-) -> list[Event]:
-    """Layers compared with one another: see `SimilaritySweep`."""
-    sweep = SimilaritySweep(dsa, shared["index_topk"], shared["keep_on_cpu"])
-    return similarity_events(sweep, wave, on_layer)
-
-
-JOBS: dict[str, Job] = {MEASURE: measure, COMPARE: compare}
-
+from icsearch.sweep.sweep import LM_HEAD, Sums, Sweeper, kernel_notes, make_sweeper
 
 Order = dict[str, Any]
-Measured = tuple[SweepResult | NonFiniteLossError, Packet]
 UNLIMITED = 2**62  # bytes: what is kept is decided by rank 0, by the plan
 
 
-class Member:
+class Worker:
     """One process's part: a model that holds its layers, and the batches of all sets, of which it scores its share."""
 
     def __init__(self, world: World, grid: Grid, dsa: DsaModel, batches: Mapping[str, Iterable[Batch]]) -> None:
@@ -67,7 +33,7 @@ class Member:
         self._batches = {name: {batch.first: batch for batch in several} for name, several in batches.items()}
         self._sweepers: dict[str, Sweeper] = {}
         direct = dsa.device.type == "cpu" or has_own_gpu(world.launch)
-        self._wire = Wire(world, dsa.device, direct)
+        self._transport = Transport(world, dsa.device, direct)
 
     def batches_of(self, name: str) -> list[Batch]:
         """All batches of a set; this process scores its share of them."""
@@ -79,18 +45,18 @@ class Member:
             order["num_layers"], tuple(order["layer_indices"]), frozenset(order["flippable"]), order["stride"]
         )
         kept: StateStore[BranchState] = StateStore(keeping, Pattern(order["base"]), UNLIMITED)
-        wanted = order["kl"], order["keep_full_states"], order["resting"]
+        wanted = order["kl"], order["keep_full_states"], order["in_cpu_memory"]
         self._sweepers[order["set"]] = make_sweeper(self._dsa, kept, *wanted)
 
     def retain(self, order: Order) -> None:
         """Let go of what is of no use to the committed pattern and its flips."""
-        self._sweepers[order["set"]].retain(Pattern(order["base"]))
+        self._sweepers[order["set"]].kept.retain(Pattern(order["base"]))
 
-    def sweep(self, order: Order, on_layer: Callable[[int], None] = lambda _: None) -> Measured | None:
+    def sweep(self, order: Order, on_layer: Callable[[int], None] = lambda _: None) -> dict[str, Any] | None:
         """This process's part of one sweep; the losses come from the last process of each pipeline.
 
-        Beside them the packet of that process says what its pipeline took and noted. A loss that is not finite is what
-        comes in place of them, where the layer that it comes from may be another process's: see `trace`.
+        They come as JSON has them (floats keep their bits), with what the pipeline took and noted. A loss that is not
+        finite comes in place of them, where the layer that it comes from may be another process's: see `trace`.
         """
         share = order["shares"][self.data_rank]
         if share is None:  # the last wave may have fewer batches than there are pipelines
@@ -99,29 +65,35 @@ class Member:
         wave = [batches[first] for first in share["batches"]]
         starts = {Pattern(letters): entry for letters, entry in share["starts"].items()}
         sweeper = self._sweepers[order["set"]]
-        before = self._wire.receive(order["item"]) if self._place else Packet([], 0)
+        before = self._transport.receive(order["item"]) if self._place else Packet([], 0)
         weights = self._dsa.weights
         read = before.bytes_read - weights.bytes_read
+        sums: Sums = {}
         with kernel_notes() as notes:
             branches, taken = sweeper.advance(starts, wave, self._heeding(on_layer), before.branches)
-            taken += before.layer_sequences
-            asked = [Pattern(letters) for letters in order["asked"]]
-            result = self._measure(sweeper, asked, wave, branches, taken) if self._is_last else None
-        packet = Packet(branches, taken, read + weights.bytes_read, tuple(sorted({*before.notes, *notes})))
-        if result is not None:
-            return result, packet
-        self._wire.send(order["item"], packet)
-        return None
-
-    def _measure(
-        self, sweeper: Sweeper, asked: list[Pattern], wave: list[Batch], branches: list[Branch], taken: int
-    ) -> SweepResult | NonFiniteLossError:
-        try:
-            return sweeper.measure(asked, wave, branches, taken)
-        except NonFiniteLossError as error:
-            if self._place == 0:  # it has all layers, and has named the one
-                raise
-            return error
+            if self._is_last:
+                try:
+                    sums = sweeper.measure([Pattern(letters) for letters in order["asked"]], wave, branches)
+                except NonFiniteLossError as error:
+                    if self._place == 0:  # it has all layers, and has named the one
+                        raise
+                    return {"not finite": {name: getattr(error, name) for name in ("value", "sequence", "pattern")}}
+        packet = Packet(
+            branches,
+            before.layer_sequences + taken,
+            read + weights.bytes_read,
+            tuple(sorted({*before.notes, *notes})),
+        )
+        if not self._is_last:
+            self._transport.send(order["item"], packet)
+            return None
+        return {
+            "nll": sums["nll"],
+            "kl": sums.get("kl", {}),
+            "layer_sequences": packet.layer_sequences,
+            "bytes_read": packet.bytes_read,
+            "notes": list(packet.notes),
+        }
 
     def trace(self, order: Order) -> str | None:
         """This process's part of a forward that looks for where a sequence's states are first not finite.
@@ -130,23 +102,18 @@ class Member:
         """
         if self.data_rank != order["data_rank"]:
             return None
-        before = self._wire.receive(order["item"]) if self._place else None
-        if before is not None and not before.branches:
-            self._hand_on(order, [])
-            return None
-        arriving = None
-        if before is not None:
-            (branch,) = before.branches
-            arriving = BranchState(branch.hidden_states[0], branch.selections[0])
-        pattern, batch = Pattern(order["pattern"]), self._batches[order["set"]][order["batch"]]
-        row = order["sequence"] - batch.first
-        where, left = self._sweepers[order["set"]].trace(pattern, batch, row, arriving)
-        self._hand_on(order, [] if where else [Branch([pattern], [left.hidden_states], [left.selection])])
-        return where or (LM_HEAD if self._is_last else None)
-
-    def _hand_on(self, order: Order, branches: list[Branch]) -> None:
+        before = self._transport.receive(order["item"]).branches if self._place else None
+        where, onward = "", list[Branch]()
+        if before != []:
+            arriving = BranchState(before[0].hidden_states[0], before[0].selections[0]) if before else None
+            pattern, batch = Pattern(order["pattern"]), self._batches[order["set"]][order["batch"]]
+            row = order["sequence"] - batch.first
+            where, behind = self._sweepers[order["set"]].trace(pattern, batch, row, arriving)
+            onward = [] if where else [Branch([pattern], [behind.hidden_states], [behind.selection])]
+            where = where or (LM_HEAD if self._is_last else "")
         if not self._is_last:
-            self._wire.send(order["item"], Packet(branches, 0))
+            self._transport.send(order["item"], Packet(onward, 0))
+        return where or None
 
     def do_job(self, order: Order, on_layer: Callable[[int], None] = lambda _: None) -> list[Event] | None:
         """This process's part of a job: its wave, if there is one for it. Every process must hold all layers."""
@@ -154,27 +121,17 @@ class Member:
         if own is None:
             return None
         wave = [self._batches[order["set"]][first] for first in own["batches"]]
-        return JOBS[order["job"]](self._dsa, order["shared"], own, wave, self._heeding(on_layer))
+        shared, on_layer = order["shared"], self._heeding(on_layer)
+        if order["job"] == MEASURE:
+            measures = WaveMeasures(self._dsa, shared["bucket_edges"], shared["index_topk"])
+            return [measures.event([Pattern(letters) for letters in own["patterns"]], wave, on_layer)]
+        return SimilaritySweep(self._dsa, shared["index_topk"], shared["keep_on_cpu"]).events(wave, on_layer)
 
     def _heeding(self, on_layer: Callable[[int], None]) -> Callable[[int], None]:
         """Between two layers this process hears what ends the run."""
 
         def heed(layer_sequences: int) -> None:
-            self._world.watch.check()
+            self._world.heartbeat.check()
             on_layer(layer_sequences)
 
         return heed
-
-
-def losses_message(done: Measured) -> dict[str, Any]:
-    """What the last process of a pipeline has to say of a sweep, as JSON holds it: floats keep their bits."""
-    result, packet = done
-    if isinstance(result, NonFiniteLossError):
-        return {"not finite": {name: getattr(result, name) for name in ("value", "sequence", "pattern")}}
-    return {
-        "nll": result.nll,
-        "kl": result.kl,
-        "layer_sequences": packet.layer_sequences,
-        "bytes_read": packet.bytes_read,
-        "notes": list(packet.notes),
-    }

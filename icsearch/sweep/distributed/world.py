@@ -20,12 +20,12 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 from torch.distributed.rendezvous import rendezvous
 
 from icsearch.core.errors import IcsearchError
-from icsearch.sweep.distributed.heartbeat import GRACE, Watch
+from icsearch.sweep.distributed.heartbeat import GRACE, Heartbeat
 from icsearch.sweep.distributed.launch import Launch
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.0002, 0.02  # seconds between two looks for a message
 JOIN_TIMEOUT = 300.0  # seconds that processes may be apart when they start
-NEVER = timedelta(days=30)  # the watch ends what hangs; a process may compute for as long as it takes
+NEVER = timedelta(days=30)  # the heartbeat ends what hangs; a process may compute for as long as it takes
 
 
 class JoinError(IcsearchError):
@@ -37,9 +37,9 @@ class JoinError(IcsearchError):
 class World:
     """The processes of a run, seen from one of them. Make one by `join`."""
 
-    def __init__(self, launch: Launch, store: Any, watch: Watch) -> None:
+    def __init__(self, launch: Launch, store: Any, heartbeat: Heartbeat) -> None:
         self.launch = launch
-        self.watch = watch
+        self.heartbeat = heartbeat
         self._orders = 0
         self._store = store
 
@@ -61,7 +61,7 @@ class World:
         try:
             yield self._store
         except distributed.DistError as error:
-            raise self.watch.lost(0, f"its store, or its launcher's: {str(error).splitlines()[0]}") from None
+            raise self.heartbeat.lost(0, f"its store, or its launcher's: {str(error).splitlines()[0]}") from None
 
     def post(self, key: str, message: Any) -> None:
         """Leave a JSON message for whoever takes it. Numbers arrive bit for bit."""
@@ -70,8 +70,8 @@ class World:
 
     def take(self, key: str, what: str) -> Any:
         """Wait for a message, and take it away. `what` is said where it never comes; raises what ends the run."""
-        with self.watch.waiting(what), self._store_at_hand() as store:
-            look_for(store, [key], self.watch.check)
+        with self.heartbeat.waiting(what), self._store_at_hand() as store:
+            look_for(store, [key], self.heartbeat.check)
             message = json.loads(store.get(key))
             store.delete_key(key)
         return message
@@ -96,25 +96,25 @@ class World:
     def set_timeout(self, seconds: float) -> None:
         """Let all processes know for how long one may be silent."""
         self.post("timeout", seconds)
-        self.watch.timeout = seconds
+        self.heartbeat.timeout = seconds
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's CPU tensor, put into those of the same shape that all others bring; returns it."""
-        with self.watch.waiting("the calibration batches"):
+        with self.heartbeat.waiting("the calibration batches"):
             try:
                 distributed.broadcast(tensor, src=0)
             except RuntimeError as error:
-                raise self.watch.lost(0, str(error).splitlines()[0]) from None
+                raise self.heartbeat.lost(0, str(error).splitlines()[0]) from None
         return tensor
 
     def finish(self, status: int, text: str = "") -> None:
         """End the run for all processes; rank 0 waits for them, since the store may live in it."""
-        end = self.watch.declare(status, text)
+        end = self.heartbeat.declare(status, text)
         with contextlib.suppress(distributed.DistError, TimeoutError):
             self._store.set(f"bye/{self.rank}", json.dumps(end.status))
             if self.rank == 0:
                 look_for(self._store, [f"bye/{rank}" for rank in self.others], _patience(GRACE - 1))
-        self.watch.close()
+        self.heartbeat.close()
 
 
 def join(launch: Launch) -> World:
@@ -123,10 +123,10 @@ def join(launch: Launch) -> World:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT)))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = PrefixStore(f"icsearch/{attempt}", store)
-        watch = _watch(launch, attempt)
-        watch.announce()
+        heartbeat = _heartbeat(launch, attempt)
+        heartbeat.announce()
         _wait_for_all(launch, own)
-        watch.start()
+        heartbeat.start()
         distributed.init_process_group(
             _backend(launch),
             store=PrefixStore(f"group/{attempt}", store),
@@ -139,10 +139,10 @@ def join(launch: Launch) -> World:
             f"rank {launch.rank} of {launch.size} cannot reach the others at {_address()} "
             f"({str(error).splitlines()[0]}): check MASTER_ADDR, MASTER_PORT and the network, and start again"
         ) from error
-    return World(launch, own, watch)
+    return World(launch, own, heartbeat)
 
 
-def _watch(launch: Launch, attempt: str) -> Watch:
+def _heartbeat(launch: Launch, attempt: str) -> Heartbeat:
     """With a connection of its own: the main thread may be waiting on the other one."""
     store = TCPStore(
         os.environ["MASTER_ADDR"],
@@ -152,7 +152,7 @@ def _watch(launch: Launch, attempt: str) -> Watch:
         wait_for_workers=False,
     )
     where = f"the store at {_address()} (of rank 0, or of its launcher)"
-    return Watch(launch.rank, launch.size, PrefixStore(f"icsearch/{attempt}", store), where)
+    return Heartbeat(launch.rank, launch.size, PrefixStore(f"icsearch/{attempt}", store), where)
 
 
 def look_for(store: Any, keys: list[str], between: Callable[[], object]) -> None:

@@ -13,7 +13,7 @@ from icsearch.model import loading
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.model import DsaModel
 from icsearch.sweep.branches import Batch, BranchState
-from icsearch.sweep.distributed.schedule import Ledger
+from icsearch.sweep.distributed.coordinator import Schedule
 from icsearch.sweep.states import Keeping, StateStore
 from icsearch.sweep.sweep import KlSweeper, Sweeper
 
@@ -27,26 +27,26 @@ def dsa(glm_checkpoint: Path) -> DsaModel:
 
 @pytest.mark.parametrize("stride", [0, 1, 2])
 @pytest.mark.parametrize("kl", [None, False, True])
-def test_a_search_takes_the_layer_runs_that_the_ledger_says(dsa: DsaModel, stride: int, kl: bool | None) -> None:
+def test_a_search_takes_the_layer_runs_that_the_schedule_says(dsa: DsaModel, stride: int, kl: bool | None) -> None:
     """`kl`: whether the final states of the unmodified model are kept; None: no KL."""
     keeping = Keeping(LAYERS, tuple(range(LAYERS)), frozenset(range(1, LAYERS)), stride)
     base, full = Pattern.full(LAYERS), None if kl is None else dsa.start_pattern
     store: StateStore[BranchState] = StateStore(keeping, base, 2**40)
     sweeper = Sweeper(dsa, store) if kl is None else KlSweeper(dsa, store, kl)
-    ledger, chance = Ledger(keeping, base, full, bool(kl)), random.Random(stride)
+    schedule, chance = Schedule(keeping, base, full, bool(kl)), random.Random(stride)
     batches = random_batches(sequences=4)
     for _ in range(3):
-        sweeper.retain(base)
-        ledger.retain(base)
+        sweeper.kept.retain(base)
+        schedule.retain(base)
         flips = [base.flip(layer) for layer in base.full_layers[1:]]
         for batch in batches:
-            _compare(ledger, sweeper, chance.sample(flips, 2), batch)
+            _compare(schedule, sweeper, chance.sample(flips, 2), batch)
         base = chance.choice(flips)
 
 
-def _compare(ledger: Ledger, sweeper: Sweeper, patterns: list[Pattern], batch: Batch) -> None:
-    ahead = ledger.copy().sweep(patterns, [batch.first])
-    start = ledger.sweep(patterns, [batch.first])
+def _compare(schedule: Schedule, sweeper: Sweeper, patterns: list[Pattern], batch: Batch) -> None:
+    ahead = schedule.copy().sweep(patterns, [batch.first])
+    start = schedule.sweep(patterns, [batch.first])
     assert ahead == start  # looking ahead has changed nothing
     assert sweeper.sweep(patterns, [batch]).layer_sequences == start.layer_runs * len(batch.input_ids)
 
@@ -54,9 +54,9 @@ def _compare(ledger: Ledger, sweeper: Sweeper, patterns: list[Pattern], batch: B
 def test_the_unmodified_model_runs_along_until_its_states_are_known() -> None:
     keeping, base = Keeping(LAYERS, tuple(range(LAYERS))), Pattern.full(LAYERS)
     flip = base.flip(3)
-    kept = Ledger(keeping, base, base, keep_full_states=True)
+    kept = Schedule(keeping, base, base, keep_full_states=True)
     assert [list(kept.sweep([flip], [batch]).entries) for batch in (0, 2, 0)] == [
         [flip.letters, base.letters], [flip.letters, base.letters], [flip.letters],
     ]  # fmt: skip
-    unkept = Ledger(keeping, base, base)
+    unkept = Schedule(keeping, base, base)
     assert [len(unkept.sweep([flip], [0]).entries) for _ in range(2)] == [2, 2]

@@ -11,8 +11,8 @@ from torch.distributed import HashStore
 
 from icsearch.core.endings import Terminated
 from icsearch.core.errors import IcsearchError
-from icsearch.sweep.distributed import heartbeat, together
-from icsearch.sweep.distributed.heartbeat import End, Ended, Watch
+from icsearch.sweep.distributed import heartbeat, startup
+from icsearch.sweep.distributed.heartbeat import End, Ended, Heartbeat
 from icsearch.sweep.distributed.launch import Launch
 from icsearch.sweep.distributed.world import World
 
@@ -26,7 +26,7 @@ class Pair:
         monkeypatch.setattr(heartbeat.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(heartbeat.time, "sleep", self.pass_time)
         store = HashStore()
-        self.first, self.second = (Watch(rank, 2, store, "the store", 10.0, self.left.append) for rank in range(2))
+        self.first, self.second = (Heartbeat(rank, 2, store, "the store", 10.0, self.left.append) for rank in range(2))
         for one in (self.first, self.second):
             one.announce()
         self.look()
@@ -34,14 +34,14 @@ class Pair:
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
 
-    def look(self, *watches_: Watch) -> None:
+    def look(self, *watches_: Heartbeat) -> None:
         """A beat of each of these, by default both, then a look."""
         for one in watches_ or (self.first, self.second):
             one._beat()
         for one in watches_ or (self.first, self.second):
             one._look()
 
-    def judged(self, one: Watch) -> End | None:
+    def judged(self, one: Heartbeat) -> End | None:
         """What one process finds now, once both know it."""
         one._judge(self.now)
         if one._proposed is not None:
@@ -182,16 +182,16 @@ def test_an_interrupt_that_the_main_thread_does_not_hear(pair: Pair) -> None:
 
 def test_an_interrupt_that_comes_while_the_reason_to_end_is_found(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """It raises nothing beside the error that is being told: the run ends for one reason, with one line."""
-    explain = together.explain
+    explain = startup.explain
 
     def interrupted(error: Exception) -> tuple[str, int]:
         pair.first._on_signal(signal.SIGINT, None)
         return explain(error)
 
-    monkeypatch.setattr(together, "explain", interrupted)
+    monkeypatch.setattr(startup, "explain", interrupted)
     error = IcsearchError("no such layer")
     try:
-        reason = together._reason(World(Launch(0, 2), None, pair.first), error)
+        reason = startup._reason(World(Launch(0, 2), None, pair.first), error)
     except KeyboardInterrupt:
         pytest.fail("the interrupt was raised")
     assert reason is error
