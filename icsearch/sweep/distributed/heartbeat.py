@@ -101,7 +101,7 @@ class Heartbeat:
     # --- the main thread ------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin to live; signals of this process are its business from here on. All processes must have announced it."""
+        """Begin to live; signals of this process are its business from here on. All others must have announced it."""
         for end in (self._wakeup, self._signals):
             end.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
