@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import PatternFile
+from icsearch.engines.export import Export
 
 LETTERS = "FSFFSSFSSSSFFSSS"
 
@@ -18,3 +20,11 @@ def pattern_file(letters: str = LETTERS, indices: tuple[int, ...] | None = None,
         method="greedy",
         model={**known, **model},
     )
+
+
+def part_read(exported: Export) -> str:
+    """Of what export prints the part that import reads: a flag's JSON value, or Megatron's two numbers."""
+    words = shlex.split(exported.text)
+    if words[0] == "--dsa-indexer-topk-freq":
+        return f"freq:{words[1]},offset:{words[3]}"
+    return words[1] if words[0].startswith("--") else exported.text

@@ -59,22 +59,14 @@ class Command(TyperCommand):
         return super().invoke(ctx)
 
 
-class ImportCommand(Command):
-    """`import`, whose SOURCE may be another program's command line."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options = {name: parameter for parameter in self.params for name in parameter.opts if name.startswith("-")}
-        return super().parse_args(ctx, importing.without_their_config(args, options))
-
-
 app.command("calibrate", cls=Command)(calibrate.calibrate_batches)
 app.command("greedy", cls=Command)(greedy.greedy_search)
 app.command("plan", cls=Command)(plan.plan_search)
 app.command("dp-baseline", cls=Command)(baseline.similarity_baseline)
 app.command("eval", cls=Command)(evaluate.evaluate_patterns)
 app.command("export", cls=Command)(export.export_pattern)
-PASTED = {"ignore_unknown_options": True}
-app.command("import", cls=ImportCommand, context_settings=PASTED)(importing.import_engine_pattern)
+PASTED = {"ignore_unknown_options": True}  # a command line, which is refused with the part of it that is meant
+app.command("import", cls=Command, context_settings=PASTED)(importing.import_engine_pattern)
 app.command("report", cls=Command)(report.report_on_runs)
 
 

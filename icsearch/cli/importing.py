@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -17,7 +17,7 @@ def import_engine_pattern(
         typer.Argument(
             metavar="SOURCE",
             help="What an engine is given: a config.json or its checkpoint directory, a GGUF, a file or text with "
-            "overrides as JSON, launch flags, freq:4,offset:2.",
+            "overrides as JSON, freq:4,offset:2; or letters.",
         ),
     ],
     engine: EngineName = None,
@@ -38,8 +38,7 @@ def import_engine_pattern(
 ) -> None:
     """Print the pattern that an engine runs today, one letter for each DSA layer. Notes go to stderr.
 
-    It is read by the rules of --engine, by default of the one that such keys are written for. Launch flags can be
-    pasted as they are: what is no option of this command is read as theirs, and so is a --config among them.
+    It is read by the rules of --engine; letters and a GGUF need none.
     """
     from icsearch.core.files import check_new
     from icsearch.engines.read import import_pattern
@@ -60,26 +59,3 @@ def import_engine_pattern(
         found.pattern_file(text).save(out)
         typer.echo(f"wrote {out}", err=True)
     typer.echo(found.pattern.letters)
-
-
-def without_their_config(arguments: list[str], options: dict[str, Any]) -> list[str]:
-    """The arguments of `import`, but for the --config of launch flags that were pasted: vLLM has one too.
-
-    Ours stands before SOURCE. Without a flag that holds a pattern nothing was pasted, and nothing is taken out.
-    `options` are ours, by name.
-    """
-    from icsearch.engines.read import has_flag
-
-    if not any(argument.startswith("-") and has_flag(argument) for argument in arguments):
-        return arguments
-    start = 0
-    while start < len(arguments) and arguments[start].split("=")[0] in options:
-        name, equals, _ = arguments[start].partition("=")
-        start += 1 if equals or options[name].is_flag else 2
-    kept, words = arguments[:start], iter(arguments[start:])
-    for word in words:
-        if word == "--config":
-            next(words, None)
-        elif not word.startswith("--config="):
-            kept.append(word)
-    return kept

@@ -100,14 +100,12 @@ def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: b
 def _from_engine(spec: str, target: Target, force: bool) -> NamedPattern:
     """What an engine runs with a config, overrides or numbers, by that engine's rules."""
     found = import_pattern(spec, None, target.backbone)
-    name = spec if len(spec) <= NAME_LENGTH else _short(spec, found.engine.title)
+    name = spec
+    if len(spec) > NAME_LENGTH:  # the end of a path, or whose settings these are
+        is_file = Path(spec).suffix in (".json", ".gguf")
+        name = f"as {found.engine.title}" if found.engine and not is_file else Path(spec).name
     file = found.pattern_file(name)
     return replace(_from_file(name, file, file.pattern, target, force), notes=found.notes)
-
-
-def _short(spec: str, title: str) -> str:
-    """The end of a path, or whose settings these are."""
-    return Path(spec).name if Path(spec).suffix in (".json", ".gguf") else f"as {title}"
 
 
 def published_path(spec: str) -> Path:

@@ -59,7 +59,8 @@ class Reader:
     the model is F from there on, and what is longer is not read (False: refused here). `switch` says what
     `use_index_cache` does: nothing (None), false turns all layers F (HEEDED), so does its absence (NEEDED), but for a
     freq above 1 with `switched_by_freq`. `first_is_full`: layer 0 is F whatever the pattern says. `words`: a pattern
-    that is a list holds full and shared (False: F and S), and the engine takes anything else in it as F.
+    that is a list holds full and shared (False: F and S), and the engine takes anything else in it as F. Without any of
+    the keys every `default_freq`-th layer is F.
     """
 
     order: tuple[str, ...] = (TYPES, PATTERN, FREQ)
@@ -72,6 +73,7 @@ class Reader:
     switched_by_freq: bool = False
     first_is_full: bool = False
     words: bool = True
+    default_freq: int = 1
 
 
 @dataclass(frozen=True)

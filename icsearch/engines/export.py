@@ -34,7 +34,15 @@ from icsearch.engines.pipeline import (
 )
 from icsearch.engines.read import read_letters
 from icsearch.engines.table import TRANSFORMERS, TRTLLM, find_engine
-from icsearch.model.config import COMMON, Backbone, family, inner_config, load_config, read_backbone
+from icsearch.model.config import (
+    COMMON,
+    Backbone,
+    EngineConfigError,
+    family,
+    language_config,
+    load_config,
+    read_backbone,
+)
 
 
 def find_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str, layout_known: bool) -> list[str]:
@@ -337,8 +345,8 @@ def _declared_notes(config: Mapping[str, Any], backbone: Backbone, name: str) ->
     """On the layers that transformers builds no indexer for, of the families that it reads this for."""
     if backbone.model_type not in TRANSFORMERS.model_types:
         return []
-    keys, _ = inner_config(config)
-    letters = read_letters(keys, TRANSFORMERS, backbone.num_layers, backbone.mtp_layers, backbone.model_type).letters
+    keys = language_config(config, name, EngineConfigError)
+    letters, _ = read_letters(keys, TRANSFORMERS, backbone.num_layers, backbone.mtp_layers, backbone.model_type)
     shared = [layer for layer in backbone.layer_indices if letters[layer] == SHARED]
     if not shared:
         return []

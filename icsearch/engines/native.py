@@ -10,8 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from icsearch.core.errors import ModelError
-from icsearch.core.jsonfile import MAX_LAYERS, read_object, shown, strict, whole
+from icsearch.core.jsonfile import read_object, shown, strict, whole
 from icsearch.core.pattern import SHARED, Pattern
 from icsearch.core.pattern_file import PatternFile, load_pattern_file
 from icsearch.engines.copy import (
@@ -25,10 +24,19 @@ from icsearch.engines.copy import (
 )
 from icsearch.engines.engine import ExportError, config_keys, decoder_letters
 from icsearch.engines.pipeline import cut_in_words, split_vllm, usual_sizes_on_shared
-from icsearch.engines.read import read_letters
 from icsearch.engines.table import ENGINES, TRANSFORMERS, VLLM
 from icsearch.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, fingerprint, open_checkpoint
-from icsearch.model.config import FREQ, OFFSET, PATTERN, SWITCH, TYPES, language_config
+from icsearch.model.config import (
+    FREQ,
+    OFFSET,
+    PATTERN,
+    SWITCH,
+    TEXT_CONFIG,
+    TYPES,
+    language_config,
+    num_hidden_layers,
+    start_pattern,
+)
 from icsearch.model.header import Entry, read_header
 
 _INDEXER = re.compile(r"((?:.*?\.)?)layers\.(\d{1,6})\.(?:.*\.)?indexer\..")
@@ -64,7 +72,6 @@ def layers_with_indexer(directory: Path, num_layers: int) -> set[int] | None:
 
 
 KEYS = (TYPES, PATTERN, SWITCH, FREQ, OFFSET)
-TEXT_CONFIG = "text_config"
 
 
 @dataclass(frozen=True)
@@ -87,7 +94,8 @@ def edit_config(config: Mapping[str, Any], name: str, letters: str) -> NativeCon
 
     Raises ModelError, which names the checkpoint, for a text_config that is none.
     """
-    inner, nested, keys = language_config(config, name), bool(config.get(TEXT_CONFIG)), native_keys(letters)
+    inner, keys = language_config(config, f"config.json of {name}"), native_keys(letters)
+    nested = inner is not config
     removed = [key for key in KEYS if key in inner and key not in keys]
     edited = {**{key: value for key, value in inner.items() if key not in removed}, **keys}
     if not nested:
@@ -97,23 +105,9 @@ def edit_config(config: Mapping[str, Any], name: str, letters: str) -> NativeCon
     return NativeConfig({**outside, TEXT_CONFIG: edited}, tuple(keys), tuple(removed), nested)
 
 
-def num_hidden_layers(config: Mapping[str, Any], name: str) -> int:
-    """Decoder layers, without those of multi-token prediction; raises ModelError."""
-    found = language_config(config, name).get("num_hidden_layers")
-    kind = whole(1, MAX_LAYERS)
-    if not kind.fits(found):
-        raise ModelError(
-            f"config.json of {name} has num_hidden_layers {shown(found)}: expected {kind.name}; download it again"
-        )
-    return int(found)  # type: ignore[arg-type]  # it fits
-
-
 def declared_shared(config: Mapping[str, Any], name: str) -> set[int]:
-    """The decoder layers that a config itself shares, as transformers reads it; raises EngineConfigError."""
-    keys, layers = language_config(config, name), num_hidden_layers(config, name)
-    model_type = config.get("model_type")
-    found = read_letters(keys, TRANSFORMERS, layers, model_type=model_type if isinstance(model_type, str) else None)
-    return {layer for layer, letter in enumerate(found.letters) if letter == SHARED}
+    """The decoder layers that a config itself shares, as transformers reads it; raises ModelError."""
+    return {layer for layer, letter in enumerate(start_pattern(config, name).letters) if letter == SHARED}
 
 
 # The numbers are of pull requests, in each project's own repository.

@@ -19,7 +19,7 @@ from icsearch.engines.engine import (
     plain_flags,
 )
 from icsearch.engines.pipeline import split_front, split_vllm
-from icsearch.model.config import FREQ, PATTERN, TYPES
+from icsearch.model.config import FREQ, MODEL_TYPES, PATTERN, TYPES
 
 MAY_IGNORE = "For other types it may ignore the pattern and run every layer as F without a word: check."
 NOT_KNOWN = "Whether it reads the pattern for other types is not known here: check."
@@ -35,6 +35,7 @@ TRANSFORMERS = Engine(
     wrapper_note="the config wraps a text model: the keys belong into text_config, as written",
     nested_alone=True,
     writes="config.json",
+    readers=(("hy_v4", Reader(order=MODEL_TYPES["hy_v4"].heeded, default_freq=MODEL_TYPES["hy_v4"].freq)),),
 )
 VLLM = Engine(
     name="vllm",

@@ -1,4 +1,7 @@
-"""What a checkpoint's config.json says: its decoder layers, and which of them it shares. Plain JSON, no torch."""
+"""What a checkpoint's config.json says: its decoder layers, and which of them it shares. Plain JSON, no torch.
+
+Each fact about a type of model, each name of a key and each unwrapping of `text_config` stands here, once.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icsearch.core.errors import ModelError, PatternError
+from icsearch.core.errors import IcsearchError, ModelError, PatternError
 from icsearch.core.jsonfile import (
     MAX_COUNT,
     MAX_LAYERS,
+    TEXT,
     FieldError,
     Kind,
     check_fields,
@@ -22,6 +26,250 @@ from icsearch.core.jsonfile import (
     whole,
 )
 from icsearch.core.pattern import FULL, SHARED, Pattern
+
+TEXT_CONFIG = "text_config"  # of a config that wraps a language model
+TYPES, PATTERN, FREQ, OFFSET = "indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"
+SWITCH = "use_index_cache"
+MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")  # layers of multi-token prediction
+INDEX_KEYS = ("index", "sparse_attention")  # how keys of indexers begin
+KINDS = {FULL: "full", SHARED: "shared"}
+LETTERS = {kind: letter for letter, kind in KINDS.items()}
+
+# layer_types of layers with an indexer; the last two are what older transformers and released configs call the first.
+INDEXED_TYPES = (
+    *("indexed_attention", "compressed_sparse_attention", "minimax_m3_sparse"),
+    *("deepseek_sparse_attention", "qwen_sparse_attention"),
+)
+FULL_ATTENTION = "full_attention"  # of layers with an indexer where none is called so, of dense ones elsewhere
+_LAYERS = whole(1, MAX_LAYERS)
+C4 = 4  # the compression of DeepSeek V4's layers that have an indexer
+
+
+@dataclass(frozen=True)
+class ModelType:
+    """What is known of a `model_type`.
+
+    `mixed`: only some of its decoder layers have an indexer, and the config must say which. `heeded`: the keys of a
+    pattern that transformers 5.23 goes by, the first that is there wins; where none is, every `freq`-th layer is F.
+    """
+
+    mixed: bool = False
+    heeded: tuple[str, ...] = ()
+    freq: int = 1
+
+
+MODEL_TYPES = {
+    "deepseek_v32": ModelType(),
+    "axk2": ModelType(),
+    "glm_moe_dsa": ModelType(heeded=(TYPES, PATTERN, FREQ)),
+    "mistral_large4": ModelType(heeded=(TYPES, PATTERN, FREQ)),
+    "hy_v4": ModelType(heeded=(TYPES,), freq=4),
+    "dots3_note": ModelType(mixed=True),
+    "deepseek_v4": ModelType(mixed=True),
+    "glm5_next": ModelType(mixed=True, heeded=(TYPES, PATTERN, FREQ)),
+    "minimax_m3_vl": ModelType(mixed=True),
+    "qwen4_exp": ModelType(mixed=True),
+}
+
+
+class EngineConfigError(PatternError):
+    """A config, an override or a file of an engine that cannot be read as a pattern."""
+
+
+def family(model_type: str | None) -> str:
+    """The model_type of the whole model, also where that of its text model is given; "" for none."""
+    return (model_type or "").removesuffix("_text")
+
+
+def language_config(config: Mapping[str, Any], name: str, error: type[IcsearchError] = ModelError) -> Mapping[str, Any]:
+    """The part that describes the language model: all of it, or `text_config` of a wrapper.
+
+    Raises `error`, which calls the config `name`, where that is no object.
+    """
+    inner = config.get(TEXT_CONFIG)
+    if inner is not None and not isinstance(inner, dict):
+        raise error(f"{name} has text_config {shown(inner)}: expected an object; use the model's own config.json")
+    return inner or config
+
+
+def num_hidden_layers(config: Mapping[str, Any], name: str) -> int:
+    """Decoder layers of a checkpoint, without those of multi-token prediction; raises ModelError."""
+    found = language_config(config, f"config.json of {name}").get("num_hidden_layers")
+    if not _LAYERS.fits(found):
+        raise _wrong(name, f"num_hidden_layers is {shown(found)}: expected {_LAYERS.name}")
+    return int(found)  # type: ignore[arg-type]  # it fits
+
+
+def mtp_layers(keys: Mapping[str, Any]) -> int:
+    """Layers of multi-token prediction behind the decoder's, by the language model's config."""
+    return next((keys[key] for key in MTP_KEYS if keys.get(key)), 0)
+
+
+def dtype_name(config: Mapping[str, Any], name: str) -> str:
+    """The type of a checkpoint's weights as its config names it, its own or its language model's.
+
+    Where it names none: bfloat16 for weights that are quantised, which are dequantised to it, else float32. It need
+    not be one that is known here; whatever JSON value it is, it comes as text.
+    """
+    for keys in (config, language_config(config, name)):
+        if stated := keys.get("dtype") or keys.get("torch_dtype"):
+            return str(stated)
+    return "bfloat16" if quantization(config, name) else "float32"
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """`num_layers` decoder layers, those of multi-token prediction (`mtp_layers`) not among them.
+
+    `layer_indices` are those with an indexer; `wrapper`: the language model's config sits in text_config. `keys` is
+    the language model's config, empty where it is not known.
+    """
+
+    num_layers: int
+    layer_indices: tuple[int, ...]
+    model_type: str | None = None
+    mtp_layers: int = 0
+    wrapper: bool = False
+    keys: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @classmethod
+    def alike(cls, num_layers: int) -> Backbone:
+        """That many layers, each with an indexer."""
+        return cls(num_layers, tuple(range(num_layers)))
+
+    @classmethod
+    def of_model(cls, num_layers: int, layer_indices: Sequence[int], config: Mapping[str, Any]) -> Backbone:
+        """The layers that a model was seen to have, with what its config.json says beside them."""
+        keys = language_config(config, "config.json")
+        model_type = config.get("model_type") or keys.get("model_type")
+        return cls(num_layers, tuple(layer_indices), model_type, mtp_layers(keys), keys is not config, keys)
+
+
+_BACKBONE = {
+    "num_hidden_layers": _LAYERS,
+    "layer_types": optional(list_of(TEXT)),
+    "compress_ratios": optional(list_of(whole(0))),
+    **{key: optional(whole(0, MAX_LAYERS)) for key in MTP_KEYS},
+}
+
+
+def read_backbone(config: Mapping[str, Any], name: str) -> Backbone:
+    """The decoder layers of a config.json, called `name` in messages; raises EngineConfigError."""
+    keys = language_config(config, name, EngineConfigError)
+    try:
+        check_fields(keys, _BACKBONE)
+    except FieldError as error:
+        raise EngineConfigError(f"{name} cannot be used ({error}): use the model's own config.json") from None
+    model_type = config.get("model_type") or keys.get("model_type")
+    if not isinstance(model_type, str | None):
+        raise EngineConfigError(f"{name} has model_type {shown(model_type)}: use the model's own config.json")
+    if family(model_type) not in MODEL_TYPES and not any(key.startswith(INDEX_KEYS) for key in keys):
+        raise EngineConfigError(
+            f"{name} is of a {model_type or 'nameless'} model and has no indexers: expected that of a "
+            "DeepSeek-Sparse-Attention model, such as deepseek_v32 or glm_moe_dsa"
+        )
+    num_layers = keys["num_hidden_layers"]
+    indices = indexed_layers(keys, num_layers, model_type)
+    if indices is None:
+        if MODEL_TYPES.get(family(model_type), ModelType()).mixed:
+            raise EngineConfigError(
+                f"{name} does not say which layers of this {model_type} model have an indexer: expected layer_types; "
+                "use the config.json of the checkpoint"
+            )
+        indices = tuple(range(num_layers))
+    if not indices:
+        raise EngineConfigError(f"no layer of {name} has an indexer: expected one of {', '.join(INDEXED_TYPES)}")
+    return Backbone(num_layers, indices, model_type, mtp_layers(keys), keys is not config, keys)
+
+
+def indexed_layers(keys: Mapping[str, Any], num_layers: int, model_type: str | None) -> tuple[int, ...] | None:
+    """The layers that have an indexer, by the kinds that a language model's config lists; None where it lists none.
+
+    By `layer_types`, else by the keys that DeepSeek V4 and MiniMax M3 were first released with.
+    """
+    kinds, sparse = keys.get("layer_types"), keys.get("sparse_attention_config")
+    if not kinds and keys.get("compress_ratios"):
+        kinds = ["compressed_sparse_attention" if ratio == C4 else "other" for ratio in keys["compress_ratios"]]
+    if not kinds and isinstance(sparse, dict) and isinstance(sparse.get("sparse_attention_freq"), list):
+        kinds = ["minimax_m3_sparse" if chosen else "other" for chosen in sparse["sparse_attention_freq"]]
+    if not kinds:
+        return None
+    named = [index for index, kind in enumerate(kinds[:num_layers]) if kind in INDEXED_TYPES]
+    if named or family(model_type) == "minimax_m3_vl":  # its layers of full attention are dense
+        return tuple(named)
+    return tuple(index for index, kind in enumerate(kinds[:num_layers]) if kind == FULL_ATTENTION)
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """The object in a config.json, or in that of a checkpoint directory; raises EngineConfigError."""
+    return read_object(
+        path / "config.json" if path.is_dir() else path,
+        expected="a model's config.json",
+        advice="give the checkpoint's own",
+        error=EngineConfigError,
+    )
+
+
+# --- what a checkpoint must have -------------------------------------------------------------------------------------
+
+_ALWAYS = {
+    "num_hidden_layers": _LAYERS,
+    **dict.fromkeys(MTP_KEYS, whole(0, MAX_LAYERS)),
+    TYPES: list_of(one_of(*LETTERS)),  # transformers takes any other word for full
+}
+
+
+def check_config(config: Mapping[str, Any], name: str, kinds: Mapping[str, Kind] | None = None) -> None:
+    """Raise ModelError, which names the checkpoint, for what does not have its kind in the language model's part."""
+    expected = {key: optional(kind) for key, kind in {**_ALWAYS, **(kinds or {})}.items()}
+    try:
+        check_fields(language_config(config, f"config.json of {name}"), expected)
+    except FieldError as error:
+        raise _wrong(name, str(error)) from None
+
+
+def _wrong(name: str, what: str) -> ModelError:
+    return ModelError(f"config.json of {name}: {what}; use the config that belongs to the weights")
+
+
+FP8 = "fp8"
+_BLOCK = [128, 128]  # of weights with one scale, where the config does not say
+
+
+def quantization(config: Mapping[str, Any], name: str) -> Any:
+    """`quantization_config`, of the whole or of the language model; whatever JSON value it is."""
+    return config.get("quantization_config") or language_config(config, name).get("quantization_config")
+
+
+def fp8_block(config: Mapping[str, Any], name: str) -> tuple[int, int] | None:
+    """Rows and columns of the blocks that have one scale, None where weights are not quantised.
+
+    Raises ModelError for another quantisation than FP8 in blocks.
+    """
+    settings = quantization(config, name)
+    if not settings:
+        return None
+    if not isinstance(settings, dict):
+        raise ModelError(
+            f"{name} has quantization_config {shown(settings)}: expected an object with quant_method {FP8!r}, or none; "
+            "use the config that belongs to the weights"
+        )
+    if settings.get("quant_method") != FP8:
+        raise ModelError(
+            f"{name} is quantised by {shown(settings.get('quant_method'))}: expected {FP8!r}, with a scale for each "
+            "block of 128 x 128 weights, or no quantization_config at all; convert it to bfloat16 first"
+        )
+    block = settings.get("weight_block_size", _BLOCK)
+    if not list_of(whole(1), 2).fits(block):
+        raise ModelError(
+            f"quantization_config of {name} has weight_block_size {shown(block)}: expected two sizes, such "
+            "as [128, 128]; convert it to bfloat16 first"
+        )
+    rows, columns = block
+    return rows, columns
+
+
+# --- which layers a checkpoint shares --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -90,219 +338,24 @@ def _differences(letters: str) -> Iterator[tuple[int, int, int, int]]:
             yield in_front[at] + wrong[at], -(at + full[at]), freq, first
 
 
-INDEXED_TYPES = ("indexed_attention", "compressed_sparse_attention", "minimax_m3_sparse")
-FULL_ATTENTION = (
-    "full_attention"  # of DSA layers beside linear or sliding ones in older configs, of dense ones elsewhere
-)
-ALIKE_TYPES = ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "mistral_large4")
-MIXED_TYPES = ("dots3_note", "deepseek_v4", "glm5_next", "minimax_m3_vl", "qwen4_exp")
-INDEX_KEYS = ("index", "sparse_attention")  # how keys of indexers begin
-C4 = 4  # the compression of DeepSeek V4's layers that have an indexer
-MTP_KEYS = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_layers")
-
-_STRING = Kind("text", lambda value: isinstance(value, str))
-_FIELDS = {
-    "num_hidden_layers": whole(1, MAX_LAYERS),
-    "layer_types": optional(list_of(_STRING)),
-    "compress_ratios": optional(list_of(whole(0))),
-    "model_type": optional(_STRING),
-    **{key: optional(whole(0, MAX_LAYERS)) for key in MTP_KEYS},
-}
-
-
-class EngineConfigError(PatternError):
-    """A config, an override or a file of an engine that cannot be read as a pattern."""
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """`num_layers` decoder layers, those of multi-token prediction (`mtp_layers`) not among them.
-
-    `layer_indices` are those with an indexer; `wrapper`: the text model's config sits in text_config. `keys` is the
-    text model's config, empty where it is not known.
-    """
-
-    num_layers: int
-    layer_indices: tuple[int, ...]
-    model_type: str | None = None
-    mtp_layers: int = 0
-    wrapper: bool = False
-    keys: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
-
-    @classmethod
-    def alike(cls, num_layers: int) -> Backbone:
-        """That many layers, each with an indexer."""
-        return cls(num_layers, tuple(range(num_layers)))
-
-    @classmethod
-    def of_model(cls, num_layers: int, layer_indices: Sequence[int], config: Mapping[str, Any]) -> Backbone:
-        """The layers that a model was seen to have, with what its config.json says beside them."""
-        keys = text_keys(config)
-        model_type = config.get("model_type") or keys.get("model_type")
-        return cls(num_layers, tuple(layer_indices), model_type, mtp_layers(keys), keys is not config, keys)
-
-
-def inner_config(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
-    """The keys of the text model, and whether they sit in text_config; EngineConfigError where that is no object."""
-    inner = config.get("text_config")
-    if inner is None:
-        return config, False
-    if not isinstance(inner, dict):
-        raise EngineConfigError(f"text_config is {shown(inner)}: expected an object; use the model's own config.json")
-    return inner, True
-
-
-def text_keys(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """As `inner_config`, of any JSON object: what is no text model's config is left alone."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, dict) else config
-
-
-def read_backbone(config: Mapping[str, Any], name: str) -> Backbone:
-    """The decoder layers of a config.json, called `name` in messages; raises EngineConfigError."""
-    inner, wrapper = inner_config(config)
-    try:
-        check_fields(inner, _FIELDS)
-    except FieldError as error:
-        raise EngineConfigError(f"{name} cannot be used ({error}): use the model's own config.json") from None
-    model_type = config.get("model_type") or inner.get("model_type")
-    if not isinstance(model_type, str | None):
-        raise EngineConfigError(f"{name} has model_type {shown(model_type)}: use the model's own config.json")
-    known = str(model_type).removesuffix("_text") in (*ALIKE_TYPES, *MIXED_TYPES)
-    if not known and not any(key.startswith(INDEX_KEYS) for key in inner):
-        raise EngineConfigError(
-            f"{name} is of a {model_type or 'nameless'} model and has no indexers: expected that of a "
-            "DeepSeek-Sparse-Attention model, such as deepseek_v32 or glm_moe_dsa"
-        )
-    num_layers = inner["num_hidden_layers"]
-    return Backbone(
-        num_layers,
-        _layer_indices(inner, num_layers, str(model_type), name),
-        model_type,
-        mtp_layers(inner),
-        wrapper,
-        inner,
-    )
-
-
-def mtp_layers(keys: Mapping[str, Any]) -> int:
-    """Layers of multi-token prediction behind the decoder's, by the text model's config."""
-    return next((keys[key] for key in MTP_KEYS if keys.get(key)), 0)
-
-
-def load_config(path: Path) -> dict[str, Any]:
-    """The object in a config.json, or in that of a checkpoint directory; raises EngineConfigError."""
-    return read_object(
-        path / "config.json" if path.is_dir() else path,
-        expected="a model's config.json",
-        advice="give the checkpoint's own",
-        error=EngineConfigError,
-    )
-
-
-def _layer_indices(config: Mapping[str, Any], num_layers: int, model_type: str, name: str) -> tuple[int, ...]:
-    """The layers that have an indexer, by the kinds that the config lists, else all of them."""
-    kinds = config.get("layer_types") or _kinds_of_older_keys(config)
-    if not kinds:
-        if model_type.removesuffix("_text") in MIXED_TYPES:
-            raise EngineConfigError(
-                f"{name} does not say which layers of this {model_type} model have an indexer: expected layer_types; "
-                "use the config.json of the checkpoint"
-            )
-        return tuple(range(num_layers))
-    named = [index for index, kind in enumerate(kinds[:num_layers]) if kind in INDEXED_TYPES]
-    found = named or [index for index, kind in enumerate(kinds[:num_layers]) if kind == FULL_ATTENTION]
-    if not found or (not named and "minimax" in model_type):
-        raise EngineConfigError(f"no layer of {name} has an indexer: expected one of {', '.join(INDEXED_TYPES)}")
-    return tuple(found)
-
-
-def _kinds_of_older_keys(config: Mapping[str, Any]) -> list[str]:
-    """Layer types from the keys that DeepSeek V4 and MiniMax M3 were first released with; empty without them."""
-    if config.get("compress_ratios"):
-        return ["compressed_sparse_attention" if ratio == C4 else "other" for ratio in config["compress_ratios"]]
-    sparse = config.get("sparse_attention_config")
-    frequencies = sparse.get("sparse_attention_freq") if isinstance(sparse, dict) else None
-    return ["minimax_m3_sparse" if one else "other" for one in frequencies] if isinstance(frequencies, list) else []
-
-
-FP8 = "fp8"
-_BLOCK = [128, 128]  # of weights with one scale, where the config does not say
-_ALWAYS = {
-    "num_hidden_layers": whole(1, MAX_LAYERS),
-    **dict.fromkeys(MTP_KEYS, whole(0, MAX_LAYERS)),
-    "indexer_types": list_of(one_of("full", "shared")),  # transformers takes any other word for full
-}
-
-
-def check_config(config: Mapping[str, Any], name: str, kinds: Mapping[str, Kind] | None = None) -> None:
-    """Raise ModelError, which names the checkpoint, for what does not have its kind in the language model's part."""
-    expected = {key: optional(kind) for key, kind in {**_ALWAYS, **(kinds or {})}.items()}
-    try:
-        check_fields(language_config(config, name), expected)
-    except FieldError as error:
-        raise ModelError(f"config.json of {name}: {error}; use the config that belongs to the weights") from None
-
-
-def language_config(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The part that describes the language model: all of it, or `text_config` of a wrapper; raises ModelError."""
-    inner = config.get("text_config")
-    if inner is not None and not isinstance(inner, dict):
-        raise ModelError(f"config.json of {name} has text_config {shown(inner)}: expected an object; download it again")
-    return inner or dict(config)
-
-
-def fp8_block(config: Mapping[str, Any], name: str) -> tuple[int, int] | None:
-    """Rows and columns of the blocks that have one scale, None where weights are not quantised.
-
-    Raises ModelError for another quantisation than FP8 in blocks.
-    """
-    settings = quantization(config, name)
-    if not settings:
-        return None
-    if not isinstance(settings, dict):
-        raise ModelError(
-            f"{name} has quantization_config {shown(settings)}: expected an object with quant_method {FP8!r}, or none; "
-            "use the config that belongs to the weights"
-        )
-    if settings.get("quant_method") != FP8:
-        raise ModelError(
-            f"{name} is quantised by {shown(settings.get('quant_method'))}: expected {FP8!r}, with a scale for each "
-            "block of 128 x 128 weights, or no quantization_config at all; convert it to bfloat16 first"
-        )
-    block = settings.get("weight_block_size", _BLOCK)
-    if not list_of(whole(1), 2).fits(block):
-        raise ModelError(
-            f"quantization_config of {name} has weight_block_size {shown(block)}: expected two sizes, such "
-            "as [128, 128]; convert it to bfloat16 first"
-        )
-    rows, columns = block
-    return rows, columns
-
-
-def quantization(config: Mapping[str, Any], name: str) -> Any:
-    """`quantization_config`, of the whole or of the language model; whatever JSON value it is."""
-    return config.get("quantization_config") or language_config(config, name).get("quantization_config")
-
-
-_READ_BY = ("glm_moe_dsa", "mistral_large4")  # types whose code in transformers 5.23 goes by the keys in this way
-_ALL_FULL = ("deepseek_v32", "axk2")  # those that run every indexer: engines may read the keys, transformers does not
 _NUMBER = whole(-MAX_COUNT)
 
 
 def start_pattern(config: Mapping[str, Any], name: str) -> Pattern:
-    """All F but for the layers that the checkpoint, called `name`, shares; each decoder layer has an indexer.
+    """All F but for the layers that the checkpoint, called `name`, shares: one letter a decoder layer.
 
-    As listed, else by letters, else by freq and offset. A type that transformers does not have is read so, too.
-    Raises ModelError.
+    By the keys that transformers heeds for its type; a type that is not known is read as most are, as listed, else by
+    letters, else by freq and offset. Raises ModelError.
     """
-    inner = language_config(config, name)
-    layers = inner["num_hidden_layers"]
-    if _type(config) in _ALL_FULL:
-        return Pattern.full(layers)
-    key = next((key for key in (TYPES, PATTERN) if inner.get(key) is not None), FREQ)
-    letters = _by_numbers(inner, name, layers) if key == FREQ else _listed(inner[key], key, name)
-    if len(letters) not in (layers, layers + mtp_layers(inner)):
+    keys = language_config(config, f"config.json of {name}")
+    layers = num_hidden_layers(config, name)
+    known = MODEL_TYPES.get(family(str(config.get("model_type"))), ModelType(heeded=(TYPES, PATTERN, FREQ)))
+    key = next((key for key in known.heeded if keys.get(key) is not None), FREQ)
+    if key == FREQ:
+        letters = _by_numbers(keys if FREQ in known.heeded else {FREQ: known.freq}, name, layers)
+    else:
+        letters = _listed(keys[key], key, name)
+    if len(letters) not in (layers, layers + mtp_layers(keys)):
         raise _wrong(name, f"{key} has {len(letters)} letters for {layers} layers: expected one a layer")
     if not letters.startswith(FULL):
         raise _wrong(name, f"{key} makes layer 0 S (shared): expected full first, for no indexers run before it")
@@ -311,12 +364,9 @@ def start_pattern(config: Mapping[str, Any], name: str) -> Pattern:
 
 def check_sharing(config: Mapping[str, Any], name: str) -> None:
     """Raise ModelError where transformers reads these keys and would fail, or silently read something else."""
-    if _type(config) in _READ_BY and language_config(config, name).get("num_hidden_layers") is not None:
+    known = MODEL_TYPES.get(family(str(config.get("model_type"))), ModelType(mixed=True))
+    if not known.mixed and language_config(config, f"config.json of {name}").get("num_hidden_layers") is not None:
         start_pattern(config, name)
-
-
-def _type(config: Mapping[str, Any]) -> str:
-    return family(str(config.get("model_type")))
 
 
 def _listed(value: Any, key: str, name: str) -> str:
@@ -325,32 +375,15 @@ def _listed(value: Any, key: str, name: str) -> str:
     known = {FULL: FULL, SHARED: SHARED} if as_text else LETTERS
     if not as_text and not isinstance(value, list):
         raise _wrong(name, f"{key} is {shown(value)}: expected {'letters, or ' * (key == PATTERN)}a list")
-    for position, one in enumerate(value):
-        if not isinstance(one, str) or one not in known:
-            raise _wrong(name, f"{key} has {shown(one)} at position {position}: expected {' or '.join(known)}")
-    return "".join(known[one] for one in value)
+    for position, kind in enumerate(value):
+        if not isinstance(kind, str) or kind not in known:
+            raise _wrong(name, f"{key} has {shown(kind)} at position {position}: expected {' or '.join(known)}")
+    return "".join(known[kind] for kind in value)
 
 
-def _by_numbers(inner: Mapping[str, Any], name: str, layers: int) -> str:
-    numbers = {FREQ: inner.get(FREQ, 1), OFFSET: inner.get(OFFSET, COMMON.default_offset)}
+def _by_numbers(keys: Mapping[str, Any], name: str, layers: int) -> str:
+    numbers = {FREQ: keys.get(FREQ, 1), OFFSET: keys.get(OFFSET, COMMON.default_offset)}
     for key, value in numbers.items():
         if not _NUMBER.fits(value):
             raise _wrong(name, f"{key} is {shown(value)}: expected a whole number, or no such key")
     return COMMON.letters(layers, max(numbers[FREQ], 1), numbers[OFFSET])
-
-
-def _wrong(name: str, what: str) -> ModelError:
-    return ModelError(f"config.json of {name}: {what}; use the config that belongs to the weights")
-
-
-TYPES, PATTERN, FREQ, OFFSET = "indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"
-SWITCH = "use_index_cache"
-
-
-def family(model_type: str | None) -> str:
-    """The model_type of the whole model, also where that of its text model is given; "" for none."""
-    return (model_type or "").removesuffix("_text")
-
-
-KINDS = {FULL: "full", SHARED: "shared"}
-LETTERS = {kind: letter for letter, kind in KINDS.items()}

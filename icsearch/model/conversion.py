@@ -18,7 +18,7 @@ import torch
 
 from icsearch.core.errors import ModelError
 from icsearch.model.checkpoint import Checkpoint
-from icsearch.model.config import language_config
+from icsearch.model.config import language_config, mtp_layers
 from icsearch.model.families.decoder import layer_list
 from icsearch.model.model import native_types
 from icsearch.model.shards import Shards
@@ -119,8 +119,8 @@ def check_rehearsed(checkpoint: Checkpoint, model: Any, info: Any) -> set[str]:
             f"{len(missing)} tensors that config.json calls for are not in the weights of {checkpoint.name}, such as "
             f"{missing[0]}: use the config that belongs to these weights, or download the missing shard"
         )
-    config = model.config.get_text_config()
-    if unexpected := sorted(name for name in info.unexpected_keys if not _has_no_use(name, config, checkpoint)):
+    unused = _unused(model.config.get_text_config(), checkpoint, info.unexpected_keys)
+    if unexpected := sorted(set(info.unexpected_keys) - unused):
         raise ModelError(
             f"{len(unexpected)} tensors of {checkpoint.name} have no place in the model that config.json describes, "
             f"such as {unexpected[0]}: use the config that belongs to these weights"
@@ -134,15 +134,25 @@ def _reason(text: str) -> str:
     return next((line for line in lines if "DefaultCPUAllocator" in line), lines[-1])
 
 
-def _has_no_use(name: str, config: Any, checkpoint: Checkpoint) -> bool:
-    """True for weights that a whole checkpoint may carry unused: MTP layers, indexers of native S layers."""
-    found = re.search(r"\.layers\.(\d+)\.", name)
-    if found is None:
-        return False
-    layer = int(found[1])
-    raw = language_config(checkpoint.config, checkpoint.name)
-    mtp = range(config.num_hidden_layers, config.num_hidden_layers + (raw.get("num_nextn_predict_layers") or 0))
-    return layer in mtp or (".indexer." in name and native_types(config).get(layer) == "shared")
+_LAYER = re.compile(r"(?:.*?\.)?layers\.(\d{1,6})\.(.+)")
+_OF_PREDICTION = ("eh_proj.", "enorm.", "hnorm.")  # what a layer of multi-token prediction alone has
+
+
+def _unused(config: Any, checkpoint: Checkpoint, names: Iterable[str]) -> set[str]:
+    """Of these tensors those that a whole checkpoint may carry unused: MTP layers, indexers of native S layers.
+
+    An MTP layer is one behind the last that the config counts as such, or whose tensors show it.
+    """
+    layers, native = config.num_hidden_layers, native_types(config)
+    keys = language_config(checkpoint.config, f"config.json of {checkpoint.name}")
+    parts = {name: (int(match[1]), match[2]) for name in names if (match := _LAYER.fullmatch(name))}
+    shown = {layer for layer, part in parts.values() if layer >= layers and part.startswith(_OF_PREDICTION)}
+    predicting = shown | set(range(layers, layers + mtp_layers(keys)))
+    return {
+        name
+        for name, (layer, part) in parts.items()
+        if layer in predicting or ("indexer." in part and native.get(layer) == "shared")
+    }
 
 
 def check_finite(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:

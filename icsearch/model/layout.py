@@ -15,8 +15,8 @@ from icsearch.core.errors import ModelError
 from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.text import first_line
 from icsearch.model.checkpoint import Checkpoint
-from icsearch.model.config import Backbone
-from icsearch.model.families.decoder import auto_class, check_one_each
+from icsearch.model.config import TEXT_CONFIG, Backbone, dtype_name
+from icsearch.model.families.decoder import auto_class, check_one_each, layer_configs
 from icsearch.model.families.ending import streams
 from icsearch.model.families.handed import numbers_left
 from icsearch.model.families.selection import SelectionForm, index_heads, read_form
@@ -87,36 +87,39 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
             "expected a DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa, whose decoder layers "
             "have a module `indexer` that returns a selection"
         )
-    text_config = skeleton.config
     with _named(checkpoint):
         check_one_each(skeleton.layer_indices)
         selection, (heads, head_dim) = read_form(indexer), index_heads(indexer)
-    # Sizes first: they refuse numbers that are no counts, on which no indexer can be tried.
-    sizes = ModelShape.from_config(text_config.to_dict()) if skeleton.has_arithmetic else None
-    known = sizes is not None and scores_alike(indexer)
-    return Layout(
-        model_type=config.model_type,
-        num_layers=len(skeleton.layers),
-        layer_indices=tuple(skeleton.layer_indices),
-        native_shared=tuple(skeleton.native_shared),
-        wrapper_config=isinstance(checkpoint.config.get("text_config"), dict),
-        dtype=str(config_dtype(config)).removeprefix("torch."),
-        hidden_size=text_config.hidden_size,
-        vocab_size=text_config.vocab_size,
-        max_positions=text_config.max_position_embeddings,
-        attention_heads=text_config.num_attention_heads,
-        attention=text_config._attn_implementation,
-        streams=streams(text_config),
-        left_numbers=numbers_left(text_config),
-        selection=selection,
-        index_heads=heads,
-        index_head_dim=head_dim,
-        num_parameters=_num_parameters(skeleton.model),
-        layer_parameters=tuple(_num_parameters(layer) for layer in skeleton.layers),
-        has_arithmetic=known,
-        sizes=sizes if known else None,
-        backbone=Backbone.of_model(len(skeleton.layers), skeleton.layer_indices, checkpoint.config),
-    )
+    with _readable(checkpoint):
+        every = layer_configs(skeleton.config)
+        distinct = {id(every[index]): every[index] for index in skeleton.layer_indices}.values()
+        # Sizes first: they refuse numbers that are no counts, on which no indexer can be tried.
+        sizes = [ModelShape.from_config(layer.to_dict()) for layer in distinct] if skeleton.has_arithmetic else []
+        largest = max(sizes, key=lambda shape: shape.projection_weights, default=None)
+        known = largest is not None and scores_alike(indexer)
+        return Layout(
+            model_type=config.model_type,
+            num_layers=len(skeleton.layers),
+            layer_indices=tuple(skeleton.layer_indices),
+            native_shared=tuple(skeleton.native_shared),
+            wrapper_config=bool(checkpoint.config.get(TEXT_CONFIG)),
+            dtype=str(config_dtype(checkpoint)).removeprefix("torch."),
+            hidden_size=every[0].hidden_size,
+            vocab_size=every[0].vocab_size,
+            max_positions=min(layer.max_position_embeddings for layer in every),
+            attention_heads=max(layer.num_attention_heads for layer in every),
+            attention=skeleton.config._attn_implementation,
+            streams=streams(every[0]),
+            left_numbers=max(numbers_left(layer) for layer in every),
+            selection=selection,
+            index_heads=heads,
+            index_head_dim=head_dim,
+            num_parameters=_num_parameters(skeleton.model),
+            layer_parameters=tuple(_num_parameters(layer) for layer in skeleton.layers),
+            has_arithmetic=known,
+            sizes=largest if known else None,
+            backbone=Backbone.of_model(len(skeleton.layers), skeleton.layer_indices, checkpoint.config),
+        )
 
 
 @contextlib.contextmanager
@@ -126,6 +129,18 @@ def _named(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     except ModelError as error:
         raise ModelError(f"{checkpoint.name} cannot be searched: {error}") from None
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: Checkpoint) -> Iterator[None]:
+    """Within the block, what fails in another library's config is told of the checkpoint."""
+    try:
+        yield
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{checkpoint.name} cannot be searched: its config does not say what a search needs to know of each layer "
+            f"({first_line(error)}); check it against the model that it belongs to"
+        ) from error
 
 
 def _skeleton(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
@@ -144,9 +159,18 @@ def cannot_build(checkpoint: Checkpoint, error: Exception) -> ModelError:
     )
 
 
-def config_dtype(config: Any) -> torch.dtype:
-    """The type that a checkpoint's config names, its own or its language model's; float32 where it names none."""
-    return config.dtype or config.get_text_config().dtype or torch.float32
+def config_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type that a checkpoint's config names for its weights; raises ModelError for what is none.
+
+    Read from the file: transformers' own config has a type of its own once a model is made of it.
+    """
+    stated = dtype_name(checkpoint.config, checkpoint.name).removeprefix("torch.")
+    found = getattr(torch, stated, None)
+    if not isinstance(found, torch.dtype):
+        raise ModelError(
+            f"config.json of {checkpoint.name} has dtype {stated!r}: expected {', '.join(DTYPES)}; mend it"
+        )
+    return found
 
 
 def _num_parameters(module: nn.Module) -> int:

@@ -229,7 +229,7 @@ def _empty_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) ->
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
     config = load_config(checkpoint, trust_remote_code)
-    wanted = config_dtype(config) if dtype == "auto" else DTYPES[dtype]
+    wanted = config_dtype(checkpoint) if dtype == "auto" else DTYPES[dtype]
     try:
         with init_empty_weights(include_buffers=False):
             model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)

@@ -5,10 +5,12 @@ The arithmetic and the plan read the same ones, so that what is planned is what 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from icsearch.core.errors import ModelError
+from icsearch.model.config import indexed_layers, language_config
 
 # Keys of a config whose work the formulas leave out, and what that work is.
 _UNCOUNTED = {
@@ -31,8 +33,6 @@ EXPERT_CHUNK_TOKENS = 8192
 # One gathered number costs about as much as so many multiply-adds of a matrix product (measured on CPU, float32:
 # 1.05 ns against 0.05 ns; see benchmarks/LOG.md). It decides between gathering and dense attention.
 GATHER_COST = 20
-
-DSA_LAYER_TYPES = ("indexed_attention", "full_attention")  # both names occur for DSA layers beside others
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ class ModelShape:
     gate_rank: int = 0
 
     @classmethod
-    def from_config(cls, config: dict[str, Any], dsa_layers: int | None = None) -> ModelShape:
+    def from_config(cls, config: Mapping[str, Any], dsa_layers: int | None = None) -> ModelShape:
         """The shape in a config.json, multimodal wrappers included; ModelError where this module cannot count it.
 
         `dsa_layers`, where the caller knows the model, beats what `layer_types` says.
         """
-        config = config.get("text_config") or config
+        model_type, config = config.get("model_type"), language_config(config, "config.json")
         for key, what in _UNCOUNTED.items():
             if config.get(key):
                 raise ModelError(f"config.json has {key}, and the cost of {what} is not counted here")
@@ -84,7 +84,7 @@ class ModelShape:
         return cls(
             hidden_size=_size(config, "hidden_size"),
             layers=layers,
-            dsa_layers=_dsa_layers(config, layers) if dsa_layers is None else dsa_layers,
+            dsa_layers=_dsa_layers(config, layers, model_type) if dsa_layers is None else dsa_layers,
             heads=_size(config, "num_attention_heads"),
             q_lora_rank=_query_rank(config),
             kv_lora_rank=_size(config, "kv_lora_rank"),
@@ -156,7 +156,7 @@ class ModelShape:
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
-def _size(config: dict[str, Any], *keys: str, least: int = 1) -> int:
+def _size(config: Mapping[str, Any], *keys: str, least: int = 1) -> int:
     value = next((config[key] for key in keys if config.get(key) is not None), None)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ModelError(
@@ -167,14 +167,14 @@ def _size(config: dict[str, Any], *keys: str, least: int = 1) -> int:
     return value
 
 
-def _query_rank(config: dict[str, Any]) -> int:
+def _query_rank(config: Mapping[str, Any]) -> int:
     """Rank of the query latent; 0 in the one make that has none, which lists its layers without RoPE."""
     if config.get("no_rope_layers") and config.get("q_lora_rank") is None:
         return 0
     return _size(config, "q_lora_rank")
 
 
-def _dense_layers(config: dict[str, Any], layers: int) -> int:
+def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
     """Layers with a dense MLP: as listed, else the leading ones and those that `moe_layer_freq` skips."""
     types = config.get("mlp_layer_types")
     if types:
@@ -186,9 +186,9 @@ def _dense_layers(config: dict[str, Any], layers: int) -> int:
     return sum(index < first or index % frequency != 0 for index in range(layers))
 
 
-def _dsa_layers(config: dict[str, Any], layers: int) -> int:
-    types = config.get("layer_types")
-    return sum(kind in DSA_LAYER_TYPES for kind in types) if types else layers
+def _dsa_layers(config: Mapping[str, Any], layers: int, model_type: Any) -> int:
+    indices = indexed_layers(config, layers, str(model_type))
+    return layers if indices is None else len(indices)
 
 
 def block_size(elements_per_query: int, block_elements: int) -> int:

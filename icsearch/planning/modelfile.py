@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def _download(repo_id: str) -> Path:
         ) from error
 
 
-def _check_lists(config: dict[str, Any], name: str) -> None:
+def _check_lists(config: Mapping[str, Any], name: str) -> None:
     """Refuse lists of layers that are not as long as there are layers; raises ModelError."""
     layers = config.get("num_hidden_layers")
     for key in ("layer_types", "mlp_layer_types"):

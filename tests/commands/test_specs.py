@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from engine_files import part_read
 from icsearch.commands.specs import Target, resolve_specs
 from icsearch.core.errors import PatternError
 from icsearch.core.jsonfile import write_object
@@ -138,42 +139,51 @@ def test_settings_of_an_engine_are_specs(tmp_path: Path) -> None:
     config = {"model_type": "glm_moe_dsa", "num_hidden_layers": 4, "index_topk_freq": 2, "index_skip_topk_offset": 1}
     write_object(tmp_path / "config.json", config)
     path = str(tmp_path / "config.json")
-    specs = [OVERRIDES, f"--hf-overrides '{OVERRIDES}'", "freq:3", "megatron:freq:3", path, str(tmp_path)]
-    assert letters(*specs) == ["FSSF", "FFSS", "FSSF", "FSFS", "FSFS"]  # the first two are one and the same
-    (named,) = resolve_specs([OVERRIDES], TARGET)[1:]
+    vllm = f"vllm:{OVERRIDES}"
+    specs = [vllm, f"atom: {OVERRIDES}", "vllm:freq:3", "megatron:freq:3", f"transformers:{path}", f"vllm:{tmp_path}"]
+    assert letters(*specs) == ["FSSF", "FSSF", "FFSS", "FSSF", "FSFS", "FSFS"]
+    (named,) = resolve_specs([vllm], TARGET)[1:]
     assert (named.name, named.method) == ("as vLLM", "imported")
     assert named.notes == ()
-    (named,) = resolve_specs(['{"use_index_cache": false, "index_topk_pattern": "FSSF"}'], TARGET)[1:]
+    (named,) = resolve_specs(['vllm:{"use_index_cache": false, "index_topk_pattern": "FSSF"}'], TARGET)[1:]
     assert named.pattern.letters == "FFFF"
-    assert named.notes[0] == (
-        "read as vLLM does; transformers, SGLang, TensorRT-LLM, LMDeploy run another pattern with these keys: put the "
-        "engine in front, as in transformers:..."
-    )
+
+
+def test_an_engine_must_be_named(tmp_path: Path) -> None:
+    write_object(tmp_path / "config.json", {"model_type": "glm_moe_dsa", "num_hidden_layers": 4})
+    for spec in (OVERRIDES, "freq:3", str(tmp_path), str(tmp_path / "config.json")):
+        with pytest.raises(PatternError, match="none is named: give --engine NAME, or NAME: in front, one of .*vllm"):
+            letters(spec)
+
+
+def test_a_command_line_is_no_spec() -> None:
+    with pytest.raises(PatternError, match="a command line is not read here: give the JSON object behind"):
+        letters(f"vllm serve MODEL --hf-overrides '{OVERRIDES}'")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_what_export_prints_is_a_spec(engine: str) -> None:
     file = replace(FILE, pattern=Pattern("FFSS"), model={"model_type": "glm_moe_dsa", "num_hidden_layers": 4})
-    assert letters(export(file, engine).text) == ["FFSS"]
+    assert letters(f"{engine}:{part_read(export(file, engine))}") == ["FFSS"]
 
 
 def test_an_engines_letters_count_decoder_layers() -> None:
     target = replace(TARGET, start=Pattern("FFF"), layers=Backbone(6, (1, 3, 4), "glm_moe_dsa"))
-    assert letters('{"use_index_cache": true, "index_topk_pattern": "SFSSFS"}', target=target) == ["FSF"]
-    assert letters("freq:4", target=target) == ["FSS"]  # FFSSSF over all six
+    assert letters('vllm:{"use_index_cache": true, "index_topk_pattern": "SFSSFS"}', target=target) == ["FSF"]
+    assert letters("vllm:freq:4", target=target) == ["FSS"]  # FFSSSF over all six
 
 
 def test_the_config_of_another_model_is_refused_unless_forced(tmp_path: Path) -> None:
     config = {"model_type": "deepseek_v32", "num_hidden_layers": 4, "index_topk_pattern": "FSSF"}
     write_object(tmp_path / "config.json", config)
     with pytest.raises(PatternError, match="model type deepseek_v32, this model has glm_moe_dsa"):
-        letters(str(tmp_path))
-    assert letters(str(tmp_path), force=True) == ["FSSF"]
+        letters(f"vllm:{tmp_path}")
+    assert letters(f"vllm:{tmp_path}", force=True) == ["FSSF"]
     write_object(tmp_path / "config.json", {**config, "num_hidden_layers": 5})
     with pytest.raises(PatternError, match="5 letters|has 5 layers, the model 4|has 4 letters"):
-        letters(str(tmp_path), force=True)
+        letters(f"vllm:{tmp_path}", force=True)
 
 
 def test_full_of_an_engine_where_the_checkpoint_shares() -> None:
     with pytest.raises(PatternError, match="asks F of layer 2"):
-        letters("freq:2,offset:3", target=replace(TARGET, start=Pattern("FFSF"), model_type=""))
+        letters("vllm:freq:2,offset:3", target=replace(TARGET, start=Pattern("FFSF"), model_type=""))

@@ -21,7 +21,7 @@ GLM = {"model_type": "glm_moe_dsa", "num_hidden_layers": 6}
 SIX = Backbone.alike(6)
 
 
-def read(keys: dict[str, Any], engine: str | None = None, backbone: Backbone | None = SIX) -> tuple[str, list[str]]:
+def read(keys: dict[str, Any], engine: str, backbone: Backbone | None = SIX) -> tuple[str, list[str]]:
     found = import_pattern(json.dumps(keys), engine, backbone)
     return found.pattern.letters, list(found.notes)
 
@@ -80,7 +80,6 @@ def test_types_that_an_engine_is_not_known_to_share_for() -> None:
     assert notes == [
         "transformers is not known to read index_topk_pattern for deepseek_v32: it may run every layer as F"
     ]
-    assert import_pattern(json.dumps(config)).engine.name == "vllm"
     assert read({"model_type": "hy_v4", "num_hidden_layers": 6}, "vllm", None)[0] == "FFFFFF"
 
 
@@ -98,8 +97,8 @@ def test_glm_5_2_as_shipped_is_the_published_pattern() -> None:
 
 def test_models_without_indexers_are_none() -> None:
     with pytest.raises(PatternError, match="is of a llama model and has no indexers"):
-        read({"model_type": "llama", "num_hidden_layers": 6}, None, None)
-    assert read({"model_type": "new_dsa", "num_hidden_layers": 2, "index_topk": 8}, None, None)[0] == "FF"
+        read({"model_type": "llama", "num_hidden_layers": 6}, "vllm", None)
+    assert read({"model_type": "new_dsa", "num_hidden_layers": 2, "index_topk": 8}, "vllm", None)[0] == "FF"
 
 
 def test_wrapped_configs_and_what_stands_beside() -> None:
@@ -197,10 +196,10 @@ def test_which_layers_have_an_indexer(keys: dict[str, Any], layers: tuple[int, .
 
 def test_a_family_that_mixes_kinds_must_say_where() -> None:
     with pytest.raises(PatternError, match="does not say which layers of this glm5_next model have an indexer"):
-        read({"model_type": "glm5_next", "num_hidden_layers": 6}, None, None)
+        read({"model_type": "glm5_next", "num_hidden_layers": 6}, "vllm", None)
 
 
-# --- overrides and flags --------------------------------------------------------------------------------------------
+# --- overrides ----------------------------------------------------------------------------------------------------
 
 
 def test_the_switch() -> None:
@@ -274,30 +273,110 @@ def test_deepseek_v4_in_both_encodings() -> None:
 
 def test_freq_and_offset_by_each_engines_rule() -> None:
     for text, expected in (
-        ("freq:4", "FFSSSF"),
-        ("freq:4,offset:3", "FFFSSS"),
         ("vllm:freq:4", "FFSSSF"),
+        ("vllm:freq:4,offset:3", "FFFSSS"),
         ("megatron:freq:4", "FSSSFS"),
         ("megatron:freq:4,offset:3", "FFFSSS"),
         ("atom:freq:4,offset:3", "FFFFSS"),
-        ("--dsa-indexer-topk-freq 4 --dsa-indexer-skip-topk-offset 3", "FFFSSS"),
-        ("--dsa-indexer-topk-freq=4", "FSSSFS"),
     ):
         assert import_pattern(text, None, SIX).pattern.letters == expected
-    assert "offset 2 by default" in import_pattern("freq:4", None, SIX).notes[0]
     assert import_pattern("megatron:freq:4", None, SIX).notes == ()
 
 
-def test_the_engine_follows_from_the_keys() -> None:
-    for text, engine in (
-        ('{"use_index_cache": true, "index_topk_pattern": "FS"}', "vllm"),
-        ('--json-model-override-args \'{"index_topk_pattern": "FS"}\'', "sglang"),
-        ('--hf-overrides \'{"indexer_types": ["full", "shared"]}\'', "lmdeploy"),
-        ('{"glm-dsa.attention.indexer.types": [true, false]}', "llamacpp"),
-        ('{"indexer_types": ["full", "shared"]}', "transformers"),
-    ):
-        found = import_pattern(text)
-        assert (found.engine.name, found.pattern.letters) == (engine, "FS")
+@pytest.mark.parametrize(
+    ("text", "backbone", "names"),
+    [
+        ('{"use_index_cache": true, "index_topk_pattern": "FS"}', None,
+         "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend"),
+        ('{"index_topk_pattern": "FS"}', Backbone(2, (0, 1), "deepseek_v32"), "vllm, sglang, atom, vllm-ascend"),
+        ('{"text_config": {"indexer_types": ["full"]}}', None, "transformers, lmdeploy, atom, llamacpp"),
+        ('{"glm-dsa.attention.indexer.types": [true, false]}', None, "llamacpp"),
+        ('{"dsa_indexer_topk_freq": 2}', SIX, "megatron"),
+        ('{"model_type": "hy_v4", "num_hidden_layers": 6}', None, "transformers"),
+        ("freq:4", SIX, "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, megatron"),
+        ("freq:4", Backbone(6, (2, 4), "minimax_m3_vl"), "vllm, atom"),
+        ('{"hidden_size": 4}', Backbone(6, (0, 1), "axk2"), "transformers, .* megatron"),
+    ],
+)  # fmt: skip
+def test_an_engine_must_be_named_and_those_that_could_be_meant_are(
+    text: str, backbone: Backbone | None, names: str
+) -> None:
+    with pytest.raises(PatternError, match=f"none is named: give --engine NAME, or NAME: in front, one of {names}$"):
+        import_pattern(text, None, backbone)
+
+
+def test_two_engines_are_one_too_many() -> None:
+    assert import_pattern("vllm:freq:4", "vllm", SIX).pattern.letters == "FFSSSF"
+    with pytest.raises(PatternError, match="megatron: in front and --engine vllm are two engines"):
+        import_pattern("megatron:freq:4", "vllm", SIX)
+
+
+def test_letters_need_no_engine() -> None:
+    found = import_pattern("ffsf")
+    assert (found.pattern.letters, found.engine, found.backbone) == ("FFSF", None, Backbone.alike(4))
+    mixed = import_pattern("FSF", None, Backbone(6, (1, 3, 4), "dots3_note"))
+    assert mixed.pattern_file("FSF").layer_indices == (1, 3, 4)
+    with pytest.raises(PatternError, match="pattern has 3 letters, the model has 6 DSA layers"):
+        import_pattern("FSF", None, SIX)
+    for text, engine in (("vllm:FSF", None), ("FSF", "vllm")):
+        with pytest.raises(PatternError, match="these letters are a pattern already, whatever the engine"):
+            import_pattern(text, engine)
+
+
+# --- command lines --------------------------------------------------------------------------------------------------
+
+DOCKER = """docker run --gpus all \\
+  -p 8000:8000 \\
+  vllm/vllm-openai:nightly \\
+  -lc "
+    pip install -U transformers && \\
+    vllm serve MODEL \\
+      --hf-overrides '{\\"use_index_cache\\": true, \\"index_topk_pattern\\": \\"FFSFSSFS\\"}' \\
+      --trust-remote-code
+  "
+"""
+COMPOSE = """services:
+  glm:
+    command:
+      - --model=MODEL
+      - --hf_overrides={"index_topk_pattern": "FFS"}
+"""
+OBJECT, MEGATRON = "the JSON object behind --hf-overrides alone, as one argument, and --engine NAME", "freq:N,offset:M"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        (DOCKER, OBJECT),
+        (COMPOSE, OBJECT),
+        ("--hf-overrides '{\"index_topk_freq\": 4}'", OBJECT),
+        ("--hf-overrides", OBJECT),
+        ("--hf-overrides '{", OBJECT),
+        ("vllm serve M --hf_overrides.index_topk_freq=4", OBJECT),
+        ("# our flags\n--hf-overrides=$OVERRIDES", OBJECT),
+        ("python -m sglang.launch_server --json-model-override-args '{}'", "behind --json-model-override-args alone"),
+        ("--dsa-indexer-topk-freq 4 --dsa-indexer-skip-topk-offset 2", MEGATRON),
+        ("torchrun pretrain.py --dsa-indexer-topk-freq=4", MEGATRON),
+        ("vllm serve x -tp 8", "the JSON object that it lays over the model's config, as one argument, or that"),
+        ("vllm serve x", "the JSON object that it lays over the model's config"),
+        ("vllm serve x --hf-override '{}'", "the JSON object that it lays over the model's config"),
+        ("--port 80", "the JSON object that it lays over the model's config"),
+        ("command: [vllm, serve, x, --port, 80]", "the JSON object that it lays over the model's config"),
+    ],
+)
+def test_a_command_line_is_refused_with_the_part_to_give(text: str, part: str) -> None:
+    for spec in (text, f"vllm:{text}"):
+        with pytest.raises(PatternError) as caught:
+            import_pattern(spec, None, SIX)
+        assert str(caught.value).startswith("a command line is not read here: give ")
+        assert part in str(caught.value) and "\n" not in str(caught.value)
+        assert is_engine_source(spec)
+
+
+def test_names_with_dashes_are_files(tmp_path: Path) -> None:
+    path = tmp_path / "vllm serve -tp 8.json"
+    write_object(path, {"index_topk_pattern": "FFS"})
+    assert import_pattern(str(path), "sglang").pattern.letters == "FFS"
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -306,8 +385,8 @@ def test_the_engine_follows_from_the_keys() -> None:
 def test_files_and_directories(tmp_path: Path) -> None:
     write_object(tmp_path / "config.json", {**GLM, "index_topk_freq": 4})
     write_object(tmp_path / "overrides.json", {"use_index_cache": True, "index_topk_pattern": "FSSFSS"})
-    assert import_pattern(str(tmp_path / "config.json")).pattern.letters == "FFSSSF"
-    assert import_pattern(str(tmp_path)).pattern.letters == "FFSSSF"
+    assert import_pattern(str(tmp_path / "config.json"), "transformers").pattern.letters == "FFSSSF"
+    assert import_pattern(str(tmp_path), "vllm").pattern.letters == "FFSSSF"
     assert import_pattern(str(tmp_path / "overrides.json"), "vllm").pattern.letters == "FSSFSS"
     assert import_pattern(f"vllm:{tmp_path / 'overrides.json'}").pattern.letters == "FSSFSS"
     assert is_engine_source(str(tmp_path)) and is_engine_source(str(tmp_path / "overrides.json"))
@@ -322,7 +401,26 @@ def test_our_own_files_are_none(tmp_path: Path) -> None:
 
 def test_a_config_of_another_size_is_refused() -> None:
     with pytest.raises(PatternError, match="has 6 layers, the model 7"):
-        import_pattern(json.dumps({**GLM, "index_topk_freq": 4}), None, Backbone.alike(7))
+        import_pattern(json.dumps({**GLM, "index_topk_freq": 4}), "vllm", Backbone.alike(7))
+
+
+def test_overrides_may_cut_the_model(tmp_path: Path) -> None:
+    """What does not name its type is no config of its own: it lies on top of the model's, layers included."""
+    typed = {"num_hidden_layers": 4, "use_index_cache": True, "index_topk_freq": 2}
+    path = tmp_path / "overrides.json"
+    write_object(path, typed)
+    kinds = ["full_attention", "indexed_attention"] * 6
+    for keys, letters in (({}, "FFSF"), ({"layer_types": kinds}, "FF"), ({"index_skip_topk_offset": 1}, "FSFS")):
+        model = read_backbone({**GLM, "num_hidden_layers": 12, **keys}, "config.json")
+        for text in (json.dumps(typed), str(path)):
+            found = import_pattern(text, "vllm", model)
+            assert (found.pattern.letters, found.backbone.num_layers) == (letters, 4)
+    wrapped = read_backbone({"model_type": "mistral_large4", "text_config": {**GLM, "num_hidden_layers": 12}}, "M")
+    assert import_pattern(json.dumps({"text_config": typed}), "vllm", wrapped).pattern.letters == "FFSF"
+    with pytest.raises(PatternError, match="the text has 4 layers, the model 6: expected the same model"):
+        import_pattern(json.dumps(typed), "vllm", SIX)
+    with pytest.raises(PatternError, match="num_hidden_layers is 0"):
+        import_pattern(json.dumps({"text_config": {**typed, "num_hidden_layers": 0}}), "vllm", wrapped)
 
 
 @pytest.mark.parametrize(
@@ -344,26 +442,9 @@ def test_a_config_of_another_size_is_refused() -> None:
         ('{"indexer_types": ["F", "S"]}', "transformers takes a list of anything else as all full"),
         ('{"indexer_types": "FS"}', "expected a list of full and shared"),
         ('{"indexer_types": []}', "expected a list of full and shared"),
-        ('{"text_config": 3}', "text_config is 3: expected an object"),
+        ('{"text_config": 3}', "has text_config 3: expected an object"),
         ('{"num_hidden_layers": 0}', "num_hidden_layers is 0"),
         ('{"num_hidden_layers": 3, "model_type": []}', "model_type"),
-        ("--hf-overrides", "has no value"),
-        ("--hf-overrides ''", "is not JSON"),
-        ("--hf-overrides '{", "cannot be split into flags"),
-        ("--port 80", "no flag of a pattern in '--port 80': without --hf-overrides, --json-model-override-args, "),
-        ("vllm serve x -tp 8", "no flag of a pattern in 'vllm serve x -tp 8': without .* give its config.json"),
-        ("vllm serve x", "no flag of a pattern"),
-        ("python -m sglang.launch_server --tp 8", "an engine runs what the model's config says"),
-        ("--dsa-indexer-topk 2048 --seq-length 4096", "an engine runs what the model's config says"),
-        ("vllm serve x --hf-override '{}'", "for '--hf-override', did you mean --hf-overrides?"),
-        ("vllm serve x --hf_overides.index_topk_freq=4", "for '--hf_overides', did you mean --hf-overrides?"),
-        ("--json-model-overide-args '{}'", "did you mean --json-model-override-args?"),
-        ("--dsa-indexer-topk-frq 4", "did you mean --dsa-indexer-topk-freq?"),
-        (
-            "FFSFSS",
-            'a pattern already: give them to eval --pattern .* import \'{"index_topk_pattern": "FFSFSS"}\' --out',
-        ),
-        ("--dsa-indexer-topk-freq four", "expected a whole number"),
         ("[1, 2]", "no file"),
         ("nowhere.json", "no file nowhere.json"),
         ("nowhere.gguf", "cannot read nowhere.gguf"),
@@ -374,41 +455,13 @@ def test_a_config_of_another_size_is_refused() -> None:
 )
 def test_what_cannot_be_read(text: str, words: str) -> None:
     with pytest.raises(PatternError, match=words) as caught:
-        import_pattern(text, None, SIX if "num_hidden_layers" not in text else None)
+        import_pattern(text, "transformers", SIX if "num_hidden_layers" not in text else None)
     assert "\n" not in str(caught.value)
-
-
-DIFFERING: list[tuple[str, str, str]] = [
-    ('{"index_topk_freq": 4, "index_skip_topk_offset": 3}', "transformers", "ATOM runs"),
-    ("--hf-overrides '{\"index_topk_freq\": 4, \"index_skip_topk_offset\": 3}'", "vLLM", "ATOM runs"),
-    ('{"index_topk_pattern": "FFSFSS"}', "transformers", "ATOM runs"),  # it needs use_index_cache
-    ('{"index_topk_pattern": "FFSFSS", "indexer_types": ["full", "full", "shared", "shared", "full", "shared"]}',
-     "transformers", "vLLM, SGLang, TensorRT-LLM, ATOM, vllm-ascend run"),
-]  # fmt: skip
-ALIKE = [
-    '{"use_index_cache": true, "index_topk_pattern": "FFSFSS"}',
-    '--json-model-override-args \'{"index_topk_freq": 4, "index_skip_topk_offset": 3}\'',  # SGLang's own
-    "--dsa-indexer-topk-freq 4",
-]
-
-
-@pytest.mark.parametrize(("text", "title", "others"), DIFFERING)
-def test_a_guess_is_told_where_another_engine_runs_another_pattern(text: str, title: str, others: str) -> None:
-    found = import_pattern(text, None, SIX)
-    told = f"read as {title} does; {others} another pattern with these keys: put the engine in front, as in "
-    assert found.notes[0].startswith(told)
-    named = import_pattern(f"{found.engine.name}:{text}", None, SIX)
-    assert (named.pattern, named.notes) == (found.pattern, found.notes[1:])
-
-
-@pytest.mark.parametrize("text", ALIKE)
-def test_nothing_is_told_where_all_that_take_the_keys_agree(text: str) -> None:
-    assert import_pattern(text, None, SIX).notes == ()
 
 
 def test_numbers_need_to_know_how_many_layers() -> None:
     with pytest.raises(PatternError, match="does not say how many layers there are: give --layers N"):
-        import_pattern("freq:4")
+        import_pattern("vllm:freq:4")
 
 
 KEYS = ["indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset", "use_index_cache",

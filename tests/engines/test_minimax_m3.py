@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_files import pattern_file
+from engine_files import part_read, pattern_file
 from icsearch.core.errors import PatternError
 from icsearch.engines.engine import ExportError
 from icsearch.engines.export import Export, export
@@ -88,10 +88,8 @@ def test_freq_and_offset_without_keys(engine: str) -> None:
         found = import_pattern(f"{engine}:freq:{freq},offset:{offset}", None, DENSE_FIRST)
         assert found.pattern.letters == run_by(engine, numbers(freq, offset), DENSE_FIRST.layer_indices)
     assert import_pattern(f"{engine}:freq:4", None, DENSE_FIRST).pattern.letters == "FSSSF"
-    assert import_pattern("freq:4", None, DENSE_FIRST).notes == (
-        "freq and offset are read as vLLM does for minimax_m3_vl (offset 0 by default); an engine in front, as "
-        "in megatron:freq:4, says another",
-    )
+    with pytest.raises(PatternError, match="and none is named: .* one of vllm, atom$"):
+        import_pattern("freq:4", None, DENSE_FIRST)
 
 
 # --- export ---------------------------------------------------------------------------------------------------------
@@ -155,7 +153,7 @@ def refused_with_the_nearest(letters: str, possible: set[str]) -> None:
 @pytest.mark.parametrize("engine", RULES)
 def test_both_ways(engine: str) -> None:
     for letters in ("F", "FSSSF", "FFSFS", "FFFFF"):
-        text = exported(letters, engine).text
+        text = part_read(exported(letters, engine))
         layout = Backbone(2 * len(letters), tuple(range(1, 2 * len(letters), 2)), M3, wrapper=True)
         assert import_pattern(text, engine, layout).pattern.letters == letters
 

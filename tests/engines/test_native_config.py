@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import GlmMoeDsaConfig, HYV4Config
 
 from icsearch.core.errors import IcsearchError
-from icsearch.engines.native import declared_shared, edit_config, indexers_by_layer, native_keys, num_hidden_layers
+from icsearch.engines.native import declared_shared, edit_config, indexers_by_layer, native_keys
+from icsearch.model.config import num_hidden_layers
 
 letters = st.text("FS", max_size=20).map(lambda tail: "F" + tail)
 

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine_files import part_read
+from icsearch.core.errors import PatternError
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import PatternFile
 from icsearch.engines.engine import MEGATRON, MINIMAX_M3, ExportError
@@ -57,7 +59,7 @@ def test_export_and_import_give_the_same_pattern(engine: str, file: PatternFile)
             assert (engine, file.model["model_type"]) == TWO_NUMBERS
             assert not MINIMAX_M3.fit(file.pattern.letters)
         return
-    imported = import_pattern(exported.text, engine, backbone_of(file))
+    imported = import_pattern(part_read(exported), engine, backbone_of(file))
     assert imported.pattern == file.pattern
     assert imported.backbone.layer_indices == file.layer_indices
 
@@ -71,7 +73,7 @@ def test_every_schedule_goes_through_every_engine(engine: str, num_layers: int, 
         method="greedy",
         model={"model_type": "glm_moe_dsa", "num_hidden_layers": num_layers},
     )
-    assert import_pattern(export(file, engine).text, engine, backbone_of(file)).pattern == file.pattern
+    assert import_pattern(part_read(export(file, engine)), engine, backbone_of(file)).pattern == file.pattern
 
 
 @given(file=files())
@@ -86,7 +88,7 @@ def test_transformers_keys_in_a_config_say_the_model_too(file: PatternFile) -> N
 
 
 @given(file=files())
-def test_flags_may_be_pasted_with_others_around_them(file: PatternFile) -> None:
+def test_a_pasted_flag_is_refused_with_the_part_to_give(file: PatternFile) -> None:
     flag, value = shlex.split(export(file, "vllm").text)
     for text in (
         f"--port 8000 {flag} {shlex.quote(value)} --quiet",
@@ -94,7 +96,9 @@ def test_flags_may_be_pasted_with_others_around_them(file: PatternFile) -> None:
         f"vllm serve MODEL -tp 8 {flag} {shlex.quote(value)}",
         f"-tp 8 {shlex.quote(f'{flag}={value}')}",
     ):
-        assert import_pattern(text, None, backbone_of(file)).pattern == file.pattern
+        with pytest.raises(PatternError, match="give the JSON object behind --hf-overrides alone") as caught:
+            import_pattern(text, None, backbone_of(file))
+        assert "\n" not in str(caught.value)
 
 
 def test_a_written_pattern_file_loads_again(tmp_path: Path) -> None:

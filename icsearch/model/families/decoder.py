@@ -26,6 +26,13 @@ def layer_list(model: Any) -> nn.ModuleList | None:
     return others[0] if len(others) == 1 else None
 
 
+def layer_configs(config: Any) -> list[Any]:
+    """The config of each decoder layer by a language model's config; where layers are alike, that one for all."""
+    if getattr(config, "is_heterogeneous", False):
+        return list(config.per_layer_config)
+    return [config] * config.num_hidden_layers
+
+
 def check_one_each(indices: Sequence[int]) -> None:
     """Raise ModelError where a decoder layer has several indexers: a letter says what one of them does."""
     several = next((index for index in indices if indices.count(index) > 1), None)
