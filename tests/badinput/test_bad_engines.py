@@ -16,7 +16,8 @@ from icsearch.engines.read import import_pattern
 from icsearch.model.config import Backbone
 from mutations import few, texts, within
 
-SIX = ("--layers", 6)
+SIX = ("--engine", "vllm", "--layers", 6)
+WORDS = ("--engine", "transformers", "--layers", 6)
 IMPORTS: dict[str, tuple[Callable[[Place], Words], str]] = {
     "nothing": (lambda p: ("nowhere.json", *SIX), "nowhere.json"),
     "no name": (lambda p: ("", *SIX), ""),
@@ -27,19 +28,22 @@ IMPORTS: dict[str, tuple[Callable[[Place], Words], str]] = {
     "no UTF-8": (lambda p: (p.file("config.json", b"\xff"), *SIX), "is not JSON"),
     "cut overrides": (lambda p: ('{"index_topk_pattern": "FF', *SIX), "is not JSON"),
     "overrides said twice": (lambda p: ('{"index_topk_freq": 4, "index_topk_freq": 2}', *SIX), "twice"),
-    "another length": (lambda p: ('{"indexer_types": ["full"]}', *SIX), ""),
+    "another length": (lambda p: ('{"indexer_types": ["full"]}', *WORDS), ""),
     "other letters": (lambda p: ('{"index_topk_pattern": "FXFFFF"}', *SIX), "X"),
     "a first S": (lambda p: ('{"use_index_cache": true, "index_topk_pattern": "SFFFFF"}', *SIX), ""),
-    "other types": (lambda p: ('{"indexer_types": ["F", "S", "F", "F", "F", "F"]}', *SIX), "indexer_types"),
-    "types of numbers": (lambda p: ('{"indexer_types": 6}', *SIX), "indexer_types"),
+    "other types": (lambda p: ('{"indexer_types": ["F", "S", "F", "F", "F", "F"]}', *WORDS), "indexer_types"),
+    "types of numbers": (lambda p: ('{"indexer_types": 6}', *WORDS), "indexer_types"),
     "a frequency of text": (lambda p: ("freq:four", *SIX), "freq:four"),
     "a frequency of 0": (lambda p: ("freq:0", *SIX), ""),
     "a frequency without end": (lambda p: ("freq:" + "9" * 400, *SIX), ""),
     "an offset of -1": (lambda p: ("freq:4,offset:-1", *SIX), ""),
-    "an engine of nobody": (lambda p: ("freq:4", "--engine", "tgi", *SIX), "'tgi'"),
+    "an engine of nobody": (lambda p: ("freq:4", "--layers", 6, "--engine", "tgi"), "'tgi'"),
     "no layers": (lambda p: ("freq:4", "--layers", 0), "--layers"),
     "layers without end": (lambda p: ("freq:4", "--layers", 10**9), "--layers"),
-    "no model": (lambda p: ("freq:4",), ""),
+    "no engine": (lambda p: ("freq:4", "--layers", 6), "none is named: give --engine NAME"),
+    "two engines": (lambda p: ("megatron:freq:4", *SIX), "give one of them"),
+    "a command line": (lambda p: ("vllm serve M --port 80", *SIX), "a command line is not read here: give"),
+    "no model": (lambda p: ("freq:4", "--engine", "vllm"), "give --layers N"),
     "two models": (lambda p: ("freq:4", *SIX, "--model-config", p.good.checkpoint / "config.json"), "give one of them"),
     "a model that is not there": (lambda p: ("freq:4", "--model-config", "nowhere.json"), "nowhere.json"),
     "a quote that is left open": (lambda p: ("--hf-overrides '{\"a\": 1}", *SIX), ""),

@@ -40,14 +40,15 @@ def test_what_is_pasted_is_never_wrapped(columns: str) -> None:
     environment = {**os.environ, "COLUMNS": columns, "TERM": "xterm"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout == (f'--hf-overrides \'{{"use_index_cache": true, "index_topk_pattern": "{letters}"}}\'\n')
+    _, value = shlex.split(done.stdout)
     back = subprocess.run(
-        [*command[:3], "import", done.stdout], capture_output=True, text=True, check=True, env=environment
+        [*command[:3], "import", value, "--engine", "vllm"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     assert back.stdout == f"{letters}\n"
-    back = subprocess.run(
-        [*command[:3], "import", *shlex.split(done.stdout)], capture_output=True, text=True, check=True
-    )
-    assert back.stdout == f"{letters}\n"  # without quotes around the whole, as one pastes it
 
 
 def test_a_repair_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,7 +83,7 @@ def test_minimax_m3_in_the_two_engines_that_share_there(capsys: pytest.CaptureFi
     _, atom, _ = run(capsys, "export", file, "--engine", "atom", "--model-config", config)
     assert json.loads(shlex.split(atom)[1]) == {"use_index_cache": True, "index_topk_pattern": "FSSF"}
     for engine, flag in (("vllm", vllm), ("atom", atom)):
-        back = run(capsys, "import", flag.strip(), "--engine", engine, "--model-config", config)
+        back = run(capsys, "import", shlex.split(flag)[1], "--engine", engine, "--model-config", config)
         assert (back[0], back[1]) == (0, "FSSF\n")
     other = tmp_path / "other.json"
     letters = '{"use_index_cache": true, "index_topk_pattern": "FSFF"}'
@@ -111,7 +112,7 @@ def test_a_config_is_written(capsys: pytest.CaptureFixture[str], tmp_path: Path)
     config.write_text(json.dumps({"model_type": "glm_moe_dsa", "num_hidden_layers": 78}))
     command = ("export", LONG, "--engine", "trtllm", "--model-config", config, "--out", new)
     assert run(capsys, *command)[1] == f"wrote {new}\n"
-    assert run(capsys, "import", new) == (0, json.loads(LONG.read_text())["pattern"] + "\n", "")
+    assert run(capsys, "import", new, "--engine", "trtllm") == (0, json.loads(LONG.read_text())["pattern"] + "\n", "")
     assert "exists" in refused(capsys, *command)
 
 
@@ -134,46 +135,47 @@ def test_import_writes_a_pattern_that_export_takes(capsys: pytest.CaptureFixture
     assert out == "--dsa-indexer-topk-freq 4 --dsa-indexer-skip-topk-offset 1\n"
 
 
+def test_letters_are_saved(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    letters, pattern = json.loads(LONG.read_text())["pattern"], tmp_path / "pattern.json"
+    assert run(capsys, "import", letters, "--out", pattern) == (0, f"{letters}\n", f"wrote {pattern}\n")
+    assert letters in run(capsys, "export", pattern, "--engine", "vllm")[1]
+
+
 OVERRIDES = '{"use_index_cache": true, "index_topk_pattern": "FFSS"}'
+OBJECT = "give the JSON object behind --hf-overrides alone, as one argument, and --engine NAME"
 
 
 @pytest.mark.parametrize(
-    "pasted",
+    ("pasted", "part"),
     [
-        ["-tp", "8", "--hf-overrides", OVERRIDES],
-        ["vllm", "serve", "MODEL", "--hf-overrides", OVERRIDES],
-        ["vllm", "serve", "MODEL", f"--hf-overrides={OVERRIDES}", "-pp", "2"],
-        ["vllm", "serve", "--config", "serve.yaml", "--hf-overrides", OVERRIDES],
-        ["--hf-overrides", OVERRIDES, "--config=serve.yaml"],
-        ["python", "-m", "sglang.launch_server", "--config", "serve.yaml", "--json-model-override-args", OVERRIDES],
+        (["-tp", "8", "--hf-overrides", OVERRIDES], OBJECT),
+        (["vllm", "serve", "MODEL", f"--hf-overrides={OVERRIDES}", "-pp", "2"], OBJECT),
+        ([f"vllm serve MODEL -tp 8 --hf-overrides '{OVERRIDES}'"], OBJECT),
+        (["python", "-m", "sglang.launch_server", "--json-model-override-args", OVERRIDES], "--engine sglang"),
+        (["vllm serve x -tp 8"], "give the JSON object that it lays over the model's config"),
     ],
 )
-def test_a_command_line_is_pasted_as_it_is(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, pasted: list[str]
+def test_a_command_line_is_refused_with_the_part_to_give(
+    capsys: pytest.CaptureFixture[str], pasted: list[str], part: str
 ) -> None:
-    ours = tmp_path / "ours.toml"
-    ours.write_text("[import]\nlayers = 5\n")
-    assert run(capsys, "import", *pasted)[:2] == (0, "FFSS\n")
-    assert run(capsys, "import", *pasted, "--layers", 5)[:2] == (0, "FFSSF\n")
-    for config in (["--config", ours], [f"--config={ours}"], ["--engine", "vllm", "--config", ours]):
-        assert run(capsys, "import", *config, *pasted)[:2] == (0, "FFSSF\n")
-    assert run(capsys, "import", "freq:4", "--config", ours)[:2] == (0, "FFSSS\n")  # nothing was pasted
+    line = refused(capsys, "import", *pasted)
+    assert line.startswith("icsearch: a command line is not read here: give ") and part in line
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["import", "freq:4"], "give --layers N"),
+        (["import", "vllm:freq:4"], "give --layers N"),
         (["import", "freq:4", "--layers", "4", "--model-config", "x"], "give one of them"),
         (["import", "freq:4", "--laers", "4"], "cannot read 'freq:4 --laers 4'"),
         (["import"], "SOURCE"),
         (["import", "none.json"], "no file none.json"),
-        (["import", "vllm serve x -tp 8", "--layers", "78"], "no flag of a pattern in 'vllm serve x -tp 8'"),
+        (["import", "FFSFSS", "--engine", "vllm"], "these letters are a pattern already"),
+        (["export", "ffsfss", "--engine", "vllm"], "icsearch import FFSFSS --out pattern.json writes one"),
         (
-            ["import", "vllm", "serve", "x", "-tp", "8", "--layers", "78"],
-            "no flag of a pattern in 'vllm serve x -tp 8'",
+            ["import", OVERRIDES],
+            "the text is read by each engine in its own way, and none is named: give --engine NAME",
         ),
-        (["import", "ffsfss"], """for export, icsearch import '{"index_topk_pattern": "FFSFSS"}' --out pattern.json"""),
         (["import", "freq:4", "--layers", "4", "--engine", "tgi"], "unknown engine 'tgi'"),
         (["export", LONG, "--engine", "megatron"], "the nearest that they can give is"),
         (["export", DEMO, "--engine", "vllm", "--out", "x.json"], "takes flags"),
@@ -196,7 +198,7 @@ def test_an_engines_settings_are_evaluated(capsys: pytest.CaptureFixture[str], t
     shorter.write_text(json.dumps({"use_index_cache": True, "index_topk_pattern": "FFSS"}))
     status, _, err = run(
         capsys, "eval", "demo", "--calibration", "demo", "--num-sequences", 2, "--out", tmp_path / "eval",
-        "--pattern", overrides, "--pattern", shorter, "--pattern", "megatron:freq:4", "--quiet",
+        "--pattern", f"vllm:{overrides}", "--pattern", f"vllm:{shorter}", "--pattern", "megatron:freq:4", "--quiet",
     )  # fmt: skip
     assert (status, err) == (0, "")
     document = json.loads((tmp_path / "eval" / "eval.json").read_text())
