@@ -31,7 +31,7 @@ def run_elsewhere(installed: Path, *arguments: str) -> str:
     code = (
         f"import sys; sys.path.insert(0, {str(installed)!r}); import icsearch; "
         f"assert icsearch.__file__.startswith({str(installed)!r}), icsearch.__file__; "
-        "from icsearch.cli.app import main; main()"
+        "from icsearch.__main__ import main; main()"
     )
     command = [sys.executable, "-I", "-c", code, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, cwd=installed.parent)

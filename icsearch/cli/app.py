@@ -1,9 +1,8 @@
-"""The command line: one module for each command, and every way to end. Heavy imports stay inside the commands."""
+"""The command line: one module for each command. Heavy imports stay inside the commands."""
 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +12,11 @@ from typer.core import TyperCommand
 from icsearch import __version__
 from icsearch.cli import baseline, calibrate, evaluate, export, greedy, importing, plan, report
 from icsearch.cli.config import PREFIX, check_variables, drop_outranked, use_config
-from icsearch.core.endings import open_closed_streams, raise_on_sigterm, run_to_its_end
+from icsearch.core.endings import run_to_its_end
 from icsearch.sweep.distributed.launch import read_launch
 
 if TYPE_CHECKING:
     from icsearch.sweep.distributed.world import World
-
-TRUE = ("1", "true", "t", "yes", "y", "on")  # as the parser reads a flag from an environment variable
 
 app = typer.Typer(
     name="icsearch",
@@ -70,21 +67,11 @@ app.command("import", cls=Command, context_settings=PASTED)(importing.import_eng
 app.command("report", cls=Command)(report.report_on_runs)
 
 
-def main() -> None:
-    """Entry point: turn every way to end into one line on stderr and an exit status."""
-    open_closed_streams()
-    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a plain terminal is no reason to fail
-    raise_on_sigterm()
-    debug = "--debug" in sys.argv or os.environ.get("ICSEARCH_DEBUG", "").lower() in TRUE
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    sys.exit(_run(arguments, debug))
-
-
 def _run(arguments: list[str], debug: bool) -> int:
-    return run_to_its_end(lambda: _start(arguments, debug), debug)
+    return run_to_its_end(lambda: start(arguments, debug), debug)
 
 
-def _start(arguments: list[str], debug: bool) -> object:
+def start(arguments: list[str], debug: bool) -> object:
     """In this process, or in all that a launcher such as torchrun has started."""
     launch = read_launch(os.environ)
     if launch.size == 1:

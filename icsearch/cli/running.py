@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from icsearch.core.endings import Terminated
 from icsearch.core.errors import IcsearchError
+from icsearch.core.signals import Terminated
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

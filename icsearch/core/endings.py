@@ -9,11 +9,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from types import FrameType
 from typing import Any, TextIO
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.files import is_disk_full
+from icsearch.core.signals import Signals, Terminated
 from icsearch.core.text import first_line
 
 EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 128 + signal.SIGTERM
@@ -22,10 +22,6 @@ EXIT_FAILURE, EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 128
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 _OTHER_PATH = "check its permissions, or give another path"
 _GOES_ON = "without --fresh, it continues where it stopped"
-
-
-class Terminated(BaseException):
-    """SIGTERM came: as KeyboardInterrupt, no error that anything but the end of the command should handle."""
 
 
 def open_closed_streams() -> None:
@@ -50,22 +46,22 @@ def _is_open(number: int) -> bool:
     return True
 
 
-def raise_on_sigterm() -> None:
-    """From here on SIGTERM, by which schedulers and shut-downs end a process, unwinds it as Ctrl-C does.
+def run_to_its_end(command: Callable[[], object], debug: bool, signals: Signals | None = None) -> int:
+    """Run a command; every way to end becomes an exit status, and a line on stderr where something went wrong.
 
-    A second one ends it at once. Where SIGTERM is ignored, it stays so.
+    Where one of the `signals` came that the command listens to, the status is that of its end, whatever became of the
+    command.
     """
-    if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _terminate)
+    signals = signals or Signals()
+    try:
+        status = _status_of(command, debug, signals)
+        signals.close()
+    except (KeyboardInterrupt, Terminated):  # it came while the end was written down: no further one will
+        signals.close()
+    return status if signals.received is None else 128 + signals.received
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    raise Terminated
-
-
-def run_to_its_end(command: Callable[[], object], debug: bool) -> int:
-    """Run a command; every way to end becomes an exit status, and a line on stderr where something went wrong."""
+def _status_of(command: Callable[[], object], debug: bool, signals: Signals) -> int:
     try:
         status = command()
         sys.stdout.flush()  # what cannot be written fails here, and not after the last line of defence
@@ -79,7 +75,8 @@ def run_to_its_end(command: Callable[[], object], debug: bool) -> int:
         return EXIT_FAILURE
     except Exception as error:  # the last line of defence: whatever happens, one line and a status
         message, status = explain(error)
-        _say(f"{traceback.format_exc() if debug else ''}icsearch: {one_line(message)}\n")
+        if signals.received is None:  # else a library took it for a failure of its own
+            _say(f"{traceback.format_exc() if debug else ''}icsearch: {one_line(message)}\n")
         return status
 
 

@@ -11,6 +11,7 @@ import pytest
 from icsearch.cli import app
 from icsearch.core import endings
 from icsearch.core.errors import JournalError, OutOfMemoryError
+from icsearch.core.signals import Terminated
 
 
 def raising(error: BaseException) -> Callable[[], object]:
@@ -62,9 +63,7 @@ def test_one_line_and_a_status(capsys: pytest.CaptureFixture[str], case: str) ->
     assert capsys.readouterr().err == f"icsearch: {line}\n"
 
 
-@pytest.mark.parametrize(
-    ("error", "status"), [(KeyboardInterrupt(), 130), (endings.Terminated(), 143), (BrokenPipeError(), 1)]
-)
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (Terminated(), 143), (BrokenPipeError(), 1)])
 def test_ended_from_outside_says_nothing_more(
     capsys: pytest.CaptureFixture[str], error: BaseException, status: int
 ) -> None:

@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icsearch.cli import app
+from icsearch import __main__ as entry
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import load_run
 
 PRELOAD = (
+    "icsearch.cli.app",
     "icsearch.commands.greedy",
     "icsearch.commands.baseline",
     "icsearch.commands.evaluate",
@@ -133,7 +134,7 @@ def command(arguments: Sequence[str], before: Before | None = None) -> None:
     sys.argv = ["icsearch", *arguments]
     if before is not None:
         before()
-    app.main()
+    entry.main()
 
 
 def command_in_fork(arguments: Sequence[str], log: Path) -> Ended:

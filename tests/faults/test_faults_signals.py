@@ -67,33 +67,6 @@ def test_what_continues_a_run_that_was_started_over(cases: dict[str, Case], comm
     assert ended.last_line == f"terminated; the same command without --fresh continues {out}"
 
 
-def test_a_second_sigterm_ends_at_once(tmp_path: Path) -> None:
-    """A process that is stuck on its way out can still be ended politely."""
-    script = (
-        "import signal, time\nfrom icsearch import endings\n"
-        "def stuck():\n"
-        "    try: print('at work', flush=True), time.sleep(60)\n"
-        "    finally: print('stuck', flush=True), time.sleep(60)\n"
-        "endings.raise_on_sigterm()\nendings.run_to_its_end(stuck, debug=False)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in ("at work\n", "stuck\n"):
-        assert process.stdout.readline() == line
-        process.send_signal(signal.SIGTERM)
-    assert process.wait() == -signal.SIGTERM
-
-
-def test_an_ignored_sigterm_stays_ignored() -> None:
-    script = (
-        "import os, signal\nfrom icsearch import endings\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nendings.raise_on_sigterm()\n"
-        "os.kill(os.getpid(), signal.SIGTERM)\nprint('still here')"
-    )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ran.stdout == "still here\n"
-
-
 # --- one process a RUN ------------------------------------------------------------------------------------------------
 
 

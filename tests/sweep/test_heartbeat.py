@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 from torch.distributed import HashStore
 
-from icsearch.core.endings import Terminated
+from icsearch.core.signals import Terminated
 from icsearch.core.errors import IcsearchError
 from icsearch.sweep.distributed import heartbeat, startup
 from icsearch.sweep.distributed.heartbeat import End, Ended, Heartbeat

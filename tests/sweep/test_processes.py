@@ -23,7 +23,7 @@ pytestmark = pytest.mark.alone
 RESTING = """
 import os, pathlib
 from dataclasses import replace
-from icsearch.cli import app
+from icsearch.__main__ import main
 from icsearch.planning import memory
 from icsearch.sweep import branches
 
@@ -35,7 +35,7 @@ def noted(self, value):
 
 memory.plan_memory = lambda *given: replace(planned(*given), resting=10**9)
 branches.InCpuMemory.put = noted
-app.main()
+main()
 """
 TIMEOUT = 5  # seconds without a sign of life
 GRACE = 8  # more that an end may take on a busy machine

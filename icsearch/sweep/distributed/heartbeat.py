@@ -26,8 +26,9 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from icsearch.core.endings import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED, Terminated
+from icsearch.core.endings import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED
 from icsearch.core.errors import IcsearchError
+from icsearch.core.signals import ENDING, Insistent, Interrupted, Terminated
 
 BEAT = 0.5  # seconds between two signs of life
 SILENT = 4 * BEAT  # from here on a process is taken for dead, where a launcher tells all others to end
@@ -93,6 +94,8 @@ class Heartbeat:
         self._standing_since: tuple[tuple[int, ...], float] | None = None
         self._looked = time.monotonic()
         self._unwinding = False
+        self.signalled = 0  # the exit status by the first signal that this process was sent
+        self._insistent = Insistent(self.reason, give_up=lambda: None)  # the guard does
         self._closed = threading.Event()
         self._changed = threading.Event()
         self._wakeup, self._signals = socket.socketpair()
@@ -105,7 +108,7 @@ class Heartbeat:
         for end in (self._wakeup, self._signals):
             end.setblocking(False)
         signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in ENDING:
             signal.signal(number, self._on_signal)
         for thread in self._threads:
             thread.start()
@@ -141,11 +144,12 @@ class Heartbeat:
     def unwind(self) -> None:
         """The main thread is on its way to the end: from here on no signal raises anything in it."""
         self._unwinding = True
+        self._insistent.heard()
 
     def reason(self) -> BaseException:
         """The reason to end as an exception: Ended, or what a signal would have raised here."""
         if self.end is None or self.end.status == EXIT_INTERRUPTED:
-            return KeyboardInterrupt()
+            return Interrupted()
         return Terminated() if self.end.status == EXIT_TERMINATED else Ended(self.end, self.rank)
 
     def declare(self, status: int, text: str) -> End:
@@ -169,10 +173,12 @@ class Heartbeat:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         """In the main thread. Why SIGTERM came, the guard finds out first."""
+        if self.end is None:  # else it can be the guard's
+            self.signalled = self.signalled or 128 + number
         if self._unwinding or (number == signal.SIGTERM and self.end is None):
             return
-        self.unwind()
-        raise self.reason()
+        self._unwinding = True
+        self._insistent.throw()
 
     # --- the thread that talks to the others ----------------------------------------------------------------------
 

@@ -20,11 +20,11 @@ from icsearch.core.endings import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
-    Terminated,
     explain,
     run_to_its_end,
 )
 from icsearch.core.errors import ModelError
+from icsearch.core.signals import Terminated
 from icsearch.model.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from icsearch.model.loading import bring_up, quiet_transformers
 from icsearch.model.machine import environment
@@ -45,8 +45,7 @@ def run_together(launch: Launch, command: Callable[[World], object], debug: bool
     except JoinError as error:
         _leave(_say(str(error), error.exit_status))
     status = run_to_its_end(lambda: _telling(world, command), debug) if world.rank == 0 else _follow(world, debug)
-    world.finish(status)
-    _leave(status)
+    _leave(world.finish(status))
 
 
 def start_worker(

@@ -107,14 +107,18 @@ class World:
                 raise self.heartbeat.lost(0, str(error).splitlines()[0]) from None
         return tensor
 
-    def finish(self, status: int, text: str = "") -> None:
-        """End the run for all processes; rank 0 waits for them, since the store may live in it."""
-        end = self.heartbeat.declare(status, text)
+    def finish(self, status: int) -> int:
+        """End the run for all processes; rank 0 waits for them, since the store may live in it. Returns its status.
+
+        A signal counts also where the work was done before it was heard.
+        """
+        end = self.heartbeat.declare(status or self.heartbeat.signalled, "")
         with contextlib.suppress(distributed.DistError, TimeoutError):
             self._store.set(f"bye/{self.rank}", json.dumps(end.status))
             if self.rank == 0:
                 look_for(self._store, [f"bye/{rank}" for rank in self.others], _patience(GRACE - 1))
         self.heartbeat.close()
+        return status or end.status
 
 
 def join(launch: Launch) -> World:
