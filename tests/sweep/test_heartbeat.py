@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 from torch.distributed import HashStore
 
-from icsearch.core.signals import Terminated
 from icsearch.core.errors import IcsearchError
+from icsearch.core.signals import Terminated
 from icsearch.sweep.distributed import heartbeat, startup
 from icsearch.sweep.distributed.heartbeat import End, Ended, Heartbeat
 from icsearch.sweep.distributed.launch import Launch
