@@ -93,9 +93,11 @@ def _mistral_large4(**changes: Any) -> Any:
 
 
 def _dots3_note() -> Any:
-    changes: dict[str, Any] = {f"swa_{name}": MLA[name] for name in ("num_attention_heads", "num_key_value_heads")}
-    changes |= {"swa_q_lora_rank": 24, "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8,
-                "swa_v_head_dim": 16}  # fmt: skip
+    # Sliding layers have sizes of their own, as in the released model: a config with attributes for each layer.
+    changes: dict[str, Any] = {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 24, "swa_kv_lora_rank": 24,
+        "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+    }  # fmt: skip
     changes |= {"head_dim": 16, "sliding_window": 8, "shared_experts_intermediate_size": 16, **NO_SPECIAL}
     text = transformers.Dots3NoteTextConfig(**{**MLA, "layer_types": DOTS_LAYERS, **changes})
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,

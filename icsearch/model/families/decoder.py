@@ -45,8 +45,8 @@ def check_one_each(indices: Sequence[int]) -> None:
 def auto_class(config: Any) -> Any:
     """The auto class under which transformers makes a language model of this config.
 
-    The class that the checkpoint names as its architecture comes first, then text before images. Where there is none,
-    AutoModelForCausalLM, which says so.
+    The class that the checkpoint names as its architecture comes first, then text before images. Raises ModelError
+    where transformers has none.
     """
     import transformers
 
@@ -57,7 +57,12 @@ def auto_class(config: Any) -> Any:
     )
     able = [one for one in known if type(config) in one._model_mapping or one.__name__ in _remote(config)]
     named = [one for one in able if set(_classes(one, config)) & set(config.architectures or ())]
-    return next(iter(named + able), known[0])
+    if not able:
+        raise ModelError(
+            f"transformers has no class with an LM head for model_type {config.model_type}: expected a checkpoint of a "
+            "whole language model"
+        )
+    return (named + able)[0]
 
 
 def _remote(config: Any) -> dict[str, str]:
