@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,6 @@ from icsearch.core.errors import ModelError
 from icsearch.model import ops, shape
 from icsearch.model.families.attention import Core, Observer
 from icsearch.model.families.calls import instead_of_forward
-from icsearch.model.families.indexer import arguments, bound, has_scores, index_queries, turns
 
 _TAKES = ["hidden_states", "top_k_index", "top_k_weights"]
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -60,6 +59,9 @@ NAME = "icsearch"  # of our attention, in transformers' registry
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _HARMLESS = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position")  # no dropout: we do not train
+# A lightning indexer multiplies queries of several heads with one key for each token: what it has, and is called with.
+_INDEXER_ARGUMENTS = {"hidden_states", "position_embeddings", "attention_mask"}
+_INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "qk_rope_head_dim", "softmax_scale")
 _ATTENTION_PARTS = ("expand_kv", "kv_b_proj", "qk_nope_head_dim", "v_head_dim")
 
 
@@ -71,6 +73,38 @@ def has_arithmetic(owner: nn.Module, indexer: nn.Module | None) -> bool:
     if not all(hasattr(owner, name) for name in _ATTENTION_PARTS) or hasattr(owner, "sinks"):
         return False
     return indexer is None or has_scores(indexer)
+
+
+def has_scores(indexer: nn.Module) -> bool:
+    """Whether an indexer has the parts that scores are made of here, and is called with what they come from."""
+    taken = arguments(indexer).keys()
+    source = "q_resid" in taken or hasattr(indexer, "q_input_norm")
+    return source and taken >= _INDEXER_ARGUMENTS and all(hasattr(indexer, name) for name in _INDEXER_PARTS)
+
+
+def arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What a call of the module takes, by name."""
+    return inspect.signature(module.forward).parameters
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of the module, by name."""
+    return inspect.signature(module.forward).bind(*args, **kwargs).arguments
+
+
+def index_queries(indexer: Any, call: Mapping[str, Any]) -> torch.Tensor:
+    """An indexer's queries [B, S, H, D] before RoPE, of the named arguments of a call."""
+    hidden_states = call["hidden_states"]
+    source = call["q_resid"] if "q_resid" in call else indexer.q_input_norm(hidden_states)
+    queries = indexer.wq_b(source).view(*hidden_states.shape[:2], indexer.n_heads, indexer.head_dim)
+    if hasattr(indexer, "softmax_scaling"):  # grows with the position, by what each head has learned
+        queries = indexer.softmax_scaling(queries, call["position_ids"], head_dim_first=False)
+    return queries
+
+
+def turns(indexer: Any) -> bool:
+    """Whether RoPE turns this layer's queries and keys: some families have layers without."""
+    return bool(getattr(indexer, "use_rope", True))
 
 
 def is_windowed(layer: nn.Module) -> bool:

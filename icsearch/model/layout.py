@@ -16,9 +16,9 @@ from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.text import first_line
 from icsearch.model.checkpoint import Checkpoint
 from icsearch.model.config import TEXT_CONFIG, Backbone, dtype_name
+from icsearch.model.families.calls import numbers_left
 from icsearch.model.families.decoder import auto_class, check_one_each, layer_configs
 from icsearch.model.families.ending import streams
-from icsearch.model.families.handed import numbers_left
 from icsearch.model.families.selection import SelectionForm, index_heads, read_form
 from icsearch.model.fp8 import make_quantizer
 from icsearch.model.kernels import scores_alike

@@ -24,12 +24,11 @@ from icsearch.model.families.calls import (
     LayerCall,
     check_layers_stand_alone,
     embedding_nothing,
+    own_containers,
     recorded,
 )
 from icsearch.model.families.decoder import decoder_layers
 from icsearch.model.families.ending import Ending
-from icsearch.model.families.handed import own_containers
-from icsearch.model.families.indexer import turns
 from icsearch.model.kernels import (
     Blockwise,
     attending,
@@ -41,6 +40,7 @@ from icsearch.model.kernels import (
     is_windowed,
     mask_stand_in,
     random_copy,
+    turns,
 )
 from icsearch.model.slot import SelectionStore, find_indexers, put_slot
 

@@ -26,7 +26,7 @@ class SelectionStore:
     # Where set, S layers run their own indexer beside, and this hears (position, borrowed, own selection).
     probe: Callable[[int, Any, Any], None] | None = None
     source: int | None = None  # position of the layer that made the selection; None where that is not known
-    # What else layers have left for later ones, by the name of their argument: see `families.handed`.
+    # What else layers have left for later ones, by the name of their argument: see `families.calls`.
     left: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def check_left_by(self, position: int) -> None:

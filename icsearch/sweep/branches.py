@@ -11,8 +11,7 @@ import torch
 
 from icsearch.calibration.batches import Calibration
 from icsearch.core.pattern import Pattern
-from icsearch.model.families.calls import LayerCall
-from icsearch.model.families.handed import hand_on, map_tensors, take_up, tensors_of
+from icsearch.model.families.calls import LayerCall, hand_on, map_tensors, take_up, tensors_of
 from icsearch.model.model import DsaModel
 from icsearch.model.slot import SelectionStore
 from icsearch.sweep.states import Keeping, StateStore

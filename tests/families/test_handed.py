@@ -18,7 +18,7 @@ from icsearch.core.pattern import Pattern
 from icsearch.core.text import format_bytes
 from icsearch.model import loading
 from icsearch.model.checkpoint import open_checkpoint
-from icsearch.model.families.handed import Handed, hand_on, map_tensors, take_up, tensors_of
+from icsearch.model.families.calls import Handed, hand_on, map_tensors, take_up, tensors_of
 from icsearch.model.layout import inspect
 from icsearch.model.slot import SelectionStore
 from icsearch.sweep.branches import InCpuMemory, LayerBlock

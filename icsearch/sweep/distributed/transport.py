@@ -15,7 +15,7 @@ from torch import distributed
 
 from icsearch.core.errors import ModelError
 from icsearch.core.pattern import Pattern
-from icsearch.model.families.handed import Handed
+from icsearch.model.families.calls import Handed
 from icsearch.sweep.branches import Branch
 from icsearch.sweep.distributed.launch import IN_FLIGHT
 from icsearch.sweep.distributed.world import World
