@@ -68,22 +68,18 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     digest.update((checkpoint.directory / "config.json").read_bytes())
     whole = checkpoint.num_bytes < HASH_ALL_BELOW
     for shard in checkpoint.shards:
-        digest.update(f"{shard.name}:{shard.stat().st_size};".encode())
-        _hash_file(digest, shard, whole)
+        size = shard.stat().st_size
+        digest.update(f"{shard.name}:{size};".encode())
+        with open(shard, "rb") as file:
+            if whole:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+                continue
+            digest.update(file.read(1 << 20))
+            for sample in range(SAMPLES):
+                file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
     return digest.hexdigest()
-
-
-def _hash_file(digest: Any, path: Path, whole: bool) -> None:
-    with open(path, "rb") as file:
-        if whole:
-            while block := file.read(1 << 20):
-                digest.update(block)
-            return
-        digest.update(file.read(1 << 20))
-        size = path.stat().st_size
-        for sample in range(SAMPLES):
-            file.seek(sample * max(size - SAMPLE_BYTES, 0) // (SAMPLES - 1))
-            digest.update(file.read(SAMPLE_BYTES))
 
 
 def _local(name_or_path: str) -> Path | None:
@@ -138,16 +134,14 @@ def _shards(directory: Path) -> tuple[Path, ...]:
     elif (directory / SINGLE_NAME).exists():
         promised = {SINGLE_NAME: set()}
     else:
-        raise ModelError(_no_weights(directory))
+        others = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))]
+        raise ModelError(
+            f"found {f'only {others[0]}' if others else 'no weights'} in {directory}: expected {SINGLE_NAME} or "
+            f"{INDEX_NAME}; convert the checkpoint to safetensors"
+        )
     for file, tensors in promised.items():
         _check_shard(directory, file, tensors)
     return tuple(directory / file for file in sorted(promised))
-
-
-def _no_weights(directory: Path) -> str:
-    other = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))]
-    found = f"found only {other[0]}" if other else "found no weights"
-    return f"{found} in {directory}: expected {SINGLE_NAME} or {INDEX_NAME}; convert the checkpoint to safetensors"
 
 
 def _check_shard(directory: Path, file: str, promised: set[str]) -> None:

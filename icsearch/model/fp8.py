@@ -51,10 +51,10 @@ class Dequantize(ConversionOps):
                         f"{len(weights)} weights but {len(scales)} {_SCALE}; download the checkpoint again"
                     )
                 key = target if pattern == _WEIGHT else pattern
-                converted[key] = [self._one(*pair, dtype) for pair in zip(weights, scales, strict=True)]
+                converted[key] = [self._weight(*pair, dtype) for pair in zip(weights, scales, strict=True)]
         return converted
 
-    def _one(self, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    def _weight(self, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         if scale is not None:
             return dequantized(weight, scale, self.hf_quantizer.quantization_config.weight_block_size, dtype)
         if weight.dtype in _FP8:
@@ -80,20 +80,15 @@ def dequantized(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int
             f"of {block[0]} x {block[1]}; check weight_block_size of quantization_config"
         )
     values = weight.to(torch.float32, copy=True)  # it is worked on in place
-    of_rows = _scales(scale).repeat_interleave(block[0], dim=-2)[..., :rows, :]  # [..., R, ceil(C / block)]
+    if scale.dtype == torch.uint8:
+        scale = scale.view(_EXPONENTS)  # some checkpoints store their exponents (ue8m0) as bytes
+    if not scale.is_floating_point():
+        raise ValueError(f"{_SCALE} has type {scale.dtype}: expected floating-point scales, or their exponents as U8")
+    of_rows = scale.float().repeat_interleave(block[0], dim=-2)[..., :rows, :]  # [..., R, ceil(C / block)]
     whole = columns // block[1]
     values[..., : whole * block[1]].unflatten(-1, (whole, block[1])).mul_(of_rows[..., :whole].unsqueeze(-1))
     values[..., whole * block[1] :].mul_(of_rows[..., whole:])
     return values.to(dtype)
-
-
-def _scales(stored: torch.Tensor) -> torch.Tensor:
-    """Scales in float32, which holds each of them exactly. Some checkpoints store their exponents (ue8m0) as bytes."""
-    if stored.dtype == torch.uint8:
-        stored = stored.view(_EXPONENTS)
-    if not stored.is_floating_point():
-        raise ValueError(f"{_SCALE} has type {stored.dtype}: expected floating-point scales, or their exponents as U8")
-    return stored.float()
 
 
 class Quantizer(FineGrainedFP8HfQuantizer):

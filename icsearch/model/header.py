@@ -104,7 +104,13 @@ def parse_header(text: bytes, file_bytes: int) -> Header:
     begin = LENGTH_BYTES + len(text)
     entries = [_entry(name, value, begin) for name, value in document.items()]
     entries.sort(key=lambda entry: (entry.start, entry.bytes))
-    _check_covered(entries, begin, file_bytes)
+    reached = begin
+    for entry in entries:  # each byte belongs to exactly one tensor
+        if entry.start != reached or entry.bytes < 0:
+            raise HeaderError(f"tensor {shown(entry.name)} begins at byte {entry.start}: expected {reached}")
+        reached += entry.bytes
+    if reached != file_bytes:
+        raise HeaderError(f"its tensors end at byte {reached} of {file_bytes}")
     return Header(tuple(entries), metadata)
 
 
@@ -136,12 +142,12 @@ def _parse_json(text: bytes) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise HeaderError(f"{shown(twice)} comes twice in its header")
-    return found
+    return fields
 
 
 def _entry(name: str, value: Any, begin: int) -> Entry:
@@ -156,14 +162,3 @@ def _entry(name: str, value: Any, begin: int) -> Entry:
     if dtype in BITS and math.prod(shape) * BITS[dtype] != 8 * size:
         raise HeaderError(f"tensor {shown(name)} has {size} bytes for {dtype} of shape {shown(shape)}")
     return Entry(name, dtype, tuple(shape), begin + offsets[0], size)
-
-
-def _check_covered(entries: Sequence[Entry], begin: int, end: int) -> None:
-    """Raise HeaderError unless each byte from `begin` to `end` belongs to exactly one tensor."""
-    reached = begin
-    for entry in entries:
-        if entry.start != reached or entry.bytes < 0:
-            raise HeaderError(f"tensor {shown(entry.name)} begins at byte {entry.start}: expected {reached}")
-        reached += entry.bytes
-    if reached != end:
-        raise HeaderError(f"its tensors end at byte {reached} of {end}")

@@ -18,17 +18,26 @@ from icsearch.model import ops, shape
 from icsearch.model.families.attention import Core, Observer
 from icsearch.model.families.calls import instead_of_forward
 
-_TAKES = ["hidden_states", "top_k_index", "top_k_weights"]
+NAME = "icsearch"  # of our attention, in transformers' registry
+
 Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+_EXPERT_ARGUMENTS = ["hidden_states", "top_k_index", "top_k_weights"]
+_HARMLESS = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position")  # no dropout: we do not train
+# A lightning indexer multiplies queries of several heads with one key for each token: what it has, and is called with.
+_INDEXER_ARGUMENTS = {"hidden_states", "position_embeddings", "attention_mask"}
+_INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "qk_rope_head_dim", "softmax_scale")
+_ATTENTION_PARTS = ("expand_kv", "kv_b_proj", "qk_nope_head_dim", "v_head_dim")
+
+PROBE_TOKENS, PROBE_TOPK = 256, 32
+PROBE_TOLERANCE = 1e-2  # of the scores' spread; a right layout is off by rounding, 1e-6
 
 
 def find_experts(layers: Iterable[nn.Module]) -> list[Any]:
     """The modules that take states of single tokens and each one's experts, as transformers' fused experts do."""
-    return [module for layer in layers for module in layer.modules() if _is_experts(module)]
-
-
-def _is_experts(module: nn.Module) -> bool:
-    return list(inspect.signature(type(module).forward).parameters)[1:] == _TAKES
+    modules = (module for layer in layers for module in layer.modules())
+    return [m for m in modules if list(inspect.signature(type(m).forward).parameters)[1:] == _EXPERT_ARGUMENTS]
 
 
 @contextlib.contextmanager
@@ -54,17 +63,6 @@ def by_chunks(
     return output
 
 
-NAME = "icsearch"  # of our attention, in transformers' registry
-
-Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-_HARMLESS = ("dropout", "position_ids", "use_cache", "is_causal", "cache_position")  # no dropout: we do not train
-# A lightning indexer multiplies queries of several heads with one key for each token: what it has, and is called with.
-_INDEXER_ARGUMENTS = {"hidden_states", "position_embeddings", "attention_mask"}
-_INDEXER_PARTS = ("wq_b", "wk", "k_norm", "weights_proj", "n_heads", "head_dim", "qk_rope_head_dim", "softmax_scale")
-_ATTENTION_PARTS = ("expand_kv", "kv_b_proj", "qk_nope_head_dim", "v_head_dim")
-
-
 def has_arithmetic(owner: nn.Module, indexer: nn.Module | None) -> bool:
     """Whether a DSA layer is made of what the block-wise arithmetic works on, and of nothing that it does not know.
 
@@ -72,34 +70,16 @@ def has_arithmetic(owner: nn.Module, indexer: nn.Module | None) -> bool:
     """
     if not all(hasattr(owner, name) for name in _ATTENTION_PARTS) or hasattr(owner, "sinks"):
         return False
-    return indexer is None or has_scores(indexer)
-
-
-def has_scores(indexer: nn.Module) -> bool:
-    """Whether an indexer has the parts that scores are made of here, and is called with what they come from."""
+    if indexer is None:
+        return True
     taken = arguments(indexer).keys()
-    source = "q_resid" in taken or hasattr(indexer, "q_input_norm")
+    source = "q_resid" in taken or hasattr(indexer, "q_input_norm")  # of queries: a latent, or hidden states
     return source and taken >= _INDEXER_ARGUMENTS and all(hasattr(indexer, name) for name in _INDEXER_PARTS)
 
 
 def arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
     """What a call of the module takes, by name."""
     return inspect.signature(module.forward).parameters
-
-
-def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call of the module, by name."""
-    return inspect.signature(module.forward).bind(*args, **kwargs).arguments
-
-
-def index_queries(indexer: Any, call: Mapping[str, Any]) -> torch.Tensor:
-    """An indexer's queries [B, S, H, D] before RoPE, of the named arguments of a call."""
-    hidden_states = call["hidden_states"]
-    source = call["q_resid"] if "q_resid" in call else indexer.q_input_norm(hidden_states)
-    queries = indexer.wq_b(source).view(*hidden_states.shape[:2], indexer.n_heads, indexer.head_dim)
-    if hasattr(indexer, "softmax_scaling"):  # grows with the position, by what each head has learned
-        queries = indexer.softmax_scaling(queries, call["position_ids"], head_dim_first=False)
-    return queries
 
 
 def turns(indexer: Any) -> bool:
@@ -129,13 +109,17 @@ class Blockwise:
 
     def projections(self, indexer: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What scores are made of: queries [B, S, H, D], keys [B, S, D], and the heads' weights [B, S, H], scaled."""
-        call = bound(indexer, args, kwargs)
-        hidden_states = call["hidden_states"]
+        call = inspect.signature(indexer.forward).bind(*args, **kwargs).arguments
+        hidden_states, angles = call["hidden_states"], call["position_embeddings"]
+        source = call["q_resid"] if "q_resid" in call else indexer.q_input_norm(hidden_states)
+        queries = indexer.wq_b(source).view(*hidden_states.shape[:2], indexer.n_heads, indexer.head_dim)
+        if hasattr(indexer, "softmax_scaling"):  # grows with the position, by what each head has learned
+            queries = indexer.softmax_scaling(queries, call["position_ids"], head_dim_first=False)
         keys = indexer.k_norm(indexer.wk(hidden_states)).unsqueeze(2)  # [B, S, 1, D]
         weights = indexer.weights_proj(hidden_states.to(indexer.weights_proj.weight.dtype)).float()
         return (
-            self._rotated(indexer, index_queries(indexer, call), call["position_embeddings"]),
-            self._rotated(indexer, keys, call["position_embeddings"]).squeeze(2),
+            self._rotated(indexer, queries, angles),
+            self._rotated(indexer, keys, angles).squeeze(2),
             weights * (indexer.n_heads**-0.5 * indexer.softmax_scale),
         )
 
@@ -144,12 +128,6 @@ class Blockwise:
             return states
         rope, rest = states.split([indexer.qk_rope_head_dim, indexer.head_dim - indexer.qk_rope_head_dim], dim=-1)
         return torch.cat([self.rotate(rope, *angles), rest], dim=-1)
-
-    def window(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, scaling: float
-    ) -> torch.Tensor:
-        """Attention of a layer of another kind, to the last `window` tokens: [B, S, H, V]."""
-        return ops.window_attention(query, key, value, window, scaling)
 
     def core(self, owner: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Core:
         """Core attention over compressed keys [B, 1, S, L] and their RoPE part [B, 1, S, R], which come as value."""
@@ -176,10 +154,14 @@ def attending(config: Any, blockwise: Blockwise, observer: Observer | None) -> I
     def attend(
         owner: Any, query: Any, key: Any, value: Any, mask: Any, *, indices: Any, scaling: float, **more: Any
     ) -> tuple[torch.Tensor, None]:
-        window = more.pop("sliding_window", None) if indices is None else None
-        _check_known(owner, more)
+        window = more.pop("sliding_window", None) if indices is None else None  # of a layer of another kind
+        if unknown := sorted(name for name, value in more.items() if name not in _HARMLESS and value is not None):
+            raise ModelError(  # sinks, windows, whatever else a family hands over by name
+                f"{type(owner).__name__} asks its attention for {', '.join(unknown)}, which is not done here: "
+                "give --kernels reference"
+            )
         if window is not None:
-            return blockwise.window(query, key, value, window, scaling), None
+            return ops.window_attention(query, key, value, window, scaling), None
         core = blockwise.core(owner, query, key, value, scaling)
         output = core(indices)
         if observer is not None:
@@ -194,15 +176,6 @@ def attending(config: Any, blockwise: Blockwise, observer: Observer | None) -> I
     finally:
         config._attn_implementation = own
         del ALL_ATTENTION_FUNCTIONS[NAME]
-
-
-def _check_known(owner: Any, more: dict[str, Any]) -> None:
-    """Refuse what our attention would not do: sinks, windows, whatever else a family hands over by name."""
-    if unknown := sorted(name for name, value in more.items() if name not in _HARMLESS and value is not None):
-        raise ModelError(
-            f"{type(owner).__name__} asks its attention for {', '.join(unknown)}, which is not done here: "
-            "give --kernels reference"
-        )
 
 
 @contextlib.contextmanager
@@ -220,10 +193,6 @@ def compressed(owners: Sequence[Any]) -> Iterator[None]:
 def mask_stand_in(input_ids: torch.Tensor) -> torch.Tensor:
     """What the model takes for a finished mask, [B, 1, 1, 1]: block-wise arithmetic is causal by position."""
     return torch.ones(len(input_ids), 1, 1, 1, dtype=torch.bool, device=input_ids.device)
-
-
-PROBE_TOKENS, PROBE_TOPK = 256, 32
-PROBE_TOLERANCE = 1e-2  # of the scores' spread; a right layout is off by rounding, 1e-6
 
 
 @torch.inference_mode()

@@ -40,36 +40,32 @@ class Reader:
             check_none_quantised(checkpoint, self._shards)
         self._conversion = Conversion(model, dtype, quantizer)
         self._tied = check_rehearsed(checkpoint, model, self._conversion.rehearse(self._shards))
-        if quantizer is None:
-            self._check_floating()
-        self._of_layer, self._outside = self._sorted()
+        self._of_layer: list[list[str]] = [[] for _ in self.layers]  # the tensors that make each layer
+        self._outside: dict[str, str] = {}  # the others that are of use, with the parameter of each
+        self._sort(check_floating=quantizer is None)
         self._known_finite: set[int] = set()
         self._in_cpu_memory: dict[int, dict[str, torch.Tensor]] = {}
 
-    def _sorted(self) -> tuple[list[list[str]], dict[str, str]]:
-        """The checkpoint's tensors that make each layer, and the others that are of use, with the parameter of each."""
-        prefix, parameters = layer_prefix(self.model), set(self.model.state_dict())
-        of_layer: list[list[str]] = [[] for _ in self.layers]
-        outside: dict[str, str] = {}
-        for name, target in self._conversion.targets(self._shards).items():
-            if target not in parameters:
-                continue  # such as the layers of an MTP head
-            if target.startswith(prefix):
-                of_layer[int(target.removeprefix(prefix).partition(".")[0])].append(name)
-            else:
-                outside[name] = target
-        return of_layer, outside
+    def _sort(self, check_floating: bool) -> None:
+        """Find where the checkpoint's tensors go. Raises ModelError where whole numbers are stored in place of weights.
 
-    def _check_floating(self) -> None:
-        """Raise ModelError where whole numbers are stored in place of weights: some quantisations are nothing else."""
-        parameters = dict(self.model.named_parameters())
+        Some quantisations are nothing else.
+        """
+        prefix, parameters = layer_prefix(self.model), set(self.model.state_dict())
+        floating = {name for name, weight in self.model.named_parameters() if weight.is_floating_point()}
         for name, target in self._conversion.targets(self._shards).items():
-            weight, stored = parameters.get(target), self._shards[name].dtype
-            if weight is not None and weight.is_floating_point() and stored.startswith(("I", "U", "BOOL")):
+            stored = self._shards[name].dtype
+            if check_floating and target in floating and stored.startswith(("I", "U", "BOOL")):
                 raise ModelError(
                     f"tensor {name} of {self._checkpoint.name} is {stored}: expected floating-point weights, as "
                     "config.json names no quantization_config; convert the checkpoint, or use its own config"
                 )
+            if target not in parameters:
+                continue  # such as the layers of an MTP head
+            if target.startswith(prefix):
+                self._of_layer[int(target.removeprefix(prefix).partition(".")[0])].append(name)
+            else:
+                self._outside[name] = target
 
     @property
     def bytes_read(self) -> int:
@@ -136,7 +132,8 @@ class Reader:
         self._conversion.fill({name: self._shards[name] for name in names})
         if first or last:
             self.model.tie_weights(missing_keys=set(self._tied), recompute_mapping=False)
-        check_finite(self._checkpoint, {name: one for name, one in self.model.state_dict().items() if not one.is_meta})
+        here = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
+        check_finite(self._checkpoint, here)
         if self._device.type != "cpu":
             self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self._device))
 
@@ -170,12 +167,17 @@ def load(
     layer always stays on the device: embedding and LM head are small against the layers, and every wave needs them.
     """
     place = resolve_device(device)
-    with _out_of_memory_named(), _bars_off():
-        model = _empty_model(checkpoint, dtype, trust_remote_code)
-        reader = Reader(checkpoint, model, model.dtype, place)
-        held = range(len(reader.layers)) if layers is None else layers
-        reader.read_outside(held)
-        return DsaModel(model, block_elements, _layer_weights(reader, held, offload), place)
+    try:
+        with _bars_off():
+            model = _empty_model(checkpoint, dtype, trust_remote_code)
+            reader = Reader(checkpoint, model, model.dtype, place)
+            held = range(len(reader.layers)) if layers is None else layers
+            reader.read_outside(held)
+            return DsaModel(model, block_elements, _layer_weights(reader, held, offload), place)
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(error) from error
+        raise
 
 
 def bring_up(
@@ -225,6 +227,7 @@ def _layer_weights(reader: Reader, held: range, offload: str) -> LayerWeights:
 def _empty_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Any:
     """The model with its parameters on meta. Its buffers are real: no checkpoint holds all of them."""
     from accelerate import init_empty_weights
+    from transformers import GenerationConfig
 
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
@@ -238,36 +241,17 @@ def _empty_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) ->
         if is_out_of_memory(error):
             raise
         raise cannot_build(checkpoint, error) from error
-    for one in (model.config, model.config.get_text_config()):
-        if hasattr(one, "quantization_config"):
-            del one.quantization_config  # weights are dequantised as they are read
-    _load_generation_config(checkpoint, model)
+    for settings in (model.config, model.config.get_text_config()):
+        if hasattr(settings, "quantization_config"):
+            del settings.quantization_config  # weights are dequantised as they are read
+    if (path := checkpoint.directory / "generation_config.json").exists():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+        except Exception as error:  # OSError, ValueError, ... by the kind of damage
+            raise ModelError(
+                f"transformers cannot use {path} ({first_line(error)}): download it again, or remove it"
+            ) from error
     return model.eval().requires_grad_(False)
-
-
-def _load_generation_config(checkpoint: Checkpoint, model: Any) -> None:
-    from transformers import GenerationConfig
-
-    path = checkpoint.directory / "generation_config.json"
-    if not path.exists():
-        return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-    except Exception as error:  # OSError, ValueError, ... by the kind of damage
-        raise ModelError(
-            f"transformers cannot use {path} ({first_line(error)}): download it again, or remove it"
-        ) from error
-
-
-@contextlib.contextmanager
-def _out_of_memory_named() -> Iterator[None]:
-    """Within the block, memory that runs out is an error that says what to do."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(error) from error
-        raise
 
 
 @contextlib.contextmanager

@@ -51,8 +51,8 @@ def resident_bytes() -> int:
 
 def _cgroup_allowance() -> int | None:
     """What the limits of this process's control group, and of those that it lies in, leave; None without a limit."""
-    left = [_left(group, names) for group in _own_groups() for names in _NAMES]
-    return min((one for one in left if one is not None), default=None)
+    allowed = [_left(group, names) for group in _own_groups() for names in _NAMES]
+    return min((size for size in allowed if size is not None), default=None)
 
 
 def _own_groups() -> list[Path]:
@@ -70,7 +70,7 @@ def _own_groups() -> list[Path]:
         own = Path(path.lstrip("/"))
         if ".." not in own.parts:  # else it lies outside of what is to be seen
             roots = [root for name in controllers.split(",") for root in _ROOTS.get(name, ())]
-            groups += [_CGROUPS / root / one for root in roots for one in (own, *own.parents)]
+            groups += [_CGROUPS / root / group for root in roots for group in (own, *own.parents)]
     return list(dict.fromkeys(groups))
 
 
@@ -106,15 +106,11 @@ def out_of_memory(error: BaseException) -> OutOfMemoryError:
 
 def environment(device: str) -> dict[str, Any]:
     """What the bits of a loss depend on, beside the options."""
-    on_cuda = device.startswith("cuda")
+    on_cuda, cpu = device.startswith("cuda"), f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "device_name": torch.cuda.get_device_name(device) if on_cuda else _cpu_name(),
+        "device_name": torch.cuda.get_device_name(device) if on_cuda else cpu,
     }
-
-
-def _cpu_name() -> str:
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

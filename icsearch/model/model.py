@@ -151,7 +151,9 @@ class DsaModel:
         self._slot_of = dict(zip(self.layer_indices, self.slots, strict=True))
         self._observer: Observer | None = None
         self._experts = find_experts(self.layers)
-        self.blockwise = None if block_elements is None else self._make_blockwise(block_elements)
+        self.blockwise: Blockwise | None = None
+        if block_elements is not None:
+            self.blockwise = Blockwise(find_rotation(random_copy(self.telling_indexer)), block_elements)
 
     @property
     def has_arithmetic(self) -> bool:
@@ -164,11 +166,8 @@ class DsaModel:
     @property
     def telling_indexer(self) -> Any:
         """The indexer that tells the RoPE layout: the first one that turns anything, else the first; or None."""
-        found = [slot.inner for slot in self.slots if slot.inner is not None]
-        return next((one for one in found if turns(one)), next(iter(found), None))
-
-    def _make_blockwise(self, block_elements: int) -> Blockwise:
-        return Blockwise(find_rotation(random_copy(self.telling_indexer)), block_elements)
+        indexers = [slot.inner for slot in self.slots if slot.inner is not None]
+        return next((indexer for indexer in indexers if turns(indexer)), next(iter(indexers), None))
 
     @property
     def held(self) -> range:
@@ -220,19 +219,11 @@ class DsaModel:
             if self.blockwise is not None:
                 stack.enter_context(compressed(self.owners))
                 stack.enter_context(attending(self.config, self.blockwise, self._observer))
-                stack.enter_context(self._selecting(self.blockwise.select))
                 stack.enter_context(chunked(self._experts))
+                for slot in self.slots:
+                    slot.arithmetic = self.blockwise.select
+                    stack.callback(setattr, slot, "arithmetic", None)
             yield
-
-    @contextlib.contextmanager
-    def _selecting(self, select: Callable[..., Any]) -> Iterator[None]:
-        for slot in self.slots:
-            slot.arithmetic = select
-        try:
-            yield
-        finally:
-            for slot in self.slots:
-                slot.arithmetic = None
 
     @contextlib.contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
@@ -281,35 +272,31 @@ class DsaModel:
 
         In families with hyper-connections states have one more dimension, or are so many times as wide.
         """
-        with own_containers(call, store) as own:
-            return self._run_in_role(index, hidden_states, own, store)
-
-    def _run_in_role(
-        self, index: int, hidden_states: torch.Tensor, call: LayerCall, store: SelectionStore
-    ) -> torch.Tensor:
         slot = self._slot_of.get(index)
-        if slot is None:
-            return self._run(index, hidden_states, call)
-        before, slot.store = slot.store, store
-        try:
-            run = partial(self._run, index, hidden_states, call)
-            if self._observer is None or self.blockwise is not None:
-                output = run()
-            else:
-                owner, layer = self.owners[slot.position], self.layers[index]
-                output = run_observed(layer, owner, self.config, slot, store, run, self._observer)
-        finally:
-            slot.store = before
-        store.check_left_by(slot.position)
-        return output
+        with own_containers(call, store) as own:
+            run = partial(self._run, index, hidden_states, own)
+            if slot is None:
+                return run()
+            before, slot.store = slot.store, store
+            try:
+                if self._observer is None or self.blockwise is not None:
+                    output = run()
+                else:
+                    owner, layer = self.owners[slot.position], self.layers[index]
+                    output = run_observed(layer, owner, self.config, slot, store, run, self._observer)
+            finally:
+                slot.store = before
+            store.check_made_by(slot.position)
+            return output
 
     def _run(self, index: int, hidden_states: torch.Tensor, call: LayerCall) -> torch.Tensor:
         try:
             with self._computing():
                 output = self.layers[index](hidden_states, *call.args, **call.kwargs)
         except _MISFITS as error:
-            if _is_ours(error):
-                raise
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if frame.f_globals["__name__"].split(".")[0] == __name__.split(".")[0]:
+                raise  # by code of this package, and not by the family's: then no config can mend it
             raise ModelError(
                 f"decoder layer {index} cannot be run ({type(error).__name__}: {first_line(error)}): expected a config "
                 f"of {self.config.model_type} that fits its code; mend config.json (--debug shows where it ends)"
@@ -322,12 +309,6 @@ class DsaModel:
         Raises ModelError where the model itself does something else there.
         """
         return self._ending.norm(hidden_states)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether it was raised by code of this package, and not by the family's: then no config can mend it."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__name__"].split(".")[0] == __name__.split(".")[0]
 
 
 def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:

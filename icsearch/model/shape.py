@@ -117,14 +117,11 @@ class ModelShape:
         query = self.q_lora_rank * (self.hidden_size + heads) if self.q_lora_rank else self.hidden_size * heads
         key_value = self.heads * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
         output = self.heads * self.v_head_dim * self.hidden_size
-        return query + self.hidden_size * self.latent + key_value + output + self._gate_weights
-
-    @property
-    def _gate_weights(self) -> int:
-        if not self.gate_rank:
-            return 0
-        fused = self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim + 2 * self.v_head_dim)
-        return self.q_lora_rank * fused + 4 * self.hidden_size * self.gate_rank
+        gates = 0
+        if self.gate_rank:
+            fused = heads + 2 * self.heads * self.v_head_dim
+            gates = self.q_lora_rank * fused + 4 * self.hidden_size * self.gate_rank
+        return query + self.hidden_size * self.latent + key_value + output + gates
 
     @property
     def expert_weights(self) -> int:

@@ -32,16 +32,13 @@ class Shards(Mapping[str, "StoredTensor"]):
         self._lock = threading.Lock()  # transformers reads in several threads
         self._stored: dict[str, StoredTensor] = {}
         for path in paths:
-            for one in _stored_in(_Shard.open(path), self):
-                self._add(one)
-
-    def _add(self, one: StoredTensor) -> None:
-        known = self._stored.setdefault(one.name, one)
-        if known is not one:
-            raise ModelError(
-                f"tensor {one.name} is in two shards, {known.shard.path.name} and {one.shard.path.name} of "
-                f"{one.shard.path.parent}: expected it once; download the checkpoint again"
-            )
+            for tensor in _stored_in(_Shard.open(path), self):
+                known = self._stored.setdefault(tensor.name, tensor)
+                if known is not tensor:
+                    raise ModelError(
+                        f"tensor {tensor.name} is in two shards, {known.shard.path.name} and {path.name} of "
+                        f"{path.parent}: expected it once; download the checkpoint again"
+                    )
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._stored[name]
@@ -78,19 +75,17 @@ class _Shard:
             with open(self.path, "rb", buffering=0) as file:
                 if _identity(os.fstat(file.fileno())) != self.identity:
                     raise _unreadable(self.path, "it is not the file any more that it was when the run began")
-                return self._fill(torch.empty(size, dtype=torch.uint8), file, start)
+                buffer = torch.empty(size, dtype=torch.uint8)
+                missing = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
+                file.seek(start)
+                while missing:
+                    count = file.readinto(missing)
+                    if not count:
+                        raise _unreadable(self.path, f"it ends {len(missing)} bytes early")
+                    missing = missing[count:]
+                return buffer
         except OSError as error:
             raise _unreadable(self.path, error.strerror or str(error)) from None
-
-    def _fill(self, buffer: torch.Tensor, file: Any, start: int) -> torch.Tensor:
-        left = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy's stubs know no buffers
-        file.seek(start)
-        while left:
-            count = file.readinto(left)
-            if not count:
-                raise _unreadable(self.path, f"it ends {len(left)} bytes early")
-            left = left[count:]
-        return buffer
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ class StoredTensor:
 
 def read_rate(paths: Iterable[Path], most: int = 2**28) -> float:
     """Bytes a second that the middle of the largest shard is read at, from the disk where the system lets us ask so."""
-    path = max(paths, key=lambda one: one.stat().st_size)
+    path = max(paths, key=lambda shard: shard.stat().st_size)
     with open(path, "rb", buffering=0) as file:
         size = min(most, path.stat().st_size)
         start = (path.stat().st_size - size) // 2

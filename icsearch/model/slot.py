@@ -29,8 +29,8 @@ class SelectionStore:
     # What else layers have left for later ones, by the name of their argument: see `families.calls`.
     left: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
-    def check_left_by(self, position: int) -> None:
-        """Raise ModelError where a layer ran as F and left no selection here: then no S layer could take it over."""
+    def check_made_by(self, position: int) -> None:
+        """Raise ModelError where a layer ran as F and made no selection: then no S layer could take it over."""
         if not self.pattern.is_full(position):
             return
         if self.source != position:
@@ -105,21 +105,16 @@ class IndexerSlot(nn.Module):
 
 def find_indexers(decoder_layer: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
     """(owner, indexer) for each module inside a decoder layer that has an attribute `indexer`; it may be None."""
-    found = []
-    for owner in decoder_layer.modules():
-        if "indexer" in owner._modules or "indexer" in vars(owner):
-            found.append((owner, owner.indexer))
-    return [(owner, inner) for owner, inner in found if inner is None or isinstance(inner, nn.Module)]
+    owners = [m for m in decoder_layer.modules() if "indexer" in m._modules or "indexer" in vars(m)]
+    return [(owner, owner.indexer) for owner in owners if isinstance(owner.indexer, nn.Module | None)]
 
 
 def put_slot(owner: nn.Module, position: int) -> IndexerSlot:
     """The slot in place of the owner's indexer: the one that stands there, or a new one."""
-    found: Any = owner.indexer
-    if isinstance(found, IndexerSlot):
-        return found
-    slot = IndexerSlot(found, position)
-    owner.indexer = slot
-    return slot
+    indexer: Any = owner.indexer
+    if not isinstance(indexer, IndexerSlot):
+        owner.indexer = indexer = IndexerSlot(indexer, position)
+    return indexer
 
 
 def take_slot(owner: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_streamed_sweeps_have_the_bits_of_resident_ones(sharded: Path, block_ele
     expected = Sweeper(resident).sweep(patterns, batches)
     before = streamed.weights.bytes_read
     found = Sweeper(streamed).sweep(patterns, batches)
-    assert found == expected
+    assert replace(found, weight_bytes=0) == expected
     size = sum(path.stat().st_size for path in sharded.glob("*.safetensors"))
     assert 0 < streamed.weights.bytes_read - before <= 1.05 * size  # one wave, all candidates
 
@@ -150,7 +151,8 @@ def test_native_shared_layers_stream(tmp_path: Path) -> None:
     batches = cut_batches(ids, torch.ones_like(ids, dtype=torch.bool), 2)
     patterns = [Pattern("FFSFSS"), Pattern("FSSSSS")]
     expected = Sweeper(load(directory)).sweep(patterns, batches)
-    assert Sweeper(load(directory, offload=DISK)).sweep(patterns, batches) == expected
+    swept = Sweeper(load(directory, offload=DISK)).sweep(patterns, batches)
+    assert replace(swept, weight_bytes=0) == expected
     last = load(directory, layers=range(4, 6), block_elements=2000)  # no indexer at all in this process
     assert last.blockwise is not None
 
