@@ -126,19 +126,15 @@ def check_heldout(heldout: Calibration, calibration: Calibration, option: str) -
             raise CalibrationError(f"{name} is one sequence, whose loss has no standard error: give at least 2")
 
 
-def _in_words(limits: Limits) -> str:
-    plain = limits.holds in ("", f"{limits.index_topk} tokens")
-    return "" if plain else f" (a selection keeps {limits.holds})"
-
-
 def check_length(length: int, limits: Limits) -> None:
     """Raise CalibrationError for sequences too short to choose from, or longer than the model goes."""
     if length <= limits.index_topk:
+        plain = limits.holds in ("", f"{limits.index_topk} tokens")
+        holds = "" if plain else f" (a selection keeps {limits.holds})"
         raise CalibrationError(
-            f"sequences of {length} tokens are not longer than the model's index_topk of {limits.index_topk}"
-            f"{_in_words(limits)}: every "
-            f"selection would be all tokens, and every layer free to share; use longer sequences, such as --seq-len "
-            f"{4 * limits.index_topk}"
+            f"sequences of {length} tokens are not longer than the model's index_topk of {limits.index_topk}{holds}: "
+            "every selection would be all tokens, and every layer free to share; use longer sequences, such as "
+            f"--seq-len {4 * limits.index_topk}"
         )
     if limits.max_positions is not None and length > limits.max_positions:
         raise CalibrationError(

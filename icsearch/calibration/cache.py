@@ -34,6 +34,151 @@ class DamagedCacheError(CalibrationError):
     """A file of a calibration that is there and cannot be read."""
 
 
+def obtain(
+    source_text: str,
+    tokenizer_loader: Callable[[], Tokenizer],
+    cache_dir: Path,
+    *,
+    seq_len: int | None,
+    num_sequences: int | None,
+    default_seq_len: int,
+    default_num_sequences: int,
+    seed: int,
+    limits: Limits,
+    rebuild: bool = False,
+    copy_ready: bool = False,
+) -> tuple[Calibration, bool]:
+    """The calibration that SOURCE names, checked against the model's limits, and whether it was there already.
+
+    A directory with tokens is loaded as it is, and refused where `seq_len` or `num_sequences` are not None and ask
+    for other sizes; with `copy_ready` the tokens are also saved in `cache_dir`. Any other source is built into
+    `cache_dir` (with the defaults for sizes that are None), or taken from it where it was built from the same text,
+    with the same tokenizer and options. What else lies there is overwritten only with `rebuild`. `tokenizer_loader`
+    returns None for a model without tokenizer; that is an error only where text has to be tokenised.
+    """
+    source = parse_source(source_text)
+    if isinstance(source, ReadyTokens):
+        calibration = load(source.directory)
+        for name, wanted in (("seq_len", seq_len), ("num_sequences", num_sequences)):
+            found = getattr(calibration, name)
+            if wanted not in (None, found):
+                option = f"--{name.replace('_', '-')}"
+                raise CalibrationError(
+                    f"the ready tokens in {source.directory} have {name} {found}, but {option} asks for {wanted}: "
+                    f"leave {option} out, or give a text source"
+                )
+        _check_same_tokenizer(calibration, tokenizer_loader, source.directory)
+        check(calibration, limits)
+        return calibration, not copy_ready or _copy(calibration, source.directory, cache_dir, rebuild)
+    seq_len = default_seq_len if seq_len is None else seq_len
+    num_sequences = default_num_sequences if num_sequences is None else num_sequences
+    check_length(seq_len, limits)  # before anything is written: a cache of the wrong length would be in the way
+    tokenizer = tokenizer_loader()
+    check_request(tokenizer, seq_len, num_sequences)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    key = cache_key(source, fingerprint, seq_len, num_sequences, seed)
+
+    def make() -> Calibration:
+        return build(source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
+
+    there = not rebuild and (cache_dir / TOKENS_FILE).exists()
+    calibration, hit = _from_cache(cache_dir, key, make) if there else (make(), False)
+    check(calibration, limits)
+    if not hit:
+        save(calibration, cache_dir)
+    return calibration, hit
+
+
+def _copy(calibration: Calibration, directory: Path, cache_dir: Path, rebuild: bool) -> bool:
+    """Save ready tokens of `directory` in another one; True where the same tokens were there already."""
+    if cache_dir.resolve() == directory.resolve():
+        return True
+    if (cache_dir / TOKENS_FILE).exists() and not rebuild:
+        there = load(cache_dir)
+        if there.fingerprint != calibration.fingerprint:
+            raise CalibrationError(
+                f"{cache_dir} holds other tokens (fingerprint {short(there.fingerprint)}, those of {directory} have "
+                f"{short(calibration.fingerprint)}): give another --out, or overwrite them with --fresh"
+            )
+        return True
+    save(calibration, cache_dir)
+    return False
+
+
+def cache_key(source: TextSource, tokenizer: str, seq_len: int, num_sequences: int, seed: int) -> dict[str, Any]:
+    """What decides the tokens of a text: a cache is used again only where all of it agrees.
+
+    `tokenizer` is its fingerprint.
+    """
+    return {
+        "source_fingerprint": source.fingerprint,
+        "corpus_version": source.corpus_version,
+        "tokenizer_fingerprint": tokenizer,
+        "packing": PACKING,
+        "seq_len": seq_len,
+        "num_sequences": num_sequences,
+        "seed": seed,
+    }
+
+
+def _from_cache(cache_dir: Path, key: Mapping[str, Any], make: Callable[[], Calibration]) -> tuple[Calibration, bool]:
+    """The batches of a cache, and True; those of a damaged one made again, and False. Raises CalibrationError.
+
+    What cannot be read is replaced only where the other file says that it was the same.
+    """
+    try:
+        return _cached(cache_dir, key), True
+    except DamagedCacheError:
+        made = make()
+        if _fingerprint_left(cache_dir) != made.fingerprint:
+            raise
+        return made, False
+
+
+def _fingerprint_left(cache_dir: Path) -> object:
+    """The fingerprint that a damaged cache was of, by its manifest or else by its tokens; None by neither."""
+    with contextlib.suppress(DamagedCacheError):
+        return read_manifest(cache_dir / MANIFEST_FILE).get("fingerprint")
+    with contextlib.suppress(DamagedCacheError):
+        return Calibration(*read_tokens(cache_dir / TOKENS_FILE)).fingerprint
+    return None
+
+
+def _cached(cache_dir: Path, key: Mapping[str, Any]) -> Calibration:
+    calibration = load(cache_dir)
+    if "source_fingerprint" not in calibration.manifest:
+        raise CalibrationError(
+            f"{cache_dir} holds tokens that icsearch did not build: give {cache_dir} itself as SOURCE, choose another "
+            f"directory, or overwrite them with --fresh"
+        )
+    differences = [
+        f"{name} (there {short(calibration.manifest.get(name))}, asked for {short(wanted)})"
+        for name, wanted in key.items()
+        if calibration.manifest.get(name) != wanted
+    ]
+    if differences:
+        raise CalibrationError(
+            f"calibration in {cache_dir} was built with another {', '.join(differences)}: give another --out, "
+            f"repeat the options, or start over with --fresh"
+        )
+    return calibration
+
+
+def _check_same_tokenizer(calibration: Calibration, load_tokenizer: Callable[[], Tokenizer], directory: Path) -> None:
+    """Token ids of another model's tokenizer fit the vocabulary by chance, and mean nothing."""
+    recorded = calibration.manifest.get("tokenizer_fingerprint")
+    tokenizer = load_tokenizer() if recorded else None
+    if tokenizer is None:
+        return
+    found = tokenizer_fingerprint(tokenizer)
+    if found != recorded:
+        raise CalibrationError(
+            f"calibration in {directory} was made with another tokenizer ({short(recorded)}, the model's is "
+            f"{short(found)}): run icsearch calibrate for this model, or delete {directory / MANIFEST_FILE} to use "
+            f"the tokens as they are"
+        )
+
+
 def save(calibration: Calibration, directory: Path) -> None:
     """Write tokens and manifest, fsynced, over what is there.
 
@@ -126,154 +271,3 @@ def short(value: Any) -> str:
     """A value for a message: digests to 12 letters, long texts to their beginning."""
     text = str(value)
     return text if len(text) <= 20 else text[:12]
-
-
-# What decides the tokens: a cache is used again only where all of these agree.
-KEY = (
-    "source_fingerprint",
-    "corpus_version",
-    "tokenizer_fingerprint",
-    "packing",
-    "seq_len",
-    "num_sequences",
-    "seed",
-)
-
-
-def obtain(
-    source_text: str,
-    tokenizer_loader: Callable[[], Tokenizer],
-    cache_dir: Path,
-    *,
-    seq_len: int | None,
-    num_sequences: int | None,
-    default_seq_len: int,
-    default_num_sequences: int,
-    seed: int,
-    limits: Limits,
-    rebuild: bool = False,
-    copy_ready: bool = False,
-) -> tuple[Calibration, bool]:
-    """The calibration that SOURCE names, checked against the model's limits, and whether it was there already.
-
-    A directory with tokens is loaded as it is, and refused where `seq_len` or `num_sequences` are not None and ask
-    for other sizes; with `copy_ready` the tokens are also saved in `cache_dir`. Any other source is built into
-    `cache_dir` (with the defaults for sizes that are None), or taken from it where it was built from the same text,
-    with the same tokenizer and options. What else lies there is overwritten only with `rebuild`. `tokenizer_loader`
-    returns None for a model without tokenizer; that is an error only where text has to be tokenised.
-    """
-    source = parse_source(source_text)
-    if isinstance(source, ReadyTokens):
-        calibration = load(source.directory)
-        _check_sizes(calibration, source.directory, {"seq_len": seq_len, "num_sequences": num_sequences})
-        _check_same_tokenizer(calibration, tokenizer_loader, source.directory)
-        check(calibration, limits)
-        return calibration, not copy_ready or _copy(calibration, source.directory, cache_dir, rebuild)
-    seq_len = default_seq_len if seq_len is None else seq_len
-    num_sequences = default_num_sequences if num_sequences is None else num_sequences
-    check_length(seq_len, limits)  # before anything is written: a cache of the wrong length would be in the way
-    tokenizer = tokenizer_loader()
-    check_request(tokenizer, seq_len, num_sequences)
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    key = cache_key(source, fingerprint, seq_len, num_sequences, seed)
-
-    def make() -> Calibration:
-        return build(source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
-
-    there = not rebuild and (cache_dir / TOKENS_FILE).exists()
-    calibration, hit = _from_cache(cache_dir, key, make) if there else (make(), False)
-    check(calibration, limits)
-    if not hit:
-        save(calibration, cache_dir)
-    return calibration, hit
-
-
-def _check_sizes(calibration: Calibration, directory: Path, asked: Mapping[str, int | None]) -> None:
-    for name, wanted in asked.items():
-        found = getattr(calibration, name)
-        if wanted not in (None, found):
-            option = f"--{name.replace('_', '-')}"
-            raise CalibrationError(
-                f"the ready tokens in {directory} have {name} {found}, but {option} asks for {wanted}: leave {option} "
-                f"out, or give a text source"
-            )
-
-
-def _copy(calibration: Calibration, directory: Path, cache_dir: Path, rebuild: bool) -> bool:
-    """Save ready tokens of `directory` in another one; True where the same tokens were there already."""
-    if cache_dir.resolve() == directory.resolve():
-        return True
-    if (cache_dir / TOKENS_FILE).exists() and not rebuild:
-        there = load(cache_dir)
-        if there.fingerprint != calibration.fingerprint:
-            raise CalibrationError(
-                f"{cache_dir} holds other tokens (fingerprint {short(there.fingerprint)}, those of {directory} have "
-                f"{short(calibration.fingerprint)}): give another --out, or overwrite them with --fresh"
-            )
-        return True
-    save(calibration, cache_dir)
-    return False
-
-
-def cache_key(source: TextSource, tokenizer: str, seq_len: int, num_sequences: int, seed: int) -> dict[str, Any]:
-    """What decides the tokens of a text source; `tokenizer` is its fingerprint."""
-    values = (source.fingerprint, source.corpus_version, tokenizer, PACKING, seq_len, num_sequences, seed)
-    return dict(zip(KEY, values, strict=True))
-
-
-def _from_cache(cache_dir: Path, key: Mapping[str, Any], make: Callable[[], Calibration]) -> tuple[Calibration, bool]:
-    """The batches of a cache, and True; those of a damaged one made again, and False. Raises CalibrationError.
-
-    What cannot be read is replaced only where the other file says that it was the same.
-    """
-    try:
-        return _cached(cache_dir, key), True
-    except DamagedCacheError:
-        made = make()
-        if _fingerprint_left(cache_dir) != made.fingerprint:
-            raise
-        return made, False
-
-
-def _fingerprint_left(cache_dir: Path) -> object:
-    """The fingerprint that a damaged cache was of, by its manifest or else by its tokens; None by neither."""
-    with contextlib.suppress(DamagedCacheError):
-        return read_manifest(cache_dir / MANIFEST_FILE).get("fingerprint")
-    with contextlib.suppress(DamagedCacheError):
-        return Calibration(*read_tokens(cache_dir / TOKENS_FILE)).fingerprint
-    return None
-
-
-def _cached(cache_dir: Path, key: Mapping[str, Any]) -> Calibration:
-    calibration = load(cache_dir)
-    if "source_fingerprint" not in calibration.manifest:
-        raise CalibrationError(
-            f"{cache_dir} holds tokens that icsearch did not build: give {cache_dir} itself as SOURCE, choose another "
-            f"directory, or overwrite them with --fresh"
-        )
-    differences = [
-        f"{name} (there {short(calibration.manifest.get(name))}, asked for {short(wanted)})"
-        for name, wanted in key.items()
-        if calibration.manifest.get(name) != wanted
-    ]
-    if differences:
-        raise CalibrationError(
-            f"calibration in {cache_dir} was built with another {', '.join(differences)}: give another --out, "
-            f"repeat the options, or start over with --fresh"
-        )
-    return calibration
-
-
-def _check_same_tokenizer(calibration: Calibration, load_tokenizer: Callable[[], Tokenizer], directory: Path) -> None:
-    """Token ids of another model's tokenizer fit the vocabulary by chance, and mean nothing."""
-    recorded = calibration.manifest.get("tokenizer_fingerprint")
-    tokenizer = load_tokenizer() if recorded else None
-    if tokenizer is None:
-        return
-    found = tokenizer_fingerprint(tokenizer)
-    if found != recorded:
-        raise CalibrationError(
-            f"calibration in {directory} was made with another tokenizer ({short(recorded)}, the model's is "
-            f"{short(found)}): run icsearch calibrate for this model, or delete {directory / MANIFEST_FILE} to use "
-            f"the tokens as they are"
-        )

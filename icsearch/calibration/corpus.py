@@ -15,6 +15,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 CORPUS_VERSION = "1"
 
@@ -83,9 +84,6 @@ class _Writer:
         self.text += text
         self.answers.append(Answer(start, len(self.text), trail))
 
-    def document(self, kind: str) -> Document:
-        return Document(kind, self.text, tuple(self.answers))
-
 
 def documents(split: str, seed: int = 0) -> Iterator[str]:
     """An endless, reproducible stream of documents of one split.
@@ -119,7 +117,7 @@ def make_document(kind: str, rng: random.Random) -> Document:
     """One document of a task kind (a key of `KINDS`)."""
     writer = _Writer()
     KINDS[kind][0](writer, rng)
-    return writer.document(kind)
+    return Document(kind, writer.text, tuple(writer.answers))
 
 
 def _bucket(text: str) -> int:
@@ -142,17 +140,11 @@ def _write_recall(writer: _Writer, rng: random.Random) -> None:
     _ask(writer, rng, [(key, (ware,)) for key, ware in zip(keys, wares, strict=True)], rng.randint(4, 8))
 
 
-def _write_forward_chains(writer: _Writer, rng: random.Random) -> None:
-    """Names that point to names that are only explained later: a query has to follow the chain link by link."""
-    _write_chains(writer, rng, forward=True)
-
-
-def _write_settled_chains(writer: _Writer, rng: random.Random) -> None:
-    """Chains told from their end: every name is explained by one that is known already."""
-    _write_chains(writer, rng, forward=False)
-
-
 def _write_chains(writer: _Writer, rng: random.Random, forward: bool) -> None:
+    """Names that point to others. Forward, those are only explained later: a query has to follow link by link.
+
+    Else the chains are told from their end, and every name is explained by one that is known already.
+    """
     levels, trails = _chains(rng, rng.randint(4, 7))
     keep, follow = rng.choice(_KEEPING), rng.choice(_FOLLOWING)
     told = levels if forward else levels[::-1]
@@ -262,8 +254,8 @@ def _scene(rng: random.Random) -> str:
 
 KINDS: dict[str, tuple[Callable[[_Writer, random.Random], None], float]] = {
     "recall": (_write_recall, 0.15),
-    "forward_chains": (_write_forward_chains, 0.45),
-    "settled_chains": (_write_settled_chains, 0.1),
+    "forward_chains": (partial(_write_chains, forward=True), 0.45),
+    "settled_chains": (partial(_write_chains, forward=False), 0.1),
     "needles": (_write_needles, 0.1),
     "repeat": (_write_repeat, 0.1),
     "edit": (_write_edit, 0.1),

@@ -93,19 +93,15 @@ def parse_source(text: str) -> Source:
     without tokens, an hf: spec without a name.
     """
     if text == "demo" or text.startswith("demo:"):
-        return _parse_demo(text)
+        split = text.partition(":")[2] or "calibration"
+        if text == "demo:" or split not in ("calibration", "heldout"):
+            raise CalibrationError(f"no built-in corpus {text!r}: expected demo, demo:calibration or demo:heldout")
+        return BuiltIn(text=text, corpus_version=corpus.CORPUS_VERSION, split=split)
     if text.startswith("hf:"):
         return _parse_hub(text)
     path = typed_path(text, CalibrationError)
     with _file_errors(path):
         return _parse_directory(text, path) if path.is_dir() else _parse_file(text, path)
-
-
-def _parse_demo(text: str) -> TextSource:
-    split = text.partition(":")[2] or "calibration"
-    if text == "demo:" or split not in ("calibration", "heldout"):
-        raise CalibrationError(f"no built-in corpus {text!r}: expected demo, demo:calibration or demo:heldout")
-    return BuiltIn(text=text, corpus_version=corpus.CORPUS_VERSION, split=split)
 
 
 def _parse_hub(text: str) -> TextSource:
@@ -117,8 +113,10 @@ def _parse_hub(text: str) -> TextSource:
     path = typed_path(name, CalibrationError)
     if path.is_file():
         raise CalibrationError(f"{name} is a file, hf: expects a dataset name or a folder: give the file without hf:")
-    if not path.is_dir():
-        _check_hub_name(text, name)
+    if not path.is_dir() and re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name) is None:
+        raise CalibrationError(
+            f"{text!r}: {name!r} is neither a folder here nor a name on the hub: expected NAME or OWNER/NAME"
+        )
     return HubDataset(text=text, name=name, config=config, split=split)
 
 
@@ -129,13 +127,6 @@ def hub_parts(text: str) -> tuple[str, str | None, str | None]:
         rest = ["", *rest]
     config, split = (*rest, "", "")[:2]
     return name, config or None, split or None
-
-
-def _check_hub_name(text: str, name: str) -> None:
-    if re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", name) is None:
-        raise CalibrationError(
-            f"{text!r}: {name!r} is neither a folder here nor a name on the hub: expected NAME or OWNER/NAME"
-        )
 
 
 def _parse_directory(text: str, path: Path) -> ReadyTokens:
@@ -231,19 +222,21 @@ class JsonLines(FileSource):
         with _file_errors(self.path), self.path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 line = _decoded(decoder, raw, self.path, number, final=raw[-1:] != b"\n")
-                if line.strip():
-                    yield self._text(line, number)
-
-    def _text(self, line: str, number: int) -> str:
-        where = f"{self.path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where} is not JSON ({error}): expected one JSON object per line") from None
-        if not isinstance(row, dict):
-            raise CalibrationError(f"{where} is a JSON {type(row).__name__}: expected an object with a text field")
-        # An escape such as \ud800 alone is half a character, which no tokenizer takes.
-        return text_of(row, where).encode("utf-8", "replace").decode("utf-8")
+                if not line.strip():
+                    continue
+                where = f"{self.path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise CalibrationError(
+                        f"{where} is not JSON ({error}): expected one JSON object per line"
+                    ) from None
+                if not isinstance(row, dict):
+                    raise CalibrationError(
+                        f"{where} is a JSON {type(row).__name__}: expected an object with a text field"
+                    )
+                # An escape such as \ud800 alone is half a character, which no tokenizer takes.
+                yield text_of(row, where).encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass
@@ -256,22 +249,20 @@ class Parquet(FileSource):
 
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                self._check_column(file.schema_arrow)
+                schema = file.schema_arrow
+                if "text" not in schema.names:
+                    raise CalibrationError(
+                        f"{self.path} has no column text (found: {_names(schema.names)}): rename one to text"
+                    )
+                kind = str(schema.field("text").type)
+                if not kind.startswith(("string", "large_string", "dictionary<values=string")):
+                    raise CalibrationError(f"{self.path}: column text holds {kind}: expected strings")
                 for batch in file.iter_batches(batch_size=256, columns=["text"]):
                     yield from (text or "" for text in batch.column(0).to_pylist())
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             raise CalibrationError(
-                f"{self.path} cannot be read as Parquet ({_short_line(error)}): expected a whole .parquet file"
+                f"{self.path} cannot be read as Parquet ({first_line(error)}): expected a whole .parquet file"
             ) from None
-
-    def _check_column(self, schema: Any) -> None:
-        if "text" not in schema.names:
-            raise CalibrationError(
-                f"{self.path} has no column text (found: {_names(schema.names)}): rename one to text"
-            )
-        found = str(schema.field("text").type)
-        if not found.startswith(("string", "large_string", "dictionary<values=string")):
-            raise CalibrationError(f"{self.path}: column text holds {found}: expected strings")
 
 
 FILE_KINDS: dict[str, type[FileSource]] = {".txt": TextFile, ".jsonl": JsonLines, ".parquet": Parquet}
@@ -286,6 +277,10 @@ class HubDataset(TextSource):
     split: str | None = None
 
     @property
+    def _split(self) -> str:
+        return self.split or "train"
+
+    @property
     def folder(self) -> Path | None:
         path = typed_path(self.name, CalibrationError)
         return path if path.is_dir() else None
@@ -297,8 +292,18 @@ class HubDataset(TextSource):
         The hub's revision goes into the manifest instead. A folder is taken by the names, sizes, beginnings
         and ends of its files: enough to see a change, without reading all of a large one.
         """
-        content = _folder_digest(self.folder) if self.folder else self.name
-        spec = json.dumps(["hf", content, self.config, self.split or "train"])
+        content = self.name
+        if self.folder:
+            digest = hashlib.sha256()
+            for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+                size = path.stat().st_size
+                digest.update(json.dumps([path.relative_to(self.folder).as_posix(), size]).encode())
+                with _file_errors(path), path.open("rb") as file:
+                    digest.update(file.read(CHUNK_BYTES))
+                    file.seek(max(0, size - CHUNK_BYTES))
+                    digest.update(file.read(CHUNK_BYTES))
+            content = digest.hexdigest()
+        spec = json.dumps(["hf", content, self.config, self._split])
         return hashlib.sha256(spec.encode()).hexdigest()
 
     def documents(self, seed: int) -> Iterator[str]:
@@ -312,38 +317,37 @@ class HubDataset(TextSource):
             try:
                 yield from self._open()
             except Exception as error:
-                raise CalibrationError(self._complaint(error)) from error
+                tried = f"dataset {self.name}, configuration {self.config or '(default)'}, split {self._split}"
+                advice = "check the spec hf:NAME[:CONFIG][:SPLIT]"
+                if isinstance(error, OSError) and not self.folder:
+                    advice = (
+                        "check the name and the network, or download it elsewhere and give hf:/path/to/folder or a "
+                        ".jsonl or .parquet file"
+                    )
+                raise CalibrationError(
+                    f"cannot read {self.text} (tried {tried}): {first_line(error).rstrip('.')}; {advice}"
+                ) from error
 
     def _open(self) -> Iterable[dict[str, Any]]:
         import datasets
 
         folder = self.folder
         if folder is not None and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            return self._pick_split(datasets.load_from_disk(str(folder)))
+            return self._of_saved(datasets.load_from_disk(str(folder)))
         builder = datasets.load_dataset_builder(str(folder or self.name), name=self.config)
         self.revision = None if folder else builder.hash
-        stream: Iterable[dict[str, Any]] = builder.as_streaming_dataset(split=self.split or "train")
+        stream: Iterable[dict[str, Any]] = builder.as_streaming_dataset(split=self._split)
         return stream
 
-    def _pick_split(self, saved: Any) -> Iterable[dict[str, Any]]:
+    def _of_saved(self, saved: Any) -> Iterable[dict[str, Any]]:
         """The split of a `save_to_disk` folder, which holds either one unnamed split or a dictionary of them."""
         available = list(saved) if isinstance(saved, dict) else []
         if self.config or (self.split and not available):
             raise ValueError("the folder was written by save_to_disk and has no such configuration or split")
-        if available and (self.split or "train") not in available:
-            raise ValueError(f"no split {self.split or 'train'}, available splits: {available}")
-        chosen: Iterable[dict[str, Any]] = saved[self.split or "train"] if available else saved
+        if available and self._split not in available:
+            raise ValueError(f"no split {self._split}, available splits: {available}")
+        chosen: Iterable[dict[str, Any]] = saved[self._split] if available else saved
         return chosen
-
-    def _complaint(self, error: Exception) -> str:
-        tried = f"dataset {self.name}, configuration {self.config or '(default)'}, split {self.split or 'train'}"
-        advice = "check the spec hf:NAME[:CONFIG][:SPLIT]"
-        if isinstance(error, OSError) and not self.folder:
-            advice = (
-                "check the name and the network, or download it elsewhere and give hf:/path/to/folder "
-                "or a .jsonl or .parquet file"
-            )
-        return f"cannot read {self.text} (tried {tried}): {_short_line(error).rstrip('.')}; {advice}"
 
 
 def shuffled(documents: Iterable[str], seed: int, max_documents: int, max_chars: int) -> Iterator[str]:
@@ -395,18 +399,6 @@ def _decoded(decoder: codecs.IncrementalDecoder, raw: bytes, path: Path, line: i
         ) from None
 
 
-def _folder_digest(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        digest.update(json.dumps([path.relative_to(folder).as_posix(), size]).encode())
-        with _file_errors(path), path.open("rb") as file:
-            digest.update(file.read(CHUNK_BYTES))
-            file.seek(max(0, size - CHUNK_BYTES))
-            digest.update(file.read(CHUNK_BYTES))
-    return digest.hexdigest()
-
-
 @contextmanager
 def _file_errors(path: Path) -> Iterator[None]:
     try:
@@ -433,8 +425,3 @@ def _quiet(*names: str) -> Iterator[None]:
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(map(str, names)) or "none"
-
-
-def _short_line(error: BaseException) -> str:
-    line = first_line(error)
-    return line if len(line) <= 200 else line[:200] + "..."

@@ -719,8 +719,9 @@ def test_tokenizer_fingerprint_is_of_what_decides_the_tokens(tmp_path: Path) -> 
     assert len({before, *map(batches.tokenizer_fingerprint, others)}) == 4
     plain.save_pretrained(tmp_path)
     code = (
-        "import sys; from transformers import AutoTokenizer; from icsearch.calibration import tokenizer_fingerprint\n"
-        "print(tokenizer_fingerprint(AutoTokenizer.from_pretrained(sys.argv[1])))"
+        "import sys; from transformers import AutoTokenizer\n"
+        "from icsearch.calibration.batches import tokenizer_fingerprint as of\n"
+        "print(of(AutoTokenizer.from_pretrained(sys.argv[1])))"
     )
     ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == before
