@@ -115,7 +115,7 @@ def evaluate_patterns(
     world = world_of(ctx, timeout)
     with display(request, quiet) as listener:
         from icsearch.commands.evaluate import evaluate
-        from icsearch.report.eval_terminal import eval_table
+        from icsearch.report.terminal import eval_table
         from icsearch.report.write import write_eval_results
 
         document = evaluate(request, listener, write_eval_results, world)

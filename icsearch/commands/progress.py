@@ -14,7 +14,6 @@ from rich.table import Table
 from icsearch.core.pattern_file import Step
 from icsearch.core.statistics import mean_loss
 from icsearch.report import numbers
-from icsearch.report.choices import step_note
 from icsearch.runs.record import RunRecord
 from icsearch.runs.refinement import HELDOUT_SET
 
@@ -197,11 +196,10 @@ def commit_line(record: RunRecord) -> str:
     """What the last commit did."""
     commit, step = record.commits[-1], record.steps()[-1]
     tie = f", tied with {', '.join(map(str, commit.ties))}" if commit.ties else ""
-    note = f"; {said}" if (said := step_note(commit)) else ""
     kl = f"KL {numbers.compact(step.kl)}, " if step.kl is not None else ""
     return (
         f"step {commit.step}/{record.start['options']['num_shared']}: layer {commit.layer} shares, "
-        f"{kl}loss {numbers.loss(step.loss)} ({numbers.with_error(step.delta, step.std_err)}){tie}{note}"
+        f"{kl}loss {numbers.loss(step.loss)} ({numbers.with_error(step.delta, step.std_err)}){tie}"
     )
 
 

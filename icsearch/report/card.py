@@ -9,7 +9,8 @@ from icsearch.report import numbers
 from icsearch.report.card_metadata import card_model, card_yaml, dataset_of, hub_id, last_part
 from icsearch.report.card_serving import serving
 from icsearch.report.eval_view import EvalRow, EvalView
-from icsearch.report.view import RunView, headline
+from icsearch.report.sentences import headline
+from icsearch.report.view import RunView
 from icsearch.runs import results
 from icsearch.runs.results import split_notes
 

@@ -71,3 +71,31 @@ def plural(number: int, noun: str) -> str:
 def finite(value: float) -> float:
     """The value, or zero where it is not a number: the length of an error bar."""
     return value if math.isfinite(value) else 0.0
+
+
+def share(value: Difference) -> str:
+    """A share with its error: ``47% ± 3%``, more digits where the error allows."""
+    decimals = 1 if value.std_err < 0.0095 else 0
+    text = f"{100 * value.delta:.{decimals}f}%"
+    if not math.isfinite(value.std_err):
+        return text
+    return f"{text} ± {100 * value.std_err:.{decimals}f}%" if value.std_err >= 5e-4 else f"{text} ± <0.1%"
+
+
+def perplexity(value: float) -> str:
+    if not math.isfinite(value):
+        return "∞"
+    return f"{value:.2f}" if value < 100 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
+def ratio(value: float) -> str:
+    """``1.35×``; a dash where there is none."""
+    return f"{value:.2f}×" if math.isfinite(value) else "–"
+
+
+def shortened(name: str, width: int) -> str:
+    """The name with its middle left out: its end tells a run's patterns apart."""
+    if len(name) <= width:
+        return name
+    tail = (width - 1) // 2
+    return f"{name[: width - 1 - tail]}…{name[len(name) - tail :]}"

@@ -1,160 +1,129 @@
-"""The self-contained HTML page: what goes where, rendered by the templates beside the package."""
+"""The self-contained HTML page: what stands where. The templates lay it out; the words are those of `sentences`."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from icsearch.core.errors import IcsearchError
+from icsearch.core.statistics import Difference
 from icsearch.engines.export import Export, export
-from icsearch.report import numbers
-from icsearch.report.choices import arithmetic_note, guarantee, leaves_out, step_note, what_was_left_out
-from icsearch.report.curve import CurvePicture, comparison_picture, run_picture
-from icsearch.report.eval_page import eval_section
-from icsearch.report.eval_view import EvalView
-from icsearch.report.heatmap import HeatPicture, heat_picture, scale_of
-from icsearch.report.parts import Fact, Provenance, Tile, provenance, value_and_error
-from icsearch.report.prediction import SimilaritySection, similarity_section
-from icsearch.report.refined import RefinementSection, refinement_section
-from icsearch.report.streaming import weights_sentence
-from icsearch.report.view import Point, Reference, RunView, Tie, headline, kink_sentence
+from icsearch.report import figures, numbers, sentences
+from icsearch.report.eval_view import Accuracy, EvalRow, EvalView, Gap
+from icsearch.report.view import Refined, RunView, Swap, predictions
 from icsearch.runs import results
 from icsearch.runs.results import split_notes
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from matplotlib.figure import Figure
 
 TIES_SHOWN = 8
+LONGEST_LIST = 160  # characters of a list of texts; the digests of all sequences would fill a page
+PHASES = ("prefill", "decode")
+
+# (title, its (key, value) pairs as text) for each group
+Provenance = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
 
 
 @dataclass(frozen=True)
-class StripCell:
-    """One layer of the pattern strip. `serves`: the line goes on to an S layer behind it, in the same row."""
-
-    layer: int
-    full: bool
-    native: bool
-    serves: bool
-    tooltip: str
-
-
-@dataclass(frozen=True)
-class StripRow:
-    """The layers of one pipeline stage; `label` is empty where there are no stages."""
-
+class Tile:
     label: str
-    cells: tuple[StripCell, ...]
-
-
-@dataclass(frozen=True)
-class StepRow:
-    """One flip in the order of the search, as text; `css` is the colour class of its cost."""
-
-    step: int
-    layer: str
-    full: int
-    loss: str
-    delta: str
-    kl: str  # empty where the search went by the loss
-    cost: str
-    css: str
-    ties: int
+    value: str
     note: str
 
 
 @dataclass(frozen=True)
-class TieRow:
-    step: int
-    layer: int
-    others: tuple[str, ...]
-    more: int
+class Cell:
+    """A place in a table. `note` stands below, `title` shows on hovering; `bar` and `whisker` are drawn, in %."""
+
+    text: str
+    note: str = ""
+    css: str = ""
+    title: str = ""
+    badges: tuple[str, ...] = ()
+    bar: float | None = None
+    whisker: tuple[float, float] | None = None
+
+
+Row = Sequence[Cell | str]
 
 
 @dataclass(frozen=True)
-class ReferenceRow:
-    """Searched against uniform at one number of F layers, as text; a dash where the run has no such pattern."""
+class Table:
+    """Rows under headings, in groups that may have a title. Columns whose heading is in `texts` are no numbers."""
 
-    name: str
-    full: int
-    uniform: str
-    searched: str
-    saved: str
-    avoided: str
+    heads: tuple[str, ...]
+    groups: tuple[tuple[str, tuple[tuple[Cell, ...], ...]], ...]
+    texts: tuple[str, ...]
+    css: str
+
+    @property
+    def rows(self) -> list[tuple[Cell, ...]]:
+        return [row for _, rows in self.groups for row in rows]
+
+
+def make_table(
+    heads: Sequence[str], groups: Mapping[str, Iterable[Row]], texts: Sequence[str] = ("pattern",), css: str = ""
+) -> Table:
+    """A table of cells and plain texts."""
+    filled = {
+        title: tuple(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in row) for row in rows)
+        for title, rows in groups.items()
+    }
+    return Table(tuple(heads), tuple(filled.items()), tuple(texts), css)
 
 
 @dataclass(frozen=True)
-class RunSection:
-    """One run, ready for the template."""
+class Section:
+    """A run or an evaluation, ready for its template. Parts that it lacks are None or empty."""
 
+    view: RunView | EvalView
     number: int
-    view: RunView
-    title: str
     headline: str
     cautions: tuple[str, ...]
-    kink: str
     tiles: tuple[Tile, ...]
-    strip: tuple[StripRow, ...]
-    curves: tuple[CurvePicture, ...]
-    similarity: SimilaritySection | None
-    heat: HeatPicture | None
-    refinement: RefinementSection | None
-    references: tuple[ReferenceRow, ...]
-    steps: tuple[StepRow, ...]
-    guarantee: str
-    leaves_out: bool
-    left_out: str
-    ties: tuple[TieRow, ...]
-    exports: tuple[Export, ...]
-    export_error: str
-    cost: tuple[Fact, ...]
-    provenance: Provenance
+    tables: dict[str, Table | None]
+    figures: dict[str, tuple[str, ...]]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class ComparisonRow:
-    name: str
-    index: int
-    model: str
-    method: str
-    kept: str
-    baseline: str
-    delta: str
-    uniform: str
-    status: str
+    provenance: Provenance
+    strip: tuple[tuple[str, tuple[Cell, ...]], ...] = ()
+    order: tuple[Cell, ...] = ()
+    exports: tuple[Export, ...] = ()
+    export_error: str = ""
+    noise: str = ""
 
 
 def render_page(views: Sequence[RunView], evaluations: Sequence[EvalView] = ()) -> str:
     """The whole page: the evaluations, then the runs; several runs are compared before their own sections."""
-    sections = [run_section(view, number) for number, view in enumerate(views, start=1)]
     evaluated = [eval_section(view, number) for number, view in enumerate(evaluations, start=1)]
+    sections = [run_section(view, number) for number, view in enumerate(views, start=1)]
     several = len(views) > 1
+    counted = [numbers.plural(len(part), what) for part, what in ((evaluated, "evaluation"), (sections, "run")) if part]
+    title = " and ".join(counted) if evaluated else f"{len(views)} runs compared"
+    if len(sections) + len(evaluated) == 1:
+        title = (sections or evaluated)[0].view.model_name
     return (
         _environment()
         .get_template("report.html")
         .render(
             sections=sections,
             evaluations=evaluated,
-            title=_title([*(one.title for one in evaluated), *(one.title for one in sections)], len(evaluated)),
+            title=title,
+            palette=figures.PALETTE,
             alone=len(sections) + len(evaluated) == 1,
-            comparison=[comparison_row(view, index) for index, view in enumerate(views)] if several else [],
-            comparison_curves=[comparison_picture(views, size) for size in ("wide", "narrow")] if several else [],
-            comparison_notes=comparison_notes(views) if several else [],
+            comparison=comparison_table(views) if several else None,
+            comparison_figures=_charts("runs", "Loss curves of the runs", partial(figures.curve, views))
+            if several
+            else (),
+            comparison_notes=sentences.comparison_notes(views) if several else [],
         )
     )
-
-
-def _title(titles: Sequence[str], evaluations: int) -> str:
-    """The model where there is one section, else what there is."""
-    runs = len(titles) - evaluations
-    if len(titles) == 1:
-        return titles[0]
-    if not evaluations:
-        return f"{runs} runs compared"
-    names = [numbers.plural(evaluations, "evaluation"), *([numbers.plural(runs, "run")] if runs else [])]
-    return " and ".join(names)
 
 
 def _environment() -> Environment:
@@ -168,8 +137,8 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["minus"] = minus
-    environment.filters["counted"] = numbers.plural
+    environment.filters |= {"minus": minus, "counted": numbers.plural, "loss": numbers.loss}
+    environment.globals["say"] = sentences
     return environment
 
 
@@ -178,123 +147,270 @@ def minus(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=[\d.])", "−", text)
 
 
-def run_section(view: RunView, number: int) -> RunSection:
-    """Everything that the page says about one run."""
-    exports, export_error = _exports(view)
-    draws_curve = not view.by_similarity
-    cautions, notes = split_notes(view.record.notes)
-    return RunSection(
-        number=number,
-        view=view,
-        title=str(view.start["model"].get("name_or_path", "model")),
-        headline=headline(view),
-        cautions=cautions,
-        kink=kink_sentence(view),
-        tiles=tuple(_tiles(view)),
-        strip=strip_rows(view),
-        curves=tuple(run_picture(view, size) for size in ("wide", "narrow")) if view.points and draws_curve else (),
-        similarity=similarity_section(view),
-        heat=heat_picture(view),
-        refinement=refinement_section(view.record),
-        references=tuple(_reference_row(reference) for reference in view.references),
-        steps=tuple(_step_rows(view)),
-        guarantee=guarantee(view.record),
-        leaves_out=leaves_out(view.record),
-        left_out=what_was_left_out(view.record),
-        ties=tuple(_tie_row(tie) for tie in view.ties),
-        exports=exports,
-        export_error=export_error,
-        cost=tuple(_cost_facts(view)),
-        provenance=_provenance(view),
-        notes=(*notes, *arithmetic_note(view.record)),
+# --- pieces of both kinds -------------------------------------------------------------------------------------------
+
+
+def with_note(difference: Difference, sign: bool = True) -> Cell:
+    """A number with its error below it."""
+    if difference == Difference(0.0, 0.0):
+        return Cell("0")
+    text, _, error = numbers.with_error(difference.delta, difference.std_err, sign).partition(" ± ")
+    return Cell(text, f"± {error}" if error else "")
+
+
+def _difference_tile(label: str, text: str) -> Tile:
+    """A number and its error."""
+    value, _, error = text.partition(" ± ")
+    return Tile(label, value, f"± {error}" if error else "no error: one sequence")
+
+
+def provenance(groups: Sequence[tuple[str, Mapping[str, Any]]]) -> Provenance:
+    """Every group that says something, as text."""
+    return tuple(
+        (title, tuple((key.replace("_", " "), _plain(value)) for key, value in group.items()))
+        for title, group in groups
+        if group
     )
 
 
-# --- the parts ----------------------------------------------------------------------------------------------------
+def _plain(value: Any) -> str:
+    """A value of a JSON document as a reader expects it."""
+    if value is None or value == [] or value == {}:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        items = [str(item) for item in value]
+        if len(items) > 2 and len(", ".join(items)) > LONGEST_LIST and isinstance(value[0], str):
+            items = [*items[:2], f"… ({len(items)} in all)"]
+        return ", ".join(items)
+    return json.dumps(value) if isinstance(value, Mapping) else str(value)
 
 
-def strip_rows(view: RunView) -> tuple[StripRow, ...]:
-    """The pattern as rows of layers, one row per pipeline stage."""
-    cells = _strip_cells(view)
+def _where_from(own: tuple[str, dict[str, Any]], document: Mapping[str, Any]) -> Provenance:
+    groups = ("model", "calibration", "options", "environment")
+    return provenance([own, *((name.capitalize(), document.get(name) or {}) for name in groups)])
+
+
+def _charts(name: str, title: str, draw: Callable[[tuple[float, float]], Figure]) -> tuple[str, ...]:
+    """A chart of losses twice: wide, and narrow for a phone."""
+    what = "The loss of patterns above that of the unmodified model, by the number of shared layers."
+    sizes = {"wide": figures.CHART, "narrow": figures.NARROW_CHART}
+    return tuple(figures.svg(draw(size), f"{name}-{css}", f"chart {css}", title, what) for css, size in sizes.items())
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def run_section(view: RunView, number: int) -> Section:
+    """Everything that the page says about one run."""
+    cautions, notes = split_notes(view.record.notes)
+    exports, export_error = _exports(view)
+    name = f"run-{number}"
+    drawn: dict[str, tuple[str, ...]] = {"curve": (), "heat": (), "similarity": ()}
+    if view.points and not view.by_similarity:
+        drawn["curve"] = _charts(f"{name}-curve", "Loss curve", partial(figures.curve, [view]))
+    if view.cells:
+        figure = figures.heatmap(view)
+        drawn["heat"] = (
+            figures.svg(figure, f"{name}-heat", "heat", "Heatmap of candidate costs", "The table has its numbers."),
+        )
+    if similarity := view.record.similarity:
+        drawn["similarity"] = tuple(
+            figures.svg(
+                figures.triangle(similarity[key], view.record.pattern),
+                f"{name}-{key}",
+                "heat triangle",
+                title,
+                "Each layer under the selections of the layers before it.",
+            )
+            for key, title in (("cosine", "Similarity of attention outputs"), ("overlap", "Overlap of selections"))
+        )
+    return Section(
+        view,
+        number,
+        sentences.headline(view),
+        cautions,
+        tuple(_run_tiles(view)),
+        {
+            "references": _reference_table(view) if view.references and not view.record.similarity else None,
+            "predictions": _prediction_table(view) if view.record.similarity else None,
+            "sets": _set_table(view.refinement) if view.refinement else None,
+            "made": _swap_table(view.refinement.made) if view.refinement else None,
+            "refused": _swap_table(view.refinement.refused) if view.refinement else None,
+            "heat": _heat_table(view) if view.cells else None,
+            "steps": _step_table(view) if view.steps else None,
+            "ties": _tie_table(view) if view.ties else None,
+            "cost": _cost_table(view),
+        },
+        drawn,
+        (*notes, *sentences.arithmetic_note(view.record)),
+        _run_provenance(view),
+        strip=strip(view),
+        order=_order(view),
+        exports=exports,
+        export_error=export_error,
+        noise=numbers.compact(figures.run_scale(view).noise),
+    )
+
+
+def strip(view: RunView) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
+    """The pattern as rows of layers, one labelled row for each pipeline stage; `serves`: an S layer follows."""
+    pattern, cells = view.record.pattern, []
+    for layer, source in enumerate(pattern.sources()):
+        full, native, decoder = pattern.is_full(layer), layer in view.native_shared, view.layer_indices[layer]
+        serves = layer + 1 < len(pattern) and not pattern.is_full(layer + 1)
+        css = ["full" if full else "shared", *(["native"] if native else []), *(["serves"] if serves else [])]
+        where = f" (decoder layer {decoder})" if decoder != layer else ""
+        use = "runs its own indexer" if full else f"uses the selection of layer {source}"
+        own = ", as the checkpoint itself does" if native else ""
+        cells.append(Cell("F" if full else "S", str(layer), " ".join(css), f"layer {layer}{where} {use}{own}"))
     staged = len(view.blocks) > 1
     return tuple(
-        StripRow(f"stage {i} · layers {first}–{last - 1}" if staged else "", tuple(cells[first:last]))
+        (f"stage {i} · layers {first}–{last - 1}" if staged else "", tuple(cells[first:last]))
         for i, (first, last) in enumerate(view.blocks, start=1)
     )
 
 
-def _strip_cells(view: RunView) -> list[StripCell]:
-    pattern = view.record.pattern
-    cells = []
-    for layer, source in enumerate(pattern.sources()):
-        full, native = pattern.is_full(layer), layer in view.native_shared
-        use = "runs its own indexer" if full else f"uses the selection of layer {source}"
-        own = ", as the checkpoint itself does" if native else ""
-        decoder = view.layer_indices[layer]
-        where = f" (decoder layer {decoder})" if decoder != layer else ""
-        serves = layer + 1 < len(pattern) and not pattern.is_full(layer + 1)
-        cells.append(StripCell(layer, full, native, serves, f"layer {layer}{where} {use}{own}"))
-    return cells
-
-
-def _tiles(view: RunView) -> list[Tile]:
+def _run_tiles(view: RunView) -> list[Tile]:
     if not view.points:
         return []
     final, baseline = view.final, view.points[0]
     tiles = [
         Tile("indexers kept", f"{final.full} of {view.num_layers}", numbers.percent(final.pattern.retention)),
         Tile("loss", numbers.loss(final.loss), f"baseline {numbers.loss(baseline.loss)}"),
-        Tile("cost, nats per token", *value_and_error(final.difference)),
+        _difference_tile("cost, nats per token", numbers.difference(final.difference)),
     ]
     if final.kl is not None:
-        tiles.append(Tile("KL to all-F, nats per token", *value_and_error(final.kl)))
+        tiles.append(_difference_tile("KL to all-F, nats per token", numbers.difference(final.kl)))
     if reference := view.same_retention:
-        tiles.append(Tile("uniform, as many F", *value_and_error(reference.difference)))
+        tiles.append(_difference_tile("uniform, as many F", numbers.difference(reference.difference)))
     return tiles
 
 
-def _reference_row(reference: Reference) -> ReferenceRow:
-    searched, saved = reference.searched, reference.searched_minus_uniform
-    return ReferenceRow(
-        name=reference.label,
-        full=len(reference.pattern.full_layers),
-        uniform=numbers.difference(reference.difference),
-        searched=numbers.difference(searched.difference) if searched else "–",
-        saved=numbers.difference(saved) if saved else "–",
-        avoided=numbers.percent(reference.avoided) if reference.avoided is not None else "–",
-    )
-
-
-def _step_rows(view: RunView) -> list[StepRow]:
-    scale = scale_of(view)
+def _reference_table(view: RunView) -> Table:
+    """Searched against uniform at one number of F layers; a dash where the run has no such pattern."""
     rows = []
-    for point in view.steps:
-        cost = view.step_cost(point.step)
+    for reference in view.references:
+        searched, saved = reference.searched, reference.searched_minus_uniform
         rows.append(
-            StepRow(
-                step=point.step,
-                layer=_layer_name(point),
-                full=point.full,
-                loss=numbers.loss(point.loss),
-                delta=numbers.difference(point.difference),
-                kl=numbers.with_error(point.kl.delta, point.kl.std_err, sign=False) if point.kl else "",
-                cost=numbers.difference(cost) if cost else "–",
-                css=scale.css_class(cost.delta) if cost else "h0",
-                ties=len(view.record.commits[point.step - 1].ties),
-                note=step_note(view.record.commits[point.step - 1]),
+            (
+                reference.label,
+                str(len(reference.pattern.full_layers)),
+                numbers.difference(reference.difference),
+                numbers.difference(searched.difference) if searched else "–",
+                numbers.difference(saved) if saved else "–",
+                numbers.percent(reference.avoided) if reference.avoided is not None else "–",
             )
         )
-    return rows
+    heads = ("pattern", "F layers", "uniform", "searched", "searched − uniform", "cost avoided")
+    return make_table(heads, {"": rows})
 
 
-def _layer_name(point: Point) -> str:
-    same = point.layer == point.decoder_layer
-    return f"{point.layer}" if same else f"{point.layer} (decoder {point.decoder_layer})"
+def _prediction_table(view: RunView) -> Table:
+    heads = ("pattern", "F layers", "similarity, sum", "mean per S layer", "loss", "above baseline")
+    rows = [
+        (
+            row.name,
+            str(len(row.pattern.full_layers)),
+            "–" if row.similarity is None else f"{row.similarity:.4f}",
+            "–" if row.mean is None else f"{row.mean:.4f}",
+            numbers.loss(row.loss),
+            numbers.difference(row.difference) if row.difference else "–",
+        )
+        for row in predictions(view)
+    ]
+    return make_table(heads, {"": rows})
 
 
-def _tie_row(tie: Tie) -> TieRow:
-    shown = tuple(f"{layer} ({numbers.difference(difference)})" for layer, difference in tie.others[:TIES_SHOWN])
-    return TieRow(tie.step, tie.layer, shown, max(0, len(tie.others) - TIES_SHOWN))
+def _set_table(refined: Refined) -> Table:
+    rows = [
+        (
+            row.name,
+            str(row.sequences),
+            numbers.loss(row.before),
+            numbers.loss(row.after),
+            numbers.difference(row.change) if row.change else "–",
+        )
+        for row in refined.sets
+    ]
+    heads = ("sequences", "how many", "loss before", "loss after", "change")
+    return make_table(heads, {"": rows}, texts=["sequences"])
+
+
+def _swap_table(swaps: Sequence[Swap]) -> Table | None:
+    heads = ("indexer of layer", "goes to layer", "change, searched on", "change, held out", "pattern behind it")
+    rows = [
+        (
+            str(swap.trial.from_layer),
+            str(swap.trial.to_layer),
+            numbers.difference(swap.change),
+            numbers.difference(swap.heldout),
+            Cell(swap.trial.pattern, css="letters"),
+        )
+        for swap in swaps
+    ]
+    return make_table(heads, {"": rows}, texts=[heads[-1]]) if rows else None
+
+
+def _heat_table(view: RunView) -> Table:
+    """The numbers of the heatmap: a row for each step, a column for each layer."""
+    steps: dict[int, dict[int, Cell]] = {}
+    for cell in view.cells:
+        text = numbers.compact(cell.cost.delta) + ("=" if cell.tied else "")
+        css = "committed" if cell.committed else ""
+        steps.setdefault(cell.step, {})[cell.layer] = Cell(text, css=css, title=numbers.difference(cell.cost))
+    rows: list[Row] = [
+        (str(step), *(cells.get(layer, "") for layer in range(view.num_layers))) for step, cells in steps.items()
+    ]
+    return make_table(("step", *map(str, range(view.num_layers))), {"": rows}, css="dense")
+
+
+def _step_table(view: RunView) -> Table:
+    """The flips in the order of the search."""
+    rows: list[Row] = []
+    for point, layer in zip(view.steps, _order(view), strict=True):
+        kl = [numbers.with_error(point.kl.delta, point.kl.std_err, sign=False)] if point.kl else []
+        ties = len(view.record.commits[point.step - 1].ties)
+        rows.append(
+            (
+                str(point.step),
+                layer.text,
+                str(point.full),
+                numbers.loss(point.loss),
+                numbers.difference(point.difference),
+                *kl,
+                layer.title,
+                str(ties or ""),
+            )
+        )
+    by_kl = ["KL to baseline"] if view.record.by_kl else []
+    cost = f"{'KL' if view.record.by_kl else 'cost'} of this flip"
+    heads = ("step", "layer", "F left", "loss", "above baseline", *by_kl, cost, "tied with")
+    return make_table(heads, {"": rows})
+
+
+def _order(view: RunView) -> tuple[Cell, ...]:
+    """The layer of each flip, in the colour of its cost."""
+    scale, cells = figures.run_scale(view), []
+    for point in view.steps:
+        cost = view.step_cost(point.step)
+        name = (
+            str(point.layer) if point.layer == point.decoder_layer else f"{point.layer} (decoder {point.decoder_layer})"
+        )
+        css = scale.css_class(cost.delta) if cost else "h0"
+        cells.append(Cell(name, css=css, title=numbers.difference(cost) if cost else "–"))
+    return tuple(cells)
+
+
+def _tie_table(view: RunView) -> Table:
+    others = f"tied layers (their {view.objective} minus the committed one's)"
+    rows = []
+    for tie in view.ties:
+        shown = [f"{layer} ({numbers.difference(difference)})" for layer, difference in tie.others[:TIES_SHOWN]]
+        more = f" and {len(tie.others) - TIES_SHOWN} more" if len(tie.others) > TIES_SHOWN else ""
+        rows.append((str(tie.step), str(tie.layer), minus(", ".join(shown)) + more))
+    return make_table(("step", "committed", others), {"": rows}, texts=[others])
 
 
 def _exports(view: RunView) -> tuple[tuple[Export, ...], str]:
@@ -310,22 +426,23 @@ def _exports(view: RunView) -> tuple[tuple[Export, ...], str]:
     return tuple(found), "; ".join(dict.fromkeys(refusals))
 
 
-def _cost_facts(view: RunView) -> list[Fact]:
+def _cost_table(view: RunView) -> Table:
+    """What the run took, each number with what kind it is: counted, measured, or calculated by a formula."""
     cost = results.cost(view.record)
     run, naive = cost["layer_evaluations"], cost["naive_layer_evaluations"]
-    facts = [Fact("layer evaluations", numbers.count(run), "counted")]
+    rows = [("layer evaluations", numbers.count(run), "counted")]
     if not view.by_similarity:
-        scored = Fact("patterns scored in the search", numbers.count(cost["candidate_evaluations"]), "counted")
-        facts = [scored, *facts, Fact("layer evaluations of a naive search", numbers.count(naive), "calculated")]
+        rows.insert(0, ("patterns scored in the search", numbers.count(cost["candidate_evaluations"]), "counted"))
+        rows.append(("layer evaluations of a naive search", numbers.count(naive), "calculated"))
     if run > 0 and not view.by_similarity:
-        facts.append(Fact("naive / done", f"{naive / run:.2f}×", "calculated"))
-    facts.append(Fact("time spent scoring", numbers.duration(cost["seconds"]), "measured"))
-    if read := weights_sentence(view.record):
-        facts.append(Fact("weights read", read, "counted"))
-    return facts
+        rows.append(("naive / done", numbers.ratio(naive / run), "calculated"))
+    rows.append(("time spent scoring", numbers.duration(cost["seconds"]), "measured"))
+    if read := sentences.weights_sentence(view.record):
+        rows.append(("weights read", read, "counted"))
+    return make_table(("what", "how much", "kind"), {"": rows}, texts=("what", "kind"), css="narrow")
 
 
-def _provenance(view: RunView) -> Provenance:
+def _run_provenance(view: RunView) -> Provenance:
     start = view.start
     run = {
         "icsearch": start.get("icsearch_version"),
@@ -335,40 +452,194 @@ def _provenance(view: RunView) -> Provenance:
         "decoder layers": start.get("decoder_layers"),
         "counted tokens": numbers.count(sum(view.record.tokens)),
     }
-    return provenance([("Run", run), *((name.capitalize(), start.get(name) or {}) for name in _PROVENANCE)])
+    return _where_from(("Run", run), start)
 
 
-_PROVENANCE = ("model", "calibration", "options", "environment")
+def comparison_table(views: Sequence[RunView]) -> Table:
+    """The table on top of a page with several runs."""
+    rows = []
+    for index, view in enumerate(views):
+        options, uniform = view.start["options"], view.same_retention
+        stages = options.get("stages") or 1
+        method = f"{options.get('method')}, {options.get('strategy')}" + (f", {stages} stages" if stages > 1 else "")
+        final = view.final if view.points else None
+        rows.append(
+            (
+                Cell(view.name, css=f"s{index % len(figures.SERIES)}"),
+                view.model_name,
+                method + (", by KL" if view.record.by_kl else ""),
+                f"{final.full if final else '–'} of {view.num_layers}",
+                numbers.loss(view.points[0].loss) if final else "–",
+                numbers.difference(final.difference) if final else "–",
+                numbers.difference(uniform.difference) if uniform else "–",
+                Cell("finished") if view.finished else Cell("", badges=("unfinished",)),
+            )
+        )
+    heads = ("run", "model", "method", "F layers", "baseline", "cost", "uniform, as many F", "state")
+    return make_table(heads, {"": rows}, texts=("run", "model", "method", "state"))
 
 
-# --- several runs ---------------------------------------------------------------------------------------------------
+# --- an evaluation --------------------------------------------------------------------------------------------------
 
 
-def comparison_row(view: RunView, index: int) -> ComparisonRow:
-    """One line of the table on top of a page with several runs."""
-    options = view.start["options"]
-    stages = options.get("stages") or 1
-    method = f"{options.get('method')}, {options.get('strategy')}" + (f", {stages} stages" if stages > 1 else "")
-    method += ", by KL" if view.record.by_kl else ""
-    final = view.final if view.points else None
-    uniform = view.same_retention
-    return ComparisonRow(
-        name=view.name,
-        index=index,
-        model=str(view.start["model"].get("name_or_path")),
-        method=method,
-        kept=f"{final.full} of {view.num_layers}" if final else f"– of {view.num_layers}",
-        baseline=numbers.loss(view.points[0].loss) if final else "–",
-        delta=numbers.difference(final.difference) if final else "–",
-        uniform=numbers.difference(uniform.difference) if uniform else "–",
-        status="finished" if view.finished else "unfinished",
+def eval_section(view: EvalView, number: int) -> Section:
+    """Everything that the page says about one evaluation."""
+    cautions, notes = split_notes(view.document.get("notes") or ())
+    strips = figures.svg(
+        figures.strips(view), f"eval-{number}-strips", "heat", "Patterns, layer by layer", "The letters stand below."
+    )
+    return Section(
+        view,
+        number,
+        sentences.eval_headline(view),
+        cautions,
+        tuple(_eval_tiles(view)),
+        {
+            "patterns": pattern_table(view),
+            "gaps": _gap_table(view.gaps) if view.gaps else None,
+            "positions": _position_table(view),
+            "estimates": estimate_table(view.document.get("cost_rows") or (), view.baseline_name),
+            "measured": measured_table(view.document.get("measured") or ()),
+        },
+        {
+            "scatter": _charts(f"eval-{number}-scatter", "Loss against retention", partial(figures.scatter, view)),
+            "strips": (strips,),
+        },
+        notes,
+        _eval_provenance(view),
+        noise=numbers.compact(figures.eval_scale(view).noise),
     )
 
 
-def comparison_notes(views: Sequence[RunView]) -> list[str]:
-    """What keeps the runs from being compared directly: other models, other batches."""
-    notes = []
-    for part, what in (("model", "models"), ("calibration", "calibration batches")):
-        if len({view.start[part].get("fingerprint") for view in views}) > 1:
-            notes.append(f"These runs are on different {what}: each curve is against its own baseline.")
-    return notes
+def _eval_tiles(view: EvalView) -> list[Tile]:
+    tiles = [Tile("unmodified", numbers.loss(view.baseline.loss), "nats per token")]
+    best = next(iter(view.smallest), None)
+    if best is None:
+        return tiles
+    tiles.append(Tile("indexers kept", f"{best.full} of {view.num_layers}", best.name))
+    tiles.append(_difference_tile("cost, nats per token", numbers.difference(best.difference)))
+    gap = view.gap_of(best)
+    if gap is not None:
+        tiles.append(_difference_tile("uniform, as many F", numbers.difference(gap.uniform.difference)))
+    if gap is not None and gap.closed is not None:
+        tiles.append(_difference_tile("gap closed", numbers.share(gap.closed)))
+    return tiles
+
+
+def pattern_table(view: EvalView) -> Table:
+    """All patterns, by number of F layers, most first."""
+    groups: dict[str, list[Row]] = {}
+    for row in view.rows:
+        unmodified = row.is_baseline
+        groups.setdefault(sentences.kept(row.full, view.num_layers), []).append(
+            (
+                _named(row, row.verdict),
+                numbers.loss(row.loss),
+                "–" if unmodified else with_note(row.difference),
+                numbers.perplexity(row.perplexity),
+                "–" if unmodified else with_note(row.kl, sign=False),
+                "–" if unmodified else f"{100 * row.top1_agreement:.1f}%",
+                *(_accuracy(row.tasks.get(column)) for column in view.task_columns),
+            )
+        )
+    tasks = [f"{kind.replace('_', ' ')}, {way}" for kind, way in view.task_columns]
+    heads = ("pattern", "loss", "above baseline", "perplexity", "KL", "same top token", *tasks)
+    return make_table(heads, groups, css="patterns")
+
+
+def _named(row: EvalRow, note: str = "") -> Cell:
+    return Cell(row.name, note, css="name", badges=sentences.badges(row))
+
+
+def _accuracy(accuracy: Accuracy | None) -> Cell:
+    """Exact matches, their interval below."""
+    if accuracy is None:
+        return Cell("–")
+    return Cell(f"{100 * accuracy.share:.0f}%", f"{100 * accuracy.low:.0f}–{100 * accuracy.high:.0f}")
+
+
+def _gap_table(gaps: Sequence[Gap]) -> Table:
+    """How much of uniform's loss each pattern avoids."""
+    rows = []
+    for gap in sorted(gaps, key=lambda gap: (-gap.row.full, gap.row.loss)):
+        cost, uniform = numbers.difference(gap.row.difference), numbers.difference(gap.uniform.difference)
+        closed = Cell(sentences.gap_closed(gap) + ("" if gap.closed else ": no gap to close"))
+        if gap.closed:
+            share, error = 100 * gap.closed.delta, 100 * numbers.finite(gap.closed.std_err)
+            low, high = (min(max(end, 0.0), 100.0) for end in (share - error, share + error))
+            bar, css = (max(share, 0.0), "full") if share >= 0 else (-share, "uniform")
+            closed = Cell(closed.text, css=css, bar=min(bar, 100.0), whisker=(low, high - low) if high > low else None)
+        rows.append((_named(gap.row), cost, gap.uniform.name, uniform, closed))
+    heads = ("pattern", "above baseline", "uniform, as many F", "uniform above baseline", "gap closed")
+    return make_table(heads, {"": rows}, texts=("pattern", "uniform, as many F", "gap closed"), css="bars")
+
+
+def _position_table(view: EvalView) -> Table | None:
+    """Loss differences by position, with bars that are linear up to the noise and logarithmic beyond."""
+    buckets = next((row.positions for row in view.rows if row.positions), ())
+    if not buckets:
+        return None
+    scale = figures.eval_scale(view)
+    rows = [row for row in view.rows if not row.is_baseline and len(row.positions) == len(buckets)]
+    highest = max([scale.noise, *(bucket.difference.delta for row in rows for bucket in row.positions)])
+    cells = []
+    for row in rows:
+        bars = []
+        for bucket in row.positions:
+            delta, value = bucket.difference.delta, with_note(bucket.difference)
+            length = math.log1p(max(delta, 0.0) / scale.noise) / math.log1p(highest / scale.noise)
+            bars.append(Cell(value.text, value.note, scale.css_class(delta), bar=100 * length))
+        cells.append((_named(row), *bars))
+    heads = ("pattern", *(f"tokens {bucket.first}–{bucket.last - 1}" for bucket in buckets))
+    return make_table(heads, {"": cells}, texts=heads, css="bars")
+
+
+def estimate_table(costs: Sequence[Mapping[str, Any]], baseline: str) -> Table | None:
+    """Patterns of the same cost together; the unmodified model, which saves nothing, is left out."""
+    names: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for cost in costs:
+        if any(row["removed_share"] for row in cost["rows"]):
+            rows = tuple(
+                (
+                    numbers.count(row["context"]),
+                    numbers.percent(row["indexer_share_full"]),
+                    numbers.percent(row["indexer_share_pattern"]),
+                    numbers.percent(row["removed_share"]),
+                    numbers.ratio(row["prefill_speedup_estimate"]),
+                    numbers.ratio(row["decode_speedup_estimate"]),
+                )
+                for row in cost["rows"]
+            )
+            names.setdefault(rows, []).append(cost["name"])
+    groups = {
+        f"{rows[0][3]} of the indexer work removed: {', '.join(names[rows])}": rows
+        for rows in sorted(names, key=lambda rows: rows[0][3])
+    }
+    heads = ("context, tokens", f"indexers’ share, {baseline}", "indexers’ share, pattern", "removed")
+    estimated = ("prefill, estimated", "decode, estimated")
+    return make_table((*heads, *estimated), groups, css="patterns") if groups else None
+
+
+def measured_table(measured: Sequence[Mapping[str, Any]]) -> Table | None:
+    """Timed ratios: a row for each pattern, a column for each length and phase."""
+    if not measured:
+        return None
+    columns = sorted({(PHASES.index(timing["phase"]), timing["length"]) for timing in measured})
+    known = {(timing["name"], PHASES.index(timing["phase"]), timing["length"]): timing for timing in measured}
+    rows: list[Row] = []
+    for name in dict.fromkeys(timing["name"] for timing in measured):
+        timings = [known.get((name, *column)) for column in columns]
+        cells = [Cell(numbers.ratio(t["median"]), f"{t['min']:.2f}–{t['max']:.2f}") if t else "–" for t in timings]
+        rows.append((Cell(name, css="name"), *cells))
+    heads = ("pattern", *(f"{PHASES[phase]}, {numbers.count(length)}" for phase, length in columns))
+    return make_table(heads, {"": rows})
+
+
+def _eval_provenance(view: EvalView) -> Provenance:
+    cost = view.document.get("cost") or {}
+    told = {"icsearch": view.document.get("icsearch_version"), "layers with an indexer": view.num_layers}
+    if "layer_evaluations" in cost:
+        told["layer evaluations"] = numbers.count(cost["layer_evaluations"])
+    if "seconds" in cost:
+        told["time spent measuring"] = numbers.duration(cost["seconds"])
+    return _where_from(("Evaluation", told), view.document)

@@ -1,15 +1,14 @@
-"""The result in a terminal: a few lines, a strip of letters, a table that fits 80 columns."""
+"""A run's or an evaluation's result in a terminal: a headline, and tables that fit 80 columns."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from icsearch.core.pattern import Pattern
-from icsearch.report import numbers
-from icsearch.report.choices import what_was_left_out
-from icsearch.report.refined import RefinementSection, refinement_section
-from icsearch.report.streaming import weights_sentence
-from icsearch.report.view import Point, RunView, headline, kink_sentence, view_run
+from icsearch.report import numbers, sentences
+from icsearch.report.eval_view import WAYS, EvalRow, EvalView, view_eval
+from icsearch.report.view import Point, Refined, RunView, view_run
 from icsearch.runs.record import RunRecord
 
 if TYPE_CHECKING:
@@ -21,7 +20,26 @@ ROWS_SHOWN = 24  # a longer search shows its first and last steps
 FIRST_ROWS, LAST_ROWS = 6, 14
 PATTERN_WIDTH = 23  # a longer pattern shows the letters around the flip
 KL_PATTERN_WIDTH = 18  # beside the column that a search by KL has more
+NAME_WIDTH = 18
 FULL_STYLE, SHARED_STYLE, FLIP_STYLE = "bold white on dark_blue", "dim", "bold yellow"
+IN_SAMPLE, FOREIGN = "*", "†"
+TEXTS = ("pattern", "swaps", "against", "verdict")  # columns that are no numbers
+
+
+def _table(*columns: str, wrap_heads: bool = False, gap: int = 1) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, gap))
+    for column in columns:
+        left = column in TEXTS
+        table.add_column(
+            column, justify="left" if left else "right", no_wrap=left or not wrap_heads, overflow="ellipsis"
+        )
+    return table
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def summary_table(record: RunRecord) -> RenderableType:
@@ -30,33 +48,24 @@ def summary_table(record: RunRecord) -> RenderableType:
     from rich.text import Text
 
     view = view_run(record)
-    parts: list[RenderableType] = [Text(headline(view)), Text()]
+    parts: list[RenderableType] = [Text(sentences.headline(view)), Text()]
     if view.points:
-        parts += [pattern_strip(view.final.pattern), Text(), _losses(view), Text()]
-    if (refinement := refinement_section(record)) is not None:
-        parts += [_refinement(refinement), Text(refinement.sentence), Text()]
+        strip = Text()  # F stands out; without colours the letters alone say it
+        for letter in view.final.pattern.letters:
+            strip.append(letter, style=FULL_STYLE if letter == "F" else SHARED_STYLE)
+        parts += [strip, Text(), _losses(view), Text()]
+    if view.refinement is not None:
+        told = sentences.refinement_sentence(view, view.refinement)
+        parts += [_refinement(view.refinement), Text(told), Text()]
     if view.steps:
         parts.append(_steps(view))
     if view.kink is not None:
-        parts.append(Text(kink_sentence(view)))
-    if any(commit.ties for commit in record.commits):
-        parts.append(Text("=n: n other layers were within one standard error of the one chosen", style="dim"))
-    if left_out := what_was_left_out(record):
-        parts.append(Text(left_out, style="dim"))
-    if read := weights_sentence(record):
-        parts.append(Text(f"Weights read: {read}", style="dim"))
-    parts.append(Text("In-sample: measured on the batches searched on. Confirm with icsearch eval.", style="dim"))
+        parts.append(Text(sentences.kink_sentence(view)))
+    notes = [f"=n: n other layers {sentences.tied(view)}."] if view.ties else []
+    if read := sentences.weights_sentence(record):
+        notes.append(f"Weights read: {read}")
+    parts += [Text(note, style="dim") for note in (*notes, sentences.in_sample(view))]
     return Group(*parts)
-
-
-def pattern_strip(pattern: Pattern) -> Text:
-    """The letters, F standing out; without colours the letters alone say it."""
-    from rich.text import Text
-
-    strip = Text()
-    for letter in pattern.letters:
-        strip.append(letter, style=FULL_STYLE if letter == "F" else SHARED_STYLE)
-    return strip
 
 
 def _losses(view: RunView) -> Table:
@@ -67,7 +76,8 @@ def _losses(view: RunView) -> Table:
     if view.refined is not None:
         points.append(("searched, then swaps", view.refined))
     for name, point in points:
-        table.add_row(name, str(point.full), numbers.loss(point.loss), _delta(point))
+        delta = numbers.difference(point.difference) if point.step else ""
+        table.add_row(name, str(point.full), numbers.loss(point.loss), delta)
     for reference in view.references:
         same = " (as many F)" if reference is view.same_retention else ""
         full = str(len(reference.pattern.full_layers))
@@ -76,14 +86,15 @@ def _losses(view: RunView) -> Table:
     return table
 
 
-def _refinement(refinement: RefinementSection) -> Table:
+def _refinement(refined: Refined) -> Table:
     """Before and after on both sets, then the swaps."""
     table = _table("swaps", "before", "after", "change")
-    for row in refinement.sets:
-        table.add_row(f"all, {row.name}", row.before, row.after, row.change)
-    for swap in refinement.swaps:
-        change = f"{swap.change}, held out {swap.heldout}"
-        table.add_row(f"{swap.number}: layer {swap.from_layer} to {swap.to_layer}", "", "", change)
+    for row in refined.sets:
+        change = numbers.difference(row.change) if row.change else "–"
+        table.add_row(f"all, {row.name}", numbers.loss(row.before), numbers.loss(row.after), change)
+    for number, swap in enumerate(refined.made, start=1):
+        change = f"{numbers.difference(swap.change)}, held out {numbers.difference(swap.heldout)}"
+        table.add_row(f"{number}: layer {swap.trial.from_layer} to {swap.trial.to_layer}", "", "", change)
     return table
 
 
@@ -91,9 +102,8 @@ def _steps(view: RunView) -> Table:
     by_kl = ["KL"] if view.record.by_kl else []
     gap = 0 if by_kl else 1  # one place less between the columns, where there is one more
     table = _table("step", "layer", "F", "loss", "delta ± std_err", *by_kl, "tie", "pattern", gap=gap)
-    steps = view.steps
-    left_out = len(steps) - FIRST_ROWS - LAST_ROWS if len(steps) > ROWS_SHOWN else 0
-    for index, point in enumerate(steps):
+    left_out = len(view.steps) - FIRST_ROWS - LAST_ROWS if len(view.steps) > ROWS_SHOWN else 0
+    for index, point in enumerate(view.steps):
         if left_out and index == FIRST_ROWS:
             table.add_row("…", "…", "…", "…", f"{left_out} more in curve.csv", *("…" for _ in by_kl), "", "…")
         if not left_out or not FIRST_ROWS <= index < FIRST_ROWS + left_out:
@@ -108,18 +118,14 @@ def _step_cells(view: RunView, point: Point) -> tuple[str | Text, ...]:
         str(point.layer),
         str(point.full),
         numbers.loss(point.loss),
-        _delta(point),
+        numbers.difference(point.difference),
         *([numbers.compact(point.kl.delta)] if point.kl else []),
         f"={ties}" if ties else "",
-        around_flip(point.pattern, point.layer or 0, KL_PATTERN_WIDTH if point.kl else PATTERN_WIDTH),
+        _around_flip(point.pattern, point.layer or 0, KL_PATTERN_WIDTH if point.kl else PATTERN_WIDTH),
     )
 
 
-def _delta(point: Point) -> str:
-    return "" if point.step == 0 else numbers.difference(point.difference)
-
-
-def around_flip(pattern: Pattern, layer: int, width: int = PATTERN_WIDTH) -> Text:
+def _around_flip(pattern: Pattern, layer: int, width: int) -> Text:
     """The letters, or those around `layer` where they are too many, with the flipped letter marked."""
     from rich.text import Text
 
@@ -134,12 +140,68 @@ def around_flip(pattern: Pattern, layer: int, width: int = PATTERN_WIDTH) -> Tex
     return text.append("…" if last < n else "", style=SHARED_STYLE)
 
 
-def _table(*columns: str, gap: int = 1) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+# --- an evaluation ----------------------------------------------------------------------------------------------------
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, gap))
-    for column in columns:
-        left = column in ("pattern", "swaps")
-        table.add_column(column, justify="left" if left else "right", no_wrap=True, overflow="ellipsis")
+
+def eval_table(document: dict[str, Any]) -> RenderableType:
+    """What an evaluation found, for `rich.print`: headline, a row for each pattern, tasks, the gap closed."""
+    from rich.console import Group
+    from rich.text import Text
+
+    view = view_eval(document)
+    parts: list[RenderableType] = [Text(sentences.eval_headline(view)), Text(), _patterns(view)]
+    if view.task_columns:
+        parts += [Text(), _tasks(view)]
+    if view.gaps:
+        gaps = _table("pattern", "against", "gap closed", gap=0)
+        for gap in view.gaps:
+            against = numbers.shortened(gap.uniform.name, NAME_WIDTH)
+            gaps.add_row(_name(gap.row), against, sentences.gap_closed(gap))
+        parts += [Text(), gaps]
+    notes = {
+        sentences.NOT_KNOWN: any(sentences.NOT_KNOWN.startswith(short_verdict(row.verdict)) for row in view.rows),
+        f"{IN_SAMPLE} {sentences.IN_SAMPLE}: {sentences.SEARCHED_HERE}": any(row.in_sample for row in view.rows),
+        f"{FOREIGN} {sentences.FOUND_ELSEWHERE}": any(row.foreign for row in view.rows),
+    }
+    parts += [Text(note, style="dim") for note, told in notes.items() if told]
+    return Group(*parts)
+
+
+def short_verdict(verdict: str) -> str:
+    """The verdict in two or three words: ``clear loss``, ``no loss seen``."""
+    head = re.split(r"[:,]| than | says ", verdict, maxsplit=1)[0]
+    return re.sub(r"^(a|the) | model$", "", head).replace("measurable", "small")
+
+
+def _patterns(view: EvalView) -> Table:
+    table = _table("pattern", "F", "loss", "delta ± std_err", "KL", "top-1", "verdict", gap=0)
+    for row in view.rows:
+        compared = [
+            numbers.difference(row.difference),
+            numbers.compact(row.kl.delta),
+            f"{100 * row.top1_agreement:.1f}%",
+        ]
+        cells = ["", "", ""] if row.is_baseline else compared
+        table.add_row(_name(row), str(row.full), numbers.loss(row.loss), *cells, short_verdict(row.verdict))
     return table
+
+
+def _tasks(view: EvalView) -> Table:
+    """Accuracies with the answer forced and generated, in one cell."""
+    kinds = tuple(dict.fromkeys(kind for kind, _ in view.task_columns))
+    ways = tuple(way for way in WAYS if any(column[1] == way for column in view.task_columns))
+    table = _table("pattern", *(kind.replace("_", " ") for kind in kinds), wrap_heads=True, gap=0)
+    for row in view.rows:
+        shares = [[row.tasks.get((kind, way)) for way in ways] for kind in kinds]
+        table.add_row(
+            _name(row),
+            *(" / ".join("–" if one is None else f"{100 * one.share:.0f}%" for one in both) for both in shares),
+        )
+    table.caption = f"exact matches, {' / '.join(ways)}"
+    table.caption_justify = "left"
+    return table
+
+
+def _name(row: EvalRow) -> str:
+    marks = (IN_SAMPLE if row.in_sample else "") + (FOREIGN if row.foreign else "")
+    return f"{numbers.shortened(row.name, NAME_WIDTH - len(marks))}{marks}"

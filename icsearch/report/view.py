@@ -1,4 +1,4 @@
-"""A replayed run as the numbers that a report shows. Everything is computed from the journal; nothing is drawn here."""
+"""A run as the numbers that a report shows, computed from its journal: nothing is drawn or worded here."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
-from icsearch.report import numbers
-from icsearch.report.kink import MIN_POINTS, Kink, find_kink
 from icsearch.runs.record import RunRecord
+from icsearch.runs.refinement import Refinement, Trial
 
 SIMILARITY_METHOD = "dp-baseline"  # chooses a whole pattern: no steps, no candidates
 
@@ -66,17 +65,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class Cell:
-    """One candidate of one step: the objective (loss or KL) with this layer shared too, minus that before the step.
-
-    `given_up_after` is the number of sequences that it is known on, None where that is all of them.
-    """
+    """One candidate of one step: the objective (loss or KL) with this layer shared too, minus that before the step."""
 
     step: int
     layer: int
     cost: Difference
     committed: bool
     tied: bool
-    given_up_after: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,57 @@ class Tie:
     step: int
     layer: int
     others: tuple[tuple[int, Difference], ...]
+
+
+@dataclass(frozen=True)
+class SetChange:
+    """Loss or KL before and after a refinement on one set of sequences; `change` is None where no swap was made."""
+
+    name: str
+    sequences: int
+    before: float
+    after: float
+    change: Difference | None
+
+
+@dataclass(frozen=True)
+class Swap:
+    """A move that held-out sequences were asked about; differences of what the run goes by."""
+
+    trial: Trial
+    change: Difference
+    heldout: Difference
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What a refinement did: before and after on both sets, the swaps made and refused, and `rounds` of scoring."""
+
+    told: Refinement
+    sets: tuple[SetChange, ...]
+    made: tuple[Swap, ...]
+    refused: tuple[Swap, ...]
+
+    @property
+    def rounds(self) -> int:
+        return len({event["pattern"] for event in self.told.outcomes if event["event"] == "judged"})
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The summed similarity of a pattern beside its loss; without a similarity for the baseline, which borrows none."""
+
+    name: str
+    pattern: Pattern
+    similarity: float | None
+    loss: float
+    difference: Difference | None
+
+    @property
+    def mean(self) -> float | None:
+        """Similarity of an S layer on average."""
+        shared = len(self.pattern.shared_layers)
+        return self.similarity / shared if self.similarity is not None and shared else None
 
 
 @dataclass(frozen=True)
@@ -100,6 +146,7 @@ class RunView:
     ties: tuple[Tie, ...]
     kink: Kink | None
     refined: Point | None = None  # the pattern behind the swaps of a refinement, where there are any
+    refinement: Refined | None = None
 
     @property
     def start(self) -> dict[str, Any]:
@@ -113,7 +160,11 @@ class RunView:
     @property
     def too_few_for_kink(self) -> bool:
         """Whether no two lines can be told from one, however the curve goes."""
-        return len(self.points) < MIN_POINTS
+        return len(self.points) < 2 * MIN_POINTS_EACH_SIDE - 1
+
+    @property
+    def model_name(self) -> str:
+        return str(self.start["model"].get("name_or_path", "model"))
 
     @property
     def objective(self) -> str:
@@ -172,25 +223,21 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
     """Compute the numbers of a report. `name` tells runs apart where a page shows several."""
     by_similarity = record.start["options"]["method"] == SIMILARITY_METHOD
     points = _chosen_points(record) if by_similarity else _points(record)
-    cells = _cells(record) if points and not by_similarity else ()
     refined = _refined_point(record, points)
+    kink = None  # looked for only where the curve's end is above the baseline by more than two standard errors
+    if points and points[-1].difference.delta > 2 * points[-1].difference.std_err:
+        kink = find_kink([float(p.shared) for p in points], [p.difference.delta for p in points])
     return RunView(
         name=name,
         record=record,
         points=points,
         references=_references(record, points, refined),
-        cells=cells,
+        cells=_cells(record) if points and not by_similarity else (),
         ties=_ties(record),
-        kink=_kink(points),
+        kink=kink,
         refined=refined,
+        refinement=_refinement(record),
     )
-
-
-def _kink(points: Sequence[Point]) -> Kink | None:
-    """The curve's kink; none where its end is not above the baseline by more than two standard errors."""
-    if not points or not points[-1].difference.delta > 2 * points[-1].difference.std_err:
-        return None
-    return find_kink([float(p.shared) for p in points], [p.difference.delta for p in points])
 
 
 def _points(record: RunRecord) -> tuple[Point, ...]:
@@ -231,6 +278,52 @@ def _refined_point(record: RunRecord, points: tuple[Point, ...]) -> Point | None
     )
 
 
+def _refinement(record: RunRecord) -> Refined | None:
+    """What the refinement did; None where the run has none, or has not come so far."""
+    refinement, heldout = record.refinement, record.heldout
+    if refinement is None or heldout is None or not heldout.nll.is_complete(refinement.start.letters):
+        return None
+    before, after = refinement.start.letters, refinement.pattern.letters
+    sets = []
+    for name, known in (("searched on", record), ("held out", heldout)):
+        values = [(name, known.loss(before), known.loss(after), known.difference(after, before))]
+        old, new = known.mean_kl(before), known.mean_kl(after)
+        if old is not None and new is not None:
+            values.append((f"{name}, KL", old.delta, new.delta, known.objective.difference(after, before)))
+        sets += [
+            SetChange(label, len(known.tokens), first, now, None if before == after else change)
+            for label, first, now, change in values
+        ]
+    swaps = [
+        Swap(trial, *(known.objective.difference(trial.pattern, trial.before) for known in (record, heldout)))
+        for trial in refinement.trials
+    ]
+    made, refused = (tuple(swap for swap in swaps if swap.trial.made == which) for which in (True, False))
+    return Refined(refinement, tuple(sets), made, refused)
+
+
+def similarity_sum(cosine: Sequence[Sequence[float]], pattern: Pattern) -> float:
+    """What a similarity baseline goes by: the sum over S layers of the similarity to their source's selection."""
+    pairs = enumerate(pattern.sources())
+    return math.fsum(cosine[layer][source] for layer, source in pairs if layer != source)
+
+
+def predictions(view: RunView) -> tuple[Prediction, ...]:
+    """What similarity says of the baseline, the pattern chosen and the uniform ones; none before both are known."""
+    similarity = view.record.similarity
+    if similarity is None or not view.points:
+        return ()
+    baseline, chosen = view.points[0], view.record.pattern
+    rows = [Prediction(view.baseline_name, baseline.pattern, None, baseline.loss, None)]
+    if len(view.points) > 1:
+        final = view.final
+        rows.append(Prediction("chosen by similarity", chosen, similarity["objective"], final.loss, final.difference))
+    for reference in view.references:
+        predicted = similarity_sum(similarity["cosine"], reference.pattern)
+        rows.append(Prediction(reference.label, reference.pattern, predicted, reference.loss, reference.difference))
+    return tuple(rows)
+
+
 def _references(record: RunRecord, points: tuple[Point, ...], refined: Point | None) -> tuple[Reference, ...]:
     """The references that are scored completely; a pattern with two names is shown once."""
     by_full = {point.full: point for point in (*points, refined) if point is not None}
@@ -256,11 +349,6 @@ def _cells(record: RunRecord) -> tuple[Cell, ...]:
             committed = commit is not None and commit.layer == candidate.layer
             tied = commit is not None and candidate.layer in commit.ties
             cells.append(Cell(step, candidate.layer, cost, committed, tied))
-        for candidate in record.given_up(step) if commit else ():
-            known = candidate.sequences
-            cost = record.objective.known_difference(candidate.pattern, before, known)
-            part = known if known < len(record.tokens) else None  # a reference may be a flip, and is scored on all
-            cells.append(Cell(step, candidate.layer, cost, False, False, part))
     return tuple(cells)
 
 
@@ -279,78 +367,73 @@ def _ties(record: RunRecord) -> tuple[Tie, ...]:
     return tuple(found)
 
 
-# --- sentences ----------------------------------------------------------------------------------------------------
+# --- where the curve bends --------------------------------------------------------------------------------------
+
+MIN_POINTS_EACH_SIDE = 3  # the meeting point counts on both sides
+MIN_EVIDENCE = 10.0  # difference in the Bayesian information criterion; above 10 counts as very strong
+MIN_SLOPE_RATIO = 2.0
+ROUNDING = 1e-12  # what is left of a perfect fit, as a share of the variance of y
 
 
-def headline(view: RunView) -> str:
-    """The result in one or two sentences, each number with its error. In-sample: on the batches searched on."""
-    if not view.points:
-        return "The baseline is not scored yet: there is no result to show."
-    final = view.final
-    lead = "" if view.finished else f"Not finished; {_progress(view)}: "
-    kept = f"{final.full} of {view.num_layers} layers keep their indexer ({numbers.percent(final.pattern.retention)})"
-    cost = f"{lead}{kept}; {_change(final.difference, view.baseline_name, view.points[0].loss)}."
-    return " ".join(sentence for sentence in (cost, kl_sentence(view), _against_uniform(view)) if sentence)
+@dataclass(frozen=True)
+class Kink:
+    """Two lines meeting at `x`: slopes in nats per token and layer, `fit` the (x, y) of start, bend and end."""
+
+    x: float
+    slope_before: float
+    slope_after: float
+    fit: tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 
 
-def kl_sentence(view: RunView) -> str:
-    """What the search went by, where that is not the loss; empty otherwise."""
-    kl = view.final.kl
-    if kl is None:
-        return ""
-    amount = numbers.with_error(kl.delta, kl.std_err, sign=False)
-    return f"Chosen by the KL to {view.baseline_name}, which comes to {amount} nats per token."
+def find_kink(xs: Sequence[float], ys: Sequence[float]) -> Kink | None:
+    """The bend of the curve, or None where one straight line does as well or the curve does not turn steeper.
+
+    For each x with at least three points on either side, y = a + b*x + c*max(0, x - bend) is fitted by least
+    squares, and the bend with the smallest squared error is taken. It counts when the Bayesian information
+    criterion prefers it to one straight line by more than 10, and the slope behind it is at least twice the slope
+    before it. `xs` increase.
+    """
+    bends = xs[MIN_POINTS_EACH_SIDE - 1 : len(xs) - MIN_POINTS_EACH_SIDE + 1]
+    if not bends:
+        return None
+    mean = sum(ys) / len(ys)
+    floor = ROUNDING * sum((y - mean) ** 2 for y in ys)
+    straight = _squares(_line_residuals(xs, ys))
+    if straight <= floor:
+        return None
+    error, kink = min((_fit_bend(xs, ys, bend) for bend in bends), key=lambda fit: fit[0])
+    evidence = len(xs) * math.log(straight / max(error, floor)) - 2 * math.log(len(xs))
+    steeper = kink.slope_after > 0 and kink.slope_after >= MIN_SLOPE_RATIO * kink.slope_before
+    return kink if evidence > MIN_EVIDENCE and steeper else None
 
 
-def _progress(view: RunView) -> str:
-    if view.by_similarity:
-        return "pattern chosen" if len(view.points) > 1 else "no pattern scored yet"
-    return f"after {numbers.plural(view.final.step, 'flip')}"
+def _fit_bend(xs: Sequence[float], ys: Sequence[float], bend: float) -> tuple[float, Kink]:
+    """(squared error, fit) with the bend given. The change of slope comes first, out of what a line leaves of it."""
+    beyond = [max(0.0, x - bend) for x in xs]
+    beyond_alone = _line_residuals(xs, beyond)
+    change = sum(a * y for a, y in zip(beyond_alone, ys, strict=True)) / _squares(beyond_alone)
+    rest = [y - change * b for y, b in zip(ys, beyond, strict=True)]
+    intercept, slope = _line(xs, rest)
+
+    def value(x: float) -> float:
+        return intercept + slope * x + change * max(0.0, x - bend)
+
+    ends = ((xs[0], value(xs[0])), (bend, value(bend)), (xs[-1], value(xs[-1])))
+    return _squares(_line_residuals(xs, rest)), Kink(bend, slope, slope + change, ends)
 
 
-def _change(difference: Difference, baseline_name: str, baseline_loss: float) -> str:
-    amount = numbers.with_error(abs(difference.delta), difference.std_err, sign=False)
-    baseline = f"{baseline_name} at {numbers.loss(baseline_loss)}"
-    if difference.delta == 0 and difference.std_err == 0:
-        return f"that is {baseline} nats per token"
-    if math.isnan(difference.std_err):
-        signed = numbers.difference(difference)
-        return f"the loss changes by {signed} nats per token from {baseline} (one sequence: no standard error)"
-    if difference.is_tie:
-        signed = numbers.difference(difference)
-        return f"the loss is that of {baseline} within one standard error ({signed} nats per token)"
-    rises = "rises" if difference.delta > 0 else "falls"
-    return f"the loss {rises} by {amount} nats per token from {baseline}"
+def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
+    """(intercept, slope) of the least-squares line."""
+    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - mean_x) ** 2 for x in xs)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
+    return mean_y - slope * mean_x, slope
 
 
-def _against_uniform(view: RunView) -> str:
-    reference = view.same_retention
-    if reference is None or reference.pattern == view.final.pattern:
-        return ""
-    uniform, difference = "The uniform pattern with as many F layers", reference.difference
-    if difference.delta < -2 * difference.std_err:
-        amount = numbers.with_error(-difference.delta, difference.std_err, sign=False)
-        return f"{uniform} has a lower loss than {view.baseline_name}, by {amount}."
-    if abs(difference.delta) <= 2 * difference.std_err:
-        return f"{uniform} costs nothing measurable ({numbers.difference(difference)})."
-    what_it_does = "costs" if difference.delta > 0 else "changes the loss by"  # one sequence: no error to hold it to
-    text = f"{uniform} {what_it_does} {numbers.difference(difference)}"
-    if reference.avoided is None or reference.avoided <= 0:
-        return f"{text}."
-    what = "the choice by similarity" if view.by_similarity else "the search"
-    share = "all" if reference.avoided >= 1 else numbers.percent(reference.avoided)
-    return f"{text}: {what} avoids {share} of that."
+def _line_residuals(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
+    intercept, slope = _line(xs, ys)
+    return [y - intercept - slope * x for x, y in zip(xs, ys, strict=True)]
 
 
-def kink_sentence(view: RunView) -> str:
-    """Where the curve bends, or that no clear kink is there."""
-    if view.too_few_for_kink:
-        return "Too few steps for a kink."
-    if view.kink is None:
-        return "No clear kink: two lines do not fit this curve clearly better than one, or it does not turn steeper."
-    kink, at = view.kink, round(view.kink.x)
-    return (
-        f"The curve bends at {numbers.plural(at, 'shared layer')} ({view.num_layers - at} F left): about "
-        f"{numbers.compact(kink.slope_before)} nats per token for each flip before, "
-        f"{numbers.compact(kink.slope_after)} after."
-    )
+def _squares(values: Sequence[float]) -> float:
+    return sum(value * value for value in values)

@@ -13,12 +13,11 @@ from typing import Any
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.files import check_new, is_disk_full, typed_path, write_atomically
-from icsearch.report.eval_terminal import eval_table
+from icsearch.report import figures
 from icsearch.report.eval_view import EvalRow, EvalView, view_eval
-from icsearch.report.kink import Kink, find_kink
 from icsearch.report.page import render_page
-from icsearch.report.terminal import summary_table
-from icsearch.report.view import RunView, view_run
+from icsearch.report.terminal import eval_table, summary_table
+from icsearch.report.view import Kink, RunView, find_kink, view_run
 from icsearch.runs import results
 from icsearch.runs.evaluation import load_eval
 from icsearch.runs.record import RunRecord, load_run
@@ -87,13 +86,11 @@ def write_results(run_dir: Path, record: RunRecord) -> list[Path]:
 
     Raises JournalError while the baseline or a committed pattern has no complete loss.
     """
-    from icsearch.report.png import curve_png
-
     pattern_file = results.pattern_file(record)
     view = _view(record, run_dir)
     contents: dict[str, str | bytes] = {
         "curve.csv": curve_csv(view),
-        "curve.png": curve_png(view),
+        "curve.png": figures.png(figures.curve([view])),
         "report.html": render_page([view]),
     }
     pattern_file.save(run_dir / "pattern.json")

@@ -26,7 +26,7 @@ PRELOAD = (
     "icsearch.commands.greedy",
     "icsearch.commands.baseline",
     "icsearch.commands.evaluate",
-    "icsearch.report.png",
+    "icsearch.report.figures",
     "jinja2",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
