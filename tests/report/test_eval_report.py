@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import html
 import io
-import itertools
 import json
 import math
 import re
@@ -14,23 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import HOSTILE, Page, console_messages, needs_browser
+from test_report import HOSTILE, Page, console_messages, corners, needs_browser, texts, xdata
 
 from eval_fixtures import MadeUpEval, dp_events, dp_record, made_up_document, triangles
 from icsearch.core.errors import IcsearchError
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
-from icsearch.report.eval_page import estimate_tables, eval_section, measured_table, with_note
-from icsearch.report.eval_terminal import eval_table, short_verdict
-from icsearch.report.eval_view import EvalView, eval_headline, gap_text, perplexity, shortened, smallest, view_eval
-from icsearch.report.page import render_page
-from icsearch.report.prediction import similarity_section, similarity_sum
-from icsearch.report.scales import LogAxis, ShareScale, share_scale
-from icsearch.report.scatter import is_nested_run, scatter_picture, styles
-from icsearch.report.strips import strips_picture
-from icsearch.report.terminal import summary_table
-from icsearch.report.triangle import triangle_picture
-from icsearch.report.view import view_run
+from icsearch.report import figures, numbers
+from icsearch.report.eval_view import EvalView, view_eval
+from icsearch.report.page import estimate_table, eval_section, measured_table, render_page, run_section, with_note
+from icsearch.report.sentences import eval_headline, eval_warnings, overlap_summary, similarity_reading
+from icsearch.report.terminal import eval_table, short_verdict, summary_table
+from icsearch.report.view import predictions, similarity_sum, view_run
 from icsearch.report.write import (
     EVAL_CSV_COLUMNS,
     ReportError,
@@ -73,33 +67,16 @@ def changed(document: dict[str, Any], **changes: Any) -> dict[str, Any]:
 # --- scales ---------------------------------------------------------------------------------------------------------
 
 
-def test_log_axis_is_linear_about_zero_and_logarithmic_beyond() -> None:
-    axis = LogAxis(-1.0, 1.0, 0.0, 200.0, 0.01)
-    assert [axis.at(v) for v in (-1.0, 0.0, 1.0)] == [0, 100, 200]
-    assert axis.at(0.002) - axis.at(0.001) == pytest.approx(axis.at(0.001) - axis.at(0.0), rel=0.1)
-    assert axis.at(1.0) - axis.at(0.5) == pytest.approx(axis.at(0.5) - axis.at(0.25), rel=0.03)
-
-
-@pytest.mark.parametrize(("low", "high", "unit"), [(-0.001, 3.0, 0.001), (0.0, 0.01, 0.009), (-5.0, 0.1, 1e-6)])
-def test_log_ticks_stay_apart_and_hold_zero(low: float, high: float, unit: float) -> None:
-    axis = LogAxis(low, high, 400.0, 0.0, unit)
-    ticks = axis.ticks(22.0)
-    assert 0.0 in ticks
-    assert len(ticks) >= 2
-    places = sorted(axis.at(tick) for tick in ticks)
-    assert all(b - a >= 22 - 1e-9 for a, b in itertools.pairwise(places))
-
-
 def test_share_scale() -> None:
-    scale = ShareScale(0.1)
+    scale = figures.ShareScale(0.1)
     assert [scale.css_class(v) for v in (1.0, 0.9, 0.899, 0.5, 0.2, 0.1, -1.0)] == [
         "h0", "h0", "h1", "h4", "h7", "h8", "h8",
     ]  # fmt: skip
-    assert scale.labels()[0] == ("h0", "≥ 0.9")
-    assert scale.labels()[-1] == ("h8", "< 0.2")
-    assert share_scale([0.84, 1.0]).step == pytest.approx(0.02)
-    assert share_scale([1.0]).step == 1e-3
-    assert share_scale([]).step == pytest.approx(0.1)
+    assert scale.labels([0.95, 0.1]) == [("h0", "≥ 0.9"), ("h8", "< 0.2")]
+    assert scale.labels([]) == []
+    assert figures.share_scale([0.84, 1.0]).step == pytest.approx(0.02)
+    assert figures.share_scale([1.0]).step == 1e-3
+    assert figures.share_scale([]).step == pytest.approx(0.1)
 
 
 # --- the numbers of an evaluation -----------------------------------------------------------------------------------
@@ -116,7 +93,7 @@ def test_rows_are_the_documents(view: EvalView, document: dict[str, Any]) -> Non
 
 def test_headline_is_the_best_at_the_smallest_retention(view: EvalView) -> None:
     best = min((r for r in view.rows if r.full == 2 and r.is_searched), key=lambda r: r.loss)
-    assert smallest(view)[0] is best
+    assert view.smallest[0] is best
     text = eval_headline(view)
     gap = view.gap_of(best)
     assert gap is not None
@@ -124,7 +101,7 @@ def test_headline_is_the_best_at_the_smallest_retention(view: EvalView) -> None:
     assert text.startswith(
         f"With the pattern “{best.name}”, 2 of 16 layers keep their indexer (12%) and the loss rises by "
     )
-    assert f"{gap_text(gap.closed)} of that gap is closed." in text
+    assert f"{numbers.share(gap.closed)} of that gap is closed." in text
     assert "In-sample" not in text
 
 
@@ -189,12 +166,12 @@ def test_no_gap_where_uniform_is_better_than_the_model(document: dict[str, Any])
 
 
 def test_numbers_as_text() -> None:
-    assert gap_text(Difference(0.473, 0.031)) == "47% ± 3%"
-    assert gap_text(Difference(0.963, 0.004)) == "96.3% ± 0.4%"
-    assert gap_text(Difference(-0.5, 1e-6)) == "-50.0% ± <0.1%"
-    assert [perplexity(v) for v in (8.02, 12345.6, 1e9, math.inf)] == ["8.02", "12,346", "1.0e+09", "∞"]
-    assert shortened("short", 9) == "short"
-    assert shortened("greedy some-long-run @1/4", 12) == "greedy… @1/4"
+    assert numbers.share(Difference(0.473, 0.031)) == "47% ± 3%"
+    assert numbers.share(Difference(0.963, 0.004)) == "96.3% ± 0.4%"
+    assert numbers.share(Difference(-0.5, 1e-6)) == "-50.0% ± <0.1%"
+    assert [numbers.perplexity(v) for v in (8.02, 12345.6, 1e9, math.inf)] == ["8.02", "12,346", "1.0e+09", "∞"]
+    assert numbers.shortened("short", 9) == "short"
+    assert numbers.shortened("greedy some-long-run @1/4", 12) == "greedy… @1/4"
     assert with_note(Difference(0.0, 0.0)).text == "0"
     assert with_note(Difference(0.5, math.nan)).note == ""
 
@@ -202,116 +179,160 @@ def test_numbers_as_text() -> None:
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def test_scatter_holds_every_pattern_with_its_error(view: EvalView) -> None:
-    for size in ("wide", "narrow"):
-        picture = scatter_picture(view, size)
-        marks = [mark for series in picture.series for mark in series.marks]
-        assert len(marks) == len(view.rows) - 1
-        for mark in marks:
-            assert picture.left < mark.x < picture.right
-            assert picture.top <= mark.high <= mark.y <= mark.low <= picture.bottom
-        assert next(mark.tooltip for mark in marks if mark.hollow).startswith("greedy run @1/4 (in-sample)")
+def marks(figure: Any, view: EvalView) -> dict[str, Any]:
+    """The marks of a scatter by the name of their pattern; the unmodified model has none."""
+    shown = [
+        line for line in figure.axes[0].lines if line.get_marker() not in ("None", None, "") and xdata(line) != [0]
+    ]
+    places = {round(row.difference.delta, 12): row.name for row in view.rows if not row.is_baseline}
+    return {places[round(float(line.get_ydata()[0]), 12)]: line for line in shown}
+
+
+@pytest.mark.parametrize("size", [figures.CHART, figures.NARROW_CHART])
+def test_scatter_holds_every_pattern_with_its_error(view: EvalView, size: tuple[float, float]) -> None:
+    figure = figures.scatter(view, size)
+    axes, found = figure.axes[0], marks(figure, view)
+    assert set(found) == {row.name for row in view.rows[1:]}
+    low, high = axes.get_ylim()
+    bars = [bar.get_segments()[0] for bar in axes.collections]
+    for (start, end), one in zip(
+        bars, (row for name, _ in figures.series(view) for row in view.rows[1:] if row.series == name), strict=True
+    ):
+        assert end[1] - start[1] == pytest.approx(2 * one.difference.std_err)
+        assert low < start[1] <= end[1] < high
+    for name, line in found.items():
+        assert abs(xdata(line)[0] - row(view, name).shared) < 0.5
+        assert axes.get_xlim()[0] < xdata(line)[0] < axes.get_xlim()[1]
+        hollow = line.get_markerfacecolor() == figures.PAPER
+        assert hollow == (name == "greedy run @1/4")  # in-sample
+
+
+def test_the_loss_axis_is_linear_about_zero_and_logarithmic_beyond(view: EvalView) -> None:
+    axes, unit = figures.scatter(view).axes[0], figures.eval_scale(view).noise
+    at = [axes.transData.transform((0, y))[1] for y in (0, unit / 2, unit, 10 * unit, 100 * unit)]
+    assert at[1] - at[0] == pytest.approx(at[2] - at[1])
+    assert at[3] - at[2] == pytest.approx(at[4] - at[3])
+    assert 0 in axes.get_yticks() and len(axes.get_yticks()) >= 3
 
 
 def test_only_a_runs_nested_patterns_are_joined(view: EvalView) -> None:
-    series = {one.style.name: one for one in scatter_picture(view).series}
-    assert set(series) == {"greedy run", "uniform", "dp-baseline", "published", "letters"}
-    assert [name for name, one in series.items() if one.path] == ["greedy run"]
-    assert series["greedy run"].path.count("L") == 2
-    assert not is_nested_run([row(view, "uniform 1/2"), row(view, "uniform 1/4")])
-    assert not is_nested_run([row(view, "greedy run @1/4"), row(view, "greedy run @1/2")])
+    names = [name for name, _ in figures.series(view)]
+    assert set(names) == {"greedy run", "uniform", "dp-baseline", "published", "letters"}
+    joined = [line for line in figures.scatter(view).axes[0].lines if len(xdata(line)) == 3]
+    assert [line.get_color() for line in joined] == [figures.series_colours(view)[names.index("greedy run")]]
+    assert not figures.is_nested_run([row(view, "uniform 1/2"), row(view, "uniform 1/4")])
+    assert not figures.is_nested_run([row(view, "greedy run @1/4"), row(view, "greedy run @1/2")])
 
 
-def test_series_are_told_apart_by_colour(view: EvalView) -> None:
-    found = styles(view)
-    assert len({style.index for style in found}) == len(found)
-    assert next(style.index for style in found if style.name == "uniform") == 1
+def test_series_are_told_apart_by_colour_and_named(view: EvalView) -> None:
+    colours, names = figures.series_colours(view), [name for name, _ in figures.series(view)]
+    assert len(set(colours)) == len(names)
+    assert colours[names.index("uniform")] == figures.SERIES[figures.UNIFORM_SERIES]
+    legend = [text.get_text() for text in figures.scatter(view).legends[0].get_texts()]
+    assert legend[1:] == names and legend[0].startswith("the all-F model (")
 
 
 def test_patterns_with_as_many_layers_do_not_hide_each_other(view: EvalView) -> None:
-    marks = [mark for series in scatter_picture(view).series for mark in series.marks]
-    assert len({round(mark.x, 3) for mark in marks}) == len(marks)
+    places = [xdata(line)[0] for line in marks(figures.scatter(view), view).values()]
+    assert len({round(x, 3) for x in places}) == len(places)
 
 
 def test_strips_show_letters_and_overlap(view: EvalView) -> None:
-    picture = strips_picture(view)
-    assert len(picture.strips) == len(view.rows) - 1
-    for strip, one in zip(picture.strips, view.rows[1:], strict=True):
-        letters = "".join("F" if cell.css == "final-F" else "S" for cell in strip.cells)
-        assert letters == one.pattern.letters
-        assert "overlap" in strip.summary
-    bare = strips_picture(view_eval(made_up_document(BARE)))
-    assert {cell.css for strip in bare.strips for cell in strip.cells} == {"final-F", "final-S"}
-    assert bare.legend == ()
+    figure = figures.strips(view)
+    full = corners(figure.axes[0], figures.PALETTE["full"])
+    heights = sorted({y for _, y in full})
+    assert len(heights) == len(view.rows) - 1
+    for y, one in zip(heights, view.rows[1:], strict=True):
+        assert {x for x, at in full if at == y} == set(one.pattern.full_layers)
+        assert "overlap" in overlap_summary(one) and overlap_summary(one) in texts(figure)
+    assert "greedy run @1/4 (in-sample)" in texts(figure)
+    for css, _ in figures.OVERLAP_SCALE.labels(share for one in view.rows for share in one.overlap.values()):
+        shown = {(heights.index(y), x) for x, y in corners(figure.axes[0], figures.PALETTE[css])}
+        assert shown == {
+            (index, layer)
+            for index, one in enumerate(view.rows[1:])
+            for layer, share in one.overlap.items()
+            if figures.OVERLAP_SCALE.css_class(share) == css
+        }
+    bare = view_eval(made_up_document(BARE))
+    legend = [text.get_text() for text in figures.strips(bare).legends[0].get_texts()]
+    assert legend == ["F: runs its indexer", "S: borrows the selection before it"]
+    assert len(corners(figures.strips(bare).axes[0], figures.PALETTE["shared"])) == sum(r.shared for r in bare.rows)
 
 
 def test_triangle_outlines_the_source_of_every_shared_layer() -> None:
-    pattern = Pattern("FSSFSS")
-    picture = triangle_picture("title", "what", triangles(6)["cosine"], pattern)
-    assert len(picture.cells) == 15
-    places = {(cell.x, cell.y): cell.tooltip for cell in picture.cells}
-    assert [places[corner].split("'")[0] for corner in picture.chosen] == [
-        "layer 1 under layer 0", "layer 2 under layer 0", "layer 4 under layer 3", "layer 5 under layer 3",
-    ]  # fmt: skip
+    rows, pattern = triangles(6)["cosine"], Pattern("FSSFSS")
+    axes = figures.triangle(rows, pattern).axes[0]
+    assert corners(axes, "outline") == {(0, 1), (0, 2), (3, 4), (3, 5)}  # source, layer
+    scale = figures.share_scale(value for row in rows for value in row)
+    for css in {scale.css_class(value) for row in rows for value in row}:
+        assert corners(axes, figures.PALETTE[css]) == {
+            (source, layer)
+            for layer, row in enumerate(rows)
+            for source, value in enumerate(row)
+            if scale.css_class(value) == css
+        }
 
 
 @pytest.mark.parametrize("num_layers", [6, 47, 78])
 def test_triangles_fit_the_page(num_layers: int) -> None:
-    picture = triangle_picture("t", "w", triangles(num_layers)["overlap"], Pattern.full(num_layers))
-    assert picture.width < 560
-    assert picture.chosen == ()
+    figure = figures.triangle(triangles(num_layers)["overlap"], Pattern.full(num_layers))
+    assert figure.get_figwidth() * 96 < 560
+    assert corners(figure.axes[0], "outline") == set()
 
 
 # --- the page's rows ------------------------------------------------------------------------------------------------
 
 
 def test_badges_stand_on_every_row_that_needs_them(view: EvalView) -> None:
-    section = eval_section(view, 1)
-    tables = [
-        [row for group in section.groups for row in group.rows],
-        section.gaps.rows if section.gaps else (),
-        section.positions.rows if section.positions else (),
-    ]
-    for rows in tables:
-        assert [r.badges for r in rows if r.name == "greedy run @1/4"] == [("in-sample",)]
-        assert sum(len(r.badges) for r in rows) <= 2
-    assert any("In-sample: greedy run @1/4." in warning for warning in section.warnings)
+    tables = eval_section(view, 1).tables
+    for name in ("patterns", "gaps", "positions"):
+        table = tables[name]
+        assert table is not None
+        assert [row[0].badges for row in table.rows if row[0].text == "greedy run @1/4"] == [("in-sample",)]
+        assert sum(len(row[0].badges) for row in table.rows) <= 2
+    assert any("In-sample: greedy run @1/4." in warning for warning in eval_warnings(view))
 
 
 def test_gap_bars_stay_on_their_scale(view: EvalView) -> None:
-    table = eval_section(view, 1).gaps
+    table = eval_section(view, 1).tables["gaps"]
     assert table is not None
-    for one in table.rows:
-        assert 0 <= one.low <= one.x <= one.high <= table.width
-        assert (one.x > table.zero) == (not one.closed.startswith("-"))
+    for *_, closed in table.rows:
+        assert closed.bar is not None and 0 <= closed.bar <= 100
+        assert (closed.css == "uniform") == closed.text.startswith("-")
+        if closed.whisker:
+            low, length = closed.whisker
+            assert 0 <= low <= low + length <= 100 + 1e-9
 
 
 def test_positions_have_a_bar_each(view: EvalView) -> None:
-    table = eval_section(view, 1).positions
+    table = eval_section(view, 1).tables["positions"]
     assert table is not None
-    assert table.heads == ("0–255", "256–511", "512–1023", "1024–2047")
-    for one in table.rows:
-        bars = [cell.bar for cell in one.cells]
+    assert table.heads[1:] == ("tokens 0–255", "tokens 256–511", "tokens 512–1023", "tokens 1024–2047")
+    for _, *cells in table.rows:
+        bars = [cell.bar or 0.0 for cell in cells]
         assert bars[0] == 0
         assert all(0 <= bar <= 100 for bar in bars)
         assert bars == sorted(bars)
 
 
 def test_patterns_of_the_same_cost_share_their_estimate(document: dict[str, Any]) -> None:
-    tables = estimate_tables(document["cost_rows"])
-    assert [table.title.split()[0] for table in tables] == ["50%", "62%", "69%", "75%", "88%"]
-    assert "uniform 1/2" in tables[0].names
-    assert all("full" not in table.names.split(", ") for table in tables)
+    table = estimate_table(document["cost_rows"], "all F")
+    assert table is not None
+    titles = [title for title, _ in table.groups]
+    assert [title.split()[0] for title in titles] == ["50%", "62%", "69%", "75%", "88%"]
+    assert "uniform 1/2" in titles[0]
+    assert all("full" not in re.split(r", |: ", title) for title in titles)
 
 
 def test_measured_ratios_by_phase_and_length(document: dict[str, Any]) -> None:
     table = measured_table(document["measured"])
     assert table is not None
-    assert table.heads == ("prefill, 512", "prefill, 2,048", "decode, 512", "decode, 2,048")
-    assert all(cell.text.endswith("×") for one in table.rows for cell in one.cells)
+    assert table.heads[1:] == ("prefill, 512", "prefill, 2,048", "decode, 512", "decode, 2,048")
+    assert all(cell.text.endswith("×") for row in table.rows for cell in row[1:])
     assert measured_table([]) is None
     (sparse,) = (measured_table(document["measured"][:1]) or table).rows
-    assert len(sparse.cells) == 1
+    assert len(sparse) == 2
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
@@ -426,8 +447,9 @@ def test_page_has_its_parts(view: EvalView) -> None:
         *(row.verdict for row in view.rows),
     ):
         assert part in text, part
-    assert text.count(">in-sample<") == 4  # table, gaps, positions, strips
-    assert text.count(">other model<") == 3  # no uniform pattern has as many F layers
+    assert text.count(">in-sample<") == 3  # table, gaps, positions
+    assert text.count(">other model<") == 2  # no uniform pattern has as many F layers
+    assert "greedy run @1/4 (in-sample)</text>" in text and "published:made-up (other model)</text>" in text  # strips
 
 
 def test_a_loss_that_guessing_would_beat_stands_under_the_headline(document: dict[str, Any]) -> None:
@@ -543,15 +565,15 @@ def test_predicted_sum_is_that_of_the_dynamic_program() -> None:
 
 def test_section_sets_prediction_beside_the_loss() -> None:
     view = view_run(dp_record(MadeUpRun()))
-    section = similarity_section(view)
-    assert section is not None
-    assert [one.name for one in section.rows][:2] == ["the all-F baseline", "chosen by similarity"]
-    assert len(section.rows) == 5
-    assert [len(picture.cells) for picture in section.pictures] == [120, 120]
-    assert [len(picture.chosen) for picture in section.pictures] == [12, 12]
-    assert "12 S layers" in section.reading[0]
-    assert "more similarity, and a higher loss" in section.reading[2]
-    assert similarity_section(view_run(RunRecord.replay(dp_events(MadeUpRun(), chosen=False)))) is None
+    table, pictures = run_section(view, 1).tables["predictions"], run_section(view, 1).figures["similarity"]
+    assert table is not None and len(table.rows) == 5 and len(pictures) == 2
+    assert [row[0].text for row in table.rows][:2] == ["the all-F baseline", "chosen by similarity"]
+    assert [row.similarity is None for row in predictions(view)] == [True, False, False, False, False]
+    reading = similarity_reading(view)
+    assert "12 S layers" in reading[0]
+    assert "more similarity, and a higher loss" in reading[2]
+    early = run_section(view_run(RunRecord.replay(dp_events(MadeUpRun(), chosen=False))), 1)
+    assert early.tables["predictions"] is None and not early.figures["similarity"]
 
 
 @pytest.mark.parametrize(
@@ -565,9 +587,7 @@ def test_section_sets_prediction_beside_the_loss() -> None:
 def test_reading_says_what_the_losses_carry(delta: float, error: float, words: str) -> None:
     view = view_run(dp_record(MadeUpRun()))
     references = [replace(r, searched_minus_uniform=Difference(delta, error)) for r in view.references]
-    section = similarity_section(replace(view, references=tuple(references)))
-    assert section is not None
-    assert words in section.reading[2]
+    assert words in similarity_reading(replace(view, references=tuple(references)))[2]
 
 
 def test_page_of_a_similarity_baseline() -> None:
