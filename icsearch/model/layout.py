@@ -16,7 +16,7 @@ from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.text import first_line
 from icsearch.model.checkpoint import Checkpoint
 from icsearch.model.config import TEXT_CONFIG, Backbone, dtype_name
-from icsearch.model.families.calls import numbers_left
+from icsearch.model.families.calls import numbers_handed_on
 from icsearch.model.families.decoder import auto_class, check_one_each, layer_configs
 from icsearch.model.families.ending import streams
 from icsearch.model.families.selection import SelectionForm, index_heads, read_form
@@ -110,7 +110,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
             attention_heads=max(layer.num_attention_heads for layer in every),
             attention=skeleton.config._attn_implementation,
             streams=streams(every[0]),
-            left_numbers=max(numbers_left(layer) for layer in every),
+            left_numbers=max(numbers_handed_on(layer) for layer in every),
             selection=selection,
             index_heads=heads,
             index_head_dim=head_dim,

@@ -26,8 +26,8 @@ class SelectionStore:
     # Where set, S layers run their own indexer beside, and this hears (position, borrowed, own selection).
     probe: Callable[[int, Any, Any], None] | None = None
     source: int | None = None  # position of the layer that made the selection; None where that is not known
-    # What else layers have left for later ones, by the name of their argument: see `families.calls`.
-    left: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # What else layers hand on to later ones, by the name of their argument: see `families.calls`.
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def check_made_by(self, position: int) -> None:
         """Raise ModelError where a layer ran as F and made no selection: then no S layer could take it over."""
@@ -76,7 +76,7 @@ class IndexerSlot(nn.Module):
         return self.store.selection
 
     def _check_source(self, store: SelectionStore) -> None:
-        """An S layer reads the nearest F layer before it: refuse what another one left."""
+        """An S layer reads the nearest F layer before it: refuse what another one made."""
         if store.selection is None:
             raise ModelError(f"DSA layer {self.position} is S, but no F layer ran before it in this pass")
         expected = store.pattern.letters.rfind(FULL, 0, self.position)

@@ -170,7 +170,7 @@ def direct_similarity(dsa: DsaModel, batch: Batch, index_topk: int, layer: int, 
     try:
         dsa.run_layer(index, states, calls[index], store)
         shared = dsa.start_pattern.flip(layer)
-        dsa.run_layer(index, states, calls[index], SelectionStore(shared, borrowed, left=store.left))
+        dsa.run_layer(index, states, calls[index], SelectionStore(shared, borrowed, more=store.more))
     finally:
         hook.remove()
     similarity = functional.cosine_similarity(outputs[0].float(), outputs[1].float(), dim=-1)

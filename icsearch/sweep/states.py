@@ -9,6 +9,10 @@ forks off the new trunk, which is known as a whole. With everything kept, the ne
 
 Kept are the states at every `stride`-th layer entry, on the way to the committed pattern (the base) or to the base
 with one more flip. What is kept changes the cost of a run, never its bits. No torch here: a state is any object.
+
+Words, here and in `model` and `planning`: the weights of decoder layers are *held* by a process, on its device or
+*offloaded* to CPU memory or disk. Branch states are *kept* between the steps of a search; within a sweep they have
+their *place* between two layer calls, the device or CPU memory. What a layer gives to later ones is *handed on*.
 """
 
 from __future__ import annotations
@@ -71,7 +75,7 @@ class Keeping:
         """All beginnings of the base and of the base with one more flip."""
         letters = base.letters
         flips = [letters[:c] + SHARED + letters[c + 1 :] for c in self.flippable if base.is_full(c)]
-        return frozenset(one[:length] for one in (letters, *flips) for length in range(len(letters) + 1))
+        return frozenset(flipped[:length] for flipped in (letters, *flips) for length in range(len(letters) + 1))
 
 
 class StateStore(Generic[T]):
@@ -93,7 +97,7 @@ class StateStore(Generic[T]):
         if base == self._base:
             return
         self._base, self._useful = base, self.keeping.useful(base)
-        self._states = {node: kept for node, kept in self._states.items() if node[2] in self._useful}
+        self._states = {node: sized for node, sized in self._states.items() if node[2] in self._useful}
         self.bytes = sum(size for _, size in self._states.values())
 
     def shrink(self) -> int:

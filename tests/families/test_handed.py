@@ -133,7 +133,7 @@ def test_what_nobody_changed_is_handed_on_as_it_is() -> None:
     taken = Handed(torch.zeros(1), latents)
     store = take_up(SelectionStore(Pattern("FS")), taken)
     assert hand_on(store, taken) is taken
-    store.left = {"shared": {"rope": (torch.ones(2),)}}
+    store.more = {"shared": {"rope": (torch.ones(2),)}}
     assert hand_on(store, taken) is not taken
     assert hand_on(take_up(SelectionStore(Pattern("FS")), taken.selection), None) is taken.selection
 

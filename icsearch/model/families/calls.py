@@ -195,35 +195,37 @@ class FirstLayerReached(Exception):
         self.hidden_states = hidden_states
 
 
-# By the name of a layer's argument: what layers have left in there, by their key.
-Left = Mapping[str, Mapping[str, tuple[torch.Tensor, ...]]]
+# By the name of a layer's argument: what layers have put in there, by their key.
+More = Mapping[str, Mapping[str, tuple[torch.Tensor, ...]]]
 
 
 @dataclass(frozen=True)
 class Handed:
-    """A selection, and what else the layers so far have left for later ones."""
+    """A selection, and what else the layers so far have handed on to later ones."""
 
     selection: Any
-    left: Left
+    more: More
 
 
 def take_up(store: SelectionStore, handed: Any) -> SelectionStore:
     """The store with what a layer before has handed on: a selection, or more."""
-    more = isinstance(handed, Handed)
-    store.selection, store.left = (handed.selection, handed.left) if more else (handed, {})
+    if isinstance(handed, Handed):
+        store.selection, store.more = handed.selection, handed.more
+    else:
+        store.selection, store.more = handed, {}
     return store
 
 
 def hand_on(store: SelectionStore, taken: Any) -> Any:
     """What a later layer takes up of the store; `taken` itself where a layer has changed nothing of it."""
-    if not any(store.left.values()):
+    if not any(store.more.values()):
         return store.selection
-    if isinstance(taken, Handed) and taken.selection is store.selection and _same_objects(taken.left, store.left):
+    if isinstance(taken, Handed) and taken.selection is store.selection and _same_objects(taken.more, store.more):
         return taken
-    return Handed(store.selection, store.left)
+    return Handed(store.selection, store.more)
 
 
-def _same_objects(one: Left, other: Left) -> bool:
+def _same_objects(one: More, other: More) -> bool:
     """Whether both hold the same objects."""
     return one.keys() == other.keys() and all(
         one[name].keys() == other[name].keys() and all(one[name][key] is other[name][key] for key in one[name])
@@ -237,21 +239,21 @@ def own_containers(call: LayerCall, store: SelectionStore) -> Iterator[LayerCall
 
     Containers are the arguments that were empty when the call was heard without any layer at work.
     """
-    empty = {name: one for name, one in call.kwargs.items() if isinstance(one, MutableMapping) and not one}
+    empty = {name: value for name, value in call.kwargs.items() if isinstance(value, MutableMapping) and not value}
     if not empty:
         yield call
         return
-    kinds: dict[str, Any] = {name: type(one) for name, one in empty.items()}
-    own = {name: kind(store.left.get(name, {})) for name, kind in kinds.items()}
+    kinds: dict[str, Any] = {name: type(container) for name, container in empty.items()}
+    own = {name: kind(store.more.get(name, {})) for name, kind in kinds.items()}
     yield replace(call, kwargs={**call.kwargs, **own})
-    store.left = {name: dict(one) for name, one in own.items()}
+    store.more = {name: dict(container) for name, container in own.items()}
 
 
 def tensors_of(handed: Any) -> list[torch.Tensor]:
     """All tensors of what is handed on."""
-    found: list[torch.Tensor] = []
-    map_tensors(handed, found.append)
-    return found
+    tensors: list[torch.Tensor] = []
+    map_tensors(handed, tensors.append)
+    return tensors
 
 
 def map_tensors(handed: Any, function: Callable[[torch.Tensor], Any]) -> Any:
@@ -260,15 +262,15 @@ def map_tensors(handed: Any, function: Callable[[torch.Tensor], Any]) -> Any:
         return function(handed)
     if not isinstance(handed, Handed):
         return handed
-    left = {
-        name: {key: tuple(function(one) for one in tensors) for key, tensors in kept.items()}
-        for name, kept in handed.left.items()
+    more = {
+        name: {key: tuple(function(tensor) for tensor in tensors) for key, tensors in container.items()}
+        for name, container in handed.more.items()
     }
-    return Handed(map_tensors(handed.selection, function), left)
+    return Handed(map_tensors(handed.selection, function), more)
 
 
-def numbers_left(config: Any) -> int:
-    """Numbers that layers leave for each token beside the selection, at most: shared latents, with RoPE and without."""
+def numbers_handed_on(config: Any) -> int:
+    """Numbers that layers hand on for each token beside the selection, at most: latents, with RoPE and without."""
     modes = getattr(config, "kv_sharing_modes", None) or []
     if not any(mode == "store" for mode in modes):
         return 0

@@ -29,6 +29,7 @@ from torch.distributed import DistError
 from icsearch.core.endings import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_TERMINATED
 from icsearch.core.errors import IcsearchError
 from icsearch.core.signals import ENDING, Insistent, Interrupted, Terminated
+from icsearch.core.text import first_line
 
 BEAT = 0.5  # seconds between two signs of life
 SILENT = 4 * BEAT  # from here on a process is taken for dead, where a launcher tells all others to end
@@ -190,7 +191,7 @@ class Heartbeat:
                     self._write(self._proposed[0])
                 self._look()
             except DistError as error:
-                self._learn(End(EXIT_FAILURE, self.rank, f"{self._where} is gone ({_first_line(error)})"))
+                self._learn(End(EXIT_FAILURE, self.rank, f"{self._where} is gone ({first_line(error)})"))
                 return
             except MemoryError:  # this thread must live for as long as it takes to tell the others
                 self._propose(EXIT_FAILURE, f"rank {self.rank} failed: out of memory", time.monotonic())
@@ -204,8 +205,8 @@ class Heartbeat:
 
     def _write(self, end: End) -> None:
         """Make this the reason to end, unless another process was faster."""
-        found = self._store.compare_set("end", "", json.dumps(asdict(end)))
-        self._learn(End(**json.loads(found)))
+        written = self._store.compare_set("end", "", json.dumps(asdict(end)))
+        self._learn(End(**json.loads(written)))
 
     def _learn(self, end: End) -> None:
         if self.end is None:
@@ -218,8 +219,8 @@ class Heartbeat:
         if end:
             self._learn(End(**json.loads(end)))
         self.timeout = json.loads(timeout)
-        for other, found in zip(self._others, beats, strict=True):
-            beat, waits_for, moves, told = json.loads(found)
+        for other, sign in zip(self._others, beats, strict=True):
+            beat, waits_for, moves, told = json.loads(sign)
             known = self._lives.get(other)
             if known is None or beat != known.beat:
                 self._lives[other] = _Life(beat, waits_for, moves, told, now)
@@ -255,15 +256,18 @@ class Heartbeat:
         if self._proposed is not None:
             if now - self._proposed[1] > SILENT:  # it could not be written
                 self._learn(self._proposed[0])
-        elif (text := self._told_to_end(now)) is not None:
-            self._propose(text[0], text[1], now)
+        elif (told := self._told_to_end(now)) is not None:
+            self._propose(*told, now)
         elif now - self._looked > self.timeout:
             self._learn(End(EXIT_FAILURE, self.rank, f"{self._where} has not answered for {self.timeout:.0f} s"))
         elif silent := self._silent(now, self.timeout):
             gone = f"{_ranks(silent)} gave no sign of life for {self.timeout:.0f} s: ended, stopped or out of reach"
             self._propose(EXIT_FAILURE, gone, now)
         elif self._stands_still(now):
-            self._propose(EXIT_FAILURE, self._standstill(), now)
+            waits = {self.rank: self._waits_for, **{other: life.waits_for for other, life in self._lives.items()}}
+            what = ", ".join(f"rank {rank} for {waits[rank]}" for rank in sorted(waits))
+            still = f"nothing has moved for {self.timeout:.0f} s, all wait: {what}; is the network down?"
+            self._propose(EXIT_FAILURE, still, now)
 
     def _propose(self, status: int, text: str, now: float) -> None:
         """Have the other thread write this reason to end."""
@@ -295,11 +299,6 @@ class Heartbeat:
             self._standing_since = moves, now
         return self._standing_since is not None and now - self._standing_since[1] > self.timeout
 
-    def _standstill(self) -> str:
-        waits = {self.rank: self._waits_for, **{other: life.waits_for for other, life in self._lives.items()}}
-        what = ", ".join(f"rank {rank} for {waits[rank]}" for rank in sorted(waits))
-        return f"nothing has moved for {self.timeout:.0f} s, all wait: {what}; is the network down?"
-
     def _end_now(self, end: End) -> None:
         """The main thread has not heard: say why, and end the process."""
         if self._closed.is_set():
@@ -312,7 +311,3 @@ class Heartbeat:
 
 def _ranks(ranks: list[int]) -> str:
     return f"rank {', '.join(map(str, sorted(ranks)))}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -50,19 +50,14 @@ class Transport:
         """Hand a packet on; waits while there are too many that the next process has not taken."""
         to = self._world.rank + 1
         header, tensors = _pack(packet)
-        self._settle(IN_FLIGHT - 1)
+        while len(self._sent) >= IN_FLIGHT:
+            taken, works, _ = self._sent.popleft()
+            self._world.take(taken, f"rank {to} to take branches")
+            self._wait(works, to)
         self._world.post(f"branches/{to}/{item}", header)
         tensors = [tensor.to(self._between).contiguous() for tensor in tensors]
         works = [distributed.isend(tensor, to, tag=self._tag("to")) for tensor in tensors]
         self._sent.append((f"taken/{to}/{item}", works, tensors))
-
-    def _settle(self, left: int) -> None:
-        """Wait until no more than so many packets are on their way."""
-        to = self._world.rank + 1
-        while len(self._sent) > left:
-            taken, works, _ = self._sent.popleft()
-            self._world.take(taken, f"rank {to} to take branches")
-            self._wait(works, to)
 
     def receive(self, item: int) -> Packet:
         """The packet of this item from the process before."""
@@ -106,11 +101,11 @@ def _pack(packet: Packet) -> tuple[dict[str, Any], list[torch.Tensor]]:
     def numbered(handed: Any) -> Any:
         if not isinstance(handed, Handed):
             return number_of(handed)
-        left = {
-            name: {key: [number_of(one) for one in kept] for key, kept in ofs.items()}
-            for name, ofs in handed.left.items()
+        more = {
+            name: {key: [number_of(tensor) for tensor in group] for key, group in container.items()}
+            for name, container in handed.more.items()
         }
-        return {"selection": number_of(handed.selection), "left": left}
+        return {"selection": number_of(handed.selection), "more": more}
 
     branches = [
         {
@@ -129,11 +124,11 @@ def _unpack(header: dict[str, Any], tensors: list[torch.Tensor]) -> Packet:
     def handed(item: Any) -> Any:
         if not isinstance(item, dict):
             return None if item is None else tensors[item]
-        left = {
-            name: {key: tuple(tensors[number] for number in kept) for key, kept in ofs.items()}
-            for name, ofs in item["left"].items()
+        more = {
+            name: {key: tuple(tensors[number] for number in numbers) for key, numbers in container.items()}
+            for name, container in item["more"].items()
         }
-        return Handed(handed(item["selection"]), left)
+        return Handed(handed(item["selection"]), more)
 
     branches = [
         Branch(

@@ -127,12 +127,24 @@ def join(launch: Launch) -> World:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT)))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = PrefixStore(f"icsearch/{attempt}", store)
-        heartbeat = _heartbeat(launch, attempt)
+        another = TCPStore(  # a connection of its own: the main thread may be waiting on the other one
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=JOIN_TIMEOUT),
+            wait_for_workers=False,
+        )
+        where = f"the store at {_address()} (of rank 0, or of its launcher)"
+        heartbeat = Heartbeat(launch.rank, launch.size, PrefixStore(f"icsearch/{attempt}", another), where)
         heartbeat.announce()
         _wait_for_all(launch, own)
         heartbeat.start()
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl" if has_own_gpu(launch) else "gloo"
         distributed.init_process_group(
-            _backend(launch),
+            backend,
             store=PrefixStore(f"group/{attempt}", store),
             rank=launch.rank,
             world_size=launch.size,
@@ -144,19 +156,6 @@ def join(launch: Launch) -> World:
             f"({str(error).splitlines()[0]}): check MASTER_ADDR, MASTER_PORT and the network, and start again"
         ) from error
     return World(launch, own, heartbeat)
-
-
-def _heartbeat(launch: Launch, attempt: str) -> Heartbeat:
-    """With a connection of its own: the main thread may be waiting on the other one."""
-    store = TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=JOIN_TIMEOUT),
-        wait_for_workers=False,
-    )
-    where = f"the store at {_address()} (of rank 0, or of its launcher)"
-    return Heartbeat(launch.rank, launch.size, PrefixStore(f"icsearch/{attempt}", store), where)
 
 
 def look_for(store: Any, keys: list[str], between: Callable[[], object]) -> None:
@@ -200,10 +199,3 @@ def has_own_gpu(launch: Launch) -> bool:
     return (
         torch.cuda.is_available() and distributed.is_nccl_available() and launch.local_size <= torch.cuda.device_count()
     )
-
-
-def _backend(launch: Launch) -> str:
-    if not torch.cuda.is_available():
-        return "gloo"
-    torch.cuda.set_device(launch.local_rank % torch.cuda.device_count())
-    return "cpu:gloo,cuda:nccl" if has_own_gpu(launch) else "gloo"
