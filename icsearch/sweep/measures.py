@@ -127,13 +127,15 @@ class WaveMeasures:
         tables: dict[str, dict[str, list[Any]]] = {}
 
         def probe(_: Batch, running: Sequence[Pattern], position: int, borrowed: Any, own: Any) -> None:
-            sums = self._overlap_sums(borrowed, own)
+            choosing = selection_overlap(borrowed, own)[:, self._topk :]  # of the queries that had to choose
+            sums = choosing.sum(dim=1).tolist()  # per sequence
             for pattern in running:
                 overlap[pattern.letters].setdefault(str(position), []).extend(sums)
 
         def reduce(batch: Batch, states: dict[str, torch.Tensor]) -> None:
-            for letters, table in self._tables(batch, states).items():
-                for name, values in table.items():
+            reference = self._dsa.final_norm(states[self._dsa.start_pattern.letters])
+            for letters, hidden_states in states.items():
+                for name, values in self._table(batch, Pattern(letters), hidden_states, reference).items():
                     tables.setdefault(letters, {}).setdefault(name, []).extend(values)
 
         layer_sequences = self._sweeper.run(patterns, wave, reduce, on_layer, probe)
@@ -147,18 +149,6 @@ class WaveMeasures:
             **({"weight_bytes": read} if read else {}),
         }
 
-    def _overlap_sums(self, borrowed: torch.Tensor, own: torch.Tensor) -> list[float]:
-        """Summed over the queries that had to choose, per sequence."""
-        return selection_overlap(borrowed, own)[:, self._topk :].sum(dim=1).tolist()
-
-    def _tables(self, batch: Batch, states: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
-        full = self._dsa.start_pattern.letters
-        reference = self._dsa.final_norm(states[full])
-        return {
-            letters: self._table(batch, Pattern(letters), hidden_states, reference)
-            for letters, hidden_states in states.items()
-        }
-
     def _table(
         self, batch: Batch, pattern: Pattern, hidden_states: torch.Tensor, reference: torch.Tensor
     ) -> dict[str, Any]:
@@ -166,20 +156,17 @@ class WaveMeasures:
         nll, kl, agree = token_measures(normed, reference, self._dsa.lm_head, batch.input_ids)
         sums = per_sequence(nll, batch.counted)
         self._sweeper.check_finite(sums, batch, pattern)
+        buckets = []
+        for first, last in pairwise(self._edges):
+            within = torch.zeros_like(batch.counted)
+            within[:, first:last] = batch.counted[:, first:last]
+            buckets.append(per_sequence(nll, within))
         return {
             "nll": sums.tolist(),
             "kl": per_sequence(kl, batch.counted).tolist(),
             "agree": per_sequence(agree, batch.counted).tolist(),
-            "bucket_nll": self._bucket_sums(nll, batch.counted),
+            "bucket_nll": torch.stack(buckets, dim=1).tolist(),
         }
-
-    def _bucket_sums(self, nll: torch.Tensor, counted: torch.Tensor) -> list[list[float]]:
-        sums = []
-        for first, last in pairwise(self._edges):
-            within = torch.zeros_like(counted)
-            within[:, first:last] = counted[:, first:last]
-            sums.append(per_sequence(nll, within))
-        return torch.stack(sums, dim=1).tolist()
 
 
 def naive_measures(dsa: DsaModel, pattern: Pattern, batch: Batch) -> list[tuple[float, float, float]]:

@@ -2,15 +2,14 @@
 
 What it measures is transformers' reference code here and now: its eager and sdpa attention are dense, so the
 indexers' share differs from an engine's, and nothing follows for other machines, engines or batch sizes. For a
-projection see `cost/`, which is an estimate.
+projection see `planning.work`, which is an estimate.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,9 +82,17 @@ def measure(
     turns = list(dict.fromkeys([model.start_pattern, *patterns]))
     timings = []
     for length in lengths:
-        with _names_the_length(length):
-            rounds = _rounds(model, turns, _random_ids(model, length + decode_tokens, seed), length, repeats)
-        timings += [_timing(model, p, length, decode_tokens, rounds) for p in turns]
+        ids = _random_ids(model, length + decode_tokens, seed)
+        try:  # interleaved A B C, A B C, ...
+            rounds = [{pattern: _sample(model, pattern, ids, length) for pattern in turns} for _ in range(1 + repeats)]
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"out of memory at {length} tokens: measure shorter lengths; the reference indexer holds float32 "
+                "scores of all heads, queries and keys at once"
+            ) from error
+        timings += [_timing(model, pattern, length, decode_tokens, rounds[1:]) for pattern in turns]
     return timings
 
 
@@ -105,13 +112,6 @@ def _random_ids(model: DsaModel, count: int, seed: int) -> torch.Tensor:
     """[1, count] token ids, the same for every pattern; what the tokens are does not matter to the time."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(model.config.vocab_size, (1, count), generator=generator).to(model.device)
-
-
-def _rounds(
-    model: DsaModel, turns: Sequence[Pattern], input_ids: torch.Tensor, length: int, repeats: int
-) -> list[dict[Pattern, _Sample]]:
-    """Interleaved A B C, A B C, …: one sample per pattern and round, without the first round."""
-    return [{p: _sample(model, p, input_ids, length) for p in turns} for _ in range(1 + repeats)][1:]
 
 
 @torch.inference_mode()
@@ -154,16 +154,3 @@ def _timing(
         prefill_speedup=Spread.of([full.prefill / sample.prefill for full, sample in pairs]),
         decode_speedup=Spread.of([full.decode / sample.decode for full, sample in pairs]),
     )
-
-
-@contextmanager
-def _names_the_length(length: int) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemoryError(
-            f"out of memory at {length} tokens: measure shorter lengths; the reference indexer holds float32 scores "
-            "of all heads, queries and keys at once"
-        ) from error
