@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from icsearch.api.engines import export_checkpoint, export_pattern
-    from icsearch.api.models import apply_pattern, load, restore
-    from icsearch.api.runs import calibrate, evaluate_patterns, find_pattern
+    from icsearch.api import (
+        apply_pattern,
+        calibrate,
+        evaluate_patterns,
+        export_checkpoint,
+        export_pattern,
+        find_pattern,
+        load,
+        restore,
+    )
     from icsearch.core.errors import IcsearchError
     from icsearch.core.pattern import Pattern
     from icsearch.core.pattern_file import PatternFile, Step, load_pattern_file
@@ -31,12 +38,9 @@ __all__ = [
 __version__ = "0.1.0"
 
 _PLACES = {
-    "api.engines": ("export_checkpoint", "export_pattern"),
-    "api.models": ("apply_pattern", "load", "restore"),
-    "api.runs": ("calibrate", "evaluate_patterns", "find_pattern"),
-    "core.errors": ("IcsearchError",),
-    "core.pattern": ("Pattern",),
-    "core.pattern_file": ("PatternFile", "Step", "load_pattern_file"),
+    "IcsearchError": "core.errors",
+    "Pattern": "core.pattern",
+    **dict.fromkeys(("PatternFile", "Step", "load_pattern_file"), "core.pattern_file"),
 }
 
 
@@ -46,9 +50,8 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     """The public names, imported when first asked for: `import icsearch` alone loads no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    for place, names in _PLACES.items():
-        if name in names:
-            return getattr(import_module(f"icsearch.{place}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"icsearch.{_PLACES.get(name, 'api')}"), name)

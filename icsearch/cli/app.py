@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from icsearch import __version__
-from icsearch.cli import baseline, calibrate, evaluate, export, greedy, importing, plan, report
-from icsearch.cli.config import PREFIX, check_variables, drop_outranked, use_config
+from icsearch.cli import commands
+from icsearch.cli.config import PREFIX, check_variables, use_config
+from icsearch.cli.options import Group, add
 from icsearch.core.endings import run_to_its_end
 from icsearch.sweep.distributed.launch import read_launch
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="icsearch",
+    cls=Group,
     no_args_is_help=True,
     context_settings={"auto_envvar_prefix": PREFIX},
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
     help="Find out which layers of a DeepSeek-Sparse-Attention model can drop their indexer, and what that costs.",
 )
 
 
 @app.callback(invoke_without_command=True)
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", allow_from_autoenv=False)] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks. May stand anywhere.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version", allow_from_autoenv=False)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere")] = False,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.toml", help="As --config of the command.", is_eager=True, callback=use_config),
+        typer.Option(metavar="FILE.toml", help="As --config of the command", is_eager=True, callback=use_config),
     ] = None,
 ) -> None:
     if version:
@@ -42,29 +42,15 @@ def root(
         raise typer.Exit
 
 
-class Command(TyperCommand):
-    """A command whose help does not name the environment variable of each option: --config states the rule."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        for parameter in self.params:
-            parameter.show_envvar = False  # type: ignore[attr-defined]
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run it; of options that exclude one another, the one that was given closest to the command line counts."""
-        drop_outranked(ctx)
-        return super().invoke(ctx)
-
-
-app.command("calibrate", cls=Command)(calibrate.calibrate_batches)
-app.command("greedy", cls=Command)(greedy.greedy_search)
-app.command("plan", cls=Command)(plan.plan_search)
-app.command("dp-baseline", cls=Command)(baseline.similarity_baseline)
-app.command("eval", cls=Command)(evaluate.evaluate_patterns)
-app.command("export", cls=Command)(export.export_pattern)
-PASTED = {"ignore_unknown_options": True}  # a command line, which is refused with the part of it that is meant
-app.command("import", cls=Command, context_settings=PASTED)(importing.import_engine_pattern)
-app.command("report", cls=Command)(report.report_on_runs)
+SEARCHING, EVALUATING, SERVING = "Search", "Evaluate", "Serve"
+add(app, "calibrate", commands.calibrate, SEARCHING, ["choosing", "families"], ["model", "source"])
+add(app, "plan", commands.plan, SEARCHING, ["any-size", "strategies"])
+add(app, "greedy", commands.greedy, SEARCHING, ["strategies", "choosing", "any-size"])
+add(app, "dp-baseline", commands.dp_baseline, SEARCHING, ["method", "any-size"])
+add(app, "eval", commands.evaluate, EVALUATING, ["choosing", "method"])
+add(app, "report", commands.report, EVALUATING, ["command-line"], ["runs"])
+add(app, "export", commands.export, SERVING, ["engines", "native-checkpoints"], ["file"])
+add(app, "import", commands.import_pattern, SERVING, ["engines"], ["source"])
 
 
 def _run(arguments: list[str], debug: bool) -> int:

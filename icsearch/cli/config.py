@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from icsearch.commands.options import EXCLUSIVE
 from icsearch.core.errors import IcsearchError
 from icsearch.core.files import read_text
 from icsearch.core.jsonfile import shown
@@ -59,15 +60,6 @@ else:
     import tomli as tomllib
 
 COMMON = "common"
-# Ways that exclude one another: the option that chooses each, and behind it those that belong to that way alone.
-EXCLUSIVE: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (("retention",), ("num_shared",)),
-    (("model_config",), ("layers",)),
-    (
-        ("engine", "model_config", "serve_pp", "repair", "gguf", "out"),
-        ("checkpoint", "model", "drop_indexers", "other_weights"),
-    ),
-)
 _NOT_IN_A_FILE = ("config", "help")
 _PLACES = ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP")  # as the parser calls them; the last one is the config file
 
@@ -129,7 +121,7 @@ def drop_outranked(context: typer.Context) -> None:
     So `--num-shared` stands above a `retention` of a config file, and `--checkpoint` above an `engine` and a `serve-pp`
     there. What comes from the same place stays, to be refused.
     """
-    for ways in EXCLUSIVE:
+    for ways in (rule.ways for rule in EXCLUSIVE):
         chosen = {way: _rank(context, way[0]) for way in ways}
         strongest = min(chosen.values())
         outranked = [way for way, rank in chosen.items() if rank > strongest]
@@ -147,7 +139,7 @@ def _rank(context: typer.Context, name: str) -> int:
 def _values(common: dict[str, Any], own: dict[str, Any], options: Options) -> dict[str, Any]:
     """What a command's parameters are by the file; what its own table says takes back what excludes it in [common]."""
     weaker = set()
-    for ways in EXCLUSIVE:
+    for ways in (rule.ways for rule in EXCLUSIVE):
         chosen = [way for way in ways if way[0].replace("_", "-") in own]
         weaker |= {name for way in ways if chosen and way not in chosen for name in way}
     merged = {**{key: value for key, value in common.items() if key.replace("-", "_") not in weaker}, **own}

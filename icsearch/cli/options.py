@@ -1,185 +1,194 @@
-"""The options that several commands share: type, name and help of each. No heavy imports."""
+"""Commands made of functions that take requests: each field of a request is an option, as the field declares it.
+
+Help has one line for an option, in panels; what needs more words is on the page that it names.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING
 from pathlib import Path
-from typing import Annotated
+from types import NoneType
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
-from icsearch.cli.config import use_config
+from icsearch.cli.config import drop_outranked, use_config
+from icsearch.commands import options
+from icsearch.commands.options import Declared, declared, request_of
+from icsearch.commands.requests import RunRequest
 
-
-def _offer(choices: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """For the shell's completion: the choices that begin with what is typed. They are imported only then."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [choice for choice in choices() if choice.startswith(incomplete)]
-
-    return complete
-
-
-def _requested(name: str) -> Callable[[str], list[str]]:
-    """Completes the choices that `requests` has under that name."""
-
-    def choices() -> Iterable[str]:
-        from icsearch.commands import requests
-
-        return getattr(requests, name)
-
-    return _offer(choices)
-
-
-def _engines() -> Iterable[str]:
-    from icsearch.engines.table import ENGINES
-
-    return ENGINES
-
+PANELS = (
+    options.SEARCH,
+    options.MEASURE,
+    options.READING,
+    options.ENGINE,
+    options.CHECKPOINT,
+    options.CALIBRATION,
+    options.NUMERICS,
+    options.MACHINES,
+    options.OUTPUT,
+)
+OTHER = "Other"
+WIDTH = 100  # of help, at most
 
 ConfigFile = Annotated[
     Path | None,
     typer.Option(
         "--config",
         metavar="FILE.toml",
-        help="Options as TOML, in tables \\[common] and \\[greedy], \\[eval], ... Flags stand above environment "
-        "variables, such as ICSEARCH_GREEDY_SEED for --seed, and these above the file.",
+        help="[common], [eval], ... in TOML; or ICSEARCH_EVAL_SEED",
+        rich_help_panel=OTHER,
         allow_from_autoenv=False,  # ICSEARCH_CONFIG is that of all commands
         is_eager=True,  # before the options that it has values for
         callback=use_config,
-        show_default=False,
     ),
 ]
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint directory, a hub id, or demo.")]
-SeqLen = Annotated[
-    int | None,
-    typer.Option(min=2, help="Tokens per sequence.", show_default="4 x index_topk, at least 256"),
-]
-NumSequences = Annotated[int | None, typer.Option(min=1, help="Calibration sequences.", show_default="24")]
-Seed = Annotated[int, typer.Option(help="Seed of the choice and order of calibration texts.")]
-Remote = Annotated[
-    bool, typer.Option("--trust-remote-code/--no-trust-remote-code", help="Run code that the checkpoint brings along.")
-]
-QuietFlag = Annotated[bool, typer.Option("--quiet/--no-quiet", help="No plan and no progress, only the result.")]
-SOURCE_HELP = (
-    "Ready batches (a directory with calibration.safetensors), or a text source: demo, demo:heldout, "
-    "FILE.txt, FILE.jsonl, FILE.parquet, hf:NAME[:CONFIG][:SPLIT]."
-)
-Calibration = Annotated[str, typer.Option(metavar="DIR|SOURCE", help=SOURCE_HELP)]
-Retention = Annotated[
-    str | None,
-    typer.Option(help="Share of layers to keep F, as 1/4 or 0.25: ceil(r x N) layers stay.", show_default="1/4"),
-]
-NumShared = Annotated[int | None, typer.Option(help="Flip exactly this many layers, instead of --retention.")]
-KeepFull = Annotated[str, typer.Option(metavar="0,5,9", help="Layers that must stay F.", show_default=False)]
-Device = Annotated[
-    str, typer.Option(help="auto (cuda, then cpu), cpu, cuda, cuda:0.", autocompletion=_requested("DEVICES"))
-]
-Dtype = Annotated[
-    str,
-    typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.", autocompletion=_requested("DTYPES")),
-]
-Fresh = Annotated[bool, typer.Option("--fresh/--no-fresh", help="Discard what the directory holds and start over.")]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Sequences per layer call; the bits follow it.", show_default="1024 tokens' worth"),
-]
-Memory = Annotated[
-    str | None,
-    typer.Option(
-        help="Memory budget, such as 8GB. It decides how many patterns live at once, never the bits.",
-        show_default="80% of what is free",
-    ),
-]
-Kernels = Annotated[
-    str,
-    typer.Option(
-        help="auto, blockwise (our DSA arithmetic: memory linear in length, one rule for ties), or reference "
-        "(transformers' own modules).",
-        autocompletion=_requested("KERNELS"),
-    ),
-]
-BlockElements = Annotated[
-    int | None,
-    typer.Option(
-        help="Numbers in one buffer of the block-wise kernels; the bits follow it.", show_default="2^19, on CUDA 2^26"
-    ),
-]
-Offload = Annotated[
-    str,
-    typer.Option(
-        help="Where the weights of layers rest: auto (on the device if they fit, else the nearest place that they fit "
-        "into), none (on the device), cpu, disk (read from the shards, layer by layer). The bits do not follow "
-        "from it.",
-        autocompletion=_requested("OFFLOADS"),
-    ),
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; the bits follow them.", show_default="torch's")]
 
-STRATEGY_HELP = (
-    "exact: every remaining layer is scored in every step; Algorithm 1's choices on these sequences, of equal losses "
-    "the smaller layer. "
-    "race: so are all, batch by batch, until they are confidently worse than the leader; each step commits exact's "
-    "choice with --confidence, by one-sided paired t tests on sequences, corrected (Bonferroni) for looks x "
-    "(candidates - 1). Sequences are taken in the order in which they lie, which must be random: text sources are "
-    "shuffled by --seed, ready batches are not. "
-    "lazy: older scores rule layers out, with a learned slack and regular full rescans; exact's choices as long as a "
-    "flip does not become cheaper than that, and what did is counted. "
-    "race+lazy: lazy chooses whom a race is run among. The committed losses are exact in all of them. "
-    "Where weights are streamed from disk or CPU memory, exact reads them least: each portion of lazy reads them "
-    "again, and a race can drop candidates only between waves, nobody where one wave holds all sequences."
-)
-Strategy = Annotated[str, typer.Option(help=STRATEGY_HELP, autocompletion=_requested("STRATEGIES"))]
-Objective = Annotated[
-    str,
-    typer.Option(
-        help="What a flip is judged by: lm-loss, or kl, the KL to the all-F model.",
-        autocompletion=_requested("OBJECTIVES"),
-    ),
-]
-Refine = Annotated[
-    str | None,
-    typer.Option(
-        metavar="swaps",
-        help="Improve the found pattern: move single indexers to other layers while that lowers the objective "
-        "(loss or KL) by more than 2 paired standard errors, and on held-out sequences by more than 1. By the "
-        "objective, the result is never worse than its start on either set of sequences.",
-        show_default=False,
-        autocompletion=_requested("REFINEMENTS"),
-    ),
-]
-EngineName = Annotated[
-    str | None,
-    typer.Option(
-        help="transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, llamacpp or megatron.",
-        autocompletion=_offer(_engines),
-    ),
-]
+class Command(TyperCommand):
+    """A command with our help, and where options exclude one another, the one that was given closest counts."""
 
-DataRanks = Annotated[
-    int | None,
-    typer.Option(
-        "--dp",
-        min=1,
-        metavar="D",
-        help="Of several processes (torchrun -m icsearch ...), so many share the sequences.",
-        show_default="all, if the weights fit in each one's share of memory",
-    ),
-]
-PipelineRanks = Annotated[
-    int | None,
-    typer.Option(
-        "--pp",
-        min=1,
-        metavar="P",
-        help="Of several processes, so many share the layers, a contiguous block each. --dp x --pp is their number.",
-        show_default="1, or as many as the weights need",
-    ),
-]
-Timeout = Annotated[
-    float,
-    typer.Option(
-        min=5, metavar="SECONDS", help="Several processes: end the run when one gives no sign of life for so long."
-    ),
-]
+    def invoke(self, ctx: Any) -> Any:
+        drop_outranked(ctx)
+        return super().invoke(ctx)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        print_help(ctx, self)
+
+
+class Group(TyperGroup):
+    """All commands, with our help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        print_help(ctx, self)
+
+
+def add(
+    app: typer.Typer,
+    name: str,
+    function: Callable[..., object],
+    panel: str,
+    more: Sequence[str],
+    arguments: Sequence[str] = ("model",),
+) -> None:
+    """Add a command that calls a function with the requests that it takes.
+
+    `arguments` are the fields that stand without an option's name, `more` names pages of docs/ that explain them.
+    """
+    kinds = [kind for kind in get_type_hints(function).values() if kind is not NoneType]
+    requests = [kind for kind in kinds if kind is not typer.Context]
+    known = [option for kind in requests for option in declared(kind)]
+
+    def call(ctx: typer.Context, **given: Any) -> object:
+        values = {option.field: given[option.field if option.field in arguments else option.name] for option in known}
+        if values.get("out") is None and issubclass(requests[0], RunRequest):
+            values["out"] = Path("runs") / f"{Path(values['model']).name or 'model'}-{name}"
+        return function(*(ctx if kind is typer.Context else request_of(kind, values) for kind in kinds))
+
+    parameters = [
+        inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context),
+        *(_argument(option) if option.field in arguments else _option(option, name) for option in known),
+        inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, annotation=ConfigFile, default=None),
+    ]
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    epilog = ", ".join(f"docs/{page}.md" for page in more)
+    settings = {"ignore_unknown_options": name == "import"}  # a command line that is pasted is refused with advice
+    app.command(
+        name,
+        cls=Command,
+        help=inspect.getdoc(function),
+        epilog=epilog,
+        rich_help_panel=panel,
+        context_settings=settings,
+    )(call)
+
+
+def _argument(option: Declared) -> inspect.Parameter:
+    info = typer.Argument(metavar=option.option.metavar, help=option.option.help)
+    return inspect.Parameter(option.field, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[_typed(option), info])
+
+
+def _option(option: Declared, command: str) -> inspect.Parameter:
+    """What the parser is told of an option; what it reads of none is the field's default."""
+    said, flag = option.option, option.flag
+    needed = option.default is MISSING and not said.default
+    value = option.default if isinstance(option.default, bool) else None
+    plain = isinstance(option.default, (str, int, float)) and not isinstance(option.default, bool)
+    default = said.default.replace("COMMAND", command) or (f"{option.default}".removesuffix(".0") if plain else "")
+    info = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if isinstance(value, bool) else flag,
+        metavar=said.metavar,
+        help=said.help if needed or not default else f"{said.help} [{default}]",
+        min=said.least,
+        rich_help_panel=said.panel,
+        autocompletion=_completion(option),
+    )
+    kind = _typed(option) if needed or isinstance(value, bool) else _typed(option) | None
+    annotation = Annotated[kind, info]  # type: ignore[valid-type]
+    empty = inspect.Parameter.empty
+    return inspect.Parameter(
+        option.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=empty if needed else value
+    )
+
+
+def _typed(option: Declared) -> Any:
+    """The type that the parser reads: text where the field has a reader of its own."""
+    kinds = [kind for kind in get_args(option.kind) or (option.kind,) if kind not in (NoneType, ...)]
+    kind = str if option.option.read else kinds[0]
+    return list[kind] if option.option.many else kind  # type: ignore[valid-type]
+
+
+def _completion(option: Declared) -> Callable[[str], list[str]] | None:
+    """For the shell: the values that begin with what is typed. They are imported only then."""
+    choices, offers = option.option.choices, option.option.offers
+    if not choices and offers is None:
+        return None
+    return lambda incomplete: [one for one in (offers or (lambda: choices))() if one.startswith(incomplete)]
+
+
+def print_help(ctx: Any, command: Any) -> None:
+    """Usage, what it does, and in panels one line for each option or command."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.padding import Padding
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    width = min(console.width, WIDTH)
+    positional = [one for one in command.params if one.param_type_name == "argument"]
+    needed = [f"{one.opts[0]} {one.metavar}" for one in command.params if one not in positional and one.required]
+    commands = getattr(command, "commands", {})
+    words = [*(["COMMAND"] if commands else ()), *(one.metavar for one in positional), *needed, "[OPTIONS]"]
+    console.print(
+        Padding(f"\nUsage: {ctx.command_path} {escape(' '.join(words))}\n\n{' '.join(command.help.split())}\n", (0, 1))
+    )
+
+    panels: dict[str, list[tuple[str, str]]] = {"": [(one.metavar, one.help) for one in positional]}
+    panels |= {name: [] for name in PANELS}
+    for name, one in commands.items():
+        panels.setdefault(one.rich_help_panel, []).append((name, one.help.partition(".\n")[0]))
+    for one in command.params:
+        if one not in positional:
+            metavar = f" {one.metavar}" if one.metavar and not one.is_flag else ""
+            panels.setdefault(one.rich_help_panel or OTHER, []).append((one.opts[0] + metavar, one.help))
+    panels[OTHER].append(("--help", "This help"))
+    first = max(len(name) for rows in panels.values() for name, _ in rows)
+    for title, rows in panels.items():
+        table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        table.add_column(style="cyan", width=first, no_wrap=True)
+        table.add_column(ratio=1)
+        for name, said in rows:
+            text = Text(said)
+            text.highlight_regex(r"\[[^]]*\]$", "dim")
+            table.add_row(name, text)
+        if rows and title:
+            console.print(Panel(table, title=title, title_align="left", border_style="dim", width=width))
+        elif rows:
+            console.print(Padding(table, (0, 2, 1, 2)))
+    if command.epilog:
+        console.print(Padding(f"In brackets: the default. More: {command.epilog}", (0, 1)))

@@ -1,93 +1,25 @@
-"""What an export can be asked, checked, and its settings for an engine, from a saved pattern. No torch here."""
+"""An export: its settings for an engine, from a saved pattern. No torch here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+from icsearch.commands.requests import ExportRequest
 from icsearch.commands.specs import pattern_file_of, published_path, split_retention
 from icsearch.core.errors import IcsearchError
 from icsearch.core.files import typed_path
 from icsearch.core.pattern import parse_retention
 from icsearch.core.pattern_file import PatternFile, load_pattern_file
 from icsearch.engines.export import Export, Serving, export, with_config
-from icsearch.engines.native import NativeRequest, layers_with_indexer
+from icsearch.engines.native import layers_with_indexer
 from icsearch.engines.pipeline import ADD, Losses, losses_of_file, losses_of_run
 from icsearch.engines.read import how_to_save, is_letters
 from icsearch.model.config import load_config, read_backbone
 from icsearch.runs.record import JOURNAL_NAME, load_run
 
 FILE_NAME = "pattern.json"
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """Everything that an export can be asked: settings for `engine`, or a copy of the checkpoint at `checkpoint`.
-
-    The options behind these two belong to one of them each, and are refused with the other one.
-    """
-
-    engine: str = ""
-    checkpoint: Path | None = None
-    retention: Fraction | None = None
-    # with an engine
-    model_config: Path | None = None
-    serve_pp: str | None = None
-    repair: str | None = None  # add
-    gguf: Path | None = None
-    out: Path | None = None
-    # with a checkpoint
-    model: str | None = None
-    drop_indexers: bool = False
-    other_weights: bool = False
-
-    def __post_init__(self) -> None:
-        if bool(self.engine) == (self.checkpoint is not None):
-            raise IcsearchError("export needs one of --engine NAME and --checkpoint OUT")
-        if self.engine:
-            _refuse("--checkpoint OUT", "--engine", self._for_a_checkpoint)
-            self._check_engine_options()
-        else:
-            _refuse("--engine NAME", "--checkpoint", self._for_an_engine)
-
-    @property
-    def _for_an_engine(self) -> dict[str, object]:
-        return {
-            "--model-config": self.model_config,
-            "--serve-pp": self.serve_pp,
-            "--repair": self.repair,
-            "--gguf": self.gguf,
-            "--out": self.out,
-        }
-
-    @property
-    def _for_a_checkpoint(self) -> dict[str, object]:
-        return {
-            "--model": self.model,
-            "--drop-indexers": self.drop_indexers or None,
-            "--other-weights": self.other_weights or None,
-        }
-
-    def _check_engine_options(self) -> None:
-        if self.repair is not None and self.serve_pp is None:
-            raise IcsearchError("--repair says what to do with the stages of --serve-pp: give both, or leave it out")
-        if self.gguf is not None and self.out is None:
-            raise IcsearchError("--gguf is copied to another file: give --out NEW.gguf")
-
-    def native(self, file: Path) -> NativeRequest | None:
-        """The copy that is asked for, with the pattern of this file; None where settings for an engine are."""
-        if self.checkpoint is None:
-            return None
-        return NativeRequest(file, self.checkpoint, self.model, self.retention, self.drop_indexers, self.other_weights)
-
-
-def _refuse(owner: str, given: str, options: dict[str, object]) -> None:
-    """Raise where an option was given that belongs to the other way to export."""
-    others = [name for name, value in options.items() if value is not None]
-    if others:
-        belong = "belongs" if len(others) == 1 else "belong"
-        raise IcsearchError(f"{', '.join(others)} {belong} to {owner}: leave out with {given}")
 
 
 def saved_pattern(text: str, retention: Fraction | None = None) -> tuple[Path, Fraction | None]:

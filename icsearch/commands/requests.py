@@ -1,18 +1,34 @@
-"""What a user can ask for, checked: frozen requests that commands pass on as one object. No torch here."""
+"""What a user can ask for, checked: frozen requests that commands pass on as one object. No torch here.
+
+Each field is an option of the command line and of Python, declared here and nowhere else (`options`).
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from icsearch.commands.specs import Target, resolve_specs
+from icsearch.commands.options import (
+    CALIBRATION,
+    CHECKPOINT,
+    ENGINE,
+    MACHINES,
+    MEASURE,
+    NUMERICS,
+    OUTPUT,
+    READING,
+    SEARCH,
+    Option,
+    Request,
+)
 from icsearch.core.errors import IcsearchError, PatternError
-from icsearch.core.jsonfile import shown
+from icsearch.core.jsonfile import MAX_LAYERS, shown
 from icsearch.core.pattern import Pattern, num_full, parse_retention
-from icsearch.core.text import did_you_mean
+from icsearch.core.text import parse_bytes
 from icsearch.model.config import Backbone
 from icsearch.model.shape import CPU, DISK, RESIDENT
 from icsearch.search.greedy import split_stages
@@ -28,62 +44,138 @@ AUTO = "auto"
 OFFLOADS = (AUTO, RESIDENT, CPU, DISK)
 MIN_BLOCK_ELEMENTS = 2**10
 # More than any run has use for. What a library makes of far more is a crash, or work without end.
-MOST = {
-    "--seq-len": 2**31 - 1,
-    "--num-sequences": 2**31 - 1,
-    "--batch-size": 2**31 - 1,
-    "--threads": 1024,
-    "--block-elements": 2**40,
-    "--tasks": 10**6,
-    "--task-length": 2**31 - 1,
-    "--context": 2**40,
-    "--measure": 2**31 - 1,
-}
+MOST, MOST_THREADS, MOST_TASKS, MOST_NUMBERS = 2**31 - 1, 1024, 10**6, 2**40
 REFINEMENTS = ("swaps",)
 DEMO_HELDOUT = {"demo": "demo:heldout", "demo:calibration": "demo:heldout"}  # what is held out of the built-in corpus
 DEFAULT_RETENTION = Fraction(1, 4)
-RequestT = TypeVar("RequestT", bound="PatternRequest")
+LARGEST_DENOMINATOR = 4096  # far more than a model has layers
+PatternRequestT = TypeVar("PatternRequestT", bound="PatternRequest")
+
+
+def read_retention(retention: str | float | Fraction) -> Fraction:
+    """A retention in (0, 1]; raises PatternError for another one.
+
+    A float is the simplest fraction near it, so that 5/7 and "5/7" keep as many of 14 layers.
+    """
+    if isinstance(retention, float) and math.isfinite(retention):
+        retention = Fraction(retention).limit_denominator(LARGEST_DENOMINATOR) or Fraction(retention)
+    return parse_retention(str(retention))
+
+
+def read_layers(layers: str | Collection[int]) -> frozenset[int]:
+    """Layers to keep, also as typed: `0,5,9`."""
+    if not isinstance(layers, str):
+        return frozenset(layers)
+    parts = [part.strip() for part in layers.split(",") if part.strip()]
+    bad = [part for part in parts if not part.isdecimal() or len(part) > 6]
+    if bad:
+        raise IcsearchError(
+            f"--keep-full has {shown(bad[0])}: expected layer numbers with commas between, such as 0,5,9"
+        )
+    return frozenset(int(part) for part in parts)
+
+
+def _read_size(size: str | int) -> int:
+    return parse_bytes(size) if isinstance(size, str) else size
+
+
+def _read_names(names: str | Iterable[str]) -> tuple[str, ...]:
+    parts = names.split(",") if isinstance(names, str) else names
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _rate(option: str) -> Callable[[str | float], float]:
+    """Reads a number a second, such as 989T or 4.8TB/s."""
+
+    def read(rate: str | float) -> float:
+        from icsearch.planning.devices import parse_rate
+
+        return parse_rate(rate, option) if isinstance(rate, str) else rate
+
+    return read
+
+
+def _engines() -> Iterable[str]:
+    from icsearch.engines.table import ENGINES
+
+    return ENGINES
+
+
+# Options that several requests have.
+ENGINES = "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, llamacpp, megatron"
+Model = Annotated[str, Option("A checkpoint directory, a hub id, or demo", SEARCH, "MODEL")]
+SeqLen = Annotated[
+    int | None, Option("Tokens per sequence", CALIBRATION, "N", default="4 x index_topk", least=2, most=MOST)
+]
+NumSequences = Annotated[int | None, Option("Sequences", CALIBRATION, "M", default="24", least=1, most=MOST)]
+Retention = Annotated[
+    Fraction | None, Option("Share of layers that stay F", SEARCH, "1/4|0.25", default="1/4", read=read_retention)
+]
+NumShared = Annotated[int | None, Option("Flip exactly K layers instead", SEARCH, "K")]
+Stages = Annotated[int | None, Option("Blocks searched in turn; each begins with F", SEARCH, "P")]
+KeepFull = Annotated[frozenset[int], Option("Layers that must stay F", SEARCH, "0,5,9", read=read_layers)]
+Dtype = Annotated[
+    str, Option("float32, bfloat16, float16", NUMERICS, "DTYPE", default="auto: the checkpoint's", choices=DTYPES)
+]
+BatchSize = Annotated[
+    int | None, Option("Sequences per layer call", NUMERICS, "B", default="1024 tokens' worth", least=1, most=MOST)
+]
 
 
 @dataclass(frozen=True)
-class CalibrationRequest:
+class CalibrationRequest(Request):
     """Which batches to score on. None means: choose for me."""
 
-    model: str
-    source: str
-    seq_len: int | None = None
-    num_sequences: int | None = None
-    seed: int = 0
-    trust_remote_code: bool = False
-
-    def __post_init__(self) -> None:
-        _check_most("--seq-len", self.seq_len)
-        _check_most("--num-sequences", self.num_sequences)
+    model: Model
+    source: Annotated[
+        str, Option("Ready batches, demo, FILE.txt|jsonl|parquet, hf:NAME", CALIBRATION, "SOURCE", "calibration")
+    ]
+    seq_len: SeqLen = None
+    num_sequences: NumSequences = None
+    seed: Annotated[int, Option("Which texts, in which order", CALIBRATION, "S")] = 0
+    trust_remote_code: Annotated[bool, Option("Run code that the checkpoint brings along", CALIBRATION)] = False
 
 
 @dataclass(frozen=True)
-class RunRequest:
+class CachedCalibrationRequest(Request):
+    """Batches to make ready, and the directory for them."""
+
+    calibration: CalibrationRequest
+    out: Annotated[Path, Option("For calibration.safetensors and calibration.json", OUTPUT, "DIR")]
+    fresh: Annotated[bool, Option("Replace other batches that lie there", OUTPUT)] = False
+
+
+@dataclass(frozen=True)
+class RunRequest(Request):
     """What every command that runs a model can be asked. None means: choose for me."""
 
     calibration: CalibrationRequest
-    out: Path
-    device: str = "auto"
-    dtype: str = "auto"
-    batch_size: int | None = None
-    memory: int | None = None
-    threads: int | None = None
-    fresh: bool = False
-    kernels: str = "auto"
-    block_elements: int | None = None
-    offload: str = "auto"
+    out: Annotated[Path, Option("Directory of the run", OUTPUT, "RUN", default="runs/MODEL-COMMAND")]
+    device: Annotated[
+        str, Option("cpu, cuda, cuda:0", MACHINES, "DEVICE", default="auto: cuda, then cpu", offers=lambda: DEVICES)
+    ] = AUTO
+    dtype: Dtype = AUTO
+    batch_size: BatchSize = None
+    memory: Annotated[
+        int | None, Option("Memory budget", MACHINES, "8GB", default="80% of what is free", read=_read_size)
+    ] = None
+    threads: Annotated[
+        int | None, Option("CPU threads", NUMERICS, "T", default="torch's", least=1, most=MOST_THREADS)
+    ] = None
+    fresh: Annotated[bool, Option("Start over: discard what the directory holds", OUTPUT)] = False
+    kernels: Annotated[
+        str, Option("blockwise, reference", NUMERICS, "KERNELS", default="auto: blockwise if it can", choices=KERNELS)
+    ] = AUTO
+    block_elements: Annotated[
+        int | None,
+        Option("Numbers in a blockwise buffer", NUMERICS, "E", default="2^19, on CUDA 2^26", most=MOST_NUMBERS),
+    ] = None
+    offload: Annotated[
+        str, Option("Where weights rest: none, cpu, disk", MACHINES, "PLACE", default="auto: nearest", choices=OFFLOADS)
+    ] = AUTO
 
     def __post_init__(self) -> None:
-        _check_choice("--dtype", self.dtype, DTYPES)
-        _check_choice("--kernels", self.kernels, KERNELS)
-        _check_choice("--offload", self.offload, OFFLOADS)
-        _check_most("--batch-size", self.batch_size)
-        _check_most("--threads", self.threads)
-        _check_most("--block-elements", self.block_elements)
+        super().__post_init__()
         if self.block_elements is not None and self.kernels == "reference":
             raise IcsearchError("--block-elements belongs to the block-wise kernels: leave it out, or --kernels")
         if self.block_elements is not None and self.block_elements < MIN_BLOCK_ELEMENTS:
@@ -111,22 +203,17 @@ class RunRequest:
 class PatternRequest(RunRequest):
     """How many layers to share, and which never: what greedy and the DP baseline have in common."""
 
-    retention: Fraction | None = None
-    num_shared: int | None = None
-    stages: int | None = None
-    keep_full: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.retention is not None and self.num_shared is not None:
-            raise IcsearchError("--retention and --num-shared both say how far to go: give one of them")
+    retention: Retention = None
+    num_shared: NumShared = None
+    stages: Stages = None
+    keep_full: KeepFull = frozenset()
 
     @property
     def num_stages(self) -> int:
         """Pipeline blocks that are searched in turn."""
         return 1 if self.stages is None else self.stages
 
-    def settled(self: RequestT, recorded: dict[str, Any]) -> RequestT:
+    def settled(self: PatternRequestT, recorded: dict[str, Any]) -> PatternRequestT:
         """With the stages of an existing run, unless others are asked for."""
         known = recorded.get("stages")
         return self if self.stages is not None or known is None else replace(self, stages=known)
@@ -198,19 +285,31 @@ class PatternRequest(RunRequest):
 class GreedyRequest(PatternRequest):
     """Everything that a greedy search can be asked."""
 
-    objective: str = "lm-loss"
-    strategy: str = "exact"
+    stages: Annotated[
+        int | None, Option("Blocks searched in turn; each begins with F", SEARCH, "P", default="--pp's")
+    ] = None
+    objective: Annotated[str, Option("lm-loss, or kl (to the all-F model)", SEARCH, "NAME", choices=OBJECTIVES)] = (
+        "lm-loss"
+    )
+    strategy: Annotated[str, Option("How candidates are scored", SEARCH, "NAME", choices=STRATEGIES)] = "exact"
     confidence: float | None = None
     tie_margin: float | None = None
-    refine: str | None = None
-    refine_on: str | None = None
-    dp: int | None = None
-    pp: int | None = None
+    refine: Annotated[
+        str | None, Option("Then move single indexers while it helps", SEARCH, "swaps", choices=REFINEMENTS)
+    ] = None
+    refine_on: Annotated[
+        str | None,
+        Option("Held-out sequences for it", SEARCH, "SOURCE", default="of demo: demo:heldout", read=str),
+    ] = None
+    dp: Annotated[
+        int | None, Option("Processes that share the sequences", MACHINES, "D", default="all, if they can", least=1)
+    ] = None
+    pp: Annotated[
+        int | None, Option("Processes that share the layers", MACHINES, "P", default="1, or as needed", least=1)
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice("--objective", self.objective, OBJECTIVES)
-        _check_choice("--strategy", self.strategy, STRATEGIES)
         self._check_race()
         self._check_refinement()
 
@@ -236,7 +335,6 @@ class GreedyRequest(PatternRequest):
             if self.refine_on is not None:
                 raise IcsearchError("--refine-on says what --refine swaps confirms on: give both, or neither")
             return
-        _check_choice("--refine", self.refine, REFINEMENTS)
         if self.heldout_source is None:
             raise IcsearchError(
                 "--refine swaps needs --refine-on DIR|SOURCE: sequences that the calibration does not hold, to confirm "
@@ -272,54 +370,148 @@ class GreedyRequest(PatternRequest):
 class BaselineRequest(PatternRequest):
     """Everything that the similarity baseline can be asked. `similarity`: a similarity.npz to use again."""
 
-    similarity: Path | None = None
+    stages: Annotated[int | None, Option("Blocks whose first layer stays F", SEARCH, "P")] = 1
+    similarity: Annotated[Path | None, Option("That of an earlier run on the same batches", SEARCH, "FILE.npz")] = None
 
 
 @dataclass(frozen=True)
 class EvalRequest(RunRequest):
     """Everything that an evaluation can be asked."""
 
-    patterns: tuple[str, ...] = ()
-    retentions: tuple[Fraction, ...] = ()
-    force: bool = False
-    tasks: int = 0
-    task_length: int | None = None
-    contexts: tuple[int, ...] = ()
-    measure: tuple[int, ...] = ()
-    lm_eval: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_most("--tasks", self.tasks)
-        _check_most("--task-length", self.task_length)
-        _check_most("--context", *self.contexts)
-        _check_most("--measure", *self.measure)
+    patterns: Annotated[
+        tuple[str, ...],
+        Option("full, uniform:1/4, published:NAME, a RUN; repeatable", MEASURE, "SPEC", "pattern", many=True),
+    ] = field(kw_only=True)
+    retentions: Annotated[
+        tuple[Fraction, ...],
+        Option(
+            "Take runs' patterns at this retention; repeatable",
+            MEASURE,
+            "1/4|0.25",
+            "retention",
+            many=True,
+            read=read_retention,
+        ),
+    ] = ()
+    force: Annotated[bool, Option("Patterns of another model too, labelled", MEASURE)] = False
+    tasks: Annotated[int, Option("Questions of each kind of task", MEASURE, "N", least=0, most=MOST_TASKS)] = 0
+    task_length: Annotated[
+        int | None, Option("Tokens of a task's prompt", MEASURE, "N", default="a sequence's", least=1, most=MOST)
+    ] = None
+    contexts: Annotated[
+        tuple[int, ...],
+        Option(
+            "Length to estimate cost at; repeatable",
+            MEASURE,
+            "N",
+            "context",
+            default="the paper's 4",
+            least=1,
+            most=MOST_NUMBERS,
+            many=True,
+        ),
+    ] = ()
+    measure: Annotated[
+        tuple[int, ...],
+        Option("Length to time this machine at; repeatable", MEASURE, "N", least=1, most=MOST, many=True),
+    ] = ()
+    lm_eval: Annotated[
+        tuple[str, ...], Option("Tasks of lm-evaluation-harness, commas between", MEASURE, "TASKS", read=_read_names)
+    ] = ()
 
     def check(self, start: Pattern, layers: Backbone | None = None) -> None:
+        from icsearch.commands.specs import Target, resolve_specs  # and with it all engines
+
         resolve_specs(self.patterns, Target("", "", start, "", layers=layers), self.retentions, force=True)
 
 
-def parse_share(retention: str | None) -> Fraction | None:
-    """--retention as typed, or None where it was not given."""
-    return None if retention is None else parse_retention(retention)
+@dataclass(frozen=True)
+class PlanRequest(Request):
+    """A search to plan for, and the devices, all by what can be known from a config.json."""
+
+    model: Annotated[str, Option("A config.json, a directory with one, a hub id, or demo", SEARCH, "MODEL")]
+    retention: Retention = None
+    num_shared: NumShared = None
+    stages: Annotated[int | None, Option("Blocks searched in turn; each begins with F", SEARCH, "P")] = 1
+    keep_full: KeepFull = frozenset()
+    seq_len: SeqLen = None
+    num_sequences: NumSequences = None
+    dtype: Dtype = AUTO
+    batch_size: BatchSize = None
+    devices: Annotated[str, Option("Such as 8xH200, 1xH100, 8xB200, 8xA100, 2xcpu", MACHINES, "NxDEVICE")] = "1xcpu"
+    device_memory: Annotated[
+        int | None, Option("Memory of one device", MACHINES, "80GB", default="the device's", read=_read_size)
+    ] = None
+    device_flops: Annotated[
+        float | None,
+        Option("Its dense 16-bit FLOP/s", MACHINES, "989T", default="the device's", read=_rate("--device-flops")),
+    ] = None
+    bandwidth: Annotated[
+        float | None,
+        Option("Bandwidth of its memory", MACHINES, "4.8TB/s", default="the device's", read=_rate("--bandwidth")),
+    ] = None
+    read_rate: Annotated[
+        float | None,
+        Option("What weights are read from disk with", MACHINES, "4GB/s", default="4GB/s", read=_rate("--read-rate")),
+    ] = None
+    json: Annotated[bool, Option("Print the plan as JSON (icsearch.plan/1)", OUTPUT)] = False
 
 
-def parse_layers(text: str, option: str) -> frozenset[int]:
-    """A list of layers as typed, such as `0,5,9`."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    bad = [part for part in parts if not part.isdecimal() or len(part) > 6]
-    if bad:
-        raise IcsearchError(f"{option} has {shown(bad[0])}: expected layer numbers with commas between, such as 0,5,9")
-    return frozenset(int(part) for part in parts)
+@dataclass(frozen=True)
+class ExportRequest(Request):
+    """Everything that an export can be asked: settings for `engine`, or a copy of the checkpoint at `checkpoint`."""
+
+    file: Annotated[str, Option("A pattern.json, a RUN, RUN@1/2, or published:NAME", ENGINE, "FILE")] = ""
+    retention: Annotated[
+        Fraction | None, Option("Take the run's pattern at this retention", ENGINE, "1/4|0.25", read=read_retention)
+    ] = None
+    engine: Annotated[str, Option(ENGINES, ENGINE, "NAME", offers=_engines)] = ""
+    model_config: Annotated[Path | None, Option("Check against the model's config.json", ENGINE, "CONFIG")] = None
+    serve_pp: Annotated[str | None, Option("Stages, or the first layer of each", ENGINE, "N|0,20,40", read=str)] = None
+    repair: Annotated[
+        str | None, Option("Of a stage that begins with S: add, same, none", ENGINE, "HOW", default="add")
+    ] = None
+    gguf: Annotated[Path | None, Option("llamacpp: the model to copy", ENGINE, "OLD.gguf")] = None
+    out: Annotated[Path | None, Option("Write the file that the engine reads", ENGINE, "NEW")] = None
+    checkpoint: Annotated[Path | None, Option("Write one whose config.json holds the pattern", CHECKPOINT, "OUT")] = (
+        None
+    )
+    model: Annotated[
+        str | None, Option("What to copy", CHECKPOINT, "MODEL", default="that of the pattern", read=str)
+    ] = None
+    drop_indexers: Annotated[bool, Option("Leave out the indexer weights of S layers", CHECKPOINT)] = False
+    other_weights: Annotated[bool, Option("Weights that were not searched on may do", CHECKPOINT)] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.engine and self.checkpoint is None:
+            raise IcsearchError("export needs one of --engine NAME and --checkpoint OUT")
+        if self.repair is not None and self.serve_pp is None:
+            raise IcsearchError("--repair says what to do with the stages of --serve-pp: give both, or leave it out")
+        if self.gguf is not None and self.out is None:
+            raise IcsearchError("--gguf is copied to another file: give --out NEW.gguf")
 
 
-def _check_most(option: str, *values: int | None) -> None:
-    for value in values:
-        if value is not None and value > MOST[option]:
-            raise IcsearchError(f"{option} {shown(value)} is out of range: give at most {MOST[option]}")
+@dataclass(frozen=True)
+class ImportRequest(Request):
+    """What an engine is given, and whose rules it is to be read by."""
+
+    source: Annotated[
+        tuple[str, ...],
+        Option("config.json, a checkpoint, a GGUF, JSON, freq:4,offset:2", READING, "SOURCE", many=True),
+    ]
+    engine: Annotated[str | None, Option(ENGINES, READING, "NAME", offers=_engines)] = None
+    model_config: Annotated[Path | None, Option("The model's config.json", READING, "CONFIG")] = None
+    layers: Annotated[
+        int | None, Option("Or so many layers, all with an indexer", READING, "N", least=1, most=MAX_LAYERS)
+    ] = None
+    out: Annotated[Path | None, Option("Write a pattern.json, for eval and export", OUTPUT, "FILE")] = None
 
 
-def _check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        meant = did_you_mean(value, choices)
-        raise IcsearchError(f"{option} {value!r} is unknown: {f'{meant} ' if meant else ''}give {' or '.join(choices)}")
+@dataclass(frozen=True)
+class ReportRequest(Request):
+    """Runs to write about, and how."""
+
+    runs: Annotated[tuple[Path, ...], Option("RUN directories, or those of an eval", OUTPUT, "RUN", many=True)]
+    out: Annotated[Path | None, Option("The page, or the card, to write", OUTPUT, "FILE")] = None
+    model_card: Annotated[bool, Option("A section for a model card of the Hugging Face hub", OUTPUT)] = False

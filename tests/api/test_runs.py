@@ -13,9 +13,9 @@ import pytest
 
 import icsearch
 import tiny
-from icsearch.api.options import CalibrationOptions, EvalOptions, SearchOptions, fraction
+from icsearch.api import CalibrationOptions, EvalOptions, SearchOptions
 from icsearch.cli import app
-from icsearch.commands.requests import CalibrationRequest, EvalRequest, GreedyRequest
+from icsearch.commands.requests import CalibrationRequest, EvalRequest, GreedyRequest, read_retention
 from icsearch.core.files import demo_checkpoint
 from icsearch.core.pattern import num_full
 
@@ -152,13 +152,13 @@ def test_a_checkpoint_of_a_published_pattern(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("retention", "full"), [(5 / 7, 10), ("5/7", 10), (Fraction(5, 7), 10), (0.25, 4), (1, 14)])
 def test_a_float_keeps_as_many_layers_as_its_fraction(retention: str | float | Fraction, full: int) -> None:
     """5/7 as a float is a little more than 5/7: of 14 layers, 11 would be kept."""
-    assert num_full(fraction(retention), 14) == full
+    assert num_full(read_retention(retention), 14) == full
 
 
 @pytest.mark.parametrize("retention", [0.0, -0.5, 1.5, float("nan"), float("inf"), 1e-300])
 def test_floats_that_are_no_retention(retention: float) -> None:
     with pytest.raises(icsearch.IcsearchError, match="retention"):
-        fraction(retention)
+        read_retention(retention)
 
 
 def test_a_checkpoint_is_the_commands(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_a_typed_checkpoint_stands_above_an_engine_of_a_file(
     names = [sorted(path.name for path in (tmp_path / place).iterdir()) for place in ("typed", "variable")]
     assert names[0] == names[1]
     line = refused(capsys, *export, "--serve-pp", 2)  # from a stronger place than the variable's
-    assert "--serve-pp belongs to --engine NAME" in line
+    assert "--serve-pp and --checkpoint both say what to export: give one of them" in line
 
 
 def test_a_typed_engine_stands_above_a_checkpoint_of_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_a_typed_engine_stands_above_a_checkpoint_of_a_file(capsys: pytest.Captu
     own = write(tmp_path / "own.toml", text.replace("[export]", "[common]") + "[export]\nengine = 'vllm'\n")
     assert run(capsys, "export", EXPORTED, "--config", own) == expected
     both = write(tmp_path / "both.toml", text + "engine = 'vllm'\n")
-    assert "needs one of --engine NAME and --checkpoint OUT" in refused(capsys, "export", EXPORTED, "--config", both)
+    assert "--engine and --checkpoint both say what to export" in refused(capsys, "export", EXPORTED, "--config", both)
     assert not (tmp_path / "copy").exists()
 
 

@@ -162,6 +162,13 @@ def test_a_command_line_is_refused_with_the_part_to_give(
     assert line.startswith("icsearch: a command line is not read here: give ") and part in line
 
 
+def test_options_of_import_come_from_a_file_too(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    ours = tmp_path / "ours.toml"
+    ours.write_text("[import]\nlayers = 5\nengine = 'vllm'\n")
+    assert run(capsys, "import", "freq:4", "--config", ours)[:2] == (0, "FFSSS\n")
+    assert run(capsys, "import", OVERRIDES, "--config", ours)[:2] == (0, "FFSSF\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

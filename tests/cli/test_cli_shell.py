@@ -31,7 +31,7 @@ def completed(line: str) -> list[str]:
 def test_as_a_module_it_is_the_same_command() -> None:
     assert module("--version").stdout == f"icsearch {__version__}\n"
     usage = module("greedy", "--help").stdout
-    assert "icsearch greedy [OPTIONS]" in usage
+    assert "icsearch greedy MODEL --calibration SOURCE [OPTIONS]" in usage
     assert "[common]" in usage
     assert usage.count("ICSEARCH_") == 1  # the rule, and not a line for each option
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-from icsearch.commands.requests import CalibrationRequest, GreedyRequest, parse_layers
+from icsearch.commands.requests import CalibrationRequest, GreedyRequest, read_layers
 from icsearch.core.errors import IcsearchError
 
 
 def test_lists_of_layers() -> None:
-    assert parse_layers("0, 5,9,", "--keep-full") == {0, 5, 9}
-    assert parse_layers("", "--keep-full") == frozenset()
+    assert read_layers("0, 5,9,") == {0, 5, 9}
+    assert read_layers("") == frozenset()
 
 
 @pytest.mark.parametrize("text", ["1,x", "-1", "1.5", "²", "0," + "9" * 5000])
 def test_bad_lists_of_layers(text: str) -> None:
     with pytest.raises(IcsearchError, match="--keep-full has .*expected layer numbers") as caught:
-        parse_layers(text, "--keep-full")
+        read_layers(text)
     assert len(str(caught.value)) < 200
 
 

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from engine_files import LETTERS, pattern_file
-from icsearch.commands.export import ExportRequest, engine_settings
+from icsearch.commands.export import engine_settings
+from icsearch.commands.requests import ExportRequest
 from icsearch.core.files import published_patterns
 from icsearch.core.jsonfile import write_object
 from icsearch.core.pattern_file import PatternFile, load_pattern_file

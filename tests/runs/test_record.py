@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from icsearch.commands.requests import KERNELS, MIN_BLOCK_ELEMENTS, MOST, OBJECTIVES, REFINEMENTS
+from icsearch.commands.requests import KERNELS, MIN_BLOCK_ELEMENTS, MOST_THREADS, OBJECTIVES, REFINEMENTS
 from icsearch.core.errors import JournalError
 from icsearch.core.pattern_file import load_pattern_file
 from icsearch.report.write import write_results
@@ -261,6 +261,6 @@ def test_the_schema_knows_every_option_that_can_be_asked_for() -> None:
     for option, values in (("strategy", STRATEGIES), ("objective", OBJECTIVES), ("refine", REFINEMENTS)):
         assert all(OPTION_FIELDS[option].fits(value) for value in values)
     assert all(OPTION_FIELDS["kernels"].fits(value) for value in KERNELS if value != "auto")
-    assert OPTION_FIELDS["threads"].fits(MOST["--threads"])
+    assert OPTION_FIELDS["threads"].fits(MOST_THREADS)
     least = OPTION_FIELDS["block_elements"]
     assert least.fits(MIN_BLOCK_ELEMENTS) and not least.fits(MIN_BLOCK_ELEMENTS - 1)
