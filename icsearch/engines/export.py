@@ -45,72 +45,21 @@ from icsearch.model.config import (
 )
 
 
-def find_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str, layout_known: bool) -> list[str]:
-    """All warnings for a pattern of a file in these letters.
+@dataclass(frozen=True)
+class Export:
+    """One engine's form of a pattern. `text` is what to paste, `how` says where, `warnings` what to look out for.
 
-    Where the serving layout is not known, the usual numbers of stages are looked at, if it is known how the engine
-    cuts.
+    `letters` are those that the engine counts, most often one a decoder layer; `settings` the keys in `text`.
     """
-    model_type = file.model.get("model_type")
-    found = [
-        *_type_warnings(engine, model_type),
-        *_layer_warnings(engine, pattern, file, letters),
-        *[note for of_type, note in engine.notes if of_type in ("", family(model_type))],
-    ]
-    if not layout_known:
-        found += _usual_stages(engine, pattern, file)
-    if file.model.get("wrapper_config") and engine.nests_for(model_type) and engine.wrapper_note:
-        found.append(engine.wrapper_note)
-    if engine in (TRANSFORMERS, TRTLLM) and COMMON.fit(letters) is None:
-        found.append(
-            "no index_topk_freq and index_skip_topk_offset give this pattern: remove both keys from config.json "
-            "where they are present (do not set them to null)"
-        )
-    return found
 
-
-def _type_warnings(engine: Engine, model_type: str | None) -> list[str]:
-    if engine.serves(model_type):
-        return []
-    found = f"model_type {model_type}" if model_type else "a model whose model_type the file does not say"
-    return [
-        f"{engine.title} is known to share selections for {', '.join(engine.model_types)}; this file is for {found}. "
-        f"{engine.on_other_types}"
-    ]
-
-
-def _layer_warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str) -> list[str]:
-    found = []
-    model_type = file.model.get("model_type")
-    if len(letters) != len(pattern):
-        found.append(
-            f"{len(letters) - len(pattern)} of the {len(letters)} decoder layers have no indexer; {engine.title} "
-            "counts all decoder layers, so these are written as F: check that this engine version counts them too"
-        )
-    if file.model.get("num_hidden_layers") is None and not engine.counts_indexed(model_type):
-        found.append(
-            f"the file does not say how many decoder layers the model has: the pattern is right if it is {len(letters)}"
-        )
-    if file.model.get("native_shared"):
-        count = len(file.model["native_shared"])
-        found.append(f"{count} S layers are the checkpoint's own and have no indexer weights: they cannot become F")
-    return found
-
-
-def _usual_stages(engine: Engine, pattern: Pattern, file: PatternFile) -> list[str]:
-    if engine.split is None:
-        return []
-    num_layers = file.model.get("num_hidden_layers") or len(pattern)
-    wrong = usual_sizes_on_shared(pattern, file.layer_indices, num_layers, engine.split)
-    return [f"{cut_in_words(wrong)}: give --serve-pp {wrong[0]} if you serve it so"] if wrong else []
-
-
-def partition_setting(
-    engine: Engine, pattern: Pattern, layer_indices: Sequence[int], sizes: Sequence[int]
-) -> str | None:
-    """The variable that moves the engine's cuts to F layers of the pattern; None where there is none."""
-    aligned = aligned_partition(pattern, layer_indices, sizes) if engine.partition_variable else None
-    return f"{engine.partition_variable}={','.join(map(str, aligned))}" if aligned else None
+    engine: str
+    title: str
+    text: str
+    how: str
+    pattern: Pattern
+    letters: str
+    settings: dict[str, Any]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -129,52 +78,141 @@ class Serving:
             raise ExportError(f"--repair {self.repair!r} is not known: expected {', '.join(REPAIRS)}")
 
 
-def fit_stages(
-    pattern: Pattern, file: PatternFile, engine: Engine, num_layers: int, serving: Serving
-) -> tuple[Pattern, list[str]]:
+def export(
+    pattern_file: PatternFile, engine: str, retention: Fraction | None = None, serving: Serving | None = None
+) -> Export:
+    """The pattern of a pattern.json for one engine; with `retention`, an earlier pattern of the same run.
+
+    With `serving`, the pattern is made fit for a pipeline layout: it may then come out as another one, and a warning
+    says so. Raises ExportError for an unknown engine or a pattern that the checkpoint cannot run, PatternError where
+    the run holds no pattern of that retention.
+    """
+    target, model = find_engine(engine), pattern_file.model
+    pattern = pattern_file.pattern if retention is None else pattern_file.at_retention(retention)
+    _check(pattern, model)
+    stage_warnings: list[str] = []
+    if serving is not None:
+        pattern, stage_warnings = _fit_stages(pattern, pattern_file, target, serving)
+    model_type, letters = model.get("model_type"), pattern.letters
+    if not target.counts_indexed(model_type):
+        letters = decoder_letters(pattern, pattern_file.layer_indices, model.get("num_hidden_layers"))
+    if target.all_layers_alike and len(letters) != len(pattern):
+        raise ExportError(
+            f"{len(letters) - len(pattern)} of the {len(letters)} decoder layers have no indexer, and how "
+            f"{target.title} numbers layers of such a model is not known here: no flags can be given"
+        )
+    settings = target.settings(letters, family(model_type))
+    if model.get("wrapper_config") and target.nests_for(model_type):
+        settings = {"text_config": settings}
+    return Export(
+        engine=target.name,
+        title=target.title,
+        text=target.render(settings),
+        how=target.how,
+        pattern=pattern,
+        letters=letters,
+        settings=settings,
+        warnings=(*stage_warnings, *_warnings(target, pattern, pattern_file, letters, serving is not None)),
+    )
+
+
+def _check(pattern: Pattern, model: Mapping[str, Any]) -> None:
+    """Refuse a file's model that holds what no file of ours does, and F on a layer that the checkpoint shares."""
+    try:
+        check_fields(model, MODEL_FIELDS)
+    except FieldError as error:
+        raise ExportError(f"the file's model is damaged ({error}): write the file again") from None
+    native = model.get("native_shared") or []
+    wrong = [layer for layer in native if layer >= len(pattern) or pattern.is_full(layer)]
+    if wrong:
+        raise ExportError(
+            f"the checkpoint has no indexer weights at positions {wrong} (it shares these layers itself), but the "
+            "pattern does not have S there: only F to S edits are possible on this checkpoint"
+        )
+
+
+def _warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str, layout_known: bool) -> list[str]:
+    """All warnings for a pattern of a file in these letters.
+
+    Where the serving layout is not known, the usual numbers of stages are looked at, if it is known how the engine
+    cuts.
+    """
+    model_type, num_layers = file.model.get("model_type"), file.model.get("num_hidden_layers")
+    found = []
+    if not engine.serves(model_type):
+        whose = f"model_type {model_type}" if model_type else "a model whose model_type the file does not say"
+        found.append(
+            f"{engine.title} is known to share selections for {', '.join(engine.model_types)}; this file is for "
+            f"{whose}. {engine.on_other_types}"
+        )
+    if len(letters) != len(pattern):
+        found.append(
+            f"{len(letters) - len(pattern)} of the {len(letters)} decoder layers have no indexer; {engine.title} "
+            "counts all decoder layers, so these are written as F: check that this engine version counts them too"
+        )
+    if num_layers is None and not engine.counts_indexed(model_type):
+        found.append(
+            f"the file does not say how many decoder layers the model has: the pattern is right if it is {len(letters)}"
+        )
+    if native := file.model.get("native_shared"):
+        found.append(
+            f"{len(native)} S layers are the checkpoint's own and have no indexer weights: they cannot become F"
+        )
+    found += [note for of_type, note in engine.notes if of_type in ("", family(model_type))]
+    if engine.split and not layout_known:
+        wrong = usual_sizes_on_shared(pattern, file.layer_indices, num_layers or len(pattern), engine.split)
+        if wrong:
+            found.append(f"{cut_in_words(wrong)}: give --serve-pp {wrong[0]} if you serve it so")
+    if file.model.get("wrapper_config") and engine.nests_for(model_type) and engine.wrapper_note:
+        found.append(engine.wrapper_note)
+    if engine in (TRANSFORMERS, TRTLLM) and COMMON.fit(letters) is None:
+        found.append(
+            "no index_topk_freq and index_skip_topk_offset give this pattern: remove both keys from config.json "
+            "where they are present (do not set them to null)"
+        )
+    return found
+
+
+# --- a pattern made fit for a pipeline layout -----------------------------------------------------------------------
+
+
+def _fit_stages(pattern: Pattern, file: PatternFile, engine: Engine, serving: Serving) -> tuple[Pattern, list[str]]:
     """The pattern as it can be served, and what was changed and why.
 
     Raises ExportError for a layout that does not fit, and where a stage would start on a layer that the checkpoint
     itself shares.
     """
+    num_layers = len(decoder_letters(pattern, file.layer_indices, file.model.get("num_hidden_layers")))
     sizes = serving_sizes(serving.layout, num_layers, engine.title, engine.split)
     wrong = stages_on_shared(pattern, file.layer_indices, sizes)
     if not wrong:
         return pattern, []
     trouble = describe(sizes, wrong)
-    partition = partition_setting(engine, pattern, file.layer_indices, sizes)
+    aligned = aligned_partition(pattern, file.layer_indices, sizes) if engine.partition_variable else None
+    partition = f"{engine.partition_variable}={','.join(map(str, aligned))}" if aligned else None
     elsewhere = f"; or leave the pattern as it is and set {partition}" if partition else ""
-    _check_native([layer for _, layer in wrong], file, trouble, elsewhere)
+    shared = {file.layer_indices[position] for position in file.model.get("native_shared") or []}
+    if native := [layer for _, layer in wrong if layer in shared]:
+        raise ExportError(
+            f"{trouble}; the checkpoint has no indexer at layer {native[0]}: give other first layers with --serve-pp"
+            f"{elsewhere}"
+        )
     if serving.repair == NONE:
-        return pattern, [f"{trouble}; the pattern is left as it is{_instead(engine, partition)}"]
+        instead = f", so set {partition}" if partition else ""
+        if engine.partition_variable and not partition:  # too few F layers are all that can lack then
+            instead = ", and has fewer F layers than there are stages: serve it in fewer"
+        return pattern, [f"{trouble}; the pattern is left as it is{instead}"]
     starts = stage_starts(file.layer_indices, sizes)  # those that are F already must stay so
     added = add_full(pattern, starts, serving.losses)
     moved = move_full(pattern, starts, serving.losses)
     chosen, other = (added, moved) if serving.repair == ADD else (moved, added)
     if chosen is None:
         raise ExportError(f"{trouble}; --repair {SAME}: {_lack(added, starts, serving.losses)}: give --repair {ADD}")
-    text = f"{trouble}: {_describe(chosen, pattern, file, serving.losses)}"
+    text = f"{trouble}: {_in_words(chosen, pattern, file, serving.losses)}"
     if other is not None:
         name = SAME if serving.repair == ADD else ADD
-        text += f"; --repair {name}: {_describe(other, pattern, file, serving.losses)}"
+        text += f"; --repair {name}: {_in_words(other, pattern, file, serving.losses)}"
     return chosen.pattern, [text + elsewhere]
-
-
-def _instead(engine: Engine, partition: str | None) -> str:
-    """What to set where the pattern stays; where there is a variable for it, too few F layers are all that can lack."""
-    if partition:
-        return f", so set {partition}"
-    return ", and has fewer F layers than there are stages: serve it in fewer" if engine.partition_variable else ""
-
-
-def _check_native(layers: Sequence[int], file: PatternFile, trouble: str, elsewhere: str) -> None:
-    shared = {file.layer_indices[position] for position in file.model.get("native_shared") or []}
-    native = [layer for layer in layers if layer in shared]
-    if native:
-        raise ExportError(
-            f"{trouble}; the checkpoint has no indexer at layer {native[0]}: give other first layers with --serve-pp"
-            f"{elsewhere}"
-        )
 
 
 def _lack(added: Repair, starts: Sequence[int], losses: Losses) -> str:
@@ -187,114 +225,27 @@ def _lack(added: Repair, starts: Sequence[int], losses: Losses) -> str:
     return "the file's losses do not say what enough other layers cost; those in the journal of a RUN may"
 
 
-def _describe(repair: Repair, pattern: Pattern, file: PatternFile, losses: Losses) -> str:
+def _in_words(repair: Repair, pattern: Pattern, file: PatternFile, losses: Losses) -> str:
     """What a repair changes, the indexers that then run, and the loss with where it comes from."""
-    changes = [f"F at {_layers(repair.made_full, file)}"]
-    if repair.made_shared:
-        changes.append(f"S at {_layers(repair.made_shared, file)}")
+    changes = [
+        f"{letter} at {', '.join(str(file.layer_indices[position]) for position in positions)}"
+        for letter, positions in (("F", repair.made_full), ("S", repair.made_shared))
+        if positions
+    ]
     before, after = len(pattern.full_layers), len(repair.pattern.full_layers)
     kept = f"{after} F as before" if after == before else f"{after} F instead of {before}"
-    return f"{' and '.join(changes)} ({kept}, {_loss(repair, pattern, losses)})"
-
-
-def _layers(positions: Sequence[int], file: PatternFile) -> str:
-    return ", ".join(str(file.layer_indices[position]) for position in positions)
-
-
-def _loss(repair: Repair, pattern: Pattern, losses: Losses) -> str:
     if not losses:
-        return "the file holds no losses"
-    if repair.loss is None:
-        return "loss unknown: the run never shared these layers alone"
-    how = "measured in the run" if repair.measured else "estimated from the run's losses, evaluate it"
-    before = f" for {losses[pattern.letters]:.4f}" if pattern.letters in losses else ""
-    return f"loss {repair.loss:.4f}{before}, {how}"
+        loss = "the file holds no losses"
+    elif repair.loss is None:
+        loss = "loss unknown: the run never shared these layers alone"
+    else:
+        how = "measured in the run" if repair.measured else "estimated from the run's losses, evaluate it"
+        was = f" for {losses[pattern.letters]:.4f}" if pattern.letters in losses else ""
+        loss = f"loss {repair.loss:.4f}{was}, {how}"
+    return f"{' and '.join(changes)} ({kept}, {loss})"
 
 
-@dataclass(frozen=True)
-class Export:
-    """One engine's form of a pattern. `text` is what to paste, `how` says where, `warnings` what to look out for.
-
-    `letters` are those that the engine counts, most often one a decoder layer; `settings` the keys in `text`.
-    """
-
-    engine: str
-    title: str
-    text: str
-    how: str
-    pattern: Pattern
-    letters: str
-    settings: dict[str, Any]
-    warnings: tuple[str, ...]
-
-
-def export(
-    pattern_file: PatternFile, engine: str, retention: Fraction | None = None, serving: Serving | None = None
-) -> Export:
-    """The pattern of a pattern.json for one engine; with `retention`, an earlier pattern of the same run.
-
-    With `serving`, the pattern is made fit for a pipeline layout: it may then come out as another one, and a warning
-    says so. Raises ExportError for an unknown engine or a pattern that the checkpoint cannot run, PatternError where
-    the run holds no pattern of that retention.
-    """
-    target = find_engine(engine)
-    pattern = pattern_file.pattern if retention is None else pattern_file.at_retention(retention)
-    check_model(pattern_file.model)
-    check_native(pattern, pattern_file.model)
-    stage_warnings: list[str] = []
-    if serving is not None:
-        pattern, stage_warnings = _fit_stages(pattern, pattern_file, target, serving)
-    letters = engine_letters(target, pattern, pattern_file)
-    if target.all_layers_alike and len(letters) != len(pattern):
-        raise ExportError(
-            f"{len(letters) - len(pattern)} of the {len(letters)} decoder layers have no indexer, and how "
-            f"{target.title} numbers layers of such a model is not known here: no flags can be given"
-        )
-    model_type = pattern_file.model.get("model_type")
-    settings = target.settings(letters, family(model_type))
-    if pattern_file.model.get("wrapper_config") and target.nests_for(model_type):
-        settings = {"text_config": settings}
-    return Export(
-        engine=target.name,
-        title=target.title,
-        text=target.render(settings),
-        how=target.how,
-        pattern=pattern,
-        letters=letters,
-        settings=settings,
-        warnings=(*stage_warnings, *find_warnings(target, pattern, pattern_file, letters, serving is not None)),
-    )
-
-
-def _fit_stages(pattern: Pattern, file: PatternFile, engine: Engine, serving: Serving) -> tuple[Pattern, list[str]]:
-    num_layers = len(decoder_letters(pattern, file.layer_indices, file.model.get("num_hidden_layers")))
-    return fit_stages(pattern, file, engine, num_layers, serving)
-
-
-def engine_letters(engine: Engine, pattern: Pattern, file: PatternFile) -> str:
-    """The letters as the engine counts them: over all decoder layers, or over those with an indexer."""
-    if engine.counts_indexed(file.model.get("model_type")):
-        return pattern.letters
-    return decoder_letters(pattern, file.layer_indices, file.model.get("num_hidden_layers"))
-
-
-def check_model(model: dict[str, Any]) -> None:
-    """Raise ExportError where a file's model holds what no file of ours does."""
-    try:
-        check_fields(model, MODEL_FIELDS)
-    except FieldError as error:
-        raise ExportError(f"the file's model is damaged ({error}): write the file again") from None
-
-
-def check_native(pattern: Pattern, model: dict[str, Any]) -> None:
-    """Raise ExportError where the pattern has F on a layer that the checkpoint itself shares."""
-    native = model.get("native_shared") or []
-    wrong = [layer for layer in native if layer >= len(pattern) or pattern.is_full(layer)]
-    if wrong:
-        raise ExportError(
-            f"the checkpoint has no indexer weights at positions {wrong} (it shares these layers itself), but the "
-            "pattern does not have S there: only F to S edits are possible on this checkpoint"
-        )
+# --- held against the checkpoint that will be served ----------------------------------------------------------------
 
 
 def with_config(
@@ -308,29 +259,35 @@ def with_config(
     Raises ExportError where the pattern is for other layers or another type of model.
     """
     backbone = read_backbone(config, name)
-    found = len(file.pattern)
-    if found == len(backbone.layer_indices) + backbone.mtp_layers and backbone.mtp_layers:
+    letters, known, mtp = len(file.pattern), file.model.get("model_type"), backbone.mtp_layers
+    if mtp and letters == len(backbone.layer_indices) + mtp:
         raise ExportError(
-            f"the pattern has {found} letters, {name} {found - backbone.mtp_layers} layers and {backbone.mtp_layers} "
+            f"the pattern has {letters} letters, {name} {letters - mtp} layers and {mtp} "
             "of multi-token prediction: a pattern has no letters for those, leave them out"
         )
-    if found != len(backbone.layer_indices) or file.layer_indices != backbone.layer_indices:
+    if file.layer_indices != backbone.layer_indices or letters != len(backbone.layer_indices):
         raise ExportError(
-            f"the pattern has {found} letters for layers {_span(file.layer_indices)}, {name} has "
+            f"the pattern has {letters} letters for layers {_span(file.layer_indices)}, {name} has "
             f"{len(backbone.layer_indices)} layers with an indexer ({_span(backbone.layer_indices)}): they do not "
             "belong together; give the checkpoint's own config.json"
         )
-    known = file.model.get("model_type")
     if known and backbone.model_type and known != backbone.model_type:
         raise ExportError(
             f"the pattern is for model_type {known}, {name} has {backbone.model_type}: give the right one"
         )
-    if with_indexer is None:
-        native = file.model.get("native_shared")
-        notes = _declared_notes(config, backbone, name) if native is None else []
-    else:
+    native, notes = file.model.get("native_shared"), []
+    if with_indexer is not None:
         native = [position for position, layer in enumerate(backbone.layer_indices) if layer not in with_indexer]
-        notes = []
+    elif native is None and (shared := _declared_shared(config, backbone, name)):
+        notes.append(
+            f"{name} itself shares layers {_span(shared)}: should the checkpoint have no indexer weights there, they "
+            "cannot be F; give its directory with --model-config, and that is checked"
+        )
+    if mtp:
+        plural = "s" if mtp > 1 else ""
+        notes.append(
+            f"the checkpoint has {mtp} layer{plural} of multi-token prediction: not in the pattern, they stay F"
+        )
     model = {
         **file.model,
         "model_type": known or backbone.model_type,
@@ -338,29 +295,16 @@ def with_config(
         "wrapper_config": backbone.wrapper,
         "native_shared": native,
     }
-    return replace(file, model=model), [*notes, *_mtp_notes(backbone.mtp_layers)]
+    return replace(file, model=model), notes
 
 
-def _declared_notes(config: Mapping[str, Any], backbone: Backbone, name: str) -> list[str]:
-    """On the layers that transformers builds no indexer for, of the families that it reads this for."""
-    if backbone.model_type not in TRANSFORMERS.model_types:
+def _declared_shared(config: Mapping[str, Any], backbone: Backbone, name: str) -> list[int]:
+    """The layers that transformers builds no indexer for, of the families that it reads this for."""
+    if not TRANSFORMERS.serves(backbone.model_type):
         return []
     keys = language_config(config, name, EngineConfigError)
     letters, _ = read_letters(keys, TRANSFORMERS, backbone.num_layers, backbone.mtp_layers, backbone.model_type)
-    shared = [layer for layer in backbone.layer_indices if letters[layer] == SHARED]
-    if not shared:
-        return []
-    return [
-        f"{name} itself shares layers {_span(shared)}: should the checkpoint have no indexer weights there, they "
-        "cannot be F; give its directory with --model-config, and that is checked"
-    ]
-
-
-def _mtp_notes(mtp_layers: int) -> list[str]:
-    if not mtp_layers:
-        return []
-    plural = "s" if mtp_layers > 1 else ""
-    return [f"the checkpoint has {mtp_layers} layer{plural} of multi-token prediction: not in the pattern, they stay F"]
+    return [layer for layer in backbone.layer_indices if letters[layer] == SHARED]
 
 
 def _span(layers: Sequence[int]) -> str:
