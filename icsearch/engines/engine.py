@@ -86,7 +86,8 @@ class Engine:
     model; a text_config among overrides would replace the model's own there. For `dsa_letters_only` model types letters
     are counted over layers that have an indexer, else over all decoder layers; with `all_layers_alike` it is not known
     how they are counted where some have none. `split` gives the layers of each pipeline stage, None where that is not
-    known. `writes` is the kind of file that can be written, if any.
+    known. `writes` is the kind of file that can be written, if any. `without_indexers`: the model types that it loads
+    without the indexers of their S layers, and since which pull request of its project.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Engine:
     split: Split | None = None
     partition_variable: str | None = None
     writes: str | None = None
+    without_indexers: tuple[tuple[str, str], ...] = ()
     reader: Reader = Reader()
     readers: tuple[tuple[str, Reader], ...] = ()  # of model types that it reads in another way
 

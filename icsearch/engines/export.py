@@ -33,7 +33,7 @@ from icsearch.engines.pipeline import (
     usual_sizes_on_shared,
 )
 from icsearch.engines.read import read_letters
-from icsearch.engines.table import TRANSFORMERS, TRTLLM, find_engine
+from icsearch.engines.table import TRANSFORMERS, find_engine
 from icsearch.model.config import (
     COMMON,
     Backbone,
@@ -165,7 +165,7 @@ def _warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str,
             found.append(f"{cut_in_words(wrong)}: give --serve-pp {wrong[0]} if you serve it so")
     if file.model.get("wrapper_config") and engine.nests_for(model_type) and engine.wrapper_note:
         found.append(engine.wrapper_note)
-    if engine in (TRANSFORMERS, TRTLLM) and COMMON.fit(letters) is None:
+    if engine.writes == "config.json" and COMMON.fit(letters) is None:
         found.append(
             "no index_topk_freq and index_skip_topk_offset give this pattern: remove both keys from config.json "
             "where they are present (do not set them to null)"

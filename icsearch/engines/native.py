@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -39,7 +39,225 @@ from icsearch.model.config import (
 )
 from icsearch.model.header import Entry, read_header
 
+PATTERN_NAME = "pattern.json"
+KEYS = (TYPES, PATTERN, SWITCH, FREQ, OFFSET)
 _INDEXER = re.compile(r"((?:.*?\.)?)layers\.(\d{1,6})\.(?:.*\.)?indexer\..")
+
+
+@dataclass(frozen=True)
+class NativeRequest:
+    """What `icsearch export --checkpoint` can be asked. `model` None: the one that the pattern file names.
+
+    `other_weights` lets weights through that the pattern was not searched on.
+    """
+
+    file: Path
+    out: Path
+    model: str | None = None
+    retention: Fraction | None = None
+    drop_indexers: bool = False
+    other_weights: bool = False
+
+
+@dataclass(frozen=True)
+class NativeConfig:
+    """An edited config.json: which keys it got, which it lost, and where they are."""
+
+    document: dict[str, Any]
+    written: tuple[str, ...]
+    removed: tuple[str, ...]
+    nested: bool  # the keys are in text_config
+
+
+@dataclass(frozen=True)
+class NativeCheckpoint:
+    """What was written, and what to know of it."""
+
+    out: Path
+    source: str
+    pattern: Pattern
+    config: NativeConfig
+    copied: Copied
+    left_out: tuple[str, ...]  # files
+    dropped: tuple[Entry, ...]  # tensors
+    notes: tuple[str, ...]
+
+    @property
+    def bytes_saved(self) -> int:
+        """Bytes of indexer weights that the copy does not have."""
+        return sum(entry.bytes for entry in self.dropped)
+
+
+def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lambda _: None) -> NativeCheckpoint:
+    """Write the copy; nothing is left under `out` unless all of it is there. `tell` hears what is about to be done.
+
+    Raises an IcsearchError where pattern and checkpoint do not belong together, `out` is taken, or there is no room.
+    """
+    file = _chosen(load_pattern_file(request.file), request.retention)
+    target = free_place(request.out)
+    model = file.model.get("name_or_path") if request.model is None else request.model
+    if model is None:
+        raise ExportError(f"{request.file} does not say which checkpoint it belongs to: give --model")
+    checkpoint = open_checkpoint(model)
+    check_outside(target, checkpoint.directory)
+    stated = checkpoint.config.get("model_type")
+    model_type = stated if isinstance(stated, str) and stated.isprintable() else shown(stated)
+    letters = _letters(file, checkpoint, model_type)
+    config = edit_config(checkpoint.config, checkpoint.name, letters)
+    shards = {path.name: read_header(path).entries for path in checkpoint.shards}
+    indexers = indexers_by_layer((entry.name for entries in shards.values() for entry in entries), len(letters))
+    _check_weights(request, file, checkpoint, set(indexers))
+    dropped = _dropped(shards, indexers, letters, model_type) if request.drop_indexers else {}
+    plan = _plan(checkpoint, file, config, dropped)
+    with whole_directory(target) as directory:
+        copied = fill_directory(plan, directory, tell)
+        open_checkpoint(str(directory))  # checked as any checkpoint is, before it gets its name
+    has_params = (checkpoint.directory / "params.json").exists()
+    return NativeCheckpoint(
+        out=request.out,
+        source=checkpoint.name,
+        pattern=file.pattern,
+        config=config,
+        copied=copied,
+        left_out=(*plan.gone, *plan.left_out),
+        dropped=tuple(entry for entries in dropped.values() for entry in entries),
+        notes=(
+            *notes(model_type, letters, request.drop_indexers, has_params),
+            *_stage_notes(file, model_type, len(letters)),
+        ),
+    )
+
+
+def _chosen(file: PatternFile, retention: Fraction | None) -> PatternFile:
+    """The file, cut back to the step whose pattern has that retention, as if the search had ended there."""
+    pattern = file.pattern if retention is None else file.at_retention(retention)
+    if pattern == file.pattern:
+        return file
+    steps = tuple(step for step in file.steps if len(Pattern(step.pattern).full_layers) >= len(pattern.full_layers))
+    loss = steps[-1].loss if steps else file.baseline_loss
+    return replace(file, pattern=pattern, steps=steps, loss=loss, refinement=None)
+
+
+def _letters(file: PatternFile, checkpoint: Checkpoint, model_type: str) -> str:
+    """One letter a decoder layer; raises ExportError where the file is for another kind of model."""
+    layers, known = num_hidden_layers(checkpoint.config, checkpoint.name), file.model.get("model_type")
+    if known not in (None, model_type):
+        raise ExportError(
+            f"the pattern is for model_type {known}, {checkpoint.name} is {model_type}: give its own --model"
+        )
+    if file.model.get("num_hidden_layers") not in (None, layers):
+        raise ExportError(
+            f"the pattern is for {file.model['num_hidden_layers']} decoder layers, and {checkpoint.name} has {layers}: "
+            "give its own --model"
+        )
+    return decoder_letters(file.pattern, file.layer_indices, layers)
+
+
+def _check_weights(
+    request: NativeRequest, file: PatternFile, checkpoint: Checkpoint, with_indexer: Collection[int]
+) -> None:
+    """Refuse weights that the pattern was not searched on, unless they may be others, and F where no indexer is.
+
+    That is a layer that the checkpoint shares, or one that lacks an indexer where others have theirs.
+    """
+    known = file.model.get("fingerprint")
+    if not request.other_weights and known != fingerprint(checkpoint):
+        what = "does not say which weights it was searched on" if known is None else "was searched on other weights"
+        raise ExportError(
+            f"{request.file} {what}, and {checkpoint.name} need not be the same: give --model, or --other-weights if "
+            "these are a copy of them, such as a quantised or a tuned one"
+        )
+    positions = file.model.get("native_shared")
+    if positions is None:
+        native = declared_shared(checkpoint.config, checkpoint.name)
+    else:
+        native = {file.layer_indices[position] for position in positions if position < len(file.layer_indices)}
+    full = {file.layer_indices[position] for position in file.pattern.full_layers}
+    if wrong := sorted(full & native or (full.difference(with_indexer) if with_indexer else ())):
+        raise ExportError(
+            f"the checkpoint has no indexers of its own in decoder layers {', '.join(map(str, wrong))}, and the "
+            "pattern has F there: only F to S edits are possible on this checkpoint"
+        )
+
+
+def _dropped(
+    shards: Mapping[str, Sequence[Entry]], indexers: Mapping[int, list[str]], letters: str, model_type: str
+) -> dict[str, list[Entry]]:
+    """By shard the indexer tensors of the S layers; ExportError where nobody is known to load the rest of them."""
+    if model_type not in LOAD_WITHOUT_INDEXERS:
+        raise ExportError(
+            f"--drop-indexers: nothing is known to load a model of type {model_type} without the S layers' indexers "
+            f"(known for {', '.join(LOAD_WITHOUT_INDEXERS)}): leave the option out"
+        )
+    if not indexers:
+        raise ExportError("no tensor of the checkpoint is named as an indexer's: leave out --drop-indexers")
+    unwanted = {name for layer, names in indexers.items() if letters[layer] == SHARED for name in names}
+    dropped = {shard: [entry for entry in entries if entry.name in unwanted] for shard, entries in shards.items()}
+    return {shard: entries for shard, entries in dropped.items() if entries}
+
+
+def _plan(
+    checkpoint: Checkpoint, file: PatternFile, config: NativeConfig, dropped: Mapping[str, list[Entry]]
+) -> CopyPlan:
+    written = {"config.json": config.document, PATTERN_NAME: strict(file.to_json())}
+    if (checkpoint.directory / INDEX_NAME).exists():
+        written[INDEX_NAME] = _index(checkpoint, dropped)
+    names = {shard: {entry.name for entry in entries} for shard, entries in dropped.items()}
+    return plan_copy(checkpoint, names, {name: _text(name, document) for name, document in written.items()})
+
+
+def _text(name: str, document: dict[str, Any]) -> str:
+    try:
+        return json.dumps(document, indent=2) + "\n"
+    except RecursionError:  # from Python 3.12 on, reading goes deeper than writing
+        raise ExportError(f"{name} is nested too deeply to be written again: download it again") from None
+
+
+def _index(checkpoint: Checkpoint, dropped: Mapping[str, list[Entry]]) -> dict[str, Any]:
+    """The index without the dropped tensors; what its metadata counts goes down by them."""
+    path = checkpoint.directory / INDEX_NAME
+    index = read_object(path, expected="the safetensors index", advice="download it again", error=ExportError)
+    entries = [entry for gone in dropped.values() for entry in gone]
+    names = {entry.name for entry in entries}
+    weight_map = {name: shard for name, shard in index["weight_map"].items() if name not in names}
+    less = {
+        "total_size": sum(entry.bytes for entry in entries),
+        "total_parameters": sum(entry.elements for entry in entries),
+    }
+    if isinstance(metadata := index.get("metadata"), dict):
+        for key in less:
+            if whole(less[key]).fits(metadata.get(key)):
+                metadata[key] -= less[key]
+    return {**index, "weight_map": weight_map}
+
+
+# --- the config, and which layers have an indexer ---------------------------------------------------------------------
+
+
+def native_keys(letters: str) -> dict[str, Any]:
+    """The keys for one letter F or S a decoder layer."""
+    return {**config_keys(letters), **({SWITCH: True} if SHARED in letters else {})}
+
+
+def edit_config(config: Mapping[str, Any], name: str, letters: str) -> NativeConfig:
+    """The config with the keys of a pattern, in its text_config where it wraps a language model; others stay as are.
+
+    Raises ModelError, which names the checkpoint, for a text_config that is none.
+    """
+    inner, keys = language_config(config, f"config.json of {name}"), native_keys(letters)
+    nested = inner is not config
+    removed = [key for key in KEYS if key in inner and key not in keys]
+    edited = {**{key: value for key, value in inner.items() if key not in removed}, **keys}
+    if not nested:
+        return NativeConfig(edited, tuple(keys), tuple(removed), nested)
+    removed += [key for key in KEYS if key in config and key not in removed]  # outside, where they could contradict
+    outside = {key: value for key, value in config.items() if key not in KEYS}
+    return NativeConfig({**outside, TEXT_CONFIG: edited}, tuple(keys), tuple(removed), nested)
+
+
+def declared_shared(config: Mapping[str, Any], name: str) -> set[int]:
+    """The decoder layers that a config itself shares, as transformers reads it; raises ModelError."""
+    return {layer for layer, letter in enumerate(start_pattern(config, name).letters) if letter == SHARED}
 
 
 def indexers_by_layer(names: Iterable[str], num_layers: int) -> dict[int, list[str]]:
@@ -71,97 +289,41 @@ def layers_with_indexer(directory: Path, num_layers: int) -> set[int] | None:
     return set(indexers_by_layer(names, num_layers)) or None
 
 
-KEYS = (TYPES, PATTERN, SWITCH, FREQ, OFFSET)
+# --- what to know before one uses it ----------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class NativeConfig:
-    """An edited config.json: which keys it got, which it lost, and where they are."""
-
-    document: dict[str, Any]
-    written: tuple[str, ...]
-    removed: tuple[str, ...]
-    nested: bool  # the keys are in text_config
-
-
-def native_keys(letters: str) -> dict[str, Any]:
-    """The keys for one letter F or S a decoder layer."""
-    return {**config_keys(letters), **({SWITCH: True} if SHARED in letters else {})}
-
-
-def edit_config(config: Mapping[str, Any], name: str, letters: str) -> NativeConfig:
-    """The config with the keys of a pattern, in its text_config where it wraps a language model; others stay as are.
-
-    Raises ModelError, which names the checkpoint, for a text_config that is none.
-    """
-    inner, keys = language_config(config, f"config.json of {name}"), native_keys(letters)
-    nested = inner is not config
-    removed = [key for key in KEYS if key in inner and key not in keys]
-    edited = {**{key: value for key, value in inner.items() if key not in removed}, **keys}
-    if not nested:
-        return NativeConfig(edited, tuple(keys), tuple(removed), nested)
-    removed += [key for key in KEYS if key in config and key not in removed]  # outside, where they could contradict
-    outside = {key: value for key, value in config.items() if key not in KEYS}
-    return NativeConfig({**outside, TEXT_CONFIG: edited}, tuple(keys), tuple(removed), nested)
-
-
-def declared_shared(config: Mapping[str, Any], name: str) -> set[int]:
-    """The decoder layers that a config itself shares, as transformers reads it; raises ModelError."""
-    return {layer for layer, letter in enumerate(start_pattern(config, name).letters) if letter == SHARED}
-
-
-# The numbers are of pull requests, in each project's own repository.
-_VLLM_AND_SGLANG = ("vLLM from #45895 on", "SGLang from #30531 on")
-# By model_type: those that make no indexer for an S layer, and so do not miss its weights.
+# By model_type, who makes no indexer for an S layer, and so does not miss its weights.
 LOAD_WITHOUT_INDEXERS = {
-    "glm_moe_dsa": (TRANSFORMERS.title, *_VLLM_AND_SGLANG, "ATOM from #1260 on", "vllm-ascend from #11363 on"),
-    "hy_v4": (TRANSFORMERS.title,),
-    "mistral_large4": (TRANSFORMERS.title,),
-    "deepseek_v32": _VLLM_AND_SGLANG,
+    model_type: [
+        f"{engine.title} {since}".strip()
+        for engine in ENGINES.values()
+        for name, since in engine.without_indexers
+        if name == model_type
+    ]
+    for model_type in dict.fromkeys(name for engine in ENGINES.values() for name, _ in engine.without_indexers)
 }
-
-
-def check_droppable(model_type: str) -> None:
-    """Raise ExportError where nobody is known to load this kind of model without the indexers of its S layers."""
-    if model_type not in LOAD_WITHOUT_INDEXERS:
-        raise ExportError(
-            f"--drop-indexers: nothing is known to load a model of type {model_type} without the S layers' indexers "
-            f"(known for {', '.join(LOAD_WITHOUT_INDEXERS)}): leave the option out"
-        )
 
 
 def notes(model_type: str, letters: str, dropped: bool, has_params: bool) -> Iterator[str]:
     """What to know before one uses a checkpoint whose config has these letters."""
     if SHARED not in letters:
         return
-    yield from _reader_notes(model_type)
-    yield from _weight_notes(model_type, dropped)
-    if has_params:
-        yield "params.json is copied as it is: an engine that reads it in place of config.json sees no pattern"
-
-
-def _reader_notes(model_type: str) -> Iterator[str]:
-    if model_type in TRANSFORMERS.model_types:
-        return
     if model_type == "glm5_next":
         yield "transformers 5.23 reads the pattern of a glm5_next config, and then fails in its first S layer"
-    else:
+    elif model_type not in TRANSFORMERS.model_types:
         yield f"transformers 5.23 does not read the pattern of a {model_type} config: it runs every layer as F"
-    known = [one for one in ENGINES.values() if one.nests and one.serves(model_type)]
-    misreading = [one for one in known if one.counts_indexed(model_type)]
-    if readers := [one.title for one in known if one not in misreading]:
-        yield f"known to read it: {', '.join(readers)}"
-    elif not misreading:
-        yield f"no engine is known to read the pattern of a {model_type} config: try it before you rely on it"
-    for one in misreading:
-        yield (
-            f"{one.title} counts only the layers with an indexer there, and would misread these keys: give it what "
-            f"icsearch export --engine {one.name} prints"
-        )
-
-
-def _weight_notes(model_type: str, dropped: bool) -> Iterator[str]:
-    known = LOAD_WITHOUT_INDEXERS.get(model_type, ())
+    if model_type not in TRANSFORMERS.model_types:
+        serving = [engine for engine in ENGINES.values() if engine.nests and engine.serves(model_type)]
+        misreading = [engine for engine in serving if engine.counts_indexed(model_type)]
+        if readers := [engine.title for engine in serving if engine not in misreading]:
+            yield f"known to read it: {', '.join(readers)}"
+        elif not misreading:
+            yield f"no engine is known to read the pattern of a {model_type} config: try it before you rely on it"
+        for engine in misreading:
+            yield (
+                f"{engine.title} counts only the layers with an indexer there, and would misread these keys: give it "
+                f"what icsearch export --engine {engine.name} prints"
+            )
+    known = LOAD_WITHOUT_INDEXERS.get(model_type, [])
     if dropped:
         yield (
             f"without the S layers' indexers it is known to load in {', '.join(known)}; what still builds them misses "
@@ -174,211 +336,13 @@ def _weight_notes(model_type: str, dropped: bool) -> Iterator[str]:
             "the S layers' indexer weights are still there: transformers leaves them unread and lists them as "
             "unexpected, vllm-ascend may refuse them; --drop-indexers leaves them out"
         )
+    if has_params:
+        yield "params.json is copied as it is: an engine that reads it in place of config.json sees no pattern"
 
 
-def stage_notes(file: PatternFile, model_type: str, num_layers: int) -> Iterator[str]:
+def _stage_notes(file: PatternFile, model_type: str, num_layers: int) -> list[str]:
     """Where vLLM, which checks nothing, would start a pipeline stage on S."""
-    if model_type not in VLLM.model_types:
-        return
-    if wrong := usual_sizes_on_shared(file.pattern, file.layer_indices, num_layers, split_vllm):
-        yield f"vLLM: {cut_in_words(wrong)}; icsearch export --engine vllm --serve-pp {wrong[0]} says what to do"
-
-
-PATTERN_NAME = "pattern.json"
-
-
-@dataclass(frozen=True)
-class NativeRequest:
-    """What `icsearch export --checkpoint` can be asked. `model` None: the one that the pattern file names.
-
-    `other_weights` lets weights through that the pattern was not searched on.
-    """
-
-    file: Path
-    out: Path
-    model: str | None = None
-    retention: Fraction | None = None
-    drop_indexers: bool = False
-    other_weights: bool = False
-
-
-@dataclass(frozen=True)
-class NativeCheckpoint:
-    """What was written, and what to know of it."""
-
-    out: Path
-    source: str
-    pattern: Pattern
-    config: NativeConfig
-    copied: Copied
-    left_out: tuple[str, ...]  # files
-    dropped: tuple[Entry, ...]  # tensors
-    notes: tuple[str, ...]
-
-    @property
-    def bytes_saved(self) -> int:
-        """Bytes of indexer weights that the copy does not have."""
-        return sum(entry.bytes for entry in self.dropped)
-
-
-def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lambda _: None) -> NativeCheckpoint:
-    """Write the copy; nothing is left under `out` unless all of it is there. `tell` hears what is about to be done.
-
-    Raises an IcsearchError where pattern and checkpoint do not belong together, `out` is taken, or there is no room.
-    """
-    file = _chosen(load_pattern_file(request.file), request.retention)
-    target = free_place(request.out)
-    checkpoint = _open(request, file)
-    check_outside(target, checkpoint.directory)
-    edit = _edit(request, file, checkpoint)
-    plan = _plan(checkpoint, file, edit)
-    with whole_directory(target) as directory:
-        copied = fill_directory(plan, directory, tell)
-        open_checkpoint(str(directory))  # checked as any checkpoint is, before it gets its name
-    return NativeCheckpoint(
-        out=request.out,
-        source=checkpoint.name,
-        pattern=file.pattern,
-        config=edit.config,
-        copied=copied,
-        left_out=(*plan.gone, *plan.left_out),
-        dropped=tuple(entry for entries in edit.dropped.values() for entry in entries),
-        notes=tuple(_notes(request, file, checkpoint, edit)),
-    )
-
-
-@dataclass(frozen=True)
-class _Edit:
-    """What of a checkpoint changes: the config, by one letter a decoder layer, and the tensors that shards lose."""
-
-    letters: str
-    config: NativeConfig
-    dropped: dict[str, list[Entry]]
-
-
-def _edit(request: NativeRequest, file: PatternFile, checkpoint: Checkpoint) -> _Edit:
-    """What the pattern makes of the checkpoint; raises ExportError where the two do not belong together."""
-    letters = _letters(file, checkpoint)
-    config = edit_config(checkpoint.config, checkpoint.name, letters)
-    shards = {path.name: read_header(path).entries for path in checkpoint.shards}
-    indexers = indexers_by_layer((entry.name for entries in shards.values() for entry in entries), len(letters))
-    _check_same_weights(request, file, checkpoint)
-    _check_full_layers(file, _native(file, checkpoint), set(indexers))
-    if not request.drop_indexers:
-        return _Edit(letters, config, {})
-    check_droppable(_model_type(checkpoint))
-    unwanted = _unwanted(letters, indexers)
-    dropped = {shard: [entry for entry in entries if entry.name in unwanted] for shard, entries in shards.items()}
-    return _Edit(letters, config, {shard: entries for shard, entries in dropped.items() if entries})
-
-
-def _notes(request: NativeRequest, file: PatternFile, checkpoint: Checkpoint, edit: _Edit) -> Iterator[str]:
-    model_type = _model_type(checkpoint)
-    has_params = (checkpoint.directory / "params.json").exists()
-    yield from notes(model_type, edit.letters, request.drop_indexers, has_params)
-    yield from stage_notes(file, model_type, len(edit.letters))
-
-
-def _model_type(checkpoint: Checkpoint) -> str:
-    found = checkpoint.config.get("model_type")
-    return found if isinstance(found, str) and found.isprintable() else shown(found)
-
-
-def _chosen(file: PatternFile, retention: Fraction | None) -> PatternFile:
-    """The file, cut back to the step whose pattern has that retention, as if the search had ended there."""
-    pattern = file.pattern if retention is None else file.at_retention(retention)
-    if pattern == file.pattern:
-        return file
-    steps = tuple(step for step in file.steps if len(Pattern(step.pattern).full_layers) >= len(pattern.full_layers))
-    loss = steps[-1].loss if steps else file.baseline_loss
-    return replace(file, pattern=pattern, steps=steps, loss=loss, refinement=None)
-
-
-def _open(request: NativeRequest, file: PatternFile) -> Checkpoint:
-    model = file.model.get("name_or_path") if request.model is None else request.model
-    if model is None:
-        raise ExportError(f"{request.file} does not say which checkpoint it belongs to: give --model")
-    return open_checkpoint(model)
-
-
-def _letters(file: PatternFile, checkpoint: Checkpoint) -> str:
-    """One letter a decoder layer; raises ExportError where the file is for another kind of model."""
-    layers = num_hidden_layers(checkpoint.config, checkpoint.name)
-    here, there = _model_type(checkpoint), file.model.get("model_type")
-    if there is not None and here != there:
-        raise ExportError(f"the pattern is for model_type {there}, {checkpoint.name} is {here}: give its own --model")
-    if file.model.get("num_hidden_layers") not in (None, layers):
-        raise ExportError(
-            f"the pattern is for {file.model['num_hidden_layers']} decoder layers, and {checkpoint.name} has {layers}: "
-            "give its own --model"
-        )
-    return decoder_letters(file.pattern, file.layer_indices, layers)
-
-
-def _check_same_weights(request: NativeRequest, file: PatternFile, checkpoint: Checkpoint) -> None:
-    found = file.model.get("fingerprint")
-    if request.other_weights or found == fingerprint(checkpoint):
-        return
-    what = "does not say which weights it was searched on" if found is None else "was searched on other weights"
-    raise ExportError(
-        f"{request.file} {what}, and {checkpoint.name} need not be the same: give --model, or --other-weights if these "
-        "are a copy of them, such as a quantised or a tuned one"
-    )
-
-
-def _native(file: PatternFile, checkpoint: Checkpoint) -> set[int]:
-    """The decoder layers that the checkpoint shares already."""
-    positions = file.model.get("native_shared")
-    if positions is None:
-        return declared_shared(checkpoint.config, checkpoint.name)
-    return {file.layer_indices[position] for position in positions if position < len(file.layer_indices)}
-
-
-def _check_full_layers(file: PatternFile, native: set[int], with_indexer: set[int]) -> None:
-    """Refuse F for a layer that the checkpoint shares, or that lacks an indexer where others have theirs."""
-    full = {file.layer_indices[position] for position in file.pattern.full_layers}
-    if wrong := sorted(full & native or (full - with_indexer if with_indexer else set())):
-        raise ExportError(
-            f"the checkpoint has no indexers of its own in decoder layers {', '.join(map(str, wrong))}, and the "
-            "pattern has F there: only F to S edits are possible on this checkpoint"
-        )
-
-
-def _unwanted(letters: str, indexers: dict[int, list[str]]) -> set[str]:
-    """The indexer tensors of the S layers."""
-    if not indexers:
-        raise ExportError("no tensor of the checkpoint is named as an indexer's: leave out --drop-indexers")
-    return {name for layer, names in indexers.items() if letters[layer] == SHARED for name in names}
-
-
-def _plan(checkpoint: Checkpoint, file: PatternFile, edit: _Edit) -> CopyPlan:
-    written = {
-        "config.json": _text("config.json", edit.config.document),
-        PATTERN_NAME: _text(PATTERN_NAME, strict(file.to_json())),
-    }
-    if (checkpoint.directory / INDEX_NAME).exists():
-        written[INDEX_NAME] = _text(INDEX_NAME, _index(checkpoint, edit.dropped))
-    dropped = {shard: {entry.name for entry in entries} for shard, entries in edit.dropped.items()}
-    return plan_copy(checkpoint, dropped, written)
-
-
-def _text(name: str, document: dict[str, Any]) -> str:
-    try:
-        return json.dumps(document, indent=2) + "\n"
-    except RecursionError:  # from Python 3.12 on, reading goes deeper than writing
-        raise ExportError(f"{name} is nested too deeply to be written again: download it again") from None
-
-
-def _index(checkpoint: Checkpoint, dropped: dict[str, list[Entry]]) -> dict[str, Any]:
-    """The index without the dropped tensors; what its metadata counts goes down by them."""
-    path = checkpoint.directory / INDEX_NAME
-    index = read_object(path, expected="the safetensors index", advice="download it again", error=ExportError)
-    entries = [entry for found in dropped.values() for entry in found]
-    names = {entry.name for entry in entries}
-    weight_map = {name: shard for name, shard in index["weight_map"].items() if name not in names}
-    less = {"total_size": sum(one.bytes for one in entries), "total_parameters": sum(one.elements for one in entries)}
-    if isinstance(metadata := index.get("metadata"), dict):
-        for key in less:
-            if whole(less[key]).fits(metadata.get(key)):
-                metadata[key] -= less[key]
-    return {**index, "weight_map": weight_map}
+    wrong = usual_sizes_on_shared(file.pattern, file.layer_indices, num_layers, split_vllm)
+    if not wrong or model_type not in VLLM.model_types:
+        return []
+    return [f"vLLM: {cut_in_words(wrong)}; icsearch export --engine vllm --serve-pp {wrong[0]} says what to do"]

@@ -35,6 +35,7 @@ TRANSFORMERS = Engine(
     wrapper_note="the config wraps a text model: the keys belong into text_config, as written",
     nested_alone=True,
     writes="config.json",
+    without_indexers=(("glm_moe_dsa", ""), ("hy_v4", ""), ("mistral_large4", "")),
     readers=(("hy_v4", Reader(order=MODEL_TYPES["hy_v4"].heeded, default_freq=MODEL_TYPES["hy_v4"].freq)),),
 )
 VLLM = Engine(
@@ -57,6 +58,7 @@ VLLM = Engine(
     dsa_letters_only=("minimax_m3_vl",),
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
+    without_indexers=(("glm_moe_dsa", "from #45895 on"), ("deepseek_v32", "from #45895 on")),
     reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED, words=False),
     readers=(("minimax_m3_vl", Reader(order=(FREQ,), schedule=MINIMAX_M3, switch=NEEDED, words=False)),),
 )
@@ -81,6 +83,7 @@ SGLANG = Engine(
     ),
     split=split_front,
     partition_variable="SGLANG_PP_LAYER_PARTITION",
+    without_indexers=(("glm_moe_dsa", "from #30531 on"), ("deepseek_v32", "from #30531 on")),
     reader=Reader(order=(PATTERN, FREQ), past_the_end=True, words=False),
 )
 TRTLLM = Engine(
@@ -131,6 +134,7 @@ ATOM_ENGINE = Engine(
         ),
     ),
     dsa_letters_only=("minimax_m3_vl",),
+    without_indexers=(("glm_moe_dsa", "from #1260 on"),),
     reader=Reader(schedule=ATOM, past_the_end=True, switch=NEEDED, switched_by_freq=True, words=False),
     readers=(
         (
@@ -162,6 +166,7 @@ VLLM_ASCEND = Engine(
     dsa_letters_only=("deepseek_v4",),
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
+    without_indexers=(("glm_moe_dsa", "from #11363 on"),),
     reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED, words=False),
     readers=(
         (
