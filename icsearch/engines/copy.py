@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from icsearch.core.errors import IcsearchError, ShardError
 from icsearch.core.files import (
@@ -25,50 +24,6 @@ from icsearch.model.checkpoint import INDEX_NAME, Checkpoint
 from icsearch.model.header import BITS, Entry, Header, HeaderError, damaged, header_of, make_header, read_header
 
 _BUFFER_BYTES = 2**22
-
-
-def kept_entries(header: Header, dropped: Collection[str]) -> list[Entry]:
-    """The tensors that stay, those of larger elements first, as safetensors orders them: so all lie aligned."""
-    kept = [entry for entry in header.entries if entry.name not in dropped]
-    return sorted(kept, key=lambda entry: -BITS.get(entry.dtype, 0))
-
-
-def rewritten_bytes(header: Header, dropped: Collection[str]) -> int:
-    """Size of the file that `rewrite_shard` writes."""
-    kept = kept_entries(header, dropped)
-    return len(make_header(kept, header.metadata)) + sum(entry.bytes for entry in kept)
-
-
-def rewrite_shard(source: Path, target: Path, dropped: Collection[str]) -> None:
-    """Write a new file with all tensors but the dropped ones, and bring it to the disk.
-
-    Raises ModelError for a damaged source, ShardError for one that ends early, OSError where nothing can be written.
-    """
-    with naming(source), open(source, "rb", buffering=0) as file:
-        try:
-            header = header_of(file)
-        except HeaderError as error:
-            raise damaged(source, error) from None
-        kept = kept_entries(header, dropped)
-        with naming(target), open(target, "xb") as out:
-            out.write(make_header(kept, header.metadata))
-            for entry in kept:
-                _copy_range(file, out, entry, source)
-            out.flush()
-            os.fsync(out.fileno())
-
-
-def _copy_range(file: BinaryIO, out: BinaryIO, entry: Entry, source: Path) -> None:
-    file.seek(entry.start)
-    left = entry.bytes
-    while left:
-        block = file.read(min(left, _BUFFER_BYTES))
-        if not block:
-            raise ShardError(f"{source} ends {left} bytes early, in {entry.name}: was it changed? Repeat the command")
-        out.write(block)
-        left -= len(block)
-
-
 # Weights in other forms, and other copies of the same ones: they would not fit the new config, or not be looked at.
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx", ".ckpt")
 _NEW_FILES_BYTES = 2**20  # config and index, which are small; a file system wants some room for itself too
@@ -168,35 +123,30 @@ def whole_directory(target: Path) -> Iterator[Path]:
     A process that is killed leaves the directory under its own hidden name; the next one for this target removes it.
     """
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
-    _begin(temporary, target)
+    with _explained(f"cannot write in {target.parent}", "give another --checkpoint directory"):
+        make_directory(target.parent)
+        _remove_stale(target)
+        temporary.mkdir()
     try:
         yield temporary
         for folder, _, _ in os.walk(temporary):
             sync_directory(Path(folder))
-        _take_name(temporary, target)
+        with _explained(f"the finished copy cannot become {target}", "give another directory"):
+            os.rename(temporary, target)  # also over an empty directory
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone by then, if all went well
     sync_directory(target.parent)
 
 
-def _begin(temporary: Path, target: Path) -> None:
+@contextlib.contextmanager
+def _explained(what: str, advice: str) -> Iterator[None]:
+    """Within the block a file system that refuses is a CopyError with its reason; a full disk stays one."""
     try:
-        make_directory(target.parent)
-        _remove_stale(target)
-        temporary.mkdir()
+        yield
     except OSError as error:
         if is_disk_full(error):
             raise
-        reason = error.strerror or error
-        raise CopyError(f"cannot write in {target.parent} ({reason}): give another --checkpoint directory") from None
-
-
-def _take_name(temporary: Path, target: Path) -> None:
-    try:
-        os.rename(temporary, target)  # also over an empty directory
-    except OSError as error:
-        reason = error.strerror or error
-        raise CopyError(f"the finished copy cannot become {target} ({reason}): give another directory") from None
+        raise CopyError(f"{what} ({error.strerror or error}): {advice}") from None
 
 
 def _remove_stale(target: Path) -> None:
@@ -214,13 +164,12 @@ def fill_directory(plan: CopyPlan, directory: Path, tell: Callable[[str], None])
     Raises CopyError where there is no room for it.
     """
     linked = [name for name in plan.linked if _link(plan.source / name, directory / name)]
-    unlinked = [name for name in plan.linked if name not in linked]
-    copied = [*unlinked, *plan.copied]
+    copied = [*(name for name in plan.linked if name not in linked), *plan.copied]
     done = Copied(
         linked=len(linked),
-        linked_bytes=sum(_size(plan.source / name) for name in linked),
+        linked_bytes=sum((plan.source / name).stat().st_size for name in linked),
         copied=len(copied),
-        copied_bytes=sum(_size(plan.source / name) for name in copied),
+        copied_bytes=sum((plan.source / name).stat().st_size for name in copied),
         rewritten=len(plan.rewritten),
         rewritten_bytes=sum(
             rewritten_bytes(read_header(plan.source / name), dropped) for name, dropped in plan.rewritten.items()
@@ -228,7 +177,12 @@ def fill_directory(plan: CopyPlan, directory: Path, tell: Callable[[str], None])
     )
     free = shutil.disk_usage(directory).free
     tell(f"{done}; {format_bytes(free)} free")
-    _check_room(directory, done, free)
+    needed = done.copied_bytes + done.rewritten_bytes + _NEW_FILES_BYTES
+    if needed > free:
+        raise CopyError(
+            f"{directory.parent} has {format_bytes(free)} free, and the copy needs {format_bytes(needed)} ({done}): "
+            "free some space, or give a --checkpoint directory on the checkpoint's own disk, where shards are linked"
+        )
     for name in copied:
         _copy(plan.source / name, directory / name)
     for name, dropped in plan.rewritten.items():
@@ -236,15 +190,6 @@ def fill_directory(plan: CopyPlan, directory: Path, tell: Callable[[str], None])
     for name, text in plan.written.items():
         write_atomically(directory / name, text)
     return done
-
-
-def _check_room(directory: Path, wanted: Copied, free: int) -> None:
-    needed = wanted.copied_bytes + wanted.rewritten_bytes + _NEW_FILES_BYTES
-    if needed > free:
-        raise CopyError(
-            f"{directory.parent} has {format_bytes(free)} free, and the copy needs {format_bytes(needed)} ({wanted}): "
-            "free some space, or give a --checkpoint directory on the checkpoint's own disk, where shards are linked"
-        )
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -264,5 +209,41 @@ def _copy(source: Path, target: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def kept_entries(header: Header, dropped: Collection[str]) -> list[Entry]:
+    """The tensors that stay, those of larger elements first, as safetensors orders them: so all lie aligned."""
+    kept = [entry for entry in header.entries if entry.name not in dropped]
+    return sorted(kept, key=lambda entry: -BITS.get(entry.dtype, 0))
+
+
+def rewritten_bytes(header: Header, dropped: Collection[str]) -> int:
+    """Size of the file that `rewrite_shard` writes."""
+    kept = kept_entries(header, dropped)
+    return len(make_header(kept, header.metadata)) + sum(entry.bytes for entry in kept)
+
+
+def rewrite_shard(source: Path, target: Path, dropped: Collection[str]) -> None:
+    """Write a new file with all tensors but the dropped ones, and bring it to the disk.
+
+    Raises ModelError for a damaged source, ShardError for one that ends early, OSError where nothing can be written.
+    """
+    with naming(source), open(source, "rb", buffering=0) as file:
+        try:
+            header = header_of(file)
+        except HeaderError as error:
+            raise damaged(source, error) from None
+        kept = kept_entries(header, dropped)
+        with naming(target), open(target, "xb") as out:
+            out.write(make_header(kept, header.metadata))
+            for entry in kept:
+                file.seek(entry.start)
+                left = entry.bytes
+                while left:
+                    block = file.read(min(left, _BUFFER_BYTES))
+                    if not block:
+                        raise ShardError(
+                            f"{source} ends {left} bytes early, in {entry.name}: was it changed? Repeat the command"
+                        )
+                    out.write(block)
+                    left -= len(block)
+            out.flush()
+            os.fsync(out.fileno())

@@ -16,59 +16,6 @@ from icsearch.core.pattern import FULL
 from icsearch.engines.engine import GGUF_KEY
 from icsearch.model.config import Backbone, EngineConfigError
 
-_STRING, _ARRAY = 8, 9
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by type
-
-
-class _Cursor:
-    """A place in the file. Whatever is behind its end raises ValueError."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 8
-        (version,) = struct.unpack_from("<I", data, 4)
-        self.order = "<" if version & 0xFFFF else ">"
-
-    def number(self, kind: str) -> int:
-        """The next unsigned integer: I for 4 bytes, Q for 8."""
-        place = self.at
-        self.skip(struct.calcsize(kind))
-        return int(struct.unpack_from(self.order + kind, self.data, place)[0])
-
-    def skip(self, size: int) -> None:
-        self.at += size
-        if self.at > len(self.data):
-            raise ValueError(f"something of {size} bytes reaches behind the end of the file")
-
-    def skip_values(self, kind: int, count: int) -> None:
-        if kind in _SIZES:
-            return self.skip(_SIZES[kind] * count)
-        for _ in range(count):
-            if kind == _STRING:
-                self.skip(self.number("Q"))
-            elif kind == _ARRAY:
-                inner = self.number("I")
-                self.skip_values(inner, self.number("Q"))
-            else:
-                raise ValueError(f"a value of the unknown type {kind}")
-        return None
-
-
-def check_header(path: Path) -> None:
-    """Walk through keys and tensor names; raises ValueError where a length cannot be, and OSError."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if len(data) < 24 or data[:4] != b"GGUF":
-            raise ValueError("it does not begin as a GGUF file does")
-        cursor = _Cursor(data)
-        tensors, keys = cursor.number("Q"), cursor.number("Q")
-        for _ in range(keys):
-            cursor.skip(cursor.number("Q"))
-            cursor.skip_values(cursor.number("I"), 1)
-        for _ in range(tensors):
-            cursor.skip(cursor.number("Q"))
-            cursor.skip(8 * cursor.number("I"))
-            cursor.skip(4 + 8)
-
-
 ARCHITECTURE = "glm-dsa"
 MODEL_TYPE = "glm_moe_dsa"
 _INDEXER_TENSOR = re.compile(r"blk\.(\d+)\.indexer\.")
@@ -98,7 +45,14 @@ def write_gguf(letters: str, source: Path, out: Path) -> list[str]:
         )
     notes = _check_indexers(reader, letters, source)
     check_new(out, EngineConfigError)
-    _copy(reader, letters, out)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with naming(out):
+            _write(reader, letters, temporary)
+            os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(out.parent)
     return notes
 
 
@@ -161,26 +115,18 @@ def _check_indexers(reader: Any, letters: str, source: Path) -> list[str]:
     return []
 
 
-def _copy(reader: Any, letters: str, out: Path) -> None:
-    """Write the file anew beside its place, then move it there."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with naming(out):
-            _write(reader, letters, temporary)
-            os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(out.parent)
-
-
 def _write(reader: Any, letters: str, path: Path) -> None:
     gguf = _package()
     array, boolean = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.BOOL
     writer = gguf.GGUFWriter(path, ARCHITECTURE, endianess=reader.endianess)
     writer.data_alignment = int(reader.alignment)
     for field in reader.fields.values():
-        if field.name not in ("general.architecture", GGUF_KEY) and not field.name.startswith("GGUF."):
-            _copy_field(writer, field, array)
+        if field.name in ("general.architecture", GGUF_KEY) or field.name.startswith("GGUF."):
+            continue
+        kind, *inner = field.types
+        if kind == array and (not inner or inner[0] == array):
+            raise EngineConfigError(f"{field.name} is an empty or nested array, which the gguf package cannot write")
+        writer.add_key_value(field.name, field.contents(), kind, sub_type=inner[-1] if inner else None)
     writer.add_key_value(GGUF_KEY, [letter == FULL for letter in letters], array, sub_type=boolean)
     for tensor in reader.tensors:
         data = tensor.data
@@ -198,8 +144,56 @@ def _write(reader: Any, letters: str, path: Path) -> None:
         writer.close()
 
 
-def _copy_field(writer: Any, field: Any, array: Any) -> None:
-    kind, *inner = field.types
-    if kind == array and (not inner or inner[0] == array):
-        raise EngineConfigError(f"{field.name} is an empty or nested array, which the gguf package cannot write")
-    writer.add_key_value(field.name, field.contents(), kind, sub_type=inner[-1] if inner else None)
+# --- a header walked through before the package's reader trusts its lengths ---------------------------------------
+
+_STRING, _ARRAY = 8, 9
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by type
+
+
+class _Cursor:
+    """A place in the file. Whatever is behind its end raises ValueError."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 8
+        (version,) = struct.unpack_from("<I", data, 4)
+        self.order = "<" if version & 0xFFFF else ">"
+
+    def number(self, kind: str) -> int:
+        """The next unsigned integer: I for 4 bytes, Q for 8."""
+        place = self.at
+        self.skip(struct.calcsize(kind))
+        return int(struct.unpack_from(self.order + kind, self.data, place)[0])
+
+    def skip(self, size: int) -> None:
+        self.at += size
+        if self.at > len(self.data):
+            raise ValueError(f"something of {size} bytes reaches behind the end of the file")
+
+    def skip_values(self, kind: int, count: int) -> None:
+        if kind in _SIZES:
+            return self.skip(_SIZES[kind] * count)
+        for _ in range(count):
+            if kind == _STRING:
+                self.skip(self.number("Q"))
+            elif kind == _ARRAY:
+                inner = self.number("I")
+                self.skip_values(inner, self.number("Q"))
+            else:
+                raise ValueError(f"a value of the unknown type {kind}")
+        return None
+
+
+def check_header(path: Path) -> None:
+    """Walk through keys and tensor names; raises ValueError where a length cannot be, and OSError."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if len(data) < 24 or data[:4] != b"GGUF":
+            raise ValueError("it does not begin as a GGUF file does")
+        cursor = _Cursor(data)
+        tensors, keys = cursor.number("Q"), cursor.number("Q")
+        for _ in range(keys):
+            cursor.skip(cursor.number("Q"))
+            cursor.skip_values(cursor.number("I"), 1)
+        for _ in range(tensors):
+            cursor.skip(cursor.number("Q"))
+            cursor.skip(8 * cursor.number("I"))
+            cursor.skip(4 + 8)

@@ -43,31 +43,30 @@ def serving_sizes(text: str, num_layers: int, title: str, split: Split | None) -
         )
     numbers = [int(part) for part in parts]
     if len(numbers) > 1:
-        return _sizes_from_starts(numbers, num_layers)
-    if not 1 <= numbers[0] <= num_layers:
+        ends = [*numbers, num_layers]
+        if numbers[0] != 0 or any(a >= b for a, b in pairwise(ends)):
+            raise ExportError(
+                f"--serve-pp {','.join(map(str, numbers))}: expected first layers that begin with 0, increase, and "
+                f"stay below {num_layers}, the number of layers"
+            )
+        return [b - a for a, b in pairwise(ends)]
+    (stages,) = numbers
+    if not 1 <= stages <= num_layers:
         raise ExportError(f"--serve-pp {text} is out of range: give 1 to {num_layers} stages for {num_layers} layers")
-    if split is None and numbers[0] > 1:
+    if stages == 1:
+        return [num_layers]
+    if split is None:
         raise ExportError(
-            f"how {title} cuts {num_layers} layers into {numbers[0]} stages is not known here: give the first layer "
-            f"of each, as --serve-pp {_example(num_layers, numbers[0])}"
+            f"how {title} cuts {num_layers} layers into {stages} stages is not known here: give the first layer "
+            f"of each, as --serve-pp {_example(num_layers, stages)}"
         )
-    return [num_layers] if split is None else split(num_layers, numbers[0])
+    return split(num_layers, stages)
 
 
 def _example(num_layers: int, stages: int) -> str:
     """First layers of so many stages (a few, where that are many), as even as can be."""
     sizes = split_front(num_layers, min(stages, 4, num_layers))
     return ",".join(map(str, accumulate([0, *sizes[:-1]])))
-
-
-def _sizes_from_starts(starts: list[int], num_layers: int) -> list[int]:
-    ends = [*starts, num_layers]
-    if starts[0] != 0 or any(a >= b for a, b in pairwise(ends)):
-        raise ExportError(
-            f"--serve-pp {','.join(map(str, starts))}: expected first layers that begin with 0, increase, and stay "
-            f"below {num_layers}, the number of layers"
-        )
-    return [b - a for a, b in pairwise(ends)]
 
 
 def stage_starts(layer_indices: Sequence[int], sizes: Sequence[int]) -> list[int]:
@@ -156,26 +155,22 @@ def flip_costs(pattern: Pattern, losses: Losses) -> dict[int, float]:
     are, which says whose selection is borrowed and by how many layers, then in all letters, then the one with the
     fewest F.
     """
-    best: dict[int, tuple[int, int, int, str]] = {}
+    best: dict[int, tuple[int, int, int, str, str]] = {}
     for letters in losses:
         away = sum(a != b for a, b in zip(letters, pattern.letters, strict=True))
         for layer, letter in enumerate(letters):
-            if letter == FULL and shared(letters, layer) in losses:
-                nearness = (_context(letters, pattern.letters, layer), away, letters.count(FULL), letters)
-                best[layer] = min(best.get(layer, nearness), nearness)
-    return {layer: losses[shared(letters, layer)] - losses[letters] for layer, (*_, letters) in best.items()}
+            shared = letters[:layer] + SHARED + letters[layer + 1 :]
+            if letter == FULL and shared in losses:
+                near = (_context(letters, pattern.letters, layer), away, letters.count(FULL), letters, shared)
+                best[layer] = min(best.get(layer, near), near)
+    return {layer: losses[shared] - losses[letters] for layer, (*_, letters, shared) in best.items()}
 
 
 def _context(letters: str, others: str, layer: int) -> int:
     """By how many layers the F before and the F behind a layer lie elsewhere in the other pattern."""
     before = abs(letters.rfind(FULL, 0, layer) - others.rfind(FULL, 0, layer))
-    behind = [len(text) if (found := text.find(FULL, layer + 1)) < 0 else found for text in (letters, others)]
+    behind = [len(text) if (at := text.find(FULL, layer + 1)) < 0 else at for text in (letters, others)]
     return before + abs(behind[0] - behind[1])
-
-
-def shared(letters: str, layer: int) -> str:
-    """The letters with S at one layer."""
-    return letters[:layer] + SHARED + letters[layer + 1 :]
 
 
 ADD, SAME, NONE = "add", "same", "none"
