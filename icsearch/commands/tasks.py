@@ -16,14 +16,13 @@ from icsearch.calibration import corpus
 from icsearch.calibration.batches import document_prefix
 from icsearch.core.errors import IcsearchError
 from icsearch.core.pattern import Pattern
-from icsearch.core.statistics import wilson_interval
 from icsearch.model.model import DsaModel
 
 
 def lm_eval_results(
     dsa: DsaModel, tokenizer: Any, patterns: Sequence[Pattern], tasks: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The harness's metrics for each pattern; `tasks` are its names, or task files (.yaml)."""
+    """The harness's metrics for each pattern; `tasks` are its names, or task files (.yaml). Raises IcsearchError."""
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
@@ -39,8 +38,8 @@ def lm_eval_results(
     for pattern in patterns:
         with dsa.running(pattern):
             harness = HFLM(pretrained=dsa.model, tokenizer=tokenizer, batch_size=1)
-            found = lm_eval.simple_evaluate(harness, tasks=names, task_manager=manager, bootstrap_iters=0)
-        results.append({"pattern": pattern.letters, "results": found["results"]})
+            evaluated = lm_eval.simple_evaluate(harness, tasks=names, task_manager=manager, bootstrap_iters=0)
+        results.append({"pattern": pattern.letters, "results": evaluated["results"]})
     return results
 
 
@@ -69,28 +68,6 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """Tasks answered exactly, of all that were asked."""
-
-    hits: int
-    total: int
-
-    @classmethod
-    def of(cls, hits: Sequence[bool]) -> Accuracy:
-        return cls(sum(hits), len(hits))
-
-    @property
-    def share(self) -> float:
-        """hits / total; nan of no tasks."""
-        return self.hits / self.total if self.total else float("nan")
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95% interval of the share."""
-        return wilson_interval(self.hits, self.total)
-
-
-@dataclass(frozen=True)
 class _Question:
     """One question of a document. `told`: its sentences, facts and all, up to the questions, which are left out."""
 
@@ -113,9 +90,6 @@ class _Encoder:
 
     def ids(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def document(self, text: str) -> list[int]:
-        return [*self.prefix, *self.ids(text), *self.ending]
 
     def answer(self, before: list[int], text: str, answer: str) -> list[int] | None:
         """The answer's ids in running text behind `text` (ids `before`).
@@ -145,16 +119,6 @@ def make_tasks(
 
     Raises TaskError for an unknown kind, and where the length is too short or no tokenizer cuts the answers off.
     """
-    _check(tokenizer, kind, length_tokens, count, split, spread)
-    maker = _Maker(_Encoder(tokenizer), kind, split, seed, length_tokens, spread)
-    tasks: dict[tuple[int, ...], Task] = {}
-    while len(tasks) < count:
-        task = maker.task()
-        tasks.setdefault(task.prompt, task)
-    return list(tasks.values())
-
-
-def _check(tokenizer: Any, kind: str, length_tokens: int, count: int, split: str, spread: float) -> None:
     if tokenizer is None:
         raise TaskError("the checkpoint brings no tokenizer: tasks with an answer are text, so they need one")
     if kind not in KINDS:
@@ -167,6 +131,12 @@ def _check(tokenizer: Any, kind: str, length_tokens: int, count: int, split: str
         raise TaskError(f"{count} tasks of {length_tokens} tokens: expected positive numbers")
     if not 0 <= spread <= 1:
         raise TaskError(f"spread {spread} is out of range: give a share of the filling from 0 to 1")
+    maker = _Maker(_Encoder(tokenizer), kind, split, seed, length_tokens, spread)
+    tasks: dict[tuple[int, ...], Task] = {}
+    while len(tasks) < count:
+        task = maker.task()
+        tasks.setdefault(task.prompt, task)
+    return list(tasks.values())
 
 
 class _Maker:
@@ -176,7 +146,7 @@ class _Maker:
         self.encoder, self.kind, self.length, self.spread = encoder, kind, length, spread
         self.documents = corpus.annotated_documents(split, seed)
         self.rng = random.Random(f"tasks/{kind}/{split}/{seed}/{length}/{spread}")
-        self.story = _story(self.rng)
+        self.story = self._story()
         self.made = 0
 
     def task(self) -> Task:
@@ -202,12 +172,22 @@ class _Maker:
         for document in self.documents:
             fitting = (answer for answer in document.answers if len(answer.trail) == hops)
             answer = next(fitting, None) if document.kind == document_kind else None
-            if answer is not None:
-                yield _cut(document, answer)
+            if answer is None:
+                continue
+            text, first = document.text, document.answers[0].start
+            told = text[: text.rindex(".", 0, first) + 1]
+            asked = text[text.rindex(".", 0, answer.start) + 1 : answer.start]
+            names = frozenset((asked.split()[0], *answer.trail[:-1]))
+            yield _Question(tuple(_sentences(told)), asked, text[answer.start : answer.end], names, hops)
 
     def _fill(self, question: _Question, missing: int) -> Task | None:
         """The task with `missing` more tokens; None where a token crosses a boundary, or too few are left to fill."""
-        text = "".join(self._spread_out(question.told, int(self.spread * missing))) + question.asked
+        among: list[list[str]] = [[] for _ in question.told]  # story sentences before each of the told ones
+        budget = int(self.spread * missing)
+        while (budget := budget - len(self.encoder.ids(sentence := next(self.story)))) >= 0:
+            among[self.rng.randrange(1, len(among))].append(sentence)  # the first and the last keep their places
+        told = [part for sentence, before in zip(question.told, among, strict=True) for part in (*before, sentence)]
+        text = "".join(told) + question.asked
         ids = self.encoder.ids(text)
         answer = self.encoder.answer(ids, text, question.answer)
         if answer is None:
@@ -218,16 +198,6 @@ class _Maker:
         prompt = (*front, *self.encoder.prefix, *ids)
         return Task(self.kind, prompt, tuple(answer), question.hops)
 
-    def _spread_out(self, told: Sequence[str], budget: int) -> list[str]:
-        """The sentences with story sentences of at most `budget` tokens among them, in random places.
-
-        The first and the last sentence keep their places.
-        """
-        among: list[list[str]] = [[] for _ in told]
-        while (budget := budget - len(self.encoder.ids(sentence := next(self.story)))) >= 0:
-            among[self.rng.randrange(1, len(told))].append(sentence)
-        return [part for sentence, before in zip(told, among, strict=True) for part in (*before, sentence)]
-
     def _front(self, length: int, names: frozenset[str]) -> list[int] | None:
         """Whole documents that mention none of the names, `length` tokens in all, the first one cut at its front."""
         prefix, ids = self.encoder.prefix, list[int]()
@@ -235,31 +205,20 @@ class _Maker:
             return None
         while len(ids) < length:
             document = next(d for d in self.documents if names.isdisjoint(re.findall(r"\w+", d.text)))
-            ids = self.encoder.document(document.text) + ids
+            ids = [*prefix, *self.encoder.ids(document.text), *self.encoder.ending, *ids]
         return prefix + ids[len(ids) - length + len(prefix) :] if length else []
 
-
-def _cut(document: corpus.Document, answer: corpus.Answer) -> _Question:
-    """The document's told part and the one question that this answer answers."""
-    first = document.answers[0].start
-    told = document.text[: document.text.rindex(".", 0, first) + 1]
-    asked = document.text[document.text.rindex(".", 0, answer.start) + 1 : answer.start]
-    names = frozenset((asked.split()[0], *answer.trail[:-1]))
-    answer_text = document.text[answer.start : answer.end]
-    return _Question(tuple(_sentences(told)), asked, answer_text, names, len(answer.trail))
+    def _story(self) -> Iterator[str]:
+        """Story sentences of the corpus, endlessly: those that hold no name."""
+        while True:
+            document = corpus.make_document("needles", self.rng)
+            told = document.text[: document.answers[0].start]
+            yield from (sentence for sentence in _sentences(told) if sentence.startswith(" The "))
 
 
 def _sentences(text: str) -> list[str]:
     """The text in pieces that end with a full stop, nothing lost."""
     return re.findall(r"[^.]*\.", text)
-
-
-def _story(rng: random.Random) -> Iterator[str]:
-    """Story sentences of the corpus, endlessly: those that hold no name."""
-    while True:
-        document = corpus.make_document("needles", rng)
-        told = document.text[: document.answers[0].start]
-        yield from (sentence for sentence in _sentences(told) if sentence.startswith(" The "))
 
 
 @torch.inference_mode()

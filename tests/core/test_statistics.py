@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch.core.statistics import Difference, mean_loss, paired_difference, project, student_tail
+from icsearch.core.statistics import (
+    Difference,
+    mean_loss,
+    paired_difference,
+    project,
+    student_tail,
+    wilson_interval,
+)
 
 TOKENS = [10, 10, 10, 10]
 
@@ -122,3 +129,9 @@ def test_the_error_of_a_projection_is_the_one_seen() -> None:
         found = project(differences[:15], tokens)
         ratios.append((found.delta - sum(differences) / sum(tokens)) / found.std_err)
     assert 0.9 < statistics.pstdev(ratios) < 1.25
+
+
+def test_wilsons_interval_against_published_values() -> None:
+    """Newcombe 1998, Table I: 81 of 263, 15 of 148, 0 of 20."""
+    for hits, total, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
+        assert wilson_interval(hits, total) == pytest.approx((low, high), abs=5e-5)
