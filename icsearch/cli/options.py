@@ -16,21 +16,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from icsearch.cli.config import drop_outranked, use_config
-from icsearch.commands import options
-from icsearch.commands.options import Declared, declared, request_of
+from icsearch.commands.options import PANELS, Declared, declared, request_of
 from icsearch.commands.requests import RunRequest
 
-PANELS = (
-    options.SEARCH,
-    options.MEASURE,
-    options.READING,
-    options.ENGINE,
-    options.CHECKPOINT,
-    options.CALIBRATION,
-    options.NUMERICS,
-    options.MACHINES,
-    options.OUTPUT,
-)
 OTHER = "Other"
 WIDTH = 100  # of help, at most
 

@@ -14,10 +14,11 @@ from icsearch.core.jsonfile import shown
 from icsearch.core.text import did_you_mean
 
 # The panels of a command's help.
-SEARCH, MEASURE, READING = "What to search", "What to measure", "How to read it"
-ENGINE, CHECKPOINT = "Settings for an engine", "Or a copy of the checkpoint"
+SEARCH, MEASURE = "What to search", "What to measure"
+PATTERN, ENGINE, CHECKPOINT, READING = "Which pattern", "For an engine", "Or as a checkpoint", "How to read it"
 CALIBRATION, OUTPUT = "Calibration", "Output"
 NUMERICS, MACHINES = "Numerics (losses follow these, to the last bit)", "Machines (losses do not follow these)"
+PANELS = (SEARCH, MEASURE, PATTERN, ENGINE, CHECKPOINT, READING, CALIBRATION, NUMERICS, MACHINES, OUTPUT)
 
 RequestT = TypeVar("RequestT", bound="Request")
 

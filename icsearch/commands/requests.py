@@ -20,6 +20,7 @@ from icsearch.commands.options import (
     MEASURE,
     NUMERICS,
     OUTPUT,
+    PATTERN,
     READING,
     SEARCH,
     Option,
@@ -152,7 +153,7 @@ class RunRequest(Request):
     calibration: CalibrationRequest
     out: Annotated[Path, Option("Directory of the run", OUTPUT, "RUN", default="runs/MODEL-COMMAND")]
     device: Annotated[
-        str, Option("cpu, cuda, cuda:0", MACHINES, "DEVICE", default="auto: cuda, then cpu", offers=lambda: DEVICES)
+        str, Option("cpu, cuda, cuda:0", NUMERICS, "DEVICE", default="auto: cuda, then cpu", offers=lambda: DEVICES)
     ] = AUTO
     dtype: Dtype = AUTO
     batch_size: BatchSize = None
@@ -461,9 +462,9 @@ class PlanRequest(Request):
 class ExportRequest(Request):
     """Everything that an export can be asked: settings for `engine`, or a copy of the checkpoint at `checkpoint`."""
 
-    file: Annotated[str, Option("A pattern.json, a RUN, RUN@1/2, or published:NAME", ENGINE, "FILE")] = ""
+    file: Annotated[str, Option("A pattern.json, a RUN, RUN@1/2, or published:NAME", PATTERN, "FILE")] = ""
     retention: Annotated[
-        Fraction | None, Option("Take the run's pattern at this retention", ENGINE, "1/4|0.25", read=read_retention)
+        Fraction | None, Option("Take the run's pattern at this retention", PATTERN, "1/4|0.25", read=read_retention)
     ] = None
     engine: Annotated[str, Option(ENGINES, ENGINE, "NAME", offers=_engines)] = ""
     model_config: Annotated[Path | None, Option("Check against the model's config.json", ENGINE, "CONFIG")] = None
