@@ -115,8 +115,8 @@ def make_quantizer(checkpoint: Checkpoint) -> Quantizer | None:
 def check_none_quantised(checkpoint: Checkpoint, shards: Shards) -> None:
     """Raise ModelError where float8 weights come without a quantization_config that says how they are scaled."""
     for name, stored in shards.items():
-        if stored.dtype.startswith("F8_"):
+        if (kind := stored.get_dtype()).startswith("F8_"):
             raise ModelError(
-                f"tensor {name} of {checkpoint.name} is {stored.dtype}, but config.json has no quantization_config: "
-                "use the config that belongs to the weights"
+                f"tensor {name} of {checkpoint.name} is {kind}, but config.json has no quantization_config: use the "
+                "config that belongs to the weights"
             )

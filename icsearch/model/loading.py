@@ -54,7 +54,7 @@ class Reader:
         prefix, parameters = layer_prefix(self.model), set(self.model.state_dict())
         floating = {name for name, weight in self.model.named_parameters() if weight.is_floating_point()}
         for name, target in self._conversion.targets(self._shards).items():
-            stored = self._shards[name].dtype
+            stored = self._shards[name].get_dtype()
             if check_floating and target in floating and stored.startswith(("I", "U", "BOOL")):
                 raise ModelError(
                     f"tensor {name} of {self._checkpoint.name} is {stored}: expected floating-point weights, as "

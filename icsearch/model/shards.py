@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from icsearch.core.errors import ModelError, ShardError
-from icsearch.model.header import LENGTH_BYTES, HeaderError, damaged, header_length, parse_header
+from icsearch.model.header import LENGTH_BYTES, Entry, Header, HeaderError, damaged, header_length, parse_header
 
 # What block scales may be stored in that transformers' own table of types leaves out: powers of two, a byte each.
 OF_SCALES = {"F8_E8M0": torch.float8_e8m0fnu}
@@ -32,13 +32,14 @@ class Shards(Mapping[str, "StoredTensor"]):
         self._lock = threading.Lock()  # transformers reads in several threads
         self._stored: dict[str, StoredTensor] = {}
         for path in paths:
-            for tensor in _stored_in(_Shard.open(path), self):
-                known = self._stored.setdefault(tensor.name, tensor)
-                if known is not tensor:
+            shard = _Shard.open(path)
+            for entry in shard.header().entries:
+                if (known := self._stored.get(entry.name)) is not None:
                     raise ModelError(
-                        f"tensor {tensor.name} is in two shards, {known.shard.path.name} and {path.name} of "
+                        f"tensor {entry.name} is in two shards, {known.shard.path.name} and {path.name} of "
                         f"{path.parent}: expected it once; download the checkpoint again"
                     )
+                self._stored[entry.name] = StoredTensor(entry, shard, self)
 
     def __getitem__(self, name: str) -> StoredTensor:
         return self._stored[name]
@@ -69,6 +70,15 @@ class _Shard:
         except OSError as error:
             raise _unreadable(path, error.strerror or str(error)) from None
 
+    def header(self) -> Header:
+        """The tensors that it says it holds; raises ModelError for a shard that is damaged."""
+        size = self.identity[0]
+        try:
+            length = header_length(_bytes(self.read(0, min(LENGTH_BYTES, size))), size)
+            return parse_header(_bytes(self.read(LENGTH_BYTES, length)), size)
+        except HeaderError as error:
+            raise damaged(self.path, error) from None
+
     def read(self, start: int, size: int) -> torch.Tensor:
         """uint8 [size], the bytes from `start` on; raises ShardError where they are not there any more."""
         try:
@@ -92,25 +102,22 @@ class _Shard:
 class StoredTensor:
     """One tensor in a shard. It answers as safetensors' own slices do, which transformers' loading asks for."""
 
-    name: str
-    dtype: str  # as safetensors writes it, such as BF16
-    shape: tuple[int, ...]
-    start: int
-    bytes: int
+    entry: Entry
     shard: _Shard
     shards: Shards
 
     def get_dtype(self) -> str:
-        return self.dtype
+        """As safetensors writes it, such as BF16."""
+        return self.entry.dtype
 
     def get_shape(self) -> list[int]:
-        return list(self.shape)
+        return list(self.entry.shape)
 
     def __getitem__(self, everything: Any) -> torch.Tensor:
         """The tensor, on the CPU, whatever part of it is asked for: transformers asks for all of it."""
-        data = self.shard.read(self.start, self.bytes)
-        self.shards.count(self.bytes)
-        return data.view(self.torch_dtype).view(self.shape)
+        data = self.shard.read(self.entry.start, self.entry.bytes)
+        self.shards.count(self.entry.bytes)
+        return data.view(self.torch_dtype).view(self.entry.shape)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -118,13 +125,14 @@ class StoredTensor:
         from transformers.modeling_utils import str_to_torch_dtype
 
         known = {**str_to_torch_dtype, **OF_SCALES}
-        if self.dtype not in known:
-            raise ModelError(f"tensor {self.name} in {self.shard.path} has the unknown type {self.dtype}: convert it")
-        return known[self.dtype]
+        name, dtype = self.entry.name, self.entry.dtype
+        if dtype not in known:
+            raise ModelError(f"tensor {name} in {self.shard.path} has the unknown type {dtype}: convert it")
+        return known[dtype]
 
     def on_meta(self) -> torch.Tensor:
         """Shape and type alone; nothing is read."""
-        return torch.empty(self.shape, dtype=self.torch_dtype, device="meta")
+        return torch.empty(self.entry.shape, dtype=self.torch_dtype, device="meta")
 
 
 def read_rate(paths: Iterable[Path], most: int = 2**28) -> float:
@@ -140,18 +148,6 @@ def read_rate(paths: Iterable[Path], most: int = 2**28) -> float:
         while done < size and (count := file.readinto(buffer)):
             done += count
     return done / max(time.perf_counter() - began, 1e-9)
-
-
-def _stored_in(shard: _Shard, shards: Shards) -> Iterator[StoredTensor]:
-    """What a shard's header says; raises ModelError for one that is damaged."""
-    size = shard.identity[0]
-    try:
-        length = header_length(_bytes(shard.read(0, min(LENGTH_BYTES, size))), size)
-        header = parse_header(_bytes(shard.read(LENGTH_BYTES, length)), size)
-    except HeaderError as error:
-        raise damaged(shard.path, error) from None
-    for entry in header.entries:
-        yield StoredTensor(entry.name, entry.dtype, entry.shape, entry.start, entry.bytes, shard, shards)
 
 
 def _bytes(buffer: torch.Tensor) -> bytes:

@@ -67,8 +67,10 @@ def test_scales_that_are_stored_as_exponents(quantized: Path, tmp_path: Path, ki
     small = store_scales(quantized, tmp_path / "small", kind)
     settings(small, scale_fmt="ue8m0")  # as such checkpoints say it
     names = {"F8_E8M0" if kind == torch.float8_e8m0fnu else "U8"}
-    scales = [one for name, one in Shards([small / "model.safetensors"]).items() if name.endswith("_scale_inv")]
-    assert {one.dtype for one in scales} == names and all(one.bytes == math.prod(one.shape) for one in scales)
+    scales = [
+        tensor.entry for name, tensor in Shards([small / "model.safetensors"]).items() if name.endswith("_scale_inv")
+    ]
+    assert {entry.dtype for entry in scales} == names and all(entry.bytes == math.prod(entry.shape) for entry in scales)
     assert inspect(open_checkpoint(str(small))) == inspect(open_checkpoint(str(plain)))
     expected, found, streamed = load(plain), load(small), load(small, offload=DISK)
     assert differing(tensors_of(found.model), tensors_of(expected.model)) == []

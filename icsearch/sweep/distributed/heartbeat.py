@@ -231,7 +231,12 @@ class Heartbeat:
     def _guard(self) -> None:
         deadline = None
         while not self._closed.is_set():
-            self._take_signals()
+            if select.select([self._signals], [], [], BEAT)[0]:  # a signal, or one beat
+                for number in self._signals.recv(64):
+                    if number == signal.SIGTERM:
+                        self._told_at = self._told_at or time.monotonic()
+                    elif number == signal.SIGINT:
+                        self._interrupted_at = self._interrupted_at or time.monotonic()
             now = time.monotonic()
             if self.end is None:
                 self._judge(now)
@@ -240,16 +245,6 @@ class Heartbeat:
                 _thread.interrupt_main()
             elif now > deadline:
                 self._end_now(self.end)
-
-    def _take_signals(self) -> None:
-        """Wait for a signal, or for one beat."""
-        if not select.select([self._signals], [], [], BEAT)[0]:
-            return
-        for number in self._signals.recv(64):
-            if number == signal.SIGTERM:
-                self._told_at = self._told_at or time.monotonic()
-            elif number == signal.SIGINT:
-                self._interrupted_at = self._interrupted_at or time.monotonic()
 
     def _judge(self, now: float) -> None:
         """Is there a reason to end?"""
