@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.files import is_disk_full
@@ -33,17 +33,11 @@ def open_closed_streams() -> None:
         if getattr(sys, name) is not None:
             continue
         null = os.open(os.devnull, os.O_RDWR)
-        if null != number and not _is_open(number):
+        try:
+            os.fstat(number)
+        except OSError:  # closed, else the process has it open for something of its own
             os.dup2(null, number)
         setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
-
-
-def _is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
 
 
 def run_to_its_end(command: Callable[[], object], debug: bool, signals: Signals | None = None) -> int:
@@ -93,43 +87,30 @@ def explain(error: Exception) -> tuple[str, int]:
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         return _usage(error), EXIT_BAD_INPUT
     if is_disk_full(error):
-        return f"the disk is full ({_where(error)}): free some space and repeat the command; {_GOES_ON}", EXIT_FAILURE
+        where = ", ".join(str(part) for part in (error.strerror, error.filename) if part)
+        return f"the disk is full ({where}): free some space and repeat the command; {_GOES_ON}", EXIT_FAILURE
     if isinstance(error, MemoryError):
         return f"out of memory ({first_line(error)}): free some and repeat the command; {_GOES_ON}", EXIT_FAILURE
     if isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename:
-        return f"cannot use {_shortened(error.filename)} ({error.strerror}): {_OTHER_PATH}", EXIT_BAD_INPUT
+        path = os.fsdecode(error.filename)
+        short = path if len(path) <= 200 else f"{path[:196]}..."
+        return f"cannot use {short} ({error.strerror}): {_OTHER_PATH}", EXIT_BAD_INPUT
     return f"{type(error).__name__}: {error} (--debug shows where)", EXIT_FAILURE
 
 
 def _usage(error: Any) -> str:
     """What the parser says, where the value came from unless it was typed, and whose help says more."""
-    context, parameter = getattr(error, "ctx", None), getattr(error, "param", None)
+    context: Any = getattr(error, "ctx", None)
+    parameter: Any = getattr(error, "param", None)
     command = f" {context.info_name}" if context is not None and context.parent is not None else ""
-    return f"{error.format_message()}{_origin(context, parameter)} (see icsearch{command} --help)"
-
-
-def _origin(context: Any, parameter: Any) -> str:
-    """Such as ` (from the config file icsearch.toml)`; nothing for what was typed, or is missing."""
-    if context is None or parameter is None:
-        return ""
-    source = getattr(context.get_parameter_source(parameter.name), "name", "")
+    source, origin = "", ""
+    if context is not None and parameter is not None:
+        source = getattr(context.get_parameter_source(parameter.name), "name", "")
     if source == "DEFAULT_MAP":
-        config = context.params.get("config") or context.find_root().params.get("config")
-        return f" (from the config file {config})"
-    if source == "ENVIRONMENT":
-        return f" (from the environment, {context.auto_envvar_prefix}_{parameter.name.upper()})"
-    return ""
-
-
-def _shortened(name: object) -> str:
-    text = os.fsdecode(name) if isinstance(name, bytes) else str(name)
-    return text if len(text) <= 200 else f"{text[:196]}..."
-
-
-def _where(error: Exception) -> str:
-    """What the system says, and of which file."""
-    reason, name = getattr(error, "strerror", None), getattr(error, "filename", None)
-    return ", ".join(str(part) for part in (reason, name) if part)
+        origin = f" (from the config file {context.params.get('config') or context.find_root().params.get('config')})"
+    elif source == "ENVIRONMENT":
+        origin = f" (from the environment, {context.auto_envvar_prefix}_{parameter.name.upper()})"
+    return f"{error.format_message()}{origin} (see icsearch{command} --help)"
 
 
 def _say(what: str) -> None:
@@ -139,10 +120,6 @@ def _say(what: str) -> None:
             stream.write(text)
             stream.flush()
         except OSError:  # a log on a full disk, a terminal that is gone: there is no other place to say it
-            _let_go(stream)
-
-
-def _let_go(stream: TextIO) -> None:
-    """Nothing can be written there: what the buffer still holds must not fail at the interpreter's end too."""
-    with contextlib.suppress(OSError, ValueError):  # a stream without a file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            # What the buffer still holds must not fail at the interpreter's end too; some streams have no file.
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

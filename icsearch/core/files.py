@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 from icsearch.core.errors import IcsearchError
 
@@ -16,7 +17,7 @@ MAX_READ_BYTES = 2**28  # some ten times the index of the largest checkpoint
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> TypeGuard[OSError]:
     """True where there was no room for what was written: on the disk, in a quota, or under a limit of file sizes."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
 

@@ -32,23 +32,26 @@ def read_object(
 
     With `version`, the object's `format` must be that. `absent` is the advice where there is no file.
     """
+    wrong = ""
     try:
         document = json.loads(read_text(path), object_pairs_hook=unambiguous)
+        if not isinstance(document, dict):
+            wrong = f"{path} holds {shown(document)}"
     except FileNotFoundError:
-        raise error(f"no file {path}: expected {expected}; {absent or advice}") from None
+        wrong, advice = f"no file {path}", absent or advice
     except OSError as problem:
-        raise error(f"cannot read {path} ({problem.strerror or problem}): expected {expected}; {advice}") from None
+        wrong = f"cannot read {path} ({problem.strerror or problem})"
     except RecursionError:
-        raise error(f"{path} is nested too deeply: expected {expected}; {advice}") from None
+        wrong = f"{path} is nested too deeply"
     except AmbiguityError as problem:
-        raise error(f"{path} {problem}: expected {expected}; {advice}") from None
+        wrong = f"{path} {problem}"
     except ValueError as problem:  # not UTF-8, not JSON, a number of 5000 digits
-        raise error(f"{path} is not JSON ({problem}): expected {expected}; {advice}") from None
-    if not isinstance(document, dict):
-        raise error(f"{path} holds {shown(document)}: expected {expected}; {advice}")
-    if version is not None and document.get("format") != version:
-        raise error(f"{path} has format {shown(document.get('format'))}: expected {version!r}; {advice}")
-    return document
+        wrong = f"{path} is not JSON ({problem})"
+    if not wrong and version not in (None, document.get("format")):
+        wrong, expected = f"{path} has format {shown(document.get('format'))}", repr(version)
+    if wrong:
+        raise error(f"{wrong}: expected {expected}; {advice}")
+    return dict(document)
 
 
 class AmbiguityError(ValueError):
@@ -131,15 +134,14 @@ def letters(length: int | None = None) -> Kind:
     return Kind(name, fits)
 
 
-def layers(most: int = MAX_LAYERS) -> Kind:
-    """Layer numbers below `most`, each larger than the one before."""
-
-    def fits(value: Any) -> bool:
-        if not (isinstance(value, list) and all(_is(item, int) and 0 <= item < most for item in value)):
-            return False
-        return all(a < b for a, b in pairwise(value))
-
-    return Kind(f"ascending layer numbers below {most}", fits)
+def layers(most: int = MAX_LAYERS, length: int | None = None) -> Kind:
+    """Layer numbers below `most`, each larger than the one before; `length` of them where it is given."""
+    numbers = list_of(whole(0, most - 1), length)
+    count = "" if length is None else f"{length} "
+    return Kind(
+        f"{count}ascending layer numbers below {most}",
+        lambda value: numbers.fits(value) and all(a < b for a, b in pairwise(value)),
+    )
 
 
 def one_of(*values: str) -> Kind:

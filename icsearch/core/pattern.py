@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from icsearch.core.errors import PatternError
-from icsearch.core.jsonfile import (
-    shown,
-)
+from icsearch.core.jsonfile import shown
 
 FULL, SHARED = "F", "S"
 

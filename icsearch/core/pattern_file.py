@@ -16,13 +16,14 @@ from icsearch.core.jsonfile import (
     OBJECT,
     TEXT,
     FieldError,
+    Kind,
+    between,
     check_fields,
     layers,
     letters,
     list_of,
     optional,
     read_object,
-    shown,
     whole,
     write_object,
 )
@@ -166,29 +167,29 @@ def load_pattern_file(path: Path) -> PatternFile:
         raise PatternError(f"{path} is damaged ({error}): write it again") from None
 
 
-NOMINAL = 0.05  # a retention may be the one that was asked for, as 1/4 for 22 of 78
+NOMINAL = 0.05  # a retention may be off by less: the one that was asked for, as 1/4 for 22 of 78
 
 
 def _from_json(document: dict[str, Any]) -> PatternFile:
     check_fields(document, {"pattern": TEXT, "num_layers": whole(1, MAX_LAYERS)})
     pattern = Pattern.parse(document["pattern"], document["num_layers"])
-    check_fields(document, {"layer_indices": layers(), "full_layers": optional(layers(len(pattern))), **FILE_FIELDS})
-    check_fields(document, {"retention": optional(NUMBER)})
+    own_layers = Kind("the F layers of the pattern", lambda value: value == list(pattern.full_layers))
+    check_fields(
+        document,
+        {
+            "layer_indices": layers(length=len(pattern)),
+            "full_layers": optional(own_layers),
+            "retention": optional(between(pattern.retention - NOMINAL, pattern.retention + NOMINAL)),
+            **FILE_FIELDS,
+        },
+    )
     check_fields(document["model"], MODEL_FIELDS)
     check_fields(document["calibration"], CALIBRATION_FIELDS)
-    layer_indices = tuple(document["layer_indices"])
-    if len(layer_indices) != len(pattern):
-        raise PatternError(f"{len(layer_indices)} layer_indices for {len(pattern)} letters: expected as many")
-    retention = document.get("retention")
-    if retention is not None and abs(retention - pattern.retention) > NOMINAL:
-        raise PatternError(f"retention {retention} is not that of the pattern: expected {pattern.retention}")
-    if document.get("full_layers") not in (None, list(pattern.full_layers)):
-        raise PatternError("full_layers are not those of the pattern: expected its F layers")
     steps = tuple(_step(step, len(pattern)) for step in document["steps"])
     if document.get("refinement") is not None:
         _check_refinement(document["refinement"], pattern)
     fields: dict[str, Any] = {**{name: document.get(name) for name in FILE_FIELDS}, "steps": steps}
-    return PatternFile(pattern=pattern, layer_indices=layer_indices, **fields)
+    return PatternFile(pattern=pattern, layer_indices=tuple(document["layer_indices"]), **fields)
 
 
 def _step(document: dict[str, Any], num_layers: int) -> Step:
@@ -204,7 +205,7 @@ def _step(document: dict[str, Any], num_layers: int) -> Step:
     check_fields(document, {**fields, **by_kl})
     values: dict[str, Any] = {name: document.get(name) for name in (*fields, *by_kl)}
     if values["pattern"][values["layer"]] != SHARED:
-        raise PatternError(f"step {shown(values['step'])} flips layer {values['layer']}, but its pattern has F there")
+        raise FieldError(f"step {values['step']} flips layer {values['layer']}, but its pattern has F there")
     unknown = ["std_err", *(["kl_std_err"] if values["kl"] is not None else [])]
     return Step(**{**values, **{name: math.nan for name in unknown if values[name] is None}})
 

@@ -112,11 +112,15 @@ PATTERN_FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "an infinite loss": (
         lambda p: p.changed(p.pattern(loss=123456), lambda b: b.replace(b"123456", b"1e400")), "loss is inf", WRITE
     ),
-    "another retention": (lambda p: p.pattern(retention=0.9), "retention 0.9 is not that of the pattern", WRITE),
+    "another retention": (lambda p: p.pattern(retention=0.9), "retention is 0.9: expected a number above", WRITE),
     "retention in words": (lambda p: p.pattern(retention="half"), "retention is 'half'", WRITE),
-    "other full layers": (lambda p: p.pattern(full_layers=[0]), "full_layers are not those", WRITE),
+    "other full layers": (
+        lambda p: p.pattern(full_layers=[0]), "full_layers is a list: expected the F layers of the pattern", WRITE
+    ),
     "layers that do not rise": (lambda p: p.pattern(layer_indices=[0, 1, 2, 3, 5, 4]), "layer_indices", WRITE),
-    "too few layers": (lambda p: p.pattern(layer_indices=[0, 1]), "2 layer_indices for 6 letters", WRITE),
+    "too few layers": (
+        lambda p: p.pattern(layer_indices=[0, 1]), "layer_indices is a list: expected 6 ascending layer numbers", WRITE
+    ),
     "layers beyond the model": (
         lambda p: p.pattern(layer_indices=[0, 1, 2, 3, 4, 99]), "layer_indices reach 99", "write the file again"
     ),
