@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,54 +16,18 @@ from icsearch.core.files import read_text
 from icsearch.core.jsonfile import shown
 from icsearch.core.text import did_you_mean, first_line
 
-PREFIX = "ICSEARCH"
-_DEBUG = f"{PREFIX}_DEBUG"  # read before the parser is there
-_COMPLETION = f"_{PREFIX}_COMPLETE"  # set by a shell that completes a command line
-
-
-def check_variables(environment: Mapping[str, str], root: Any) -> None:
-    """Raise IcsearchError where a variable is named as an option's, or nearly so, and no option of `root` is.
-
-    While a shell completes a command line nothing is refused: it would be printed into that line.
-    """
-    if _COMPLETION in environment:
-        return
-    known = {_DEBUG, *_variables(PREFIX, root)}
-    commands = {f"{PREFIX}_{name.replace('-', '_').upper()}": command for name, command in root.commands.items()}
-    for prefix, command in commands.items():
-        known |= _variables(prefix, command)
-    for name in sorted(environment):
-        if not name.startswith(f"{PREFIX}_") or name in known:
-            continue
-        of_command = any(name.startswith(f"{prefix}_") for prefix in commands)
-        if meant := _meant(name, known, of_command):
-            raise IcsearchError(f"no option is read from the environment variable {name}: {meant}; or unset it")
-
-
-def _meant(name: str, known: set[str], of_command: bool) -> str:
-    """What a variable was meant to be; nothing where it is nobody's, such as what a cluster sets for a service."""
-    if name.endswith("_CONFIG"):
-        return f"the config file of all commands is named by {PREFIX}_CONFIG"
-    rule = f"expected {PREFIX}_COMMAND_OPTION, such as {PREFIX}_GREEDY_SEED for --seed of icsearch greedy"
-    return did_you_mean(name, known, f"{PREFIX}_") or (rule if of_command else "")
-
-
-def _variables(prefix: str, command: Any) -> set[str]:
-    """The variables that the parser reads for the options of one command, or of all."""
-    options = (one for one in command.params if one.param_type_name == "option")
-    return {f"{prefix}_{one.name.upper()}" for one in options if one.allow_from_autoenv and one.name != "help"}
-
-
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
+PREFIX = "ICSEARCH"
 COMMON = "common"
-_NOT_IN_A_FILE = ("config", "help")
+_DEBUG = f"{PREFIX}_DEBUG"  # read before the parser is there
+_COMPLETION = f"_{PREFIX}_COMPLETE"  # set by a shell that completes a command line
 _PLACES = ("COMMANDLINE", "ENVIRONMENT", "DEFAULT_MAP")  # as the parser calls them; the last one is the config file
 
-# The options of one command, by the name that they have on the command line, without dashes in front.
+# The options of one command as the parser has them, by the name that they have there, without dashes in front.
 Options = Mapping[str, Any]
 
 
@@ -106,13 +70,75 @@ def defaults(path: Path, document: dict[str, Any], known: Mapping[str, Options])
     """
     every = {name for options in known.values() for name in options}
     for table, values in document.items():
+        if not isinstance(values, dict) and table not in known and table.replace("_", "-") in every:
+            raise ConfigError(
+                f"{path}: {table} stands in no table: write it below [{COMMON}] or below a command, such as [greedy]"
+            )
         if table not in (COMMON, *known):
-            raise ConfigError(f"{path}: {_unknown_table(table, values, (COMMON, *known), every)}")
+            raise ConfigError(f"{path}: unknown table {shown(table)}{_nearest(table, (COMMON, *known))}")
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: {table} is {shown(values)}: expected a table, [{table}]")
         _check(path, table, values, known.values() if table == COMMON else [known[table]])
     common = _by_option(document.get(COMMON, {}))
     return {name: _values(common, _by_option(document.get(name, {})), options) for name, options in known.items()}
+
+
+def _options(command: Any) -> dict[str, Any]:
+    """Those that may stand in a file."""
+    options = (one for one in command.params if one.param_type_name == "option" and one.name != "config")
+    return {max(one.opts, key=len).lstrip("-"): one for one in options}
+
+
+def _by_option(values: dict[str, Any]) -> dict[str, Any]:
+    """The values by the names of the options: num_sequences is num-sequences."""
+    return {key.replace("_", "-"): value for key, value in values.items()}
+
+
+def _check(path: Path, table: str, values: dict[str, Any], commands: Iterable[Options]) -> None:
+    """Raise ConfigError for an option that no command here has, one said twice, or a value of no use to one of them."""
+    if len(_by_option(values)) != len(values):
+        raise ConfigError(f"{path}: [{table}] says an option twice, with - and with _: leave one out")
+    for key, value in values.items():
+        name = key.replace("_", "-")
+        having = [options[name] for options in commands if name in options]
+        if not having:
+            known = {name for options in commands for name in options}
+            raise ConfigError(f"{path}: [{table}] has no option {shown(key)}{_nearest(name, known)}")
+        for option in having:
+            try:
+                _typed(value, option)
+            except ValueError as error:
+                raise ConfigError(f"{path}: [{table}] {key} is {shown(value)}: expected {error}") from None
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    """A hint at the name that was meant, or at all of them."""
+    known = sorted(names)
+    close = get_close_matches(name, known, n=1)
+    return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
+
+
+def _values(common: dict[str, Any], own: dict[str, Any], options: Options) -> dict[str, Any]:
+    """What a command's parameters are by the file; what its own table says takes back what excludes it in [common]."""
+    weaker = set()
+    for ways in (rule.ways for rule in EXCLUSIVE):
+        chosen = [way for way in ways if way[0].replace("_", "-") in own]
+        weaker |= {name for way in ways if chosen and way not in chosen for name in way}
+    merged = {**{key: value for key, value in common.items() if key.replace("-", "_") not in weaker}, **own}
+    return {options[key].name: _typed(value, options[key]) for key, value in merged.items() if key in options}
+
+
+def _typed(value: Any, option: Any) -> Any:
+    """A value as it would be typed: text, for the parser to read. ValueError says what is expected of another one."""
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise ValueError("true or false")
+        return value
+    items = value if option.multiple and isinstance(value, list) else [value]
+    if not all(isinstance(item, (str, int, float)) and not isinstance(item, bool) for item in items):
+        several = ", or a list of them" if option.multiple else ", as on the command line"
+        raise ValueError(f"a text or a number{several}")
+    return [str(item) for item in items] if option.multiple else str(value)
 
 
 def drop_outranked(context: typer.Context) -> None:
@@ -136,75 +162,26 @@ def _rank(context: typer.Context, name: str) -> int:
     return _PLACES.index(place) if place in _PLACES else len(_PLACES)
 
 
-def _values(common: dict[str, Any], own: dict[str, Any], options: Options) -> dict[str, Any]:
-    """What a command's parameters are by the file; what its own table says takes back what excludes it in [common]."""
-    weaker = set()
-    for ways in (rule.ways for rule in EXCLUSIVE):
-        chosen = [way for way in ways if way[0].replace("_", "-") in own]
-        weaker |= {name for way in ways if chosen and way not in chosen for name in way}
-    merged = {**{key: value for key, value in common.items() if key.replace("-", "_") not in weaker}, **own}
-    return {options[key].name: _typed(value, options[key]) for key, value in merged.items() if key in options}
+def check_variables(environment: Mapping[str, str], root: Any) -> None:
+    """Raise IcsearchError where a variable is named as an option's, or nearly so, and no option of `root` is.
 
-
-def _options(command: Any) -> dict[str, Any]:
-    """A command's options as the parser has them."""
-    found = {}
-    for parameter in command.params:
-        if parameter.param_type_name == "option" and parameter.name not in _NOT_IN_A_FILE:
-            found[max(parameter.opts, key=len).lstrip("-")] = parameter
-    return found
-
-
-def _by_option(values: dict[str, Any]) -> dict[str, Any]:
-    """The values by the names of the options: num_sequences is num-sequences."""
-    return {key.replace("_", "-"): value for key, value in values.items()}
-
-
-def _check(path: Path, table: str, values: dict[str, Any], commands: Iterable[Options]) -> None:
-    """Raise ConfigError for an option that no command here has, one said twice, or a value of no use to one of them."""
-    if len(_by_option(values)) != len(values):
-        raise ConfigError(f"{path}: [{table}] says an option twice, with - and with _: leave one out")
-    for key, value in values.items():
-        name = key.replace("_", "-")
-        having = [options[name] for options in commands if name in options]
-        if not having:
-            known = {name for options in commands for name in options}
-            raise ConfigError(f"{path}: [{table}] has no option {shown(key)}{_nearest(name, known)}")
-        for expected in filter(None, (_wrong(value, option) for option in having)):
-            raise ConfigError(f"{path}: [{table}] {key} is {shown(value)}: expected {expected}")
-
-
-def _wrong(value: Any, option: Any) -> str:
-    """What was expected in place of the value; nothing where it can be handed to the parser."""
-    if option.is_flag:
-        return "" if isinstance(value, bool) else "true or false"
-    if option.multiple:
-        items = value if isinstance(value, list) else [value]
-        return "" if all(map(_is_plain, items)) else "a text or a number, or a list of them"
-    return "" if _is_plain(value) else "a text or a number, as on the command line"
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
-
-
-def _typed(value: Any, option: Any) -> Any:
-    """A value as it would be typed: text, for the parser to read and check."""
-    if option.is_flag:
-        return value
-    if option.multiple:
-        return [str(item) for item in (value if isinstance(value, list) else [value])]
-    return str(value)
-
-
-def _unknown_table(table: str, value: Any, tables: Iterable[str], every: Collection[str]) -> str:
-    if not isinstance(value, dict) and table.replace("_", "-") in every:
-        return f"{table} stands in no table: write it below [{COMMON}] or below a command, such as [greedy]"
-    return f"unknown table {shown(table)}{_nearest(table, tables)}"
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    """A hint at the name that was meant, or at all of them."""
-    known = sorted(names)
-    close = get_close_matches(name, known, n=1)
-    return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
+    One that is nobody's, such as what a cluster sets for a service, is left alone. While a shell completes a command
+    line nothing is refused: it would be printed into that line.
+    """
+    if _COMPLETION in environment:
+        return
+    commands = {f"{PREFIX}_{name.replace('-', '_').upper()}": command for name, command in root.commands.items()}
+    known = {_DEBUG}
+    for prefix, command in {PREFIX: root, **commands}.items():
+        known |= {f"{prefix}_{one.name.upper()}" for one in _options(command).values() if one.allow_from_autoenv}
+    known.add(f"{PREFIX}_CONFIG")
+    rule = f"expected {PREFIX}_COMMAND_OPTION, such as {PREFIX}_GREEDY_SEED for --seed of icsearch greedy"
+    for name in sorted(environment):
+        if not name.startswith(f"{PREFIX}_") or name in known:
+            continue
+        of_command = any(name.startswith(f"{prefix}_") for prefix in commands)
+        meant = did_you_mean(name, known, f"{PREFIX}_") or (rule if of_command else "")
+        if name.endswith("_CONFIG"):
+            meant = f"the config file of all commands is named by {PREFIX}_CONFIG"
+        if meant:
+            raise IcsearchError(f"no option is read from the environment variable {name}: {meant}; or unset it")
