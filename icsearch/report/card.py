@@ -1,36 +1,48 @@
-"""A section for a model card: what shares its indexer, what that costs, and how to serve it. From saved JSON alone."""
+"""A section for a model card, from saved JSON alone: the hub's metadata, what shares its indexer, what that costs, and
+how to serve it.
+
+It names the engines known to share in models of its type, and no others.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from icsearch.calibration.sources import hub_parts
+from icsearch.core.pattern_file import PatternFile
+from icsearch.engines.engine import ExportError
+from icsearch.engines.export import Export, export
+from icsearch.engines.table import ENGINES
 from icsearch.report import numbers
-from icsearch.report.card_metadata import card_model, card_yaml, dataset_of, hub_id, last_part
-from icsearch.report.card_serving import serving
 from icsearch.report.eval_view import EvalRow, EvalView
-from icsearch.report.sentences import headline
+from icsearch.report.sentences import IN_SAMPLE, headline
 from icsearch.report.view import RunView
 from icsearch.runs import results
 from icsearch.runs.results import split_notes
 
+TAGS = ("icsearch", "indexcache", "deepseek-sparse-attention")
+ENGINES_SHOWN = 2  # engines whose settings are written out; the others are named
+_NAME = r"[\w-][\w.-]*"
+_MODEL, _DATASET = re.compile(rf"{_NAME}/{_NAME}"), re.compile(rf"({_NAME}/)?{_NAME}")
+
 
 def render_card(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
     """Markdown with the metadata in front. Searches first, evaluations behind them."""
-    sections = [*(_run_section(view) for view in runs), *(_eval_section(view) for view in evaluations)]
-    return f"---\n{card_yaml(runs, evaluations)}\n---\n\n{_lead(runs, evaluations)}\n\n" + "\n\n".join(sections) + "\n"
-
-
-def _lead(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
     model = card_model(runs, evaluations)
     name = hub_id(model)
     link = f"[{name}](https://huggingface.co/{name})" if name else f"`{last_part(model)}`"
-    return (
+    lead = (
         "# Shared indexers\n\n"
         f"Patterns for {link}: a layer marked F runs its indexer, one marked S reuses the selection of the nearest F "
         "layer before it (IndexCache, arXiv 2603.12201). Losses are those of the whole model in nats per token, ± one "
         "standard error paired over sequences, measured with icsearch."
     )
+    sections = [*(_run_section(view) for view in runs), *(_eval_section(view) for view in evaluations)]
+    return "\n\n".join([f"---\n{card_yaml(runs, evaluations)}\n---", lead, *sections]) + "\n"
 
 
 def _run_section(view: RunView) -> str:
@@ -41,7 +53,7 @@ def _run_section(view: RunView) -> str:
         for one in view.references
     ]
     found = view.start["calibration"]
-    source = dataset_of(found, str(view.start["model"].get("name_or_path")))["dataset_name"]
+    source = dataset_of(found, view.model_name)["dataset_name"]
     return "\n\n".join(
         [
             f"## {view.final.full} of {view.num_layers} layers keep their indexer",
@@ -88,13 +100,14 @@ def _checkpoint(model: Mapping[str, Any]) -> str:
 def _eval_section(view: EvalView) -> str:
     found = view.document.get("calibration") or {}
     source = dataset_of(found, view.model_name)["dataset_name"]
+    in_sample = any(row.in_sample for row in view.rows)
     columns = ("pattern", "F layers", "loss", "above the model as it is", "perplexity", "KL", "top-1 agreement")
     tasks = [column for column in view.task_columns if column[1] == "generated"]
     return "\n\n".join(
         [
             "## Evaluation",
             f"On {found.get('num_sequences')} x {found.get('seq_len')} tokens of {source}"
-            + ("; rows marked in-sample were searched on some of them." if _in_sample(view) else "."),
+            + (f"; rows marked {IN_SAMPLE} were searched on some of them." if in_sample else "."),
             *_cautions(view.document.get("notes") or ()),
             _table(
                 (*columns, *(f"{kind.replace('_', ' ')}" for kind, _ in tasks)),
@@ -105,14 +118,10 @@ def _eval_section(view: EvalView) -> str:
     )
 
 
-def _in_sample(view: EvalView) -> bool:
-    return any(row.in_sample for row in view.rows)
-
-
 def _eval_cells(row: EvalRow, tasks: Sequence[tuple[str, str]]) -> tuple[str, ...]:
     accuracies = [row.tasks.get(column) for column in tasks]
     return (
-        row.name + (" (in-sample)" if row.in_sample else "") + (" (of another model)" if row.foreign else ""),
+        row.name + (f" ({IN_SAMPLE})" if row.in_sample else "") + (" (of another model)" if row.foreign else ""),
         str(row.full),
         numbers.loss(row.loss),
         "" if row.is_baseline else numbers.difference(row.difference),
@@ -126,3 +135,140 @@ def _eval_cells(row: EvalRow, tasks: Sequence[tuple[str, str]]) -> tuple[str, ..
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ("---",) * len(columns), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+# --- the hub's metadata -----------------------------------------------------------------------------------------------
+
+
+def card_yaml(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
+    """The YAML of a card, written by huggingface_hub, so that it is what the hub accepts.
+
+    `base_model` is there where the hub delivered the checkpoint: a path says nothing to others.
+    """
+    from huggingface_hub import ModelCardData
+
+    model = card_model(runs, evaluations)
+    results = [result for view in evaluations for result in _eval_results(view)]
+    results += [result for view in runs for result in _run_results(view)]
+    card = ModelCardData(
+        base_model=hub_id(model),
+        library_name="transformers",
+        tags=list(TAGS),
+        model_name=f"{last_part(model)} with shared indexers",
+        eval_results=results,
+    )
+    return str(card.to_yaml(line_break="\n")).rstrip()
+
+
+def card_model(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> Mapping[str, Any]:
+    """The checkpoint of a card, as a run or an evaluation names it: one by which the hub delivered it, if any did."""
+    models = [*(view.document.get("model") or {} for view in evaluations), *(view.start["model"] for view in runs)]
+    return next(filter(hub_id, models), models[0])
+
+
+def hub_id(model: Mapping[str, Any]) -> str | None:
+    """The model's name on the hub; None for a path, and where nothing says that the hub delivered it.
+
+    What a name was when the run was made cannot be told from the name, nor from the place where the card is made.
+    """
+    name = str(model.get("name_or_path"))
+    return name if model.get("revision") and _MODEL.fullmatch(name) else None
+
+
+def last_part(model: Mapping[str, Any]) -> str:
+    """The model's name without the directories in front of it."""
+    return Path(model.get("name_or_path") or "").name or "model"
+
+
+def dataset_of(calibration: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """The fields of a result that say what was measured on; of a path, its last part alone.
+
+    A dataset is named as the hub's where the hub delivered it: hf:NAME can be a folder too. Tokens that somebody
+    brought along say no source, and the journal has the model's name there.
+    """
+    source = calibration.get("source")
+    if source is not None and source.partition(":")[0] == "demo":
+        return {"dataset_type": "custom", "dataset_name": f"icsearch's {source} texts"}
+    if source is None or source == model:
+        return {"dataset_type": "custom", "dataset_name": "own tokens"}
+    name, config, split = hub_parts(source)
+    if not (source.startswith("hf:") and calibration.get("source_revision") and _DATASET.fullmatch(name)):
+        return {"dataset_type": "custom", "dataset_name": Path(source).name}
+    return {"dataset_type": name, "dataset_name": name, "dataset_config": config, "dataset_split": split}
+
+
+def _eval_results(view: EvalView) -> Iterator[Any]:
+    dataset = dataset_of(view.document.get("calibration") or {}, view.model_name)
+    for row in view.rows:
+        metrics = {"loss": row.loss, "perplexity": row.perplexity}
+        if not row.is_baseline:
+            metrics |= {"kl_divergence": row.kl.delta, "top1_agreement": row.top1_agreement}
+        label = f"{row.name}, {row.full} of {view.num_layers} indexers" + (f", {IN_SAMPLE}" if row.in_sample else "")
+        yield from _results(metrics, label, dataset)
+
+
+def _run_results(view: RunView) -> Iterator[Any]:
+    """The losses of a search, said to be in-sample: they were chosen by."""
+    dataset = dataset_of(view.start["calibration"], view.model_name)
+    for name, point in (("baseline", view.points[0]), ("searched", view.final)):
+        label = f"{name}, {point.full} of {view.num_layers} indexers, {IN_SAMPLE}"
+        yield from _results({"loss": point.loss}, label, dataset)
+
+
+def _results(metrics: dict[str, float], label: str, dataset: dict[str, Any]) -> Iterator[Any]:
+    from huggingface_hub import EvalResult
+
+    for metric, value in metrics.items():
+        if math.isfinite(value):
+            name = f"{metric.replace('_', ' ')} ({label})"
+            yield EvalResult(
+                task_type="text-generation", metric_type=metric, metric_value=value, metric_name=name, **dataset
+            )
+
+
+# --- how to serve it --------------------------------------------------------------------------------------------------
+
+
+def serving(file: PatternFile) -> list[str]:
+    """Paragraphs of Markdown: what the first engines are given, with their warnings, and which others there are.
+
+    Where no engine is known, one sentence that says so and names the way in Python. Raises ExportError for a run whose
+    pattern does not fit its own model.
+    """
+    model_type = file.model.get("model_type")
+    found = _exports(file, model_type)
+    if not found:
+        models = f"`{model_type}` models" if model_type else "a model of a type that the run does not say"
+        return [
+            f"No engine is known to take a pattern for {models}; in Python, `icsearch.load(MODEL, PATTERN)` gives the "
+            "transformers model that runs it."
+        ]
+    others = ", ".join(f"{other.title} (`{other.engine}`)" for other in found[ENGINES_SHOWN:])
+    also = f"Also known to take it: {others}; `icsearch export pattern.json --engine NAME` says how."
+    return [*map(_settings, found[:ENGINES_SHOWN]), *([also] if others else [])]
+
+
+def _exports(file: PatternFile, model_type: str | None) -> list[Export]:
+    """What each engine that serves models of this type is given, those first that take a flag.
+
+    One that cannot express this pattern is left out, as Megatron's two numbers give few. Raises ExportError where none
+    of them can: then something is wrong with the run.
+    """
+    known = [engine for engine in ENGINES.values() if engine.serves(model_type)]
+    found, refusal = [], None
+    for engine in sorted(known, key=lambda one: one.writes is not None):
+        try:
+            found.append(export(file, engine.name))
+        except ExportError as error:
+            refusal = error
+    if refusal is not None and not found:
+        raise refusal
+    return found
+
+
+def _settings(found: Export) -> str:
+    text = f"With {found.title}, {found.how}:\n\n```\n{found.text}\n```"
+    if not found.warnings:
+        return text
+    warnings = "\n".join(f"- {warning}" for warning in found.warnings)
+    return f"{text}\n\nWarnings of `icsearch export pattern.json --engine {found.engine}`:\n\n{warnings}"

@@ -14,47 +14,14 @@ from typing import Any
 from icsearch.core.errors import IcsearchError
 from icsearch.core.files import check_new, is_disk_full, typed_path, write_atomically
 from icsearch.report import figures
-from icsearch.report.eval_view import EvalRow, EvalView, view_eval
+from icsearch.report.eval_view import EvalView, view_eval
 from icsearch.report.page import render_page
-from icsearch.report.terminal import eval_table, summary_table
-from icsearch.report.view import Kink, RunView, find_kink, view_run
+from icsearch.report.view import RunView, view_run
 from icsearch.runs import results
 from icsearch.runs.evaluation import load_eval
 from icsearch.runs.record import RunRecord, load_run
 
-__all__ = [
-    "CSV_COLUMNS",
-    "EVAL_CSV_COLUMNS",
-    "EvalView",
-    "Kink",
-    "ReportError",
-    "RunView",
-    "curve_csv",
-    "eval_csv",
-    "eval_table",
-    "find_kink",
-    "model_card",
-    "summary_table",
-    "view_eval",
-    "view_run",
-    "write_eval_results",
-    "write_model_card",
-    "write_report",
-    "write_results",
-]
-
-CSV_COLUMNS = (
-    "step",
-    "layer",
-    "decoder_layer",
-    "full_layers",
-    "retention",
-    "loss",
-    "delta",
-    "std_err",
-    "pattern",
-)
-
+CSV_COLUMNS = ("step", "layer", "decoder_layer", "full_layers", "retention", "loss", "delta", "std_err", "pattern")
 # Task accuracies, KIND_forced and KIND_generated, stand before the last column.
 EVAL_CSV_COLUMNS = (
     "name",
@@ -132,7 +99,8 @@ def model_card(runs: Sequence[Path]) -> str:
     for view in searched:
         if not view.finished:
             raise ReportError(f"the search {view.name} is not finished: repeat its command to finish it")
-    models = {str((model or {}).get("fingerprint")) for model in _models(searched, evaluated)}
+    told = [*(view.start["model"] for view in searched), *(view.document.get("model") for view in evaluated)]
+    models = {str((model or {}).get("fingerprint")) for model in told}
     if len(models) > 1:
         raise ReportError(f"a model card is of one checkpoint, and these are of {len(models)}: give those of one")
     return render_card(searched, evaluated)
@@ -145,10 +113,6 @@ def write_model_card(runs: Sequence[Path], out: Path) -> None:
     _write(out, model_card(runs))
 
 
-def _models(searched: Sequence[RunView], evaluated: Sequence[EvalView]) -> list[dict[str, Any] | None]:
-    return [*(view.start["model"] for view in searched), *(view.document.get("model") for view in evaluated)]
-
-
 def _views(runs: Sequence[Path]) -> tuple[list[RunView], list[EvalView]]:
     """The searches and the evaluations of these directories."""
     if not runs:
@@ -156,7 +120,7 @@ def _views(runs: Sequence[Path]) -> tuple[list[RunView], list[EvalView]]:
     runs = [typed_path(str(run), ReportError) for run in runs]
     evaluated = [run for run in runs if (run / EVAL_NAME).is_file()]
     searches = [_view(load_run(run), run) for run in runs if run not in evaluated]
-    return searches, [_eval_view(load_eval(one / EVAL_NAME), one) for one in evaluated]
+    return searches, [_eval_view(load_eval(run / EVAL_NAME), run) for run in evaluated]
 
 
 def _checked_out(out: Path, example: str) -> Path:
@@ -194,58 +158,35 @@ def curve_csv(view: RunView) -> str:
 
     Of a search by KL, that and its error stand before the last column.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     *columns, last = CSV_COLUMNS
-    writer.writerow([*columns, *(("kl", "kl_std_err") if view.record.by_kl else ()), last])
+    rows: list[list[object]] = [[*columns, *(("kl", "kl_std_err") if view.record.by_kl else ()), last]]
     for point in view.points:
-        writer.writerow(
-            [
-                point.step,
-                "" if point.layer is None else point.layer,
-                "" if point.decoder_layer is None else point.decoder_layer,
-                point.full,
-                point.pattern.retention,
-                point.loss,
-                point.difference.delta,
-                point.difference.std_err,
-                *((point.kl.delta, point.kl.std_err) if point.kl else ()),
-                point.pattern.letters,
-            ]
-        )
-    return text.getvalue()
+        layers = ["" if layer is None else layer for layer in (point.layer, point.decoder_layer)]
+        difference = [point.difference.delta, point.difference.std_err]
+        kl = [point.kl.delta, point.kl.std_err] if point.kl else []
+        retention = point.pattern.retention
+        rows.append([point.step, *layers, point.full, retention, point.loss, *difference, *kl, point.pattern.letters])
+    return _csv(rows)
 
 
 def eval_csv(view: EvalView) -> str:
     """An evaluation as CSV, one row per pattern. Losses and KL in nats per token; a task not given is empty."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    tasks = [f"{kind}_{way}" for kind, way in view.task_columns]
-    writer.writerow([*EVAL_CSV_COLUMNS[:-1], *tasks, EVAL_CSV_COLUMNS[-1]])
+    *columns, last = EVAL_CSV_COLUMNS
+    rows: list[list[object]] = [[*columns, *(f"{kind}_{way}" for kind, way in view.task_columns), last]]
     for row in view.rows:
-        writer.writerow(_eval_cells(row, view))
+        flags = [str(flag).lower() for flag in (row.in_sample, row.foreign)]
+        loss = [row.loss, row.difference.delta, row.difference.std_err, row.perplexity]
+        beside = [row.kl.delta, row.kl.std_err, row.top1_agreement]
+        tasks = [row.tasks[column].share if column in row.tasks else "" for column in view.task_columns]
+        named = [row.name, row.method, row.pattern.retention, row.full]
+        rows.append([*named, *flags, *loss, *beside, *tasks, row.pattern.letters])
+    return _csv(rows)
+
+
+def _csv(rows: list[list[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
-
-
-def _eval_cells(row: EvalRow, view: EvalView) -> list[object]:
-    tasks = [row.tasks.get(column) for column in view.task_columns]
-    return [
-        row.name,
-        row.method,
-        row.pattern.retention,
-        row.full,
-        str(row.in_sample).lower(),
-        str(row.foreign).lower(),
-        row.loss,
-        row.difference.delta,
-        row.difference.std_err,
-        row.perplexity,
-        row.kl.delta,
-        row.kl.std_err,
-        row.top1_agreement,
-        *("" if accuracy is None else accuracy.share for accuracy in tasks),
-        row.pattern.letters,
-    ]
 
 
 def _eval_view(document: dict[str, Any], directory: Path) -> EvalView:

@@ -18,7 +18,7 @@ from icsearch.cli import app
 from icsearch.engines.export import export
 from icsearch.engines.table import ENGINES
 from icsearch.report import write
-from icsearch.report.card_metadata import TAGS, dataset_of
+from icsearch.report.card import TAGS, dataset_of
 from icsearch.report.write import ReportError
 from icsearch.runs import results as run_results
 from icsearch.runs.record import load_run
