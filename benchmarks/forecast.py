@@ -1,9 +1,10 @@
-"""The plan's hours against measured ones: constants fitted on some layer calls, checked on others and on searches.
+"""The plan's hours against measured ones: one efficiency fitted on layer calls, checked on others and on searches.
 
 Every measurement is a process of its own on one thread: CPU seconds of a layer call with its own indexer and without,
 of a dense layer and of one with experts, and of the LM head, on random checkpoints of several shapes; the smallest of
-some repeats. The constants (`layer_time.Efficiency`) are fitted on the shapes and lengths in FITTED, by least squares
-of relative errors. Then whole greedy searches are run, and their CPU seconds compared with the plan's hours.
+some repeats. The efficiency of the CPU in devices.toml is fitted on the shapes and lengths in FITTED: the one with
+which the median estimate is neither too high nor too low. Then whole greedy searches are run, and their CPU seconds
+compared with the plan's hours.
 
 Usage: python benchmarks/forecast.py [--repeats 3]
 """
@@ -15,28 +16,25 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 import checkpoints
-from icsearch.commands.requests import CalibrationRequest
+from icsearch.commands.plan import make_case
+from icsearch.commands.requests import CalibrationRequest, PlanRequest
 from icsearch.model.shape import BLOCK_ELEMENTS
-from icsearch.planning.devices import DEVICES, Devices
+from icsearch.planning.devices import Device, Devices, device_table
 from icsearch.planning.footprint import Call
 from icsearch.planning.forecast import Clock as PlanClock
-from icsearch.planning.forecast import Course, PlanRequest, make_case
-from icsearch.planning.layer_time import KINDS, CallWork, Efficiency, head_call, layer_call
+from icsearch.planning.forecast import Course, Phase, head_phase, layer_phases
 from icsearch.planning.modelfile import open_model_file
-from icsearch.planning.placement import Placement
-from icsearch.planning.placement import fit as fit_placement
-from icsearch.planning.workload import layer_evaluations
+from icsearch.planning.rehearsal import layer_evaluations
+from icsearch.sweep.distributed.launch import Grid
 from measuring import RESULTS, WORK, Clock, Json, Results, machine, run_child, write_json
 from memory import LAYERS, SHAPES
 
-FORMAT = "icsearch.bench.forecast/1"
-CPU = DEVICES["cpu"]
+FORMAT = "icsearch.bench.forecast/2"
+CPU = device_table()["cpu"]
 FITTED = (
     "small:512:4", "small:2048:1", "small:8192:1", "wide:1024:1", "wide:4096:1", "experts:1024:1", "experts:4096:1",
     "latents:1024:1", "latents:4096:1", "words:1024:1",
@@ -158,63 +156,42 @@ def measure_search(results: Results, case: str, threads: int, clock: Clock) -> N
     results.add(key, clock.run(f"search {case}", expected, lambda: run_child("forecast.py", spec, threads)))
 
 
-def works_of(case: str) -> dict[str, CallWork]:
-    """The parts of every call that a case measures."""
+def phases_of(case: str) -> dict[str, list[Phase]]:
+    """The phases of every call that a case measures."""
     name, length, batch = case.split(":")
     call = Call(open_model_file(str(model_of(name))).shape, int(batch), int(length), 4, BLOCK_ELEMENTS["cpu"])
-    layers = {f"{i}{role}": layer_call(call, i, role == "F") for i in {DENSE, EXPERTS} for role in "FS"}
-    return {**layers, "head": head_call(call)}
+    layers = {f"{i}{role}": layer_phases(call, i, role == "F") for i in {DENSE, EXPERTS} for role in "FS"}
+    return {**layers, "head": [head_phase(call)]}
 
 
-def least_seconds(work: CallWork) -> list[float]:
-    """By kind of work, with the device's peak numbers; then the number of launches."""
-    sums = dict.fromkeys(KINDS, 0.0)
-    for part in work.parts:
-        sums[part.kind] += part.least_seconds(CPU, work.dtype_bytes)
-    return [*sums.values(), float(work.launches)]
+def seconds_of(phases: Sequence[Phase], device: Device) -> float:
+    return sum(device.seconds(phase.flops, phase.bytes, in_float32=True) for phase in phases)
 
 
-def fit(rows: Sequence[tuple[list[float], float]]) -> Efficiency:
-    """The constants with the smallest squared relative errors; no efficiency is above 1."""
-    matrix = np.array([[value / seconds for value in least] for least, seconds in rows])
-    least = np.array([1.0] * len(KINDS) + [0.0])  # of 1 / efficiency, and of the seconds of a launch
-    solution = least + nonnegative_least_squares(matrix, np.ones(len(rows)) - matrix @ least)
-    return Efficiency(
-        **{kind: float(1 / x) for kind, x in zip(KINDS, solution, strict=False)}, launch=float(solution[-1])
-    )
+def fit(rows: Sequence[tuple[list[Phase], float]]) -> Device:
+    """The CPU with the efficiency of which the median of estimate / measured is 1: it falls as the efficiency grows."""
+    least, most = 0.01, 1.0
+    for _ in range(20):
+        device = replace(CPU, efficiency=(least + most) / 2)
+        too_slow = statistics.median(seconds_of(phases, device) / seconds for phases, seconds in rows) > 1
+        least, most = (device.efficiency, most) if too_slow else (least, device.efficiency)
+    return device
 
 
-def nonnegative_least_squares(matrix: np.ndarray, target: np.ndarray, rounds: int = 20000) -> np.ndarray:
-    """argmin |A x - b| over x >= 0, one coordinate after the other until it stands still."""
-    scale = np.linalg.norm(matrix, axis=0)
-    scale[scale == 0] = 1
-    scaled, x = matrix / scale, np.zeros(matrix.shape[1])
-    residual = target.copy()
-    for _ in range(rounds):
-        before = x.copy()
-        for column in range(len(x)):
-            step = max(-x[column], float(scaled[:, column] @ residual))
-            x[column] += step
-            residual -= step * scaled[:, column]
-        if np.abs(x - before).max() < 1e-10:
-            break
-    return x / scale
-
-
-def compared(results: Results, cases: Sequence[str], efficiency: Efficiency) -> list[Json]:
+def compared(results: Results, cases: Sequence[str], device: Device) -> list[Json]:
     """Each measured call beside its estimate."""
     rows = []
     for case in cases:
         line = results.find(("calls", case))
         if line is None:
             continue
-        for name, work in works_of(case).items():
-            estimate, seconds = work.seconds(CPU, efficiency), line["seconds"][name]
+        for name, phases in phases_of(case).items():
+            estimate, seconds = seconds_of(phases, device), line["seconds"][name]
             rows.append({"case": case, "call": name, "seconds": seconds, "estimate": estimate})
     return [{**row, "error": row["estimate"] / row["seconds"] - 1} for row in rows]
 
 
-def searches(results: Results, efficiency: Efficiency) -> list[Json]:
+def searches(results: Results, fitted: Device) -> list[Json]:
     """Each measured search beside its plan."""
     rows = []
     for case in SEARCHES:
@@ -222,13 +199,14 @@ def searches(results: Results, efficiency: Efficiency) -> list[Json]:
         if line is None:
             continue
         name, length, sequences, flips = case.split(":")
-        calibration = CalibrationRequest(str(model_of(name)), "", int(length), int(sequences))
-        device = replace(CPU, memory=8 * 10**9, node_read_rate=1e15)  # loading is not measured
-        request = PlanRequest(calibration, out=Path(), num_shared=int(flips), batch_size=1, devices=Devices(1, device))
-        planned = make_case(request)
-        place = fit_placement(planned, Placement())
-        sweeps = planned.workload.likely(place.per_sweep, place.kept.keeping)
-        seconds = Course(planned, place, PlanClock(planned, efficiency)).seconds(sweeps)
+        request = PlanRequest(
+            str(model_of(name)), num_shared=int(flips), seq_len=int(length), num_sequences=int(sequences), batch_size=1
+        )
+        device = replace(fitted, memory=8 * 10**9, read_rate=1e15)  # loading is not measured
+        planned = replace(make_case(request), devices=Devices(1, device))
+        place = planned.place(Grid(), "none")
+        sweeps = planned.workload.likely("exact", place.memory.patterns_per_sweep, place.kept.keeping)
+        seconds, _, _ = Course(planned, place, PlanClock(planned)).seconds(sweeps)
         rows.append(
             {
                 "case": case,
@@ -244,16 +222,16 @@ def searches(results: Results, efficiency: Efficiency) -> list[Json]:
 
 def summarise(results: Results) -> Json:
     measured = [
-        (least_seconds(work), line["seconds"][name])
+        (phases, line["seconds"][name])
         for case in FITTED
         if (line := results.find(("calls", case))) is not None
-        for name, work in works_of(case).items()
+        for name, phases in phases_of(case).items()
     ]
-    efficiency = fit(measured)
+    device = fit(measured)
     groups = {
-        "fitted": compared(results, FITTED, efficiency),
-        "held out": compared(results, HELD_OUT, efficiency),
-        "searches": searches(results, efficiency),
+        "fitted": compared(results, FITTED, device),
+        "held out": compared(results, HELD_OUT, device),
+        "searches": searches(results, device),
     }
     errors = {
         name: {
@@ -267,7 +245,7 @@ def summarise(results: Results) -> Json:
     return {
         "format": FORMAT,
         **results.origin(),
-        "efficiency": asdict(efficiency),
+        "efficiency": device.efficiency,
         "errors": errors,
         **{name.replace(" ", "_"): rows for name, rows in groups.items()},
     }
@@ -281,7 +259,7 @@ def table(document: Json) -> str:
     lines += ["", "| search (shape:tokens:sequences:flips) | CPU seconds | estimate | error |", "|---|---|---|---|"]
     for row in document["searches"]:
         lines.append(f"| {row['case']} | {row['seconds']:.1f} | {row['estimate']:.1f} | {row['error']:+.0%} |")
-    lines += ["", *(f"{name}={value:.3g}," for name, value in document["efficiency"].items())]
+    lines += ["", f"efficiency = {document['efficiency']:.3g}"]
     return "\n".join(lines)
 
 

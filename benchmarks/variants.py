@@ -150,12 +150,12 @@ class Loading:
 @contextlib.contextmanager
 def nothing_kept() -> Iterator[None]:
     """Within it, searches keep no states between steps: every sweep starts at the embedding."""
-    from icsearch.planning import plan
+    from icsearch.planning import memory
 
     def nothing(keeping: Any, *_: Any) -> Any:
-        return plan.Kept(replace(keeping, stride=0), 0, 0)
+        return memory.Kept(replace(keeping, stride=0), 0, 0)
 
-    with mock.patch.object(plan, "plan_kept", nothing):
+    with mock.patch.object(memory, "plan_kept", nothing):
         yield
 
 

@@ -30,6 +30,7 @@ import tables  # noqa: E402
 import variants  # noqa: E402
 from icsearch.cli import app  # noqa: E402
 from icsearch.model import ops  # noqa: E402
+from icsearch.planning.forecast import Phase  # noqa: E402
 from icsearch.runs.results import cost  # noqa: E402
 from icsearch.search.registry import Options  # noqa: E402
 
@@ -331,18 +332,16 @@ def test_what_a_run_of_several_processes_leaves(glm_checkpoint: Path, tokens: Pa
 # --- the plan and its memory
 
 
-def test_the_fit_finds_constants_that_are_there() -> None:
-    """Made-up seconds from known constants, with kinds that never occur and a launch that takes no time."""
+def test_the_forecast_fits_the_efficiency_it_was_made_with() -> None:
+    """Whatever some calls wait for beside."""
     chance = random.Random(0)
-    known = dict.fromkeys(forecast_benchmark.KINDS, 1.0) | {"mlp": 0.25, "scores": 0.5}
+    known = replace(forecast_benchmark.CPU, efficiency=0.25)
     rows = []
-    for _ in range(40):
-        least = {kind: chance.random() for kind in known} | {"dense_attention": 0.0}
-        seconds = sum(least[kind] / known[kind] for kind in known)
-        rows.append(([*least.values(), chance.randrange(100)], seconds))
-    fitted = forecast_benchmark.fit(rows)
-    assert {kind: fitted.of(kind) for kind in known} == pytest.approx(known, rel=1e-3)
-    assert fitted.launch == pytest.approx(0, abs=1e-6)
+    for number in range(41):
+        phases = [Phase("made up", chance.uniform(1e9, 1e10), chance.uniform(0, 1e6)) for _ in range(3)]
+        slower = 2.0 if number % 5 == 0 else 1 if number % 5 < 4 else 0.5
+        rows.append((phases, forecast_benchmark.seconds_of(phases, known) * slower))
+    assert forecast_benchmark.fit(rows).efficiency == pytest.approx(0.25, rel=1e-3)
 
 
 def test_the_memory_benchmark_reads_the_plan() -> None:

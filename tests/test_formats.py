@@ -11,7 +11,7 @@ import pytest
 
 from doc_pages import ROOT
 from eval_fixtures import dp_record
-from icsearch.planning.forecast import make_plan
+from icsearch.commands.plan import plan as make_plan
 from icsearch.planning.page import document
 from icsearch.runs import results
 from icsearch.runs.record import RunRecord

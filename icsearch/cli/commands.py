@@ -15,7 +15,6 @@ from icsearch.cli.running import Session, print_result, running
 from icsearch.commands.requests import (
     BaselineRequest,
     CachedCalibrationRequest,
-    CalibrationRequest,
     EvalRequest,
     ExportRequest,
     GreedyRequest,
@@ -92,29 +91,10 @@ def plan(request: PlanRequest) -> None:
     """
     from rich.console import Console
 
-    from icsearch.planning import forecast
-    from icsearch.planning.devices import parse_devices
+    from icsearch.commands.plan import plan as make_plan
     from icsearch.planning.page import command, document, table
 
-    made = forecast.make_plan(
-        forecast.PlanRequest(
-            CalibrationRequest(request.model, "", request.seq_len, request.num_sequences),
-            out=Path(),
-            retention=request.retention,
-            num_shared=request.num_shared,
-            stages=request.stages,
-            keep_full=request.keep_full,
-            batch_size=request.batch_size,
-            dtype=request.dtype,
-            devices=parse_devices(
-                request.devices,
-                memory=request.device_memory,
-                flops=request.device_flops,
-                bandwidth=request.bandwidth,
-                read_rate=request.read_rate,
-            ),
-        )
-    )
+    made = make_plan(request)
     if request.json:
         typer.echo(dumps(document(made), indent=1))
         return

@@ -25,8 +25,7 @@ from icsearch.commands.scoring import (
 from icsearch.commands.setup import Inputs, pattern_start
 from icsearch.core.pattern import Pattern
 from icsearch.model.layout import Layout
-from icsearch.planning import plan
-from icsearch.planning.stage_starts import stage_rows
+from icsearch.planning.rows import model_rows, stage_rows
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.runs.similarity_file import other_numerics, read_similarity, save_similarity, square_of
@@ -71,7 +70,7 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
     record, layout = scoring.record, inputs.layout
     patterns = [record.start_pattern, *map(Pattern, record.references.values())]
     runs = layout.num_layers + count_in_sweeps(layout, patterns, loaded.memory.patterns_per_sweep)
-    of_model, of_weights = plan.model_rows(record.start), weight_rows(loaded, len(patterns))
+    of_model, of_weights = model_rows(record.start), weight_rows(loaded, len(patterns))
     rows = [*of_model, *process_rows(loaded), *of_weights, *stage_rows(record.start)]
     scoring.progress.planned(rows, runs * len(record.tokens), record.layer_sequences)
     if not record.similarity_sums.sequences:

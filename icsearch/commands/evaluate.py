@@ -30,8 +30,8 @@ from icsearch.model import shape
 from icsearch.model.layout import Layout
 from icsearch.model.loading import load_tokenizer
 from icsearch.model.model import DsaModel
-from icsearch.planning import plan
 from icsearch.planning import work as cost
+from icsearch.planning.rows import model_rows
 from icsearch.runs.evaluation import EvalRecord, save_eval
 from icsearch.runs.journal import Event
 from icsearch.runs.results import guessing_notes
@@ -156,7 +156,7 @@ def _measure(
     layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
     patterns = list(dict.fromkeys(Pattern(one["pattern"]) for one in record.start["patterns"]))
     total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
-    rows = [*plan.model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
+    rows = [*model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
     listener.planned(rows, total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
     read = _reading_notes(request, inputs.layout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from icsearch.commands.requests import GreedyRequest
@@ -21,9 +20,8 @@ from icsearch.commands.scoring import (
 from icsearch.commands.setup import Inputs, pattern_start
 from icsearch.core.pattern import Pattern
 from icsearch.model.layout import Layout
-from icsearch.planning import plan, rehearsal
-from icsearch.planning.memory import Memory
-from icsearch.planning.stage_starts import stage_rows
+from icsearch.planning import rehearsal
+from icsearch.planning.rows import SearchPlan, model_rows, process_rows, search_rows, stage_rows
 from icsearch.runs.directory import part_of
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
@@ -31,7 +29,7 @@ from icsearch.search.loop import Progress, Search, SwapRefinement
 from icsearch.search.protocol import Strategy, Task, looks_of
 from icsearch.search.race import testing_looks
 from icsearch.search.registry import DEFAULT_CONFIDENCE, Options, make_strategy
-from icsearch.sweep.distributed.launch import check_device, grids, pipeline_blocks
+from icsearch.sweep.distributed.launch import check_device, grids
 from icsearch.sweep.states import Keeping
 
 if TYPE_CHECKING:
@@ -58,8 +56,7 @@ def greedy(
             search_plan = _plan(request, here.inputs.layout, loaded, record)
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
             total = search_plan.expected_layer_evaluations * len(record.tokens)
-            rows = [*plan.rows(search_plan, here.start), *stage_rows(here.start)]
-            listener.planned(rows, total, record.layer_sequences)
+            listener.planned(_rows(request, search_plan, loaded, here.start), total, record.layer_sequences)
             if options_of(record).races and (why := _why_race_saves_nothing(record, scoring.waves)):
                 listener.info(why)
             score_baseline(scoring, here.inputs.layout)
@@ -116,7 +113,7 @@ def options_of(record: RunRecord) -> Options:
     return Options(recorded["strategy"], confidence, recorded.get("tie_margin"))
 
 
-def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRecord) -> plan.SearchPlan:
+def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRecord) -> SearchPlan:
     memory, size = loaded.memory, loaded.memory.patterns_per_sweep
     along = [layout.start_pattern] * memory.along
 
@@ -125,14 +122,16 @@ def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRec
 
     references = [Pattern(letters) for letters in record.references.values()]
     flippable = request.flippable(layout.start_pattern)
-    kept = _kept(layout, flippable, memory, record)
+    keeping = Keeping(layout.num_layers, layout.layer_indices, frozenset(flippable))
+    kept = memory.keep(keeping, max(len(flippable), 1 + len(references)), len(record.tokens))
     options = options_of(record)
     evaluations, layer_runs = rehearsal.preview(strategy_of(record), record.tokens, count, options.is_lazy)
     expected = most = layer_runs + count([layout.start_pattern, *references])
     if options.name == "exact":  # what the others take follows from the losses
-        expected = rehearsal.rehearse(lambda: strategy_of(record), record.tokens, references, kept.keeping, size, along)
-    return plan.SearchPlan(
-        strategy=options,
+        sweeps = rehearsal.rehearsed(lambda: strategy_of(record), record.tokens, references, kept.keeping, size, along)
+        expected = rehearsal.layer_evaluations(sweeps)
+    return SearchPlan(
+        strategy=options.name,
         num_layers=len(layout.layer_indices),
         candidates=len(flippable),
         num_shared=record.start["options"]["num_shared"],
@@ -140,41 +139,21 @@ def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRec
         layer_evaluations=most,
         expected_layer_evaluations=expected,
         naive_layer_evaluations=(evaluations + 1 + len(references)) * layout.num_layers,
-        branches_per_sweep=size,
-        branch_bytes=memory.branch_bytes,
-        layer_bytes=memory.shape.layer_bytes,
-        weight_bytes=memory.weights,
-        memory_bytes=memory.budget,
-        full_state_bytes=memory.full_states,
+        memory=memory,
         kept=kept,
-        program_bytes=memory.program,
-        resting=memory.resting,
-        tensor_bytes=memory.shape.final_bytes * memory.shape.batch_size,
-        state_bytes=memory.shape.branch_bytes,
-        packets=memory.share.packets,
-        along=memory.along,
-        layer_known=memory.shape.known,
         heldout_sequences=len(record.heldout.tokens) if record.heldout else 0,
-        processes=_processes(request, memory, record),
-        weight_rows=tuple(weight_rows(loaded, len(flippable))),
     )
 
 
-def _kept(layout: Layout, flippable: Sequence[int], memory: Memory, record: RunRecord) -> plan.Kept:
-    """Live branches come first, as many as one step has; the states kept between steps get what is left."""
-    most = max(len(flippable), 1 + len(record.references))
-    keeping = Keeping(layout.num_layers, layout.layer_indices, frozenset(flippable))
-    share = memory.share
-    sequences = share.sequences(len(record.tokens), memory.shape.batch_size)
-    blocks = pipeline_blocks(layout.num_layers, layout.layer_indices, share.grid.pipeline)
-    return plan.plan_kept(keeping, memory.shape, sequences, memory.beside(most), blocks, memory.resting > 0)
-
-
-def _processes(request: GreedyRequest, memory: Memory, record: RunRecord) -> str:
-    """Who computes, in words; nothing where one process does."""
-    if memory.share.grid.size == 1:
-        return ""
-    words, stages = memory.grid_words(len(record.tokens)), record.start["options"]["stages"]
-    if stages == request.pp and stages > 1:
-        return f"{words}; searched in {stages} stages, their blocks of layers (--stages 1: all layers together)"
-    return words
+def _rows(request: GreedyRequest, search_plan: SearchPlan, loaded: Loaded, start: Event) -> list[tuple[str, str]]:
+    """The plan in words."""
+    stages = start["options"]["stages"]
+    blocks = f"; searched in {stages} stages, their blocks of layers (--stages 1: all layers together)"
+    more = blocks if stages == request.pp and stages > 1 else ""
+    return [
+        *model_rows(start),
+        *process_rows(loaded.memory, len(start["tokens"]), more),
+        *weight_rows(loaded, search_plan.candidates),
+        *search_rows(search_plan, start),
+        *stage_rows(start),
+    ]

@@ -9,23 +9,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icsearch.commands.requests import KL, RunRequest
-from icsearch.commands.setup import Inputs, environment_notes, is_ready, obtain, obtain_heldout, open_model
+from icsearch.commands.setup import (
+    Inputs,
+    environment_notes,
+    is_ready,
+    machine_here,
+    memory_job,
+    obtain,
+    obtain_heldout,
+    open_model,
+)
 from icsearch.core.pattern import Pattern
 from icsearch.model.layout import Layout
 from icsearch.model.loading import bring_up, resolve_device
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import DISK
 from icsearch.model.shards import read_rate
-from icsearch.planning import offload, plan
-from icsearch.planning.memory import Memory, plan_memory, plan_share
-from icsearch.planning.stage_starts import stage_notes
+from icsearch.planning import rows
+from icsearch.planning.memory import Kept, Memory, plan_memory
 from icsearch.runs.directory import RunDirectory
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import guessing_notes
 from icsearch.search.loop import Progress, Scorer, Scoring
 from icsearch.sweep.branches import Batch, BranchState, device_batches
-from icsearch.sweep.distributed.launch import CALIBRATION, HELDOUT, Grid, pipeline_blocks
+from icsearch.sweep.distributed.launch import CALIBRATION, HELDOUT, Grid
 from icsearch.sweep.states import Keeping, StateStore
 from icsearch.sweep.sweep import SweepScorer, make_sweeper
 
@@ -97,7 +105,7 @@ def load(request: RunRequest, inputs: Inputs, options: dict[str, Any], tell: Tel
 
     `tell` hears when weights are about to be read: by then everything that needs none of them has been refused.
     """
-    memory = plan_memory(request, inputs, options)
+    memory = plan_memory(memory_job(request, inputs, options), machine_here(request, options["device"]))
     tell(f"loading {request.model} ...")
     remote = request.calibration.trust_remote_code
     dsa = bring_up(inputs.source, options, remote, None, memory.offload.where)
@@ -121,10 +129,10 @@ def load_together(request: RunRequest, here: Opened, world: World | None, wanted
     from icsearch.sweep.distributed.startup import check_ready, start_worker
 
     inputs, options = here.inputs, here.start["options"]
-    memory = plan_share(request, inputs, options, world.launch, wanted)
+    job = memory_job(request, inputs, options)
+    memory = plan_memory(job, machine_here(request, options["device"], world.launch), wanted)
     tell(f"loading {request.model} ...")
-    grid = memory.share.grid
-    layers = pipeline_blocks(inputs.layout.num_layers, inputs.layout.layer_indices, grid.pipeline)
+    grid, layers = memory.grid, job.blocks(memory.grid)
     sets = {CALIBRATION: inputs.batches, **({HELDOUT: inputs.heldout} if inputs.heldout else {})}
     remote, where = request.calibration.trust_remote_code, memory.offload.where
     worker, dsa = start_worker(world, grid, layers, inputs.source, remote, options, sets, where)
@@ -142,7 +150,7 @@ def load_together(request: RunRequest, here: Opened, world: World | None, wanted
 
 
 def make_scoring(
-    here: Opened, record: RunRecord, loaded: Loaded, listener: Progress, kept: plan.Kept | None = None
+    here: Opened, record: RunRecord, loaded: Loaded, listener: Progress, kept: Kept | None = None
 ) -> Scoring:
     """The scoring of a run by the layer sweep; notes what has changed around a run that goes on.
 
@@ -153,7 +161,7 @@ def make_scoring(
     scorer = _scorer(loaded, CALIBRATION, loaded.batches, kept, record)
     scoring = Scoring(here.run.journal, record, scorer, listener)
     changed = environment_notes(here.existing, here.start)
-    scoring.note([*changed, *loaded.notes, *weight_notes(loaded), *stage_notes(here.start)])
+    scoring.note([*changed, *loaded.notes, *weight_notes(loaded), *(text for _, text in rows.stage_rows(here.start))])
     return scoring
 
 
@@ -162,7 +170,7 @@ def heldout_scorer(here: Opened, record: RunRecord, loaded: Loaded) -> Scorer:
     return _scorer(loaded, HELDOUT, loaded.heldout, _keep_nothing(here.inputs.layout), record)
 
 
-def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept, record: RunRecord) -> Scorer:
+def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: Kept, record: RunRecord) -> Scorer:
     """Measures what the run's objective needs; by all processes of the run, where it has several."""
     by_kl, keep_full_states = record.start["options"]["objective"] == KL, loaded.memory.full_states > 0
     if loaded.coordinator is not None:
@@ -179,15 +187,13 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: plan.Kept
 
 def process_rows(loaded: Loaded) -> list[tuple[str, str]]:
     """The plan's row on processes, where there are several."""
-    if loaded.coordinator is None:
-        return []
-    return [("processes", loaded.memory.grid_words(sum(len(batch.input_ids) for batch in loaded.batches)))]
+    return rows.process_rows(loaded.memory, sum(len(batch.input_ids) for batch in loaded.batches))
 
 
 def weight_rows(loaded: Loaded, patterns: int) -> list[tuple[str, str]]:
     """The plan's rows on weights, for steps of so many patterns at most."""
-    passes = loaded.memory.passes(patterns, sum(len(batch.input_ids) for batch in loaded.batches))
-    return offload.rows(loaded.memory.offload, passes, loaded.bytes_per_second)
+    sequences = sum(len(batch.input_ids) for batch in loaded.batches)
+    return rows.weight_rows(loaded.memory, patterns, sequences, loaded.bytes_per_second)
 
 
 def score_baseline(scoring: Scoring, layout: Layout, *more: Pattern) -> None:
@@ -206,8 +212,8 @@ def weight_notes(loaded: Loaded) -> list[str]:
     return [f"weights were streamed layer by layer (--offload {loaded.memory.offload.where}): the same bits"]
 
 
-def _keep_nothing(layout: Layout) -> plan.Kept:
-    return plan.Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
+def _keep_nothing(layout: Layout) -> Kept:
+    return Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
 
 
 def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int, along: Sequence[Pattern] = ()) -> int:

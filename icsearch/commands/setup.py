@@ -14,18 +14,21 @@ from icsearch import __version__
 from icsearch.calibration import cache as calibration_cache
 from icsearch.calibration.batches import Calibration, Limits, check_heldout
 from icsearch.calibration.sources import ReadyTokens, parse_source
-from icsearch.commands.requests import CalibrationRequest, PatternRequest, RunRequest
+from icsearch.commands.requests import KL, CalibrationRequest, GreedyRequest, PatternRequest, RunRequest
 from icsearch.core.errors import ModelError
 from icsearch.core.pattern import Pattern, references
 from icsearch.model import checkpoint, loading
 from icsearch.model.checkpoint import Checkpoint
-from icsearch.model.layout import Layout, inspect
+from icsearch.model.layout import DTYPES, Layout, inspect
 from icsearch.model.loading import resolve_device
-from icsearch.model.machine import environment
+from icsearch.model.machine import environment, free_bytes, resident_bytes
 from icsearch.model.shape import BLOCK_ELEMENTS, default_batch_size
+from icsearch.planning.footprint import KL_HEAD_COPIES, NLL_HEAD_COPIES, BatchShape, Call, blockwise_shape
+from icsearch.planning.memory import MEMORY_SHARE, Job, Machine, WeightSizes
 from icsearch.runs.directory import part_of
 from icsearch.runs.journal import JOURNAL_FORMAT, Event
 from icsearch.search.greedy import split_stages
+from icsearch.sweep.distributed.launch import Launch
 
 DEFAULT_NUM_SEQUENCES = 24
 
@@ -216,3 +219,62 @@ def environment_notes(existing: Sequence[Event], start: Event) -> list[str]:
         for name in ("torch", "transformers", "device_name")
         if before.get(name) != now[name]
     ]
+
+
+def memory_job(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> Job:
+    """What a run asks of memory, in numbers."""
+    layout, width = inputs.layout, DTYPES[options["dtype"]].itemsize
+    outside = layout.num_parameters - sum(layout.layer_parameters)
+    layers = tuple(number * width for number in layout.layer_parameters)
+    by_name = len(options.get("patterns", ())) or 1  # those that an evaluation names
+    return Job(
+        shape=batch_shape(layout, options, inputs.batches.seq_len),
+        weights=WeightSizes(outside * width, layers, inputs.source.num_bytes),
+        layer_indices=layout.layer_indices,
+        sequences=inputs.batches.num_sequences,
+        patterns=len(request.flippable(layout.start_pattern)) if isinstance(request, PatternRequest) else by_name,
+        heldout=inputs.heldout.num_sequences if inputs.heldout else 0,
+        offload=request.offload,
+        by_kl=options.get("objective") == KL,
+        may_rest=isinstance(request, GreedyRequest),
+    )
+
+
+def machine_here(request: RunRequest, device_name: str, launch: Launch | None = None) -> Machine:
+    """What a process of a run may take: `--memory`, by default most of what its device has free."""
+    device, cpu = torch.device(device_name), torch.device("cpu")
+    launch = launch or Launch()
+    neighbours = launch.neighbours(torch.cuda.device_count() if device.type == "cuda" else 1)
+    return Machine(
+        on_cpu=device.type == "cpu",
+        budget=request.memory or int(MEMORY_SHARE * free_bytes(device) / neighbours),
+        cpu_free=free_bytes(cpu),
+        processes=launch.local_size,
+        program=0 if device.type == "cuda" else resident_bytes(),
+    )
+
+
+def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> BatchShape:
+    """One batch of a run under these options."""
+    dtype_bytes = DTYPES[options["dtype"]].itemsize
+    batch_size, elements = options["batch_size"], options.get("block_elements")
+    copies = KL_HEAD_COPIES if options.get("objective") == KL else NLL_HEAD_COPIES
+    if elements is not None and layout.sizes is not None:
+        shape = blockwise_shape(Call(layout.sizes, batch_size, seq_len, dtype_bytes, elements), copies)
+        return replace(shape, left_numbers=layout.left_numbers)
+    return BatchShape(
+        batch_size=batch_size,
+        seq_len=seq_len,
+        hidden_size=layout.hidden_size,
+        dtype_bytes=dtype_bytes,
+        index_topk=layout.selection.kept,
+        index_heads=layout.index_heads,
+        index_head_dim=layout.index_head_dim,
+        attention_heads=layout.attention_heads,
+        vocab_size=layout.vocab_size,
+        head_copies=copies,
+        streams=layout.streams,
+        left_numbers=layout.left_numbers,
+        selection_bytes=None if layout.selection.plain else layout.selection.bytes_per_query(seq_len),
+        known=layout.reference_known,
+    )

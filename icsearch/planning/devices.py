@@ -1,13 +1,12 @@
-"""The devices that a search can be planned for: sizes and peak rates, quoted from data sheets. No torch.
-
-Peak rates are dense ones, without sparsity, at the boost clock: what a part of the work reaches of them is the
-efficiency in `layer_time`.
-"""
+"""The devices that a search can be planned for, from devices.toml: sizes and peak rates, each with its source."""
 
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,58 +14,36 @@ import psutil
 from icsearch.core.errors import IcsearchError
 from icsearch.core.jsonfile import shown
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 MAX_RATE = 1e24  # far above all devices of the world together
-MB, GB, TB = 10**6, 10**9, 10**12
-CUDA, CPU = "cuda", "cpu"
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device: bytes, FLOP/s, bytes/s. `node_memory` is the CPU memory beside all devices of a node."""
+    """One device, and its part of a node: as devices.toml has it. `sources` says where each constant is from."""
 
     name: str
-    kind: str
+    kind: str  # cuda or cpu
     memory: int
-    flops: float  # 16-bit products, dense
-    float32_flops: float  # products in float32 proper, not TF32: what our scores are computed in
-    bandwidth: float  # of the device's own memory
-    cache: int  # bytes that stay on the chip
-    link: float  # to and from CPU memory, each way
-    peer: float  # to another device of the node, each way
+    flops: float
+    float32_flops: float
+    bandwidth: float
+    link: float
     node_memory: int
-    node_read_rate: float  # from the node's disks, shared by all devices
-    node_cached_rate: float  # from the page cache, where the node's memory holds the checkpoint; shared too
-    convert_rate: float  # of FP8 weights to the type that computes, on the CPU, in one process
-    source: str
+    read_rate: float
+    cached_rate: float
+    convert_rate: float
+    efficiency: float
+    sources: dict[str, str]
 
-
-# H100, H200: NVIDIA's data sheets (SXM; their tensor figures are with sparsity, halved here); NVLink 4 has 450 GB/s
-# each way; 2 TB of CPU memory as in a DGX. A100: its data sheet (80 GB SXM). B200: an eighth of NVIDIA's DGX B200, and
-# the HGX figures for one GPU. Links are PCIe's rate x 0.8. Disk, page cache and conversion are assumed.
-_GPU = Device(
-    name="H200", kind=CUDA, memory=141 * GB, flops=989 * TB, float32_flops=67 * TB, bandwidth=4.8 * TB, cache=50 * MB,
-    link=50 * GB, peer=450 * GB, node_memory=2 * TB, node_read_rate=4 * GB, node_cached_rate=80 * GB,
-    convert_rate=1 * GB, source="data sheet; disk, page cache and conversion assumed",
-)  # fmt: skip
-_TABLE = (
-    replace(
-        _GPU, name="A100", memory=80 * GB, flops=312 * TB, float32_flops=19.5 * TB, bandwidth=2.04 * TB, cache=40 * MB,
-        link=25 * GB, peer=300 * GB,
-    ),
-    replace(_GPU, name="H100", memory=80 * GB, bandwidth=3.35 * TB),
-    _GPU,
-    replace(
-        _GPU, name="B200", memory=180 * GB, flops=2250 * TB, float32_flops=80 * TB, bandwidth=8 * TB, cache=126 * MB,
-        peer=900 * GB,
-    ),
-    # One thread of the machine that benchmarks/forecast.py was fitted on; memory is that of the machine at hand.
-    Device(
-        name="cpu", kind=CPU, memory=0, flops=0.1 * TB, float32_flops=0.1 * TB, bandwidth=10 * GB, cache=16 * MB,
-        link=10 * GB, peer=5 * GB, node_memory=0, node_read_rate=1 * GB, node_cached_rate=4 * GB,
-        convert_rate=0.05 * GB, source="one thread, measured by benchmarks/forecast.py",
-    ),
-)  # fmt: skip
-DEVICES = {device.name.lower(): device for device in _TABLE}
+    def seconds(self, flops: float, moved: float, in_float32: bool) -> float:
+        """The roofline: at least what computing takes, or moving so many bytes of its memory if that is more."""
+        rate = self.float32_flops if in_float32 else self.flops
+        return max(flops / (rate * self.efficiency), moved / self.bandwidth)
 
 
 @dataclass(frozen=True)
@@ -83,6 +60,21 @@ class Devices:
         return f"{self.count}x{self.device.name}"
 
 
+@cache
+def device_table() -> dict[str, Device]:
+    """All devices, by their name in small letters."""
+    table = tomllib.loads(Path(__file__).with_name("devices.toml").read_text(encoding="utf-8"))
+    node, total = table.pop("node"), psutil.virtual_memory().total
+    machine = {name: [total, "the machine at hand"] for name in ("memory", "node_memory")}
+    devices = {}
+    for name, row in table.items():
+        constants: dict[str, Any] = {**(machine if row["kind"] == "cpu" else node), **row}
+        kind = constants.pop("kind")
+        values = {key: int(value) if key.endswith("memory") else value for key, (value, _) in constants.items()}
+        devices[name.lower()] = Device(name, kind, sources={key: why for key, (_, why) in constants.items()}, **values)
+    return devices
+
+
 def parse_devices(
     text: str,
     *,
@@ -90,30 +82,28 @@ def parse_devices(
     flops: float | None = None,
     bandwidth: float | None = None,
     read_rate: float | None = None,
-    node_memory: int | None = None,
 ) -> Devices:
     """Devices as typed (8xH200, 1xH100, 2xcpu, H200), with numbers of one's own in place of the table's.
 
-    Memory and bandwidth are of one device, the read rate and CPU memory of the node. Raises IcsearchError.
+    Memory and bandwidth are of one device, the read rate of the node. Raises IcsearchError.
     """
+    table = device_table()
     match = re.fullmatch(r"(?:(\d{1,4})\s*x\s*)?([a-z][a-z0-9-]*)", text.strip().lower())
-    if match is None or match[2] not in DEVICES or int(match[1] or 1) < 1:
-        known = ", ".join(device.name for device in _TABLE)
+    if match is None or match[2] not in table or int(match[1] or 1) < 1:
+        known = ", ".join(device.name for device in table.values())
         raise IcsearchError(
             f"--devices {text!r} is unknown: give a number and one of {known}, such as 8xH200 or 2xcpu; for another "
             "device take the nearest one, with --device-memory, --device-flops and --bandwidth of its own"
         )
-    count, device = int(match[1] or 1), DEVICES[match[2]]
-    if device.kind == CPU:  # all processes share the machine's memory
-        total = psutil.virtual_memory().total
-        device = replace(device, memory=total // count, node_memory=total)
-    own = {"memory": memory, "flops": flops, "bandwidth": bandwidth, "node_read_rate": read_rate}
-    given: dict[str, Any] = {n: value for n, value in {**own, "node_memory": node_memory}.items() if value is not None}
+    count, device = int(match[1] or 1), table[match[2]]
+    own = {"memory": memory, "flops": flops, "bandwidth": bandwidth, "read_rate": read_rate}
+    given: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
     if flops is not None:  # the one in float32 moves along
         given["float32_flops"] = device.float32_flops * flops / device.flops
-    if given:
-        given["source"] = f"{device.source}; {', '.join(sorted(given))} as given"
-    return Devices(count, replace(device, **given), memory is not None)
+    if device.kind == "cpu" and memory is None:  # all processes share the machine's memory
+        device = replace(device, memory=device.memory // count)
+    sources = {**device.sources, **dict.fromkeys(given, "as given")}
+    return Devices(count, replace(device, **given, sources=sources), memory is not None)
 
 
 def parse_rate(text: str, option: str) -> float:

@@ -1,9 +1,8 @@
-"""Memory that one call takes while it runs, with the block-wise arithmetic: what is alive at once, moment by moment.
+"""Memory of one batch: the state of a branch between layers, and what a layer call takes while it runs. No torch here.
 
-Followed through the modules of deepseek_v32 and glm_moe_dsa in transformers 5.23 and through `ops`: a moment is a point
-of a layer call at which much is alive, and the call takes as much as its fullest moment. Letters as in `cost`; all
-numbers are per token but for the buffers of blocks. e: bytes per value of the model's type. Not counted is the state
-that the call begins with: that is its branch's. No torch here.
+With the block-wise arithmetic, what is alive at once is followed through the modules of deepseek_v32 and glm_moe_dsa in
+transformers 5.23 and through `ops`: a moment is a point of a layer call at which much is alive, and the call takes as
+much as its fullest moment. Not counted is the state that the call begins with: that is its branch's.
 
 The experts take most per token: transformers' `grouped_mm` makes one row of hidden size for each (token, expert) pair,
 and the routing weights, which are float32, make it float32, twice. So they work on a chunk of tokens at once
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from icsearch.model.shape import EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, ModelShape, block_size, gathering_pays
 
 FLOAT, LONG, INT = 4, 8, 4  # bytes
+NLL_HEAD_COPIES, KL_HEAD_COPIES = 2, 6  # float32 numbers per logit that the LM head holds at once
 
 
 @dataclass(frozen=True)
@@ -52,76 +52,58 @@ class Call:
         return max(self.moments().values())
 
     def moments(self) -> dict[str, int]:
-        """Bytes alive at each of the moments that can be the fullest."""
-        tokens, moments, once = self.tokens, {"norm": self._norm}, {}
-        moments["indexer"] = self._attention_inputs + self._indexer
-        moments["attention"] = self._attention_inputs + self._core
-        if self.shape.dense_layers:
-            moments["dense MLP"] = self._mlp_inputs + 3 * self.shape.intermediate_size * self.dtype_bytes
-        if self.shape.dense_layers < self.shape.layers:
-            moments["router"] = self._mlp_inputs + self._router
-            moments["experts"], once["experts"] = self._experts
-        once |= {"indexer": self._indexer_block, "attention": self._core_block}
-        return {name: tokens * each + once.get(name, 0) for name, each in moments.items()}
-
-    @property
-    def _norm(self) -> int:
-        """The normed states, and RMSNorm's float32 copy (none where the model's type is that), square and product."""
-        copies = 2 if self.dtype_bytes == FLOAT else 3
-        return self.shape.hidden_size * copies * FLOAT
-
-    @property
-    def _attention_inputs(self) -> int:
-        """Normed states; queries before and behind RoPE; residual queries; latents, normed and as they came."""
-        one = self.shape
+        """Bytes alive at each of the moments that can be the fullest: so many per token, and buffers of blocks."""
+        one, width = self.shape, self.dtype_bytes
+        # Normed states; queries before and behind RoPE; residual queries; latents, normed and as they came.
         queries = one.heads * (2 * one.qk_nope_head_dim + 3 * one.qk_rope_head_dim)
-        return (one.hidden_size + queries + one.q_lora_rank + 2 * one.latent) * self.dtype_bytes
+        into_attention = (one.hidden_size + queries + one.q_lora_rank + 2 * one.latent) * width
+        into_mlp = 2 * one.hidden_size * width  # states behind attention, and normed
+        indexer, indexer_block = self._indexer
+        attention, attention_block = self._attention
+        # RMSNorm has normed states, a float32 copy (none where the model's type is that), square and product.
+        found = {"norm": self.tokens * one.hidden_size * (2 if width == FLOAT else 3) * FLOAT}
+        found["indexer"] = self.tokens * (into_attention + indexer) + indexer_block
+        found["attention"] = self.tokens * (into_attention + attention) + attention_block
+        if one.dense_layers:
+            found["dense MLP"] = self.tokens * (into_mlp + 3 * one.intermediate_size * width)
+        if one.dense_layers < one.layers:  # the router has a float32 copy of the states, and some tables of all experts
+            copy = 0 if width == FLOAT else one.hidden_size * FLOAT
+            waiting, chunk = self._experts
+            found["router"] = self.tokens * (into_mlp + copy + 6 * one.routed_experts * FLOAT)
+            found["experts"] = self.tokens * (into_mlp + waiting) + chunk
+        return found
 
     @property
-    def _indexer(self) -> int:
-        """Queries before and behind RoPE, with the rotated part by itself; keys, in float32 too; the selection."""
+    def _indexer(self) -> tuple[int, int]:
+        """Per token: queries before and behind RoPE, with the rotated part by itself; keys, in float32 too; the
+        selection. In a block: scores of one head, their sum, and what settles the top-k (values, tokens, and where they
+        are tied, keys).
+        """
         one = self.shape
         queries = one.index_heads * (2 * one.index_head_dim + one.qk_rope_head_dim) * self.dtype_bytes
-        return queries + one.index_head_dim * (self.dtype_bytes + FLOAT) + one.index_heads * FLOAT + self.topk * INT
+        keys = one.index_head_dim * (self.dtype_bytes + FLOAT)
+        rows = self.batch_size * min(block_size(self.tokens, self.block_elements), self.seq_len)
+        block = rows * self.seq_len * (2 * FLOAT + LONG) + rows * self.topk * (LONG + FLOAT)
+        return queries + keys + one.index_heads * FLOAT + self.topk * INT, block
 
     @property
-    def _indexer_block(self) -> int:
-        """Scores of one head, their sum, and what settles the top-k: values, tokens, and where they are tied, keys."""
-        queries = block_size(self.tokens, self.block_elements)
-        pairs = self.batch_size * min(queries, self.seq_len) * self.seq_len
-        return pairs * (2 * FLOAT + LONG) + self.batch_size * min(queries, self.seq_len) * self.topk * (LONG + FLOAT)
+    def _attention(self) -> tuple[int, int]:
+        """Per token: latents of one kind, or keys and values of every head; the output; the selection, if it is new.
 
-    @property
-    def _core(self) -> int:
-        """Latents of one kind, or keys and values of every head; the output; the selection, if it is new."""
-        one = self.shape
-        expanded = one.heads * (2 * one.qk_nope_head_dim + one.qk_rope_head_dim + one.v_head_dim)
-        kept = one.latent if self.gathers else expanded
-        return (kept + one.heads * one.v_head_dim) * self.dtype_bytes + self.topk * INT
-
-    @property
-    def _core_block(self) -> int:
-        """Gathered latents, in float32 too, and scores and weights of every head; or a mask and dense scores."""
-        one = self.shape
+        In a block: gathered latents, in float32 too, and scores and weights of every head; or a mask and dense scores.
+        """
+        one, width = self.shape, self.dtype_bytes
+        output, selection = one.heads * one.v_head_dim, self.topk * INT
         if not self.gathers:
-            queries = min(block_size(self.tokens, self.block_elements), self.seq_len)
-            return self.batch_size * queries * self.seq_len * (2 + self.dtype_bytes)
-        queries = min(block_size(self.batch_size * self.topk * one.latent, self.block_elements), self.seq_len)
-        copy = 0 if self.dtype_bytes == FLOAT else FLOAT
-        gathered = one.latent * (self.dtype_bytes + copy)
-        scores = one.heads * (2 * FLOAT + (0 if self.dtype_bytes == FLOAT else self.dtype_bytes))
-        return self.batch_size * queries * self.topk * (gathered + scores + 3 * LONG)
-
-    @property
-    def _mlp_inputs(self) -> int:
-        """States behind attention, and normed."""
-        return 2 * self.shape.hidden_size * self.dtype_bytes
-
-    @property
-    def _router(self) -> int:
-        """A float32 copy of the states, and some tables of all experts."""
-        copy = 0 if self.dtype_bytes == FLOAT else self.shape.hidden_size * FLOAT
-        return copy + 6 * self.shape.routed_experts * FLOAT
+            expanded = one.heads * (2 * one.qk_nope_head_dim + one.qk_rope_head_dim + one.v_head_dim)
+            rows = self.batch_size * min(block_size(self.tokens, self.block_elements), self.seq_len)
+            return (expanded + output) * width + selection, rows * self.seq_len * (2 + width)
+        rows = self.batch_size * min(
+            block_size(self.batch_size * self.topk * one.latent, self.block_elements), self.seq_len
+        )
+        in_float32, own_scores = (0, 0) if width == FLOAT else (FLOAT, width)
+        gathered, scores = one.latent * (width + in_float32), one.heads * (2 * FLOAT + own_scores)
+        return (one.latent + output) * width + selection, rows * self.topk * (gathered + scores + 3 * LONG)
 
     @property
     def _experts(self) -> tuple[int, int]:
@@ -135,7 +117,7 @@ class Call:
         outer = one.hidden_size * (2 * width + 2 * FLOAT)
         chunk = min(self.tokens, EXPERT_CHUNK_TOKENS)
         waiting = one.hidden_size * width if chunk < self.tokens else 0
-        return self._mlp_inputs + waiting, chunk * one.experts_per_token * max(inner, outer)
+        return waiting, chunk * one.experts_per_token * max(inner, outer)
 
 
 def head_bytes(tokens: int, hidden_size: int, vocab_size: int, dtype_bytes: int, copies: int) -> int:
@@ -149,3 +131,86 @@ def head_bytes(tokens: int, hidden_size: int, vocab_size: int, dtype_bytes: int,
     own = 0 if dtype_bytes == FLOAT else dtype_bytes  # float32 logits are not copied
     logits = chunk * vocab_size * (own + copies * FLOAT)
     return max(norm, tokens * hidden_size * dtype_bytes + logits)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """The numbers that memory follows from: one batch of one model."""
+
+    batch_size: int
+    seq_len: int
+    hidden_size: int
+    dtype_bytes: int
+    index_topk: int
+    index_heads: int
+    index_head_dim: int
+    attention_heads: int
+    vocab_size: int
+    call: Call | None = None  # of a layer with the block-wise arithmetic; None: the reference modules
+    head_copies: int = NLL_HEAD_COPIES
+    streams: int = 1  # of hidden states between layers
+    selection_bytes: int | None = None  # of one query; None: index_topk indices, or as many as there are tokens
+    left_numbers: int = 0  # that layers hand on for each token beside states and selection
+    known: bool = True  # whether the reference modules take what is counted here; else that is a guess
+
+    @property
+    def branch_bytes(self) -> int:
+        """One branch's state: hidden states, the selection, and what else layers hand on."""
+        return sum(self._state_tensors)
+
+    @property
+    def pinned_bytes(self) -> int:
+        """The same in pinned CPU memory, where torch takes the next power of two for each tensor."""
+        return sum(1 << (size - 1).bit_length() for size in self._state_tensors)
+
+    @property
+    def _state_tensors(self) -> list[int]:
+        tokens = self.batch_size * self.seq_len
+        selection = self.selection_bytes or min(self.index_topk, self.seq_len) * INT
+        left = [tokens * self.left_numbers * self.dtype_bytes] if self.left_numbers else []
+        return [tokens * self.streams * self.hidden_size * self.dtype_bytes, tokens * selection, *left]
+
+    @property
+    def final_bytes(self) -> int:
+        """The final hidden states of one sequence."""
+        return self.seq_len * self.hidden_size * self.dtype_bytes
+
+    def selections_bytes(self, layers: int) -> int:
+        """All layers' selections of one batch, in the smallest integer type that holds a position."""
+        if self.selection_bytes is not None:
+            return layers * self.batch_size * self.seq_len * self.selection_bytes  # or less
+        width = 1 if self.seq_len <= 2**8 else 2 if self.seq_len <= 2**15 else 4
+        return layers * self.batch_size * self.seq_len * min(self.index_topk, self.seq_len) * width
+
+    @property
+    def layer_bytes(self) -> int:
+        """Estimate of what one call takes while it runs: of a layer, or of the LM head if that is more.
+
+        The reference indexer holds scores per head twice and a copy of the keys per query, attention its scores per
+        head: (2 H_index + D_index + 3 + H_attention) float32 values per pair of tokens. Modules of another make are
+        counted as if they did, too (`known` False).
+        """
+        tokens = self.batch_size * self.seq_len
+        head = head_bytes(tokens, self.hidden_size, self.vocab_size, self.dtype_bytes, self.head_copies)
+        if self.call is not None:
+            return max(self.call.bytes, head)
+        per_pair = 2 * self.index_heads + self.index_head_dim + 3 + self.attention_heads
+        return max(tokens * self.seq_len * per_pair * FLOAT, head)
+
+
+def blockwise_shape(call: Call, head_copies: int = NLL_HEAD_COPIES) -> BatchShape:
+    """The shape of a batch whose layers compute with the block-wise arithmetic."""
+    model = call.shape
+    return BatchShape(
+        batch_size=call.batch_size,
+        seq_len=call.seq_len,
+        hidden_size=model.hidden_size,
+        dtype_bytes=call.dtype_bytes,
+        index_topk=model.index_topk,
+        index_heads=model.index_heads,
+        index_head_dim=model.index_head_dim,
+        attention_heads=model.heads,
+        vocab_size=model.vocab_size,
+        call=call,
+        head_copies=head_copies,
+    )

@@ -1,61 +1,132 @@
-"""`icsearch plan` as a function: what a search will take on given devices, from a config.json alone. No torch.
+"""What a search will take on given devices, from the sizes of a model alone, in every placement. No torch.
 
-Three kinds of numbers, never mixed: *counted* (layer evaluations, FLOPs, bytes of weights read: exact by their
-formulas, for the course that an exact search is likely to take, and as a bound for the others), *measured* (the share
-of exact's layer evaluations that another strategy took on the runs named in `workload`) and *estimated* (memory, by
-`footprint` and `plan`; hours, by `layer_time`; what of that share is left in few waves, and how often a lazy search
-reads the weights, by `workload`). Peak rates of devices are quoted.
+Two kinds of numbers, never mixed: *counted* (layer evaluations, FLOPs, bytes of weights read: exact by their formulas,
+for the course that a rehearsal takes, and as a bound) and *estimated* (memory, by the planner of a run; hours).
 
-Hours of a sweep: each data rank passes its waves through the places of the pipeline. A place takes, for each wave,
-what its layers' runs take, or what bringing its weights takes if that is more, and sending its branches on; the slowest
-place sets the pace, and one trunk has to run through the others first. Exact's sweeps are those of the rehearsal.
+Hours: one roofline for each phase of a layer call, `Device.seconds`. A sweep passes its waves through the places of the
+pipeline; a place takes what computing takes, or what bringing its weights takes if that is more (the next layer comes
+while one runs). The slowest place sets the pace, and one trunk has to run through the others first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from operator import mul
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
-from icsearch.commands.requests import PatternRequest
 from icsearch.core.errors import IcsearchError
-from icsearch.model.shape import DISK, default_batch_size
-from icsearch.planning.devices import CPU as DEVICE_CPU
-from icsearch.planning.devices import Devices
-from icsearch.planning.layer_time import CallWork, Efficiency, efficiency_of, head_call, layer_call
-from icsearch.planning.modelfile import open_model_file
-from icsearch.planning.offload import pass_bytes
-from icsearch.planning.placement import MEMORY_SHARE, Case, Fit, fit, placements, weight_sizes, why_nothing_fits
-from icsearch.planning.rehearsal import Sweep
-from icsearch.planning.workload import Plays, Workload, layer_evaluations, likely_passes, share_of_exact
+from icsearch.core.text import format_bytes
+from icsearch.model.shape import (
+    BLOCK_ELEMENTS,
+    CPU,
+    DISK,
+    EXPERT_CHUNK_TOKENS,
+    HEAD_CHUNK_TOKENS,
+    RESIDENT,
+)
+from icsearch.planning.devices import Device, Devices
+from icsearch.planning.footprint import FLOAT, Call, blockwise_shape
+from icsearch.planning.memory import MEMORY_SHARE, Job, Kept, Machine, Memory, WeightSizes, fit
+from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
+from icsearch.planning.rehearsal import Sweep, Workload, layer_evaluations
+from icsearch.planning.work import Widths, layer_work
 from icsearch.search.registry import STRATEGIES
+from icsearch.sweep.distributed.launch import Grid, can_be_cut
 
-DEFAULT_SEQUENCES = 24
 SECONDS_AN_HOUR = 3600.0
-PATIENCE = 24.0  # hours: above that, another strategy than exact is recommended
+INDEX_SCORES, ATTENTION, REST, HEAD = "index scores", "attention", "projections, experts", "LM head"
 
 
 @dataclass(frozen=True)
-class PlanRequest(PatternRequest):
-    """What a search is to be planned for: the search itself, and the devices."""
+class Case:
+    """What is to run and on what: the model, its workload, tokens and type, and the devices."""
 
-    devices: Devices = field(kw_only=True)
+    model: ModelFile
+    workload: Workload
+    seq_len: int
+    batch_size: int
+    dtype: str
+    devices: Devices
+
+    @property
+    def device(self) -> Device:
+        return self.devices.device
+
+    @property
+    def call(self) -> Call:
+        """One layer call: one batch."""
+        elements = BLOCK_ELEMENTS[self.device.kind]
+        return Call(self.model.shape, self.batch_size, self.seq_len, DTYPE_BYTES[self.dtype], elements)
+
+    @cached_property
+    def job(self) -> Job:
+        """What the memory planner of a run is asked."""
+        model, width = self.model, DTYPE_BYTES[self.dtype]
+        layers = tuple(model.layer_parameters(index) * width for index in range(model.shape.layers))
+        return Job(
+            shape=blockwise_shape(self.call),
+            weights=WeightSizes(model.outside_parameters * width, layers, round(model.stored_model_bytes)),
+            layer_indices=tuple(range(model.shape.layers)),
+            sequences=self.workload.sequences,
+            patterns=len(self.workload.flippable),
+        )
+
+    def place(self, grid: Grid, offload: str) -> Placement:
+        """The search under one grid, each process on its own device."""
+        budget, node = int(MEMORY_SHARE * self.device.memory), self.device.node_memory
+        machine = Machine(self.device.kind == "cpu", budget, node, grid.size)
+        memory = fit(replace(self.job, offload=offload), machine, grid)
+        most, sequences = max(self.job.patterns, 1 + len(self.workload.references)), self.workload.sequences
+        nothing = Kept(self.workload.keeping(), 0, 0)
+        kept = nothing if memory.missing else memory.keep(self.workload.keeping(), most, sequences)
+        return Placement(offload, memory, kept, most)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One way to place a search, with what its fullest device holds, in bytes; `memory.missing` where it does not fit.
+
+    Weights are resident, or streamed layer by layer from CPU memory or disk (`offload`).
+    """
+
+    offload: str
+    memory: Memory
+    kept: Kept
+    patterns: int  # of a sweep at most
+
+    @property
+    def grid(self) -> Grid:
+        return self.memory.grid
+
+    @property
+    def states(self) -> int:
+        """Live branches, those on their way to other processes included, and states kept between steps."""
+        return self.memory.states(self.patterns, self.kept.bytes)
+
+    @property
+    def total(self) -> int:
+        return self.memory.weights + self.states + self.memory.shape.layer_bytes
+
+    @property
+    def words(self) -> str:
+        """Such as `dp 2 x pp 4 from disk`; resident where nothing is said of weights."""
+        shares = {"dp": self.grid.data, "pp": self.grid.pipeline}
+        grid = " x ".join(f"{name} {count}" for name, count in shares.items() if count > 1) or "one device"
+        return grid if self.offload == RESIDENT else f"{grid} from {self.offload}"
 
 
 @dataclass(frozen=True)
 class Forecast:
     """What one strategy takes in one placement. Layer evaluations are of one layer over all sequences.
 
-    `layer_evaluations`, `flops`, `weight_bytes` (read in the whole search) and `hours`: exact, the likely course; other
-    strategies, exact's times their measured share, in the waves of the placement. `most_*`: bounds. Hours are
-    estimates.
+    `layer_evaluations`, `flops`, `weight_bytes` (read in the whole search) and `hours`: the likely course, rehearsed;
+    `most_*`: bounds. `computing_hours` of the slowest place, and `bringing_hours` of its weights, are what `hours` is
+    made of where neither waits for the other. Hours are estimates.
     """
 
     strategy: str
-    share: float
     steps: int
-    layer_evaluations: float
+    layer_evaluations: int
     most_layer_evaluations: int
     flops: float
     most_flops: float
@@ -63,216 +134,235 @@ class Forecast:
     most_weight_bytes: float
     hours: float
     most_hours: float
+    computing_hours: float
+    bringing_hours: float
 
     @property
-    def hours_per_step(self) -> float:
-        return self.hours / self.steps
-
-    @property
-    def weight_bytes_per_step(self) -> float:
-        return self.weight_bytes / self.steps
+    def binds(self) -> str:
+        """Which side sets the pace."""
+        return "computing" if self.computing_hours >= self.bringing_hours else "bringing weights"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that the command says: the case, every placement with what it takes, and the one to use."""
+    """Everything that the command says: the case, every placement, and what each strategy takes where it fits."""
 
-    request: PlanRequest
     case: Case
-    efficiency: Efficiency
-    basis: str  # where that comes from
-    fits: tuple[Fit, ...]
-    forecasts: dict[Fit, tuple[Forecast, ...]]
+    placements: tuple[Placement, ...]
+    forecasts: dict[Placement, tuple[Forecast, ...]]
 
     @property
-    def best(self) -> tuple[Fit, Forecast]:
-        """The placement on which exact is fastest; there exact, or above `PATIENCE` hours what takes the fewest."""
-        fastest = min(self.forecasts, key=lambda one: self.forecasts[one][0].hours)
-        exact = self.forecasts[fastest][0]
-        if exact.hours <= PATIENCE:
-            return fastest, exact
-        return fastest, min(self.forecasts[fastest], key=lambda one: one.hours)  # of equals exact, which comes first
+    def best(self) -> tuple[Placement, Forecast]:
+        """The placement on which the first strategy, exact, is fastest."""
+        fastest = min(self.forecasts, key=lambda placement: self.forecasts[placement][0].hours)
+        return fastest, self.forecasts[fastest][0]
 
 
-def make_plan(request: PlanRequest) -> Plan:
-    """The plan of a search; raises IcsearchError for bad input, and where nothing fits."""
-    case = make_case(request)
-    efficiency, basis = efficiency_of(case.device)
-    fits = [fit(case, one) for one in placements(case)]
-    fitting = [one for one in fits if not one.missing]
+def make_plan(case: Case) -> Plan:
+    """Every placement of a search; raises IcsearchError where nothing fits."""
+    placements = [case.place(grid, offload) for grid, offload in all_placements(case)]
+    fitting = [placement for placement in placements if not placement.memory.missing]
     if not fitting:
-        raise why_nothing_fits(case, fits)
-    clock, plays = Clock(case, efficiency), Plays(case.workload)
-    forecasts = {one: forecast(case, one, clock, plays) for one in fitting}
-    return Plan(request, case, efficiency, basis, tuple(fits), forecasts)
+        raise _why_nothing_fits(case, placements)
+    clock = Clock(case)
+    likely = cache(lambda name, per_sweep, stride: case.workload.likely(name, per_sweep, case.workload.keeping(stride)))
+    most = cache(case.workload.most)
 
-
-def make_case(request: PlanRequest) -> Case:
-    """The case of a request, checked; raises IcsearchError."""
-    model = open_model_file(request.model)
-    sequences = request.calibration.num_sequences or DEFAULT_SEQUENCES
-    seq_len = request.calibration.seq_len or max(256, 4 * model.shape.index_topk)
-    if seq_len <= model.shape.index_topk:
-        raise IcsearchError(
-            f"--seq-len {seq_len} is not longer than index_topk {model.shape.index_topk}: every selection would be all "
-            f"tokens, and every flip free; give more than {model.shape.index_topk}"
+    def forecast(placement: Placement, name: str) -> Forecast:
+        per_sweep, course = placement.memory.patterns_per_sweep, Course(case, placement, clock)
+        sweeps, bound = likely(name, per_sweep, placement.kept.keeping.stride), most(name, per_sweep)
+        hours, computing, bringing = (seconds / SECONDS_AN_HOUR for seconds in course.seconds(sweeps))
+        return Forecast(
+            strategy=name,
+            steps=case.workload.num_shared,
+            layer_evaluations=layer_evaluations(sweeps),
+            most_layer_evaluations=layer_evaluations(bound),
+            flops=clock.flops(sweeps),
+            most_flops=clock.flops(bound),
+            weight_bytes=course.weight_bytes(len(sweeps)),
+            most_weight_bytes=course.weight_bytes(len(bound)),
+            hours=hours,
+            most_hours=course.seconds(bound)[0] / SECONDS_AN_HOUR,
+            computing_hours=computing,
+            bringing_hours=bringing,
         )
-    if model.max_positions and seq_len > model.max_positions:
-        raise IcsearchError(f"--seq-len {seq_len} is more than the model's {model.max_positions} positions: give less")
-    flips = request.resolve_num_shared(model.start)
-    workload = Workload(
-        start=model.start,
-        flippable=frozenset(request.flippable(model.start)),
-        num_shared=flips,
-        stages=request.num_stages,
-        sequences=sequences,
-        keep_full=tuple(sorted(request.keep_full)),
-    )
-    dtype = model.dtype if request.dtype == "auto" else request.dtype
-    batch_size = min(request.batch_size or default_batch_size(seq_len, sequences), sequences)
-    return Case(model, workload, seq_len, batch_size, dtype, request.devices)
+
+    forecasts = {each: tuple(forecast(each, name) for name in STRATEGIES) for each in fitting}
+    return Plan(case, tuple(placements), forecasts)
 
 
-class Clock:
-    """Seconds and FLOPs of the calls of a case."""
+def all_placements(case: Case) -> list[tuple[Grid, str]]:
+    """All grids of the devices, and one of them alone; resident before streamed, short pipelines before long ones.
 
-    def __init__(self, case: Case, efficiency: Efficiency) -> None:
-        self._device, self._efficiency = case.device, efficiency
-        layers = range(case.model.shape.layers)
-        self.full = [layer_call(case.call, index, full=True) for index in layers]
-        self.shared = [layer_call(case.call, index, full=False) for index in layers]
-        self.head = head_call(case.call)
-        self.full_flops = [work.flops for work in self.full]  # once: they are asked for in every sweep
-        self.shared_flops = [work.flops for work in self.shared]
-        self.full_seconds = [self.of(work) for work in self.full]
-        self.shared_seconds = [self.of(work) for work in self.shared]
-        self.head_seconds = self.of(self.head)
-
-    def of(self, work: CallWork) -> float:
-        return work.seconds(self._device, self._efficiency)
-
-    def flops(self, sweep: Sweep) -> float:
-        """Of one sweep over one batch."""
-        runs = sweep.runs
-        full = sum(map(mul, runs.full, self.full_flops))
-        shared = sum(map(mul, runs.shared, self.shared_flops))
-        return full + shared + sweep.patterns * self.head.flops
-
-    def seconds(self, sweep: Sweep, block: range) -> float:
-        """Of one sweep over one batch, through the layers of a block; with the LM head behind the last one."""
-        runs = sweep.runs
-        full = sum(runs.full[index] * self.full_seconds[index] for index in block)
-        shared = sum(runs.shared[index] * self.shared_seconds[index] for index in block)
-        last = block.stop == len(self.full)
-        return full + shared + (sweep.patterns * self.head_seconds if last else 0)
+    There are layers for every place and sequences for every data rank; what is in CPU memory is no streaming on a CPU.
+    """
+    count, batches = case.devices.count, -(-case.workload.sequences // case.batch_size)
+    grids = dict.fromkeys([*(Grid(count // p, p) for p in range(1, count + 1) if count % p == 0), Grid()])
+    possible = [g for g in grids if batches >= g.data and can_be_cut(case.model.shape.layers, g.pipeline)]
+    offloads = (RESIDENT, DISK) if case.device.kind == "cpu" else (RESIDENT, CPU, DISK)
+    return [(grid, offload) for offload in offloads for grid in possible]
 
 
-def forecast(case: Case, fitting: Fit, clock: Clock, plays: Plays) -> tuple[Forecast, ...]:
-    """What each strategy takes in a placement that fits."""
-    return tuple(_forecast(case, fitting, clock, name, plays) for name in STRATEGIES)
-
-
-def _forecast(case: Case, fitting: Fit, clock: Clock, name: str, plays: Plays) -> Forecast:
-    likely = plays.likely(fitting.per_sweep, fitting.kept.keeping.stride)
-    most = plays.most(name, fitting.per_sweep)
-    course = Course(case, fitting, clock)
-    share, passes = share_of_exact(name, course.waves), likely_passes(name, likely, most)
-    return Forecast(
-        strategy=name,
-        share=share,
-        steps=case.workload.num_shared,
-        layer_evaluations=share * layer_evaluations(likely),
-        most_layer_evaluations=layer_evaluations(most),
-        flops=share * case.all_batches * sum(map(clock.flops, likely)),
-        most_flops=case.all_batches * sum(map(clock.flops, most)),
-        weight_bytes=course.weight_bytes(passes),
-        most_weight_bytes=course.weight_bytes(len(most)),
-        hours=course.seconds(likely, share, passes / len(likely)) / SECONDS_AN_HOUR,
-        most_hours=course.seconds(most) / SECONDS_AN_HOUR,
+def _why_nothing_fits(case: Case, placements: Sequence[Placement]) -> IcsearchError:
+    """What is missing where no placement fits."""
+    least = min(placements, key=lambda placement: placement.memory.missing)
+    parts = {"weights": least.memory.weights, "a layer call": least.memory.shape.layer_bytes, "branches": least.states}
+    sizes = ", ".join(f"{format_bytes(size)} {name}" for name, size in parts.items())
+    more = "plan for more --devices or --device-memory, or a shorter --seq-len"
+    if case.device.kind == "cpu":
+        more = "plan for GPUs, such as --devices 8xH200, or a shorter --seq-len"
+    return IcsearchError(
+        f"nothing fits {case.devices.words}, of whose memory {format_bytes(least.memory.budget)} each may be taken "
+        f"({MEMORY_SHARE:.0%}): the least is {format_bytes(least.total)} ({least.words}; {sizes}), which is "
+        f"{format_bytes(least.memory.missing)} too much; {more}"
     )
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of a call: FLOPs, and bytes to and from the device's memory, as our arithmetic moves them."""
+
+    name: str
+    flops: float
+    bytes: float
+    in_float32: bool = False
+
+
+def layer_phases(call: Call, index: int, full: bool) -> list[Phase]:
+    """The phases of a call of a DSA layer, with its own indexer or without.
+
+    FLOPs are the counted ones of `work`, but where attention is dense behind a mask. Of bytes, weights are read once
+    (those of experts once a chunk); each head's index scores are written, passed through the ReLU, and added to their
+    sum; latents are gathered, and copied to float32; attention scores are scaled, masked, and put through the softmax.
+    """
+    one, width, batch = call.shape, call.dtype_bytes, call.batch_size
+    work = layer_work(one, index, full, call.seq_len, Widths(weights=width, latents=width, index_keys=FLOAT))
+    visible = batch * call.seq_len * (call.seq_len + 1) / 2  # (query, key) pairs
+    products = work.projections.flops + work.index_projections.flops + work.mlp.flops
+    weights = work.projections.bytes + work.index_projections.bytes + work.mlp.bytes
+    moved = call.tokens * one.hidden_size * (8 * FLOAT + 8 * width)  # two norms in float32, two sums
+    if index >= one.dense_layers:  # what is between, of each (token, expert) pair
+        weights += (-(-call.tokens // EXPERT_CHUNK_TOKENS) - 1) * one.expert_weights * one.routed_experts * width
+        pair = one.hidden_size * (4 * width + 4 * FLOAT) + 8 * one.moe_intermediate_size * width
+        moved += call.tokens * one.experts_per_token * pair
+    phases = [Phase(REST, products * batch, weights + moved)]
+    if full:
+        traffic = visible * one.index_heads * 6 * FLOAT + work.index_topk.bytes * batch
+        phases.append(Phase(INDEX_SCORES, work.index_scores.flops * batch, traffic, in_float32=True))
+    if call.gathers:
+        flops = work.attention.flops * batch
+        rows = flops / (2 * one.heads * (one.latent + one.kv_lora_rank))  # (query, selected token) pairs
+        copies = 3 * width + (0 if width == FLOAT else 2 * FLOAT)
+        traffic = rows * (one.latent * copies + one.heads * 8 * FLOAT)
+        return [*phases, Phase(ATTENTION, flops, traffic, in_float32=True)]
+    per_pair = 2 * one.heads * (one.qk_nope_head_dim + one.qk_rope_head_dim + one.v_head_dim)
+    return [*phases, Phase(ATTENTION, visible * per_pair, visible)]
+
+
+def head_phase(call: Call) -> Phase:
+    """Final norm, LM head and loss of one branch on one batch."""
+    weights, chunks = call.shape.embedding_weights, -(-call.tokens // HEAD_CHUNK_TOKENS)
+    logits = call.tokens * call.shape.vocab_size * (2 * call.dtype_bytes + 5 * FLOAT)
+    return Phase(HEAD, 2 * call.tokens * weights, chunks * weights * call.dtype_bytes + logits)
+
+
+class Clock:
+    """Seconds and FLOPs of the calls of a case, by layer and role."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, call, layers = case, case.call, range(case.model.shape.layers)
+        self.phases = {full: [layer_phases(call, index, full) for index in layers] for full in (True, False)}
+        self.head = head_phase(call)
+        self.layer_flops = {full: [_flops(phases) for phases in self.phases[full]] for full in (True, False)}
+        self.layer_seconds = {full: [self.of(*phases) for phases in self.phases[full]] for full in (True, False)}
+
+    def of(self, *phases: Phase) -> float:
+        in_float32 = self.case.call.dtype_bytes == FLOAT
+        device = self.case.device
+        return sum(device.seconds(phase.flops, phase.bytes, in_float32 or phase.in_float32) for phase in phases)
+
+    def flops(self, sweeps: Sequence[Sweep]) -> float:
+        """Of these sweeps over all batches."""
+        layers = range(self.case.model.shape.layers)
+        one = sum(self._sum(self.layer_flops, sweep, layers) + sweep.patterns * self.head.flops for sweep in sweeps)
+        return one * -(-self.case.workload.sequences // self.case.batch_size)
+
+    def seconds(self, sweep: Sweep, block: range) -> float:
+        """Of one sweep over one batch, through the layers of a block; with the LM head behind the last one."""
+        last = block.stop == self.case.model.shape.layers
+        return self._sum(self.layer_seconds, sweep, block) + (sweep.patterns * self.of(self.head) if last else 0)
+
+    def _sum(self, values: dict[bool, list[float]], sweep: Sweep, block: range) -> float:
+        runs = sweep.runs
+        return sum(runs.full[i] * values[True][i] + runs.shared[i] * values[False][i] for i in block)
+
+
+def _flops(phases: Sequence[Phase]) -> float:
+    return sum(phase.flops for phase in phases)
+
+
 class Course:
     """The course of a search in one placement."""
 
-    case: Case
-    fit: Fit
-    clock: Clock
+    def __init__(self, case: Case, placement: Placement, clock: Clock) -> None:
+        self.case, self.placement, self.clock = case, placement, clock
+        self.blocks = case.job.blocks(placement.grid)
+        sequences_of_rank = -(-case.workload.sequences // case.batch_size)
+        self.batches = -(-sequences_of_rank // placement.grid.data)  # of the data rank that has most
+        self.waves = -(-self.batches // placement.memory.batches_per_wave)
+        self.bringing = [self._bringing(block) for block in self.blocks]
+
+    def weight_bytes(self, sweeps: int) -> float:
+        """Bytes of weights that all processes read: a checkpoint for each data rank, or for each wave of each sweep."""
+        offload, data = self.placement.memory.offload, self.placement.grid.data
+        return float(offload.pass_bytes * self.waves * sweeps if offload.streamed else self.stored * data)
 
     @property
-    def waves(self) -> int:
-        """Waves of the data rank that has most batches."""
-        return -(-self.case.batches(self.fit.placement) // self.fit.wave)
+    def stored(self) -> float:
+        return self.case.model.stored_model_bytes
 
-    @cached_property
-    def blocks(self) -> list[range]:
-        return self.case.blocks(self.fit.placement)
-
-    def weight_bytes(self, passes: float) -> float:
-        """Bytes of weights that all processes read: a checkpoint for each data rank, or for each wave of each pass."""
-        placement, sizes = self.fit.placement, weight_sizes(self.case)
-        if not placement.streamed:
-            return float(sizes.on_disk * placement.data)
-        one_pass = pass_bytes(placement.offload, sizes)
-        return float(one_pass * placement.data * self.waves * passes)
-
-    def seconds(self, sweeps: Sequence[Sweep], share: float = 1.0, portions: float = 1.0) -> float:
-        """Of the whole search, with loading; `share` of the layer runs are made, each sweep in so many `portions`."""
-        return self._loading() + sum(self._sweep(sweep, share, portions) for sweep in sweeps)
+    def seconds(self, sweeps: Sequence[Sweep]) -> tuple[float, float, float]:
+        """Of the whole search, with loading; what computing takes of it, and bringing weights."""
+        trunk = sum(self.clock.layer_seconds[True])
+        ahead = trunk * (1 - 1 / len(self.blocks))  # runs through the other places before the last has anything to do
+        total = computing = 0.0
+        for sweep in sweeps:
+            places = [self._computing(sweep, block) for block in self.blocks]
+            paces = map(max, places, self.bringing) if self.placement.offload != RESIDENT else places
+            total, computing = total + max(paces) + ahead, computing + max(places) + ahead
+        per_sweep = 0.0 if self.placement.offload == RESIDENT else max(self.bringing)
+        return self._loading() + total, computing, self._loading() + per_sweep * len(sweeps)
 
     def _loading(self) -> float:
-        """Weights that rest on the device or in CPU memory come once. All processes read the same disks."""
-        placement, model, device = self.fit.placement, self.case.model, self.case.device
-        if placement.offload == DISK:
+        """Weights that are on the device or in CPU memory come once. All processes read the same disks."""
+        if self.placement.offload == DISK:
             return 0.0
-        converting = model.stored_model_bytes / placement.pipeline / device.convert_rate if model.quantised else 0.0
-        return model.stored_model_bytes * placement.data / device.node_read_rate + converting
+        device, grid = self.case.device, self.placement.grid
+        converting = self.stored / grid.pipeline / device.convert_rate if self.case.model.quantised else 0.0
+        return self.stored * grid.data / device.read_rate + converting
 
-    def _sweep(self, sweep: Sweep, share: float, portions: float) -> float:
-        pace = max(self._place(sweep, share, portions, place) for place in range(len(self.blocks)))
-        others = 1 - 1 / len(self.blocks)  # a trunk runs through them before the last one has anything to do
-        return pace + portions * others * sum(self.clock.full_seconds)
+    def _computing(self, sweep: Sweep, block: range) -> float:
+        """Seconds of one place of the pipeline. States in CPU memory come and go, and their copies are waited for."""
+        moving = 0.0
+        if self.placement.memory.resting:
+            runs = sum(sweep.runs.full[index] + sweep.runs.shared[index] for index in block)
+            moving = runs * 2 * self.placement.memory.shape.branch_bytes / self.case.device.link
+        return (self.clock.seconds(sweep, block) + moving) * self.batches
 
-    def _place(self, sweep: Sweep, share: float, portions: float, place: int) -> float:
-        """Seconds of one place of the pipeline over all its waves."""
-        block, batches = self.blocks[place], self.case.batches(self.fit.placement)
-        runs = share * (self.clock.seconds(sweep, block) + self._moving(sweep, block)) * batches
-        arriving = self._runs_of(sweep, block.start - 1) if block.start else 0
-        sent = share * arriving * batches * self.fit.branch / self.case.device.peer
-        if not self.fit.placement.streamed:
-            return runs + sent
-        first = self.loads[place] / len(block)  # comes before anything runs
-        return max(runs + sent, portions * self.loads[place] * self.waves) + portions * first
+    def _bringing(self, block: range) -> float:
+        """Seconds of bringing a block's streamed layers in one sweep, once for each wave.
 
-    def _moving(self, sweep: Sweep, block: range) -> float:
-        """Seconds of bringing states in and out, on one batch; copies are waited for."""
-        if not self.fit.resting:
-            return 0.0
-        runs = sum(self._runs_of(sweep, index) for index in block)
-        return runs * 2 * self.fit.branch / self.case.device.link
-
-    def _runs_of(self, sweep: Sweep, index: int) -> int:
-        return sweep.runs.full[index] + sweep.runs.shared[index]
-
-    @cached_property
-    def loads(self) -> list[float]:
-        """Seconds of bringing each block's layers once: they are read, converted on the CPU, and sent to the device.
-
-        A checkpoint that the CPU memory holds is read from the page cache.
+        They are read, converted on the CPU, and sent to the device. A checkpoint that the CPU memory holds is read from
+        the page cache.
         """
-        return [self._from_disk(block) + self._over_the_link(block) for block in self.blocks]
-
-    def _from_disk(self, block: range) -> float:
-        model, device, placement = self.case.model, self.case.device, self.fit.placement
-        if placement.offload != DISK:
-            return 0.0
-        stored = sum(model.stored_layer_bytes(index) for index in block)
-        cached = model.stored_model_bytes <= MEMORY_SHARE * device.node_memory
-        rate = (device.node_cached_rate if cached else device.node_read_rate) / placement.processes
-        return stored / rate + (stored / device.convert_rate if model.quantised else 0.0)
-
-    def _over_the_link(self, block: range) -> float:
-        layers = weight_sizes(self.case).layers
-        computed = sum(layers[index] for index in block)
-        return 0.0 if self.case.device.kind == DEVICE_CPU else computed / self.case.device.link
+        model, device, offload = self.case.model, self.case.device, self.placement.offload
+        seconds = 0.0
+        if device.kind != "cpu":
+            seconds = sum(self.case.job.weights.layers[block.start : block.stop]) / device.link
+        if offload == DISK:
+            stored = sum(model.stored_layer_bytes(index) for index in block)
+            cached = self.stored <= MEMORY_SHARE * device.node_memory
+            rate = device.cached_rate if cached else device.read_rate
+            seconds += stored * self.placement.grid.size / rate
+            seconds += stored / device.convert_rate if model.quantised else 0.0
+        return seconds * self.waves

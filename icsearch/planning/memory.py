@@ -1,76 +1,145 @@
-"""The memory of a run, planned before its weights are read: the budget, and how much of what fits into it."""
+"""The memory of a search, planned from numbers before any weights are read: what fits, and where it is. No torch here.
+
+One planner, for a run and for `icsearch plan`. A process of the grid has the weights of its layers, resident or
+streamed; the room beside them and one layer call is for branches. Only the cost of a run follows from what is decided
+here, never the bits of its losses.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-import torch
-
-from icsearch.commands.requests import AUTO, KL, GreedyRequest, PatternRequest, RunRequest
-from icsearch.commands.setup import Inputs
 from icsearch.core.errors import IcsearchError
-from icsearch.model.layout import DTYPES, Layout
-from icsearch.model.machine import free_bytes, resident_bytes
-from icsearch.planning import offload, plan
-from icsearch.planning.footprint import Call
-from icsearch.planning.offload import NO_OFFLOAD, Offload, WeightSizes
-from icsearch.sweep.distributed.launch import Grid, Launch, can_be_cut, pipeline_blocks
+from icsearch.core.text import format_bytes
+from icsearch.model.shape import CPU, DISK, RESIDENT
+from icsearch.planning.footprint import BatchShape
+from icsearch.sweep.distributed.launch import Grid, can_be_cut, pipeline_blocks
+from icsearch.sweep.states import Keeping
 
-MEMORY_SHARE = 0.8  # of what is free when the run starts
+ALONE = Grid()  # one process
+AUTO = "auto"  # of where weights are: wherever they fit
+MEMORY_SHARE = 0.8  # of what a device has free when the run starts
+SHARE_OF_CPU = 0.8  # of what is free there, for weights and states that are kept in it
+FEWEST_BRANCHES = 3  # the trunk, a candidate, and the layer output that is just being made
+_ON_DEVICE = 2  # streamed layers at once: the one that runs, the one that is on its way
+_CONVERTING = 1  # on a CPU device, what reading a layer takes beside: its tensors as the shards hold them
+# glibc gives a tensor pages of its own from 32 MB on; smaller ones share a heap, and what is freed between them stays
+# with the process: a third of what they hold where they are small, less where they are large. Fitted on the runs of
+# benchmarks/memory.py. With pages for every tensor (MALLOC_MMAP_THRESHOLD_) the plan holds without it, within 3%, but
+# layers take 1.1 to 2.1 times as long.
+LARGEST_IN_HEAP, HEAP_SHARE = 2**25, 0.35
 
 
 @dataclass(frozen=True)
-class Share:
-    """One process's share of a run: of the sequences, of the layers, and of the memory that it runs in."""
+class WeightSizes:
+    """Bytes of weights, in the type that the model computes with, and of the checkpoint's shards."""
 
-    grid: Grid = field(default_factory=Grid)
-    neighbours: int = 1  # processes that run in the same memory
-    on_machine: int = 1  # processes on the same machine
-
-    def sequences(self, total: int, batch_size: int) -> int:
-        """The most that a data rank has of so many sequences, in whole batches."""
-        return min(total, self.batches(-(-total // batch_size)) * batch_size)
-
-    def batches(self, total: int) -> int:
-        """The most that a data rank has of so many batches."""
-        return -(-total // self.grid.data)
-
-    def batches_per_wave(self, total: int) -> int:
-        """The most of a data rank's batches that may go through streamed layers together, of so many in all."""
-        return self.grid.batches_per_wave(self.batches(total))
-
-    def layer_parameters(self, layout: Layout) -> tuple[int, ...]:
-        """Of each layer of the largest block."""
-        blocks = pipeline_blocks(layout.num_layers, layout.layer_indices, self.grid.pipeline)
-        return max((tuple(layout.layer_parameters[index] for index in block) for block in blocks), key=sum)
+    outside: int  # what is no decoder layer: embedding, final norm, LM head
+    layers: tuple[int, ...]
+    on_disk: int
 
     @property
-    def packets(self) -> int:
-        """How often the branches of a sweep are there beside those at work."""
-        return self.grid.packets
+    def total(self) -> int:
+        return self.outside + sum(self.layers)
+
+    def of_block(self, block: range) -> WeightSizes:
+        """Of a process that has these decoder layers and all that is none; of the shards, its part."""
+        layers = self.layers[block.start : block.stop]
+        return WeightSizes(self.outside, layers, int(self.on_disk * (sum(layers) / sum(self.layers))))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one process may take. `budget`: bytes of its device. `cpu_free`: of the CPU memory for all of a machine."""
+
+    on_cpu: bool
+    budget: int
+    cpu_free: int
+    processes: int = 1  # on the same machine
+    program: int = 0  # measured: what the program itself has taken before the weights come; on CUDA not counted
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be run, in the numbers that its memory follows from."""
+
+    shape: BatchShape
+    weights: WeightSizes  # of the whole model
+    layer_indices: tuple[int, ...]  # the decoder layer of each DSA layer
+    sequences: int
+    patterns: int = 1  # that are scored together at most
+    heldout: int = 0  # held-out sequences
+    offload: str = AUTO
+    by_kl: bool = False
+    may_rest: bool = True  # branch states, in CPU memory; what dp-baseline compares stays on the device
+
+    def blocks(self, grid: Grid) -> list[range]:
+        """The decoder layers of each place in the pipeline; raises IcsearchError where there are not as many."""
+        return pipeline_blocks(len(self.weights.layers), self.layer_indices, grid.pipeline)
+
+
+@dataclass(frozen=True)
+class Offload:
+    """Where weights are, why there, the bytes of weights that are on the device at once, and what a pass reads.
+
+    A pass is one wave through all layers; `pass_bytes` are an estimate, 0 where nothing is read. `missing`: bytes of
+    CPU memory that are wanting, where the weights are to be there.
+    """
+
+    where: str
+    why: str
+    device_bytes: int
+    pass_bytes: int = 0
+    missing: int = 0
+
+    @property
+    def streamed(self) -> bool:
+        return self.where != RESIDENT
+
+
+NO_OFFLOAD = Offload(RESIDENT, "", 0)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which states are kept between steps, the memory that they may take, and what they take at most, in bytes."""
+
+    keeping: Keeping
+    budget: int
+    bytes: int
+
+    @property
+    def words(self) -> str:
+        """Such as `240.0 MB, every 2nd layer`."""
+        stride = self.keeping.stride
+        if not stride:
+            return "nothing: there is no room"
+        which = {1: "every layer", 2: "every 2nd layer", 3: "every 3rd layer"}.get(stride, f"every {stride}th layer")
+        return f"{format_bytes(self.bytes)}, {which}"
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory of a run: its budget and what it goes into, in bytes.
+    """The memory of a process: its budget and what it goes into, in bytes.
 
     `full_states`: the unmodified model's final states, kept for the KL; 0 where they are not needed or do not fit.
+    `missing`: what the device, or the CPU memory beside it, is short of; then nothing runs, for the reason `refusal`.
     """
 
     budget: int
     weights: int  # on the device at once
-    shape: plan.BatchShape
+    shape: BatchShape
     patterns_per_sweep: int  # how many patterns may live at once beside the trunk
     full_states: int = 0
-    share: Share = field(default_factory=Share)
+    grid: Grid = ALONE
     batches_per_wave: int = 1  # how many batches go through the layers together
     offload: Offload = NO_OFFLOAD
     resting: int = 0  # CPU memory for branch states, where the device has no room for them; 0: they are on the device
-    program: int = 0  # measured: what the program itself had taken before the weights came; on CUDA not counted
+    program: int = 0  # as of the machine
     along: int = 0  # patterns that run in every sweep beside those that are scored
+    missing: int = 0
+    refusal: str = ""
 
     @property
     def branch_bytes(self) -> int:
@@ -87,12 +156,12 @@ class Memory:
 
     def beside(self, patterns: int) -> int:
         """What so many patterns in one sweep leave of `spare`."""
-        packets, living = self.share.packets, min(patterns, self.patterns_per_sweep) + self.along
+        packets, living = self.grid.packets, min(patterns, self.patterns_per_sweep) + self.along
         return self.spare - (living * (1 + packets) + packets) * self.branch_bytes
 
     def for_kl(self, full_states: int) -> Memory:
         """The final states of the unmodified model come first; where they do not fit, it runs along in each sweep."""
-        packets = self.share.packets
+        packets = self.grid.packets
         left = ((self.spare - full_states) // self.shape.branch_bytes - packets) // (1 + packets)
         if left >= 1:
             return replace(self, full_states=full_states, patterns_per_sweep=left)
@@ -105,7 +174,7 @@ class Memory:
         waves alone are not worth it: every state crosses the link twice a layer, and copies are waited for.
         """
         batches = batches if self.offload.streamed else 1
-        together, wave = offload.plan_waves(room // self.shape.pinned_bytes, patterns, batches, 2 + self.along)
+        together, wave = plan_waves(room // self.shape.pinned_bytes, patterns, batches, 2 + self.along)
         if self.patterns_per_sweep >= patterns or together <= self.patterns_per_sweep:
             return self
         return replace(self, resting=room, patterns_per_sweep=together, batches_per_wave=wave)
@@ -113,139 +182,192 @@ class Memory:
     def in_waves(self, patterns: int, batches: int) -> Memory:
         """As much of so many patterns and batches in one pass as there is room for."""
         room = (self.budget - self.weights - self.full_states - self.shape.layer_bytes) // self.shape.branch_bytes
-        together, wave = offload.plan_waves(room // (1 + self.share.packets), patterns, batches, 2 + self.along)
+        together, wave = plan_waves(room // (1 + self.grid.packets), patterns, batches, 2 + self.along)
         return replace(self, patterns_per_sweep=together, batches_per_wave=wave)
 
-    def grid_words(self, sequences: int) -> str:
-        """Who computes, and how many of them have nothing to do with so many sequences, and what to do about that."""
-        grid, shares = self.share.grid, -(-sequences // (self.shape.batch_size * self.batches_per_wave))
-        idle = grid.pipeline * max(0, grid.data - shares)
-        if not idle:
-            return grid.words
-        smaller = self._smaller_batches(sequences)
-        return (
-            f"{grid.words}; {idle} of the {grid.size} {'has' if idle == 1 else 'have'} nothing to do, for {sequences} "
-            "sequences make "
-            f"{shares} share{'s' if shares > 1 else ''}: give {smaller}more sequences, or start fewer processes"
-        )
+    def keep(self, keeping: Keeping, patterns: int, sequences: int) -> Kept:
+        """States kept between steps: so many patterns of a sweep come first, of the sequences of the largest share."""
+        share = largest_share(sequences, self.shape.batch_size, self.grid)
+        blocks = pipeline_blocks(keeping.num_layers, keeping.layer_indices, self.grid.pipeline)
+        return plan_kept(keeping, self.shape, share, self.beside(patterns), blocks, self.resting > 0)
 
-    def _smaller_batches(self, sequences: int) -> str:
-        """The batch size with which every data rank has some, and why it is not taken by itself; empty for none."""
-        size = min(self.shape.batch_size - 1, sequences // self.share.grid.data)
-        if size < 1:
-            return ""
-        return f"--batch-size {size} (not by itself, for the bits of a loss follow the batch size), "
+    def live_branches(self, patterns: int) -> int:
+        """Of a sweep of so many: at work and on their way, the trunk, and the layer output that is being made."""
+        return (min(patterns, self.patterns_per_sweep) + self.along + 1) * (1 + self.grid.packets) + 1
+
+    def states(self, patterns: int, kept: int) -> int:
+        """Branch states on the device while so many patterns are scored, with so many bytes kept between steps."""
+        if self.resting:
+            return FEWEST_BRANCHES * self.shape.branch_bytes
+        return self.live_branches(patterns) * self.branch_bytes + kept
+
+    def lost(self, working: int) -> int:
+        """On the CPU, what the C library's heap holds between tensors of so many bytes in all: see HEAP_SHARE."""
+        tensor = self.shape.final_bytes * self.shape.batch_size
+        return int(HEAP_SHARE * max(0.0, 1 - tensor / LARGEST_IN_HEAP) * working) if self.program else 0
+
+    def peak(self, patterns: int, kept: int) -> tuple[int, int]:
+        """Estimate of the most that the process has at once, and what of that is lost between tensors."""
+        working = self.shape.layer_bytes + self.full_states + self.states(patterns, kept)
+        return self.program + self.weights + working + self.lost(working), self.lost(working)
 
     def passes(self, patterns: int, sequences: int) -> int:
         """How often scoring so many patterns on so many sequences goes through the layers."""
-        waves = -(-sequences // (self.shape.batch_size * self.batches_per_wave * self.share.grid.data))
+        waves = -(-sequences // (self.shape.batch_size * self.batches_per_wave * self.grid.data))
         return waves * -(-patterns // self.patterns_per_sweep)
 
 
-def plan_memory(request: RunRequest, inputs: Inputs, options: dict[str, Any], share: Share | None = None) -> Memory:
-    """The budget, by default most of what is free, and what fits; raises IcsearchError where no pattern does."""
-    share = share or Share()
-    device = torch.device(options["device"])
-    budget = request.memory or int(MEMORY_SHARE * free_bytes(device) / share.neighbours)
-    shape = batch_shape(inputs.layout, options, inputs.batches.seq_len)
-    chosen = _choose_offload(request, inputs, options, partial(_fits, shape, budget, share.packets), share)
-    patterns = plan.patterns_per_sweep(shape, chosen.device_bytes, budget, share.packets)
-    program = 0 if device.type == "cuda" else resident_bytes()
-    memory = Memory(budget, chosen.device_bytes, shape, patterns, share=share, offload=chosen, program=program)
-    by_kl = options.get("objective") == KL
-    if by_kl:
-        sets = [one.num_sequences for one in (inputs.batches, inputs.heldout) if one]
-        memory = memory.for_kl(sum(share.sequences(total, shape.batch_size) for total in sets) * shape.final_bytes)
-    batches = share.batches_per_wave(-(-inputs.batches.num_sequences // shape.batch_size))
-    patterns = _most_patterns(request, inputs.layout, options)
-    if chosen.streamed:
-        memory = memory.in_waves(patterns, batches)
-    if device.type != "cuda" or share.grid.pipeline > 1 or not isinstance(request, GreedyRequest):
-        return memory  # what dp-baseline compares, all layers' selections of a batch, stays on the device
-    free, sizes = free_bytes(torch.device("cpu")), weight_sizes(inputs, options)
-    room = offload.resting_room(free, share.on_machine, chosen.where, sum(sizes.layers), sizes.on_disk)
-    return memory.rest_in_cpu(room, patterns, batches)
-
-
-def _fits(shape: plan.BatchShape, budget: int, packets: int, weights: int) -> bool:
-    return plan.room_for_branches(shape, weights, budget) >= plan.fewest_branches(packets)
-
-
-def _choose_offload(
-    request: RunRequest, inputs: Inputs, options: dict[str, Any], fits: Callable[[int], bool], share: Share
-) -> Offload:
-    """Where weights rest: those of one process, of several the one that has most."""
-    on_cpu = torch.device(options["device"]).type == "cpu"
-    free = free_bytes(torch.device("cpu")) // share.on_machine
-    chosen = offload.choose(request.offload, on_cpu, weight_sizes(inputs, options, share), fits, free)
-    if share.grid.size == 1:
-        return chosen
-    one_pass = offload.pass_bytes(chosen.where, weight_sizes(inputs, options)) if chosen.streamed else 0
-    return replace(chosen, why=f"{chosen.why}, in each process", pass_bytes=one_pass * share.grid.data)
-
-
-def plan_share(
-    request: RunRequest, inputs: Inputs, options: dict[str, Any], launch: Launch, wanted: Iterable[Grid]
-) -> Memory:
+def plan_memory(job: Job, machine: Machine, grids: Sequence[Grid] = (ALONE,)) -> Memory:
     """The memory of a process under the first of these grids in which one pattern at least fits.
 
     Weights are streamed only where no grid can keep them, or where that is asked for. Raises IcsearchError where no
     grid does: for want of memory, unless the layers cannot be cut for any of them.
     """
-    dsa_layers, every = len(inputs.layout.layer_indices), list(wanted)
-    candidates = [grid for grid in every if can_be_cut(dsa_layers, grid.pipeline)] or every
-    neighbours = launch.neighbours(torch.cuda.device_count() if options["device"].startswith("cuda") else 1)
-    refusals, streamed = [], []
-    for grid in candidates:
-        try:
-            memory = plan_memory(request, inputs, options, Share(grid, neighbours, launch.local_size))
-        except IcsearchError as error:
-            refusals.append(error)
-            continue
-        if request.offload != AUTO or not memory.offload.streamed:
-            return memory
-        streamed.append(memory)
-    if streamed:
-        return streamed[0]
-    raise refusals[-1]
+    cut = [grid for grid in grids if can_be_cut(len(job.layer_indices), grid.pipeline)] or grids
+    planned = [fit(job, machine, grid) for grid in cut]
+    fitting = [memory for memory in planned if not memory.missing]
+    if not fitting:
+        raise IcsearchError(planned[-1].refusal)
+    resident = [memory for memory in fitting if not memory.offload.streamed]
+    return resident[0] if resident and job.offload == AUTO else fitting[0]
 
 
-def weight_sizes(inputs: Inputs, options: dict[str, Any], share: Share | None = None) -> WeightSizes:
-    """Of the weights as the model computes with them, of one process's share: all that lies outside, and its layers."""
-    layout, width = inputs.layout, DTYPES[options["dtype"]].itemsize
-    outside = layout.num_parameters - sum(layout.layer_parameters)
-    layers = tuple(number * width for number in (share or Share()).layer_parameters(layout))
-    part = sum(layers) / (sum(layout.layer_parameters) * width)
-    return WeightSizes(outside * width, layers, int(inputs.source.num_bytes * part))
+def fit(job: Job, machine: Machine, grid: Grid) -> Memory:
+    """What the process of a grid that has most takes, and how much of the job it can run at once."""
+    shape, least = job.shape, FEWEST_BRANCHES + 2 * grid.packets  # between processes trunk and candidate are on the way
+
+    def short(weights: int) -> int:
+        return weights + shape.layer_bytes + least * shape.branch_bytes - machine.budget
+
+    offload = _offload_of(job, machine, grid, lambda weights: short(weights) <= 0)
+    weights = offload.device_bytes
+    memory = Memory(machine.budget, weights, shape, 1, grid=grid, offload=offload, program=machine.program)
+    if offload.missing:
+        return replace(memory, missing=offload.missing, refusal=offload.why)
+    if short(weights) > 0:
+        return replace(memory, missing=short(weights), refusal=_too_small(memory, least))
+    room = (machine.budget - weights - shape.layer_bytes) // shape.branch_bytes
+    memory = replace(memory, patterns_per_sweep=(room - 2 - grid.packets) // (1 + grid.packets))
+    batches = grid.batches_per_wave(-(-largest_share(job.sequences, shape.batch_size, grid) // shape.batch_size))
+    if job.by_kl:
+        scored = sum(largest_share(total, shape.batch_size, grid) for total in (job.sequences, job.heldout))
+        memory = memory.for_kl(scored * shape.final_bytes)
+    if offload.streamed:
+        memory = memory.in_waves(job.patterns, batches)
+    if machine.on_cpu or grid.pipeline > 1 or not job.may_rest:
+        return memory
+    sizes = job.weights
+    room = resting_room(machine.cpu_free, machine.processes, offload.where, sum(sizes.layers), sizes.on_disk)
+    return memory.rest_in_cpu(room, job.patterns, batches)
 
 
-def _most_patterns(request: RunRequest, layout: Layout, options: dict[str, Any]) -> int:
-    """How many patterns are scored together at most: the flips of a step, or those that an evaluation names."""
-    if isinstance(request, PatternRequest):
-        return len(request.flippable(layout.start_pattern))
-    return len(options.get("patterns", ())) or 1
+def largest_share(sequences: int, batch_size: int, grid: Grid) -> int:
+    """The most that a data rank has of so many sequences, in whole batches."""
+    batches = -(-sequences // batch_size)
+    return min(sequences, -(-batches // grid.data) * batch_size)
 
 
-def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> plan.BatchShape:
-    dtype_bytes = DTYPES[options["dtype"]].itemsize
-    batch_size, elements = options["batch_size"], options.get("block_elements")
-    copies = plan.KL_HEAD_COPIES if options.get("objective") == KL else plan.NLL_HEAD_COPIES
-    if elements is not None and layout.sizes is not None:
-        shape = plan.blockwise_shape(Call(layout.sizes, batch_size, seq_len, dtype_bytes, elements), copies)
-        return replace(shape, left_numbers=layout.left_numbers)
-    return plan.BatchShape(
-        batch_size=batch_size,
-        seq_len=seq_len,
-        hidden_size=layout.hidden_size,
-        dtype_bytes=dtype_bytes,
-        index_topk=layout.selection.kept,
-        index_heads=layout.index_heads,
-        index_head_dim=layout.index_head_dim,
-        attention_heads=layout.attention_heads,
-        vocab_size=layout.vocab_size,
-        head_copies=copies,
-        streams=layout.streams,
-        left_numbers=layout.left_numbers,
-        selection_bytes=None if layout.selection.plain else layout.selection.bytes_per_query(seq_len),
-        known=layout.reference_known,
+def _too_small(memory: Memory, least: int) -> str:
+    needed = memory.shape.layer_bytes + least * memory.shape.branch_bytes
+    guess = "" if memory.shape.known else " (unknown for this family: counted as for dense attention and scores)"
+    return (
+        f"memory budget {format_bytes(memory.budget)} is too small: {format_bytes(memory.weights)} of weights and "
+        f"about {format_bytes(needed)} for one candidate{guess}; raise --memory, or lower --batch-size or --seq-len"
     )
+
+
+def _offload_of(job: Job, machine: Machine, grid: Grid, fits: Callable[[int], bool]) -> Offload:
+    """Where weights are: those of one process, of several the one that has most."""
+    largest = max(job.blocks(grid), key=lambda block: sum(job.weights.layers[block.start : block.stop]))
+    sizes = job.weights.of_block(largest)
+    offload = choose_offload(job.offload, machine.on_cpu, sizes, fits, machine.cpu_free // machine.processes)
+    if grid.size == 1:
+        return offload
+    one_pass = pass_bytes(offload.where, job.weights) if offload.streamed else 0
+    why = offload.why if offload.missing else f"{offload.why}, in each process"
+    return replace(offload, why=why, pass_bytes=one_pass * grid.data, missing=offload.missing * machine.processes)
+
+
+def choose_offload(
+    requested: str, on_cpu: bool, sizes: WeightSizes, fits: Callable[[int], bool], cpu_free: int
+) -> Offload:
+    """The place that was requested, or for `auto` the nearest one that is large enough: device, CPU memory, disk.
+
+    `fits` says whether so many bytes of weights leave room to work on the device.
+    """
+    weights, room = format_bytes(sizes.total), int(SHARE_OF_CPU * cpu_free)
+    at_once = _ON_DEVICE + (_CONVERTING if on_cpu else 0)
+    device_bytes = sizes.outside + at_once * max(sizes.layers)
+
+    def streamed(where: str, why: str, missing: int = 0) -> Offload:
+        return Offload(where, why, device_bytes, pass_bytes(where, sizes), missing)
+
+    if requested == RESIDENT:
+        return Offload(RESIDENT, "as asked for", sizes.total)
+    if requested == CPU and on_cpu:
+        return Offload(RESIDENT, "--offload cpu is what a CPU device does anyway", sizes.total)
+    if requested == CPU and sizes.total > room:
+        why = f"--offload cpu needs {weights} of CPU memory for the weights and {format_bytes(room)} are to be had"
+        return streamed(CPU, f"{why}: give --offload disk", sizes.total - room)
+    if requested in (CPU, DISK):
+        return streamed(requested, "as asked for")
+    if fits(sizes.total):
+        return Offload(RESIDENT, f"{weights} fit", sizes.total)
+    if not on_cpu and sizes.total <= room:
+        return streamed(CPU, f"{weights} do not fit on the device, but into CPU memory")
+    return streamed(DISK, f"{weights} do not fit into memory")
+
+
+def pass_bytes(where: str, sizes: WeightSizes) -> int:
+    """What a pass through all layers reads."""
+    return sizes.on_disk if where == DISK else sum(sizes.layers)
+
+
+def plan_waves(room: int, patterns: int, batches: int, beside: int = 2) -> tuple[int, int]:
+    """(patterns per sweep, batches per wave) with which scoring takes the fewest passes over the weights.
+
+    `room` is how many states of one batch fit; each sweep needs `beside` more than it has patterns, for the trunk and
+    the layer output that is just being made. Among equals, fewer sweeps: each of them runs the trunk again.
+    """
+    possible = []
+    for sweeps in range(1, patterns + 1):
+        together = -(-patterns // sweeps)
+        wave = min(batches, room // (together + beside))
+        if wave:
+            possible.append((sweeps * -(-batches // wave), sweeps, together, wave))
+    _, _, together, wave = min(possible, default=(0, 0, 1, 1))
+    return together, wave
+
+
+def resting_room(free: int, processes: int, where: str, weights: int, stored: int) -> int:
+    """Bytes of CPU memory that each of so many processes on one machine may fill with branch states.
+
+    Weights that are kept there come first, for each process its own. Where they are streamed from disk, the system's
+    cache of the checkpoint does, if it can hold all of it: every pass reads it again.
+    """
+    room = int(SHARE_OF_CPU * free)
+    if where == CPU:
+        return room // processes - weights
+    return (room - stored if where == DISK and stored <= room else room) // processes
+
+
+def plan_kept(
+    keeping: Keeping,
+    shape: BatchShape,
+    sequences: int,
+    room: int,
+    blocks: Sequence[range] | None = None,
+    pinned: bool = False,
+) -> Kept:
+    """The states of every k-th layer entry, with the smallest k for which all that are of use fit into `room` bytes.
+
+    `blocks`: the decoder layers of each process of a pipeline, of which every one has that room. `pinned`: it is in
+    pinned CPU memory. Decided before the run, from numbers alone: it changes what a run costs, never its bits.
+    """
+    entry_bytes = (shape.pinned_bytes if pinned else shape.branch_bytes) // shape.batch_size * sequences
+    for stride in range(1, keeping.num_layers):
+        spaced = replace(keeping, stride=stride)
+        most = max(spaced.states_in(block) for block in blocks or [range(keeping.num_layers)])
+        if most * entry_bytes <= room:
+            return Kept(spaced, room, most * entry_bytes)
+    return Kept(replace(keeping, stride=0), 0, 0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from icsearch.core.pattern import Pattern
-from icsearch.search.protocol import Strategy
+from icsearch.core.pattern import Pattern, references
+from icsearch.search.protocol import Strategy, Task
+from icsearch.search.registry import Options, make_strategy
 from icsearch.sweep.states import Keeping, LayerRuns, Rehearsal
 
 
@@ -44,18 +45,6 @@ def preview(
     return sequences // len(tokens), layer_runs // len(tokens)
 
 
-def rehearse(
-    begin: Callable[[], Strategy],
-    tokens: Sequence[int],
-    references: Sequence[Pattern],
-    keeping: Keeping,
-    per_sweep: int,
-    along: Sequence[Pattern] = (),
-) -> int:
-    """Layer evaluations that an exact search with states kept between steps is likely to take: see `rehearsed`."""
-    return _layer_runs(rehearsed(begin, tokens, references, keeping, per_sweep, along))
-
-
 def rehearsed(
     begin: Callable[[], Strategy],
     tokens: Sequence[int],
@@ -64,40 +53,26 @@ def rehearsed(
     per_sweep: int,
     along: Sequence[Pattern] = (),
 ) -> list[Sweep]:
-    """The sweeps that an exact search with states kept between steps is likely to take, over all sequences.
+    """The sweeps that a search with states kept between steps is likely to take, over all sequences.
 
     It is played through with made-up losses, once committing the first candidate in each step and once the last; the
     one that takes more is returned. With everything kept, every pair of candidates costs the layers above the later one
-    once, whichever of them is committed first: a search to the end then takes the same in any order, and a shorter one
-    the most where the first layers are committed. With nothing kept it takes the most where the last ones are. In each
-    sweep, the patterns `along` run beside those that are scored.
+    once, whichever of them is committed first: an exact search to the end then takes the same in any order, and a
+    shorter one the most where the first layers are committed. With nothing kept it takes the most where the last ones
+    are. In each sweep, the patterns `along` run beside those that are scored.
     """
-    both = [_played(begin(), tokens, references, keeping, per_sweep, along, sign) for sign in (1.0, -1.0)]
-    return max(both, key=_layer_runs)
-
-
-def _layer_runs(sweeps: Sequence[Sweep]) -> int:
-    return sum(sweep.runs.total for sweep in sweeps)
-
-
-def _played(
-    strategy: Strategy,
-    tokens: Sequence[int],
-    references: Sequence[Pattern],
-    keeping: Keeping,
-    per_sweep: int,
-    along: Sequence[Pattern],
-    sign: float,
-) -> list[Sweep]:
-    """The sweeps of a search in which a flip costs its layer's number (sign 1), or that much less (-1)."""
-    rehearsal = Rehearsal(keeping, strategy.pattern)
-    taken = swept(rehearsal, [strategy.pattern, *references], per_sweep, along)
-    strategy.begin([0.0] * len(tokens))
-    while ask := strategy.ask():
-        rehearsal.retain(strategy.pattern)
-        taken += swept(rehearsal, [strategy.pattern.flip(layer) for layer in ask.layers], per_sweep, along)
-        strategy.tell({layer: [sign * layer * t for t in tokens[ask.first : ask.last]] for layer in ask.layers})
-    return taken
+    courses = []
+    for sign in (1.0, -1.0):  # of what a flip costs: its layer's number, or that much less
+        strategy = begin()
+        rehearsal = Rehearsal(keeping, strategy.pattern)
+        sweeps = swept(rehearsal, [strategy.pattern, *references], per_sweep, along)
+        strategy.begin([0.0] * len(tokens))
+        while ask := strategy.ask():
+            rehearsal.retain(strategy.pattern)
+            sweeps += swept(rehearsal, [strategy.pattern.flip(layer) for layer in ask.layers], per_sweep, along)
+            strategy.tell({layer: [sign * layer * t for t in tokens[ask.first : ask.last]] for layer in ask.layers})
+        courses.append(sweeps)
+    return max(courses, key=layer_evaluations)
 
 
 def swept(
@@ -106,3 +81,55 @@ def swept(
     """The sweeps that score these patterns, at most so many in one."""
     chunks = [patterns[start : start + per_sweep] for start in range(0, len(patterns), per_sweep)]
     return [Sweep(len(chunk), rehearsal.runs([*chunk, *along], [0])) for chunk in chunks]
+
+
+def layer_evaluations(sweeps: Sequence[Sweep]) -> int:
+    """Layer runs, each of one layer over all sequences."""
+    return sum(sweep.runs.total for sweep in sweeps)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A search to be planned: K = `num_shared` flips of `start`, in `stages`, on so many `sequences`."""
+
+    start: Pattern
+    flippable: frozenset[int]
+    num_shared: int
+    stages: int
+    sequences: int
+    keep_full: tuple[int, ...] = ()  # as asked for: `flippable` has it already
+
+    @property
+    def references(self) -> list[Pattern]:
+        """The uniform patterns that a search scores for its report."""
+        return [Pattern(letters) for letters in references(self.start, self.num_shared).values()]
+
+    def keeping(self, stride: int = 0) -> Keeping:
+        layers = len(self.start)
+        return Keeping(layers, tuple(range(layers)), self.flippable, stride)
+
+    def likely(self, name: str, per_sweep: int, keeping: Keeping) -> list[Sweep]:
+        """The sweeps that a strategy is likely to take, each over all sequences."""
+        return rehearsed(lambda: self._strategy(name), self._tokens, self.references, keeping, per_sweep)
+
+    def most(self, name: str, per_sweep: int) -> list[Sweep]:
+        """The sweeps that a strategy takes at most, without states kept between steps."""
+        rehearsal = Rehearsal(self.keeping(), self.start)
+        sweeps = swept(rehearsal, [self.start, *self.references], per_sweep)
+
+        def count(patterns: list[Pattern]) -> int:
+            added = swept(rehearsal, patterns, per_sweep)
+            sweeps.extend(added)
+            return layer_evaluations(added)
+
+        preview(self._strategy(name), self._tokens, count, Options(name).is_lazy)
+        return sweeps
+
+    @property
+    def _tokens(self) -> tuple[int, ...]:
+        return (1,) * self.sequences  # sequences of one length weigh alike
+
+    def _strategy(self, name: str) -> Strategy:
+        kept = frozenset(range(len(self.start))) - self.flippable
+        task = Task(self.start, kept, self.num_shared, self.stages, self._tokens, (self.sequences,))
+        return make_strategy(task, Options(name))

@@ -14,10 +14,10 @@ import torch
 
 import tiny
 from icsearch.cli import app
+from icsearch.commands.setup import batch_shape
 from icsearch.model import layout
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.shape import BLOCK_ELEMENTS
-from icsearch.planning.memory import batch_shape
 
 CSV = Path("curve.csv")
 

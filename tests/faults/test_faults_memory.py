@@ -24,13 +24,12 @@ from fault_harness import Case, Commands, command, outcome, scored_twice
 from icsearch.cli import app
 from icsearch.commands.progress import Quiet
 from icsearch.commands.requests import CalibrationRequest
-from icsearch.commands.setup import open_model
+from icsearch.commands.setup import batch_shape, open_model
 from icsearch.core.errors import OutOfMemoryError
 from icsearch.core.pattern import Pattern
 from icsearch.model import loading, model
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.machine import is_out_of_memory, out_of_memory
-from icsearch.planning.memory import batch_shape
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Scores, Scoring, Search

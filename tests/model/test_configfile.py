@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import tiny
+from icsearch.commands.plan import plan as make_plan
 from icsearch.core.errors import IcsearchError, ModelError
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.config import fp8_block
 from icsearch.model.layout import inspect
 from icsearch.model.loading import load, quiet_transformers
-from icsearch.planning.forecast import make_plan
 from icsearch.planning.modelfile import open_model_file
 from plan_fixtures import plan_request
 

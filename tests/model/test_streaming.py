@@ -19,10 +19,10 @@ import tiny
 from icsearch.commands.greedy import greedy as search
 from icsearch.commands.progress import Quiet
 from icsearch.commands.requests import CalibrationRequest, GreedyRequest
+from icsearch.commands.setup import batch_shape
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.layout import inspect
 from icsearch.model.loading import Reader
-from icsearch.planning.memory import batch_shape
 
 REFERENCE = ["--kernels", "reference"]  # small working memory at these lengths, and fast
 

@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import psutil
 import pytest
 
 from icsearch.core.errors import IcsearchError
-from icsearch.planning.devices import DEVICES, parse_devices, parse_rate
+from icsearch.planning.devices import device_table, parse_devices, parse_rate
 
 
 def test_devices_as_typed() -> None:
     eight = parse_devices("8xH200")
-    assert (eight.count, eight.device, eight.words) == (8, DEVICES["h200"], "8xH200")
+    assert (eight.count, eight.device, eight.words) == (8, device_table()["h200"], "8xH200")
     assert parse_devices("h100").words == "1xH100"
     assert parse_devices(" 2 x cpu ").count == 2
+
+
+def test_every_constant_has_a_source() -> None:
+    for device in device_table().values():
+        constants = {field.name for field in fields(device)} - {"name", "kind", "sources"}
+        assert device.sources.keys() == constants and all(device.sources.values())
+        assert all(getattr(device, name) > 0 for name in constants)
+
+
+def test_the_roofline_is_the_larger_of_two() -> None:
+    device = parse_devices("H200", flops=1000.0, bandwidth=10.0).device
+    assert device.efficiency == 0.5
+    assert device.seconds(3000, 20, in_float32=False) == pytest.approx(6)
+    assert device.seconds(3000, 200, in_float32=False) == pytest.approx(20)
+    assert device.seconds(3000, 20, in_float32=True) == pytest.approx(6 * 989 / 67)
 
 
 def test_processes_on_the_cpu_share_its_memory() -> None:
@@ -24,9 +41,10 @@ def test_processes_on_the_cpu_share_its_memory() -> None:
 
 def test_own_numbers_beat_the_table() -> None:
     device = parse_devices("8xH200", memory=5, flops=494.5e12, bandwidth=7.0, read_rate=9.0).device
-    assert (device.memory, device.bandwidth, device.node_read_rate) == (5, 7, 9)
+    assert (device.memory, device.bandwidth, device.read_rate) == (5, 7, 9)
     assert device.float32_flops == pytest.approx(33.5e12)  # moves along
-    assert "as given" in device.source
+    given = [name for name, source in device.sources.items() if source == "as given"]
+    assert sorted(given) == ["bandwidth", "float32_flops", "flops", "memory", "read_rate"]
 
 
 @pytest.mark.parametrize("text", ["", "8", "8xK20", "0xH200", "-1xH200", "8 H200 now", "8xH200x2"])

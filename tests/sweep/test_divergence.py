@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_plan import SHAPE
+from test_memory import SHAPE
 from test_search import START, MadeUp
 from test_states import keeping
 

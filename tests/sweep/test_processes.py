@@ -27,13 +27,13 @@ from icsearch.__main__ import main
 from icsearch.planning import memory
 from icsearch.sweep import branches
 
-planned, lay = memory.plan_memory, branches.InCpuMemory.put
+planned, lay = memory.fit, branches.InCpuMemory.put
 
 def noted(self, value):
     pathlib.Path({folder!r}, "rested" + os.environ["RANK"]).touch()
     return lay(self, value)
 
-memory.plan_memory = lambda *given: replace(planned(*given), resting=10**9)
+memory.fit = lambda *given: replace(planned(*given), resting=10**9)
 branches.InCpuMemory.put = noted
 main()
 """

@@ -14,11 +14,9 @@ from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import CPU as CPU_MEMORY
 from icsearch.model.shape import DISK, RESIDENT
-from icsearch.planning import plan
-from icsearch.planning.footprint import Call
-from icsearch.planning.memory import Memory
+from icsearch.planning.footprint import INT, BatchShape, Call, blockwise_shape
+from icsearch.planning.memory import Memory, Offload, plan_kept, resting_room
 from icsearch.planning.modelfile import open_model_file
-from icsearch.planning.offload import Offload, resting_room
 from icsearch.sweep.branches import Batch, InCpuMemory, OnDevice, cut_batches
 from icsearch.sweep.states import Keeping, StateStore
 from icsearch.sweep.sweep import KlSweeper, Sweeper
@@ -94,30 +92,30 @@ def test_on_the_device_nothing_moves() -> None:
 
 
 def memory(patterns: int, **changes: Any) -> Memory:
-    shape = plan.blockwise_shape(Call(open_model_file("demo").shape, 1, 256, 4, 2**19))
+    shape = blockwise_shape(Call(open_model_file("demo").shape, 1, 256, 4, 2**19))
     return Memory(budget=10**9, weights=0, shape=shape, patterns_per_sweep=patterns, **changes)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 1000, 1024, 1025])
 def test_pinned_memory_comes_in_powers_of_two(size: int) -> None:
     """As torch's allocator rounds (ATen/core/CachingHostAllocator.h), each of a state's two tensors by itself."""
-    shape = plan.BatchShape(1, size, 5, 2, 3, 1, 1, 1, 1)
+    shape = BatchShape(1, size, 5, 2, 3, 1, 1, 1, 1)
     powers = [2**n for n in range(20)]
-    tensors = (size * 5 * 2, size * min(3, size) * plan.INDEX_BYTES)
+    tensors = (size * 5 * 2, size * min(3, size) * INT)
     assert shape.branch_bytes == sum(tensors)
     assert shape.pinned_bytes == sum(next(power for power in powers if power >= one) for one in tensors)
 
 
 def test_what_rests_is_planned_at_the_size_that_it_takes() -> None:
     """Room, what is left of it, and the states kept between steps; the device holds the tensors as they are."""
-    shape = plan.BatchShape(1, 1000, 100, 4, 10, 1, 1, 1, 1)  # 400 kB and 40 kB, pinned 524288 and 65536 bytes
+    shape = BatchShape(1, 1000, 100, 4, 10, 1, 1, 1, 1)  # 400 kB and 40 kB, pinned 524288 and 65536 bytes
     pinned = 524288 + 65536
     assert (shape.branch_bytes, shape.pinned_bytes) == (440_000, pinned)
     rested = Memory(10**9, 0, shape, 2).rest_in_cpu(12 * pinned, patterns=10, batches=1)
     assert (rested.patterns_per_sweep, rested.branch_bytes, rested.spare) == (10, pinned, 10 * pinned)
     assert Memory(10**9, 0, shape, 2).rest_in_cpu(12 * pinned - 1, 10, 1).patterns_per_sweep < 10
     keeping = Keeping(4, tuple(range(4)), frozenset(range(1, 4)))
-    assert plan.plan_kept(keeping, shape, 8, 10**9, pinned=True).bytes % pinned == 0
+    assert plan_kept(keeping, shape, 8, 10**9, pinned=True).bytes % pinned == 0
 
 
 def test_states_rest_in_cpu_memory_where_that_lets_more_live() -> None:

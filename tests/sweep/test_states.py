@@ -14,14 +14,14 @@ from test_search import START, Killed
 
 import tiny
 from icsearch.commands.progress import Quiet
+from icsearch.commands.setup import batch_shape
 from icsearch.core.pattern import Pattern
 from icsearch.model import loading, model
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.layout import inspect
-from icsearch.planning import plan
-from icsearch.planning import rehearsal as played
-from icsearch.planning.memory import batch_shape
-from icsearch.planning.plan import plan_kept
+from icsearch.planning.footprint import BatchShape
+from icsearch.planning.memory import plan_kept
+from icsearch.planning.rehearsal import layer_evaluations, rehearsed
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Scores, Scoring, Search
@@ -109,7 +109,7 @@ def test_the_number_of_states_is_never_exceeded(stride: int) -> None:
             pattern = chance.choice(flips)
 
 
-SHAPE = plan.BatchShape(
+SHAPE = BatchShape(
     batch_size=2,
     seq_len=10,
     hidden_size=4,
@@ -177,7 +177,7 @@ def test_the_rehearsed_search_is_the_dearest(flips: int) -> None:
 
     tokens = (10, 11)
     task = Task(Pattern.full(6), frozenset(), flips, 1, tokens, looks_of(2, 1))
-    most = played.rehearse(lambda: make_strategy(task), tokens, [], keeping(), 100)
+    most = layer_evaluations(rehearsed(lambda: make_strategy(task), tokens, [], keeping(), 100))
     assert most == taken(min)
     found = {taken(random.Random(seed).choice) for seed in range(100)}
     assert max(found) == most

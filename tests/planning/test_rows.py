@@ -10,7 +10,7 @@ from icsearch.core.files import published_patterns
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import load_pattern_file
 from icsearch.engines.pipeline import stages_on_shared
-from icsearch.planning.stage_starts import shared_starts, stage_notes, stage_rows
+from icsearch.planning.rows import shared_starts, stage_rows
 from icsearch.search.greedy import split_stages
 
 EIGHT = (
@@ -64,6 +64,6 @@ def test_the_cuts_that_are_named_can_be_served(letters: str, stages: int) -> Non
 @pytest.mark.parametrize("blocks", [{}, {"blocks": [[0, 8]]}, {"blocks": [[0, 3], [3, 8]]}])
 def test_a_run_whose_blocks_begin_on_f_says_nothing(blocks: dict[str, list[list[int]]]) -> None:
     start = {"start_pattern": "FFFFSFFF", "layer_indices": list(range(8)), **blocks}
-    assert stage_notes(start) == [] and stage_rows(start) == []
+    assert stage_rows(start) == []
     cut = {**start, "blocks": [[0, 4], [4, 8]]}
-    assert stage_notes(cut) == [EIGHT] and stage_rows(cut) == [("stages", EIGHT)]
+    assert stage_rows(cut) == [("stages", EIGHT)]

@@ -1,0 +1,178 @@
+"""What a run says before it starts, in words: the model, the memory, what it will take, and what is odd about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from icsearch.core.pattern import Pattern
+from icsearch.core.text import format_bytes
+from icsearch.engines.pipeline import aligned_partition
+from icsearch.model.shape import CPU, DISK
+from icsearch.planning.memory import Kept, Memory
+from icsearch.search.swaps import MAX_SWAPS
+
+Rows = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """A search in numbers. A layer evaluation is one layer over all sequences.
+
+    `layer_evaluations` is the most that the search can take (`rehearsal.preview`), `expected_layer_evaluations` what an
+    exact one is likely to take with the states that are kept between steps (`rehearsal.rehearse`).
+    """
+
+    strategy: str
+    num_layers: int
+    candidates: int
+    num_shared: int
+    candidate_evaluations: int
+    layer_evaluations: int
+    expected_layer_evaluations: int
+    naive_layer_evaluations: int
+    memory: Memory
+    kept: Kept
+    heldout_sequences: int = 0  # of a refinement; 0 where there is none
+
+
+def search_rows(plan: SearchPlan, start: dict[str, Any]) -> Rows:
+    """What a search will take; `start` is the journal's first event."""
+    memory, exact = plan.memory, plan.strategy == "exact"  # what the others take follows from the losses
+    most, about = ("", f"about {plan.expected_layer_evaluations}, ") if exact else ("at most ", "")
+    ratio = plan.naive_layer_evaluations / (plan.expected_layer_evaluations if exact else plan.layer_evaluations)
+    branches = min(memory.patterns_per_sweep, plan.candidates) + 1
+    guess = "" if memory.shape.known else " (unknown for this family: counted as for dense attention and scores)"
+    rows = [
+        ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
+        ("evaluations", f"{most}{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
+        (
+            "layer evaluations",
+            f"{about}at most {plan.layer_evaluations}; one whole forward each would "
+            f"take {plan.naive_layer_evaluations} ({ratio:.1f} times as many)",
+        ),
+        (
+            "memory",
+            f"{format_bytes(memory.weights)} weights + {branches} branches x {format_bytes(memory.branch_bytes)} + "
+            f"{format_bytes(memory.shape.layer_bytes)} in a layer{guess}, of {format_bytes(memory.budget)} (estimate)",
+        ),
+    ]
+    if memory.resting:
+        states = format_bytes(memory.live_branches(plan.candidates) * memory.branch_bytes)
+        text = f"in pinned CPU memory, each tensor as the next power of two: {states} of {format_bytes(memory.resting)}"
+        rows.append(("branch states", f"{text}; one at a time moves in"))
+    rows += [("kept between steps", plan.kept.words), ("peak", _peak_words(plan))]
+    if start["options"]["objective"] == "kl":
+        along = "no room for its final states: it runs along in every sweep"
+        kept = f"{format_bytes(memory.full_states)} of final states kept" if memory.full_states else along
+        rows.append(("all-F for the KL", kept))
+    if plan.heldout_sequences:  # how many rounds a refinement goes on nobody knows before
+        moves = (plan.candidates - plan.num_shared) * plan.num_shared  # each F layer with each S layer that was one
+        text = (
+            f"then swaps, in rounds of at most {moves} moves; one for each swap made (at most {MAX_SWAPS}), "
+            f"one to end with; confirmed on {plan.heldout_sequences} held-out sequences; not in the numbers above"
+        )
+        rows.append(("refinement", text))
+    return rows
+
+
+def _peak_words(plan: SearchPlan) -> str:
+    """What the process is expected to have at once; on CUDA the device."""
+    peak, lost = plan.memory.peak(plan.candidates, plan.kept.bytes)
+    parts = {"the program itself": plan.memory.program, "lost between tensors": lost}
+    told = [f"{format_bytes(size)} {name}" for name, size in parts.items() if size]
+    return f"about {format_bytes(peak)} in all{', with ' if told else ''}{' and '.join(told)} (estimate)"
+
+
+def model_rows(start: dict[str, Any]) -> Rows:
+    """Model and numerics in words; `start` is the journal's first event."""
+    model, options = start["model"], start["options"]
+    threads = f"{options['threads']} thread{'' if options['threads'] == 1 else 's'}"
+    calls = f"{options['batch_size']} sequence{'' if options['batch_size'] == 1 else 's'} a call"
+    kernels = f"{options['kernels']} kernels"
+    rows = [
+        ("model", f"{model['name_or_path']} ({model['model_type']}, {start['decoder_layers']} layers)"),
+        ("numerics", f"{options['dtype']} on {options['device']}, {threads}, {calls}, {kernels}"),
+    ]
+    if shared := model["native_shared"]:
+        rows.append(("native S layers", f"{', '.join(map(str, shared))}: shared by the checkpoint, and they stay so"))
+    return rows
+
+
+def weight_rows(memory: Memory, patterns: int, sequences: int, bytes_per_second: float | None) -> Rows:
+    """Where weights are, and what a step of at most so many patterns on so many sequences reads of them."""
+    offload = memory.offload
+    if not offload.streamed:
+        return [("weights", f"resident: {offload.why}")]
+    source = {DISK: "the checkpoint's shards", CPU: "CPU memory"}[offload.where]
+    passes = memory.passes(patterns, sequences)
+    size = passes * offload.pass_bytes
+    text = f"all layers {'once' if passes == 1 else f'{passes} times'} a step, about {format_bytes(size)}"
+    if bytes_per_second:
+        rate = f"{format_bytes(int(bytes_per_second))}/s, as measured just now"
+        text += f", {size / bytes_per_second:.0f} s at {rate} (estimate; read while layers compute)"
+    return [("weights", f"streamed from {source}, layer by layer: {offload.why}"), ("reading", text)]
+
+
+def process_rows(memory: Memory, sequences: int, more: str = "") -> Rows:
+    """Who computes, and how many of them have nothing to do with so many sequences; nothing where one process does."""
+    grid, size = memory.grid, memory.shape.batch_size
+    if grid.size == 1:
+        return []
+    words, shares = grid.words, -(-sequences // (size * memory.batches_per_wave))
+    if idle := grid.pipeline * max(0, grid.data - shares):
+        smaller = min(size - 1, sequences // grid.data)  # with that, every data rank has some
+        option = f"--batch-size {smaller} (not by itself, for the bits of a loss follow the batch size), "
+        words += (
+            f"; {idle} of the {grid.size} {'has' if idle == 1 else 'have'} nothing to do, for {sequences} sequences "
+            f"make {shares} share{'s' if shares > 1 else ''}: give {option if smaller > 0 else ''}more sequences, "
+            "or start fewer processes"
+        )
+    return [("processes", f"{words}{more}")]
+
+
+def stage_rows(start: dict[str, Any]) -> Rows:
+    """Of a run, by its first event: blocks that begin with a layer which the checkpoint itself shares; none, nothing.
+
+    A search keeps the first layer of each block F, so that a serving stage can begin there. A layer that comes without
+    an indexer cannot be kept F: a server that is cut there would begin that stage without a selection, and no repair
+    helps.
+    """
+    firsts = [first for first, _ in start.get("blocks") or ()]
+    return [("stages", text) for text in shared_starts(Pattern(start["start_pattern"]), firsts, start["layer_indices"])]
+
+
+def shared_starts(start: Pattern, firsts: Sequence[int], layer_indices: Sequence[int]) -> list[str]:
+    """Which blocks begin with a native S layer, and what to do, in one text; none where no block does.
+
+    `firsts` are the first positions of the blocks in the pattern, `layer_indices` the decoder layers of all positions.
+    """
+    wrong = [number for number, first in enumerate(firsts) if not start.is_full(first)]
+    if not wrong:
+        return []
+    layers = [  # as their letters are counted; with the number in the decoder, where other layers lie between
+        str(first) if (decoder := layer_indices[first]) == first else f"{first} (decoder layer {decoder})"
+        for first in (firsts[number] for number in wrong)
+    ]
+    blocks, s, verb = ", ".join(str(number + 1) for number in wrong), *(("s", "") if len(wrong) > 1 else ("", "s"))
+    return [
+        f"block{s} {blocks} of --stages {len(firsts)} begin{verb} with layer{s} {', '.join(layers)}, which the "
+        "checkpoint itself shares: F cannot be kept there, and a serving stage that begins there would have no "
+        f"selection to reuse; {_elsewhere(start, firsts, layer_indices)}"
+    ]
+
+
+def _elsewhere(start: Pattern, firsts: Sequence[int], layer_indices: Sequence[int]) -> str:
+    """Where else to cut: before the nearest layers that have an indexer."""
+    ends = [*firsts[1:], len(start)]
+    sizes = aligned_partition(start, range(len(start)), [end - first for first, end in zip(firsts, ends, strict=True)])
+    if sizes is None:
+        return f"too few layers have an indexer for {len(firsts)} stages: give fewer"
+    cuts = [sum(sizes[:number]) for number in range(len(sizes))]
+    kept = ",".join(map(str, cuts[1:]))
+    served = ",".join(["0", *(str(layer_indices[cut]) for cut in cuts[1:])])
+    return (
+        f"cut the server at layers {served} in place, where it takes its cuts by hand: search with --keep-full {kept}, "
+        f"or let icsearch export --serve-pp {served} repair the pattern"
+    )

@@ -1,0 +1,163 @@
+"""Memory: its formulas, where weights are, and waves that take the fewest passes over them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from icsearch.core.errors import IcsearchError
+from icsearch.planning.footprint import BatchShape
+from icsearch.planning.memory import (
+    FEWEST_BRANCHES,
+    HEAP_SHARE,
+    SHARE_OF_CPU,
+    Job,
+    Machine,
+    Memory,
+    Offload,
+    WeightSizes,
+    choose_offload,
+    plan_memory,
+    plan_waves,
+)
+from icsearch.planning.rows import weight_rows
+from icsearch.sweep.distributed.launch import Grid
+
+SHAPE = BatchShape(
+    batch_size=2,
+    seq_len=100,
+    hidden_size=32,
+    dtype_bytes=2,
+    index_topk=16,
+    index_heads=4,
+    index_head_dim=8,
+    attention_heads=2,
+    vocab_size=50,
+)
+SIZES = WeightSizes(outside=100, layers=(10, 30, 30, 30), on_disk=250)
+ENOUGH, TOO_LITTLE = int(200 / SHARE_OF_CPU) + 1, int(200 / SHARE_OF_CPU) - 2
+
+
+def chosen(requested: str, on_cpu: bool, room: int, cpu_free: int = ENOUGH) -> Offload:
+    return choose_offload(requested, on_cpu, SIZES, lambda weights: weights <= room, cpu_free)
+
+
+def test_a_model_that_fits_is_never_streamed() -> None:
+    for on_cpu in (True, False):
+        found = chosen("auto", on_cpu, room=200)
+        assert (found.where, found.device_bytes, found.pass_bytes, found.streamed) == ("none", 200, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "cpu_free", "where", "at_once", "read"),
+    [
+        (True, ENOUGH, "disk", 100 + 3 * 30, 250),
+        (False, ENOUGH, "cpu", 100 + 2 * 30, 100),
+        (False, TOO_LITTLE, "disk", 100 + 2 * 30, 250),
+    ],
+)
+def test_auto_takes_the_nearest_place_that_is_large_enough(
+    on_cpu: bool, cpu_free: int, where: str, at_once: int, read: int
+) -> None:
+    found = chosen("auto", on_cpu, room=199, cpu_free=cpu_free)
+    assert (found.where, found.device_bytes, found.pass_bytes) == (where, at_once, read)
+
+
+def test_what_is_asked_for_is_done() -> None:
+    assert chosen("none", True, room=0).where == "none"
+    assert chosen("disk", True, room=1000).where == "disk"
+    assert chosen("cpu", False, room=1000).where == "cpu"
+
+
+def test_cpu_memory_of_a_cpu_device_is_the_device() -> None:
+    found = chosen("cpu", True, room=1000)
+    assert found.where == "none" and "what a CPU device does anyway" in found.why
+
+
+def test_cpu_memory_that_is_too_small_is_refused() -> None:
+    assert chosen("cpu", False, room=1000, cpu_free=TOO_LITTLE).missing == 2
+    job = Job(SHAPE, SIZES, (0, 1, 2, 3), 4, offload="cpu")
+    with pytest.raises(IcsearchError, match="needs 200 B of CPU memory .* 198 B .* --offload disk"):
+        plan_memory(job, Machine(False, 10**9, TOO_LITTLE))
+
+
+@pytest.mark.parametrize("beside", [2, 3])
+def test_waves_take_the_fewest_passes(beside: int) -> None:
+    """Against every division that has room."""
+    for room, patterns, batches in itertools.product((3, 4, 7, 12, 25, 60), (1, 2, 5, 15), (1, 3, 8)):
+        possible = [
+            -(-patterns // together) * -(-batches // wave)
+            for together, wave in itertools.product(range(1, patterns + 1), range(1, batches + 1))
+            if (together + beside) * wave <= room
+        ]
+        together, wave = plan_waves(room, patterns, batches, beside)
+        if possible:
+            assert (together + beside) * wave <= room
+            assert -(-patterns // together) * -(-batches // wave) == min(possible)
+        else:
+            assert (together, wave) == (1, 1)
+
+
+def test_one_wave_where_all_of_it_fits() -> None:
+    assert plan_waves(17 * 6, 15, 6) == (15, 6)
+
+
+def test_rows_say_what_was_chosen_and_why() -> None:
+    memory = Memory(10**9, 0, SHAPE, 3, offload=chosen("auto", True, room=199))
+    streamed = dict(weight_rows(memory, 7, 2, 100.0))  # 7 patterns in 3 sweeps
+    assert streamed["weights"] == (
+        "streamed from the checkpoint's shards, layer by layer: 200 B do not fit into memory"
+    )
+    assert "3 times a step, about 750 B, 8 s at 100 B/s" in streamed["reading"] and "estimate" in streamed["reading"]
+    resident = Memory(10**9, 0, SHAPE, 3, offload=chosen("auto", True, room=200))
+    assert weight_rows(resident, 7, 2, None) == [("weights", "resident: 200 B fit")]
+
+
+def test_branch_and_layer_bytes() -> None:
+    assert SHAPE.branch_bytes == 2 * 100 * (32 * 2 + 16 * 4)
+    assert SHAPE.layer_bytes == 2 * 100**2 * (2 * 4 + 8 + 3 + 2) * 4
+
+
+def test_what_layers_hand_on_beside_states_and_selection_is_counted() -> None:
+    """Such as keys and values that Mistral-Large-4's layers share."""
+    more = replace(SHAPE, left_numbers=10)
+    assert more.branch_bytes == SHAPE.branch_bytes + 2 * 100 * 10 * 2
+    assert more.pinned_bytes == SHAPE.pinned_bytes + 4096
+
+
+def test_budget_decides_how_many_live() -> None:
+    fixed = SIZES.total + SHAPE.layer_bytes
+
+    def patterns(branches: int) -> int:
+        job = Job(SHAPE, SIZES, (0, 1, 2, 3), 4, patterns=20, offload="none")
+        return plan_memory(job, Machine(True, fixed + branches * SHAPE.branch_bytes, 0)).patterns_per_sweep
+
+    assert (patterns(10), patterns(FEWEST_BRANCHES)) == (8, 1)
+    with pytest.raises(IcsearchError, match=r"memory budget .* 200 B of weights .* raise --memory"):
+        patterns(FEWEST_BRANCHES - 1)
+
+
+def test_a_large_vocabulary_can_be_what_counts() -> None:
+    wide = replace(SHAPE, vocab_size=10**6)
+    states = 2 * 100 * 32 * 2  # normed
+    assert wide.layer_bytes == states + 2 * 100 * 10**6 * (2 + 8)
+
+
+def test_the_peak_is_what_lives_at_once() -> None:
+    memory = Memory(10**6, 500, SHAPE, 2)
+    branch, call = SHAPE.branch_bytes, SHAPE.layer_bytes
+    assert memory.peak(3, 70) == (500 + call + 4 * branch + 70, 0)  # two candidates, the trunk, an output
+    assert replace(memory, grid=Grid(1, 2)).peak(3, 70)[0] == 500 + call + (3 * 4 + 1) * branch + 70
+    working, tensor = call + 4 * branch + 70, 2 * 100 * 32 * 2
+    lost = int(HEAP_SHARE * (1 - tensor / 2**25) * working)
+    assert replace(memory, program=300).peak(3, 70) == (300 + 500 + working + lost, lost)
+    large = replace(memory, program=300, shape=replace(SHAPE, seq_len=2**19))  # tensors with pages of their own
+    assert large.peak(3, 70)[1] == 0
+
+
+def test_states_that_rest_in_cpu_memory_leave_three_on_the_device() -> None:
+    """Of one batch, as they are there; what rests is of a whole wave, and rounded up."""
+    memory = Memory(10**6, 500, SHAPE, 2, resting=10**5, batches_per_wave=4)
+    assert memory.peak(3, 70)[0] == 500 + SHAPE.layer_bytes + 3 * SHAPE.branch_bytes
