@@ -153,9 +153,9 @@ class Plan:
 
     @property
     def best(self) -> tuple[Placement, Forecast]:
-        """The placement on which the first strategy, exact, is fastest."""
-        fastest = min(self.forecasts, key=lambda placement: self.forecasts[placement][0].hours)
-        return fastest, self.forecasts[fastest][0]
+        """The placement on which the first strategy, exact, is fastest; of those within 1%, the simplest one."""
+        fastest = min(exact.hours for exact, *_ in self.forecasts.values())
+        return next((one, exact) for one, (exact, *_) in self.forecasts.items() if exact.hours <= 1.01 * fastest)
 
 
 def make_plan(case: Case) -> Plan:

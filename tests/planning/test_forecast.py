@@ -217,7 +217,7 @@ def test_700b_models_on_one_node(name: str) -> None:
         assert bool(one.memory.missing) == (one not in plan.forecasts)
     best, forecast = plan.best
     assert best.total <= best.memory.budget < 141e9
-    assert forecast.hours == min(exact.hours for exact, *_ in plan.forecasts.values())
+    assert forecast.hours <= 1.01 * min(exact.hours for exact, *_ in plan.forecasts.values())
 
 
 def test_more_sequences_take_longer() -> None:
@@ -290,6 +290,13 @@ def test_the_side_that_binds_is_the_slower_one() -> None:
     assert (fast.binds, slow.binds) == ("computing", "bringing weights")
     assert fast.hours == pytest.approx(fast.computing_hours, rel=0.01)
     assert slow.hours == pytest.approx(slow.bringing_hours, rel=0.01)
+
+
+def test_what_is_about_as_fast_is_kept_simple() -> None:
+    """The demo in memory, though streaming it would save the time of loading it."""
+    plan = demo("1xcpu")
+    assert of(plan, offload=DISK).hours < of(plan).hours
+    assert (plan.best[0].grid, plan.best[0].offload) == (Grid(), RESIDENT)
 
 
 def test_faster_devices_take_less() -> None:
