@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
-PATIENCE = 120  # seconds; on a busy machine a process may take ten to start
+PATIENCE = 300  # seconds; on a busy machine a process may take ten to start
 
 
 def environment() -> dict[str, str]:

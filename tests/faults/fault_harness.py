@@ -34,7 +34,7 @@ PRELOAD = (
     "transformers.models.auto.tokenization_auto",
     "transformers.models.glm_moe_dsa.modeling_glm_moe_dsa",
 )
-PATIENCE = 120.0  # seconds that a process may take, on a machine that is busy
+PATIENCE = 300.0  # seconds that a process may take, on a machine that is busy
 FILE_OPERATIONS = ("open", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
 
 # Done in a process before its command runs there.

@@ -231,3 +231,9 @@ def test_a_main_thread_that_hears_nothing_is_ended(
     one._end_now(End(status, 0, "because"))
     assert pair.left == [status]
     assert ("because" in capsys.readouterr().err) == said
+
+
+def test_a_signal_that_came_with_the_last_of_the_work_counts(pair: Pair) -> None:
+    """It was not judged yet, and nothing was raised: the status is its own all the same."""
+    pair.first._on_signal(signal.SIGTERM, None)
+    assert World(Launch(0, 2), pair.first._store, pair.first).finish(0) == 143

@@ -37,8 +37,9 @@ memory.fit = lambda *given: replace(planned(*given), resting=10**9)
 branches.InCpuMemory.put = noted
 main()
 """
-TIMEOUT = 5  # seconds without a sign of life
-GRACE = 8  # more that an end may take on a busy machine
+TIMEOUT = 60  # seconds without a sign of life: on a busy machine a process may come to its turn late
+SHORT = 5  # where a process gives none
+GRACE = 30  # more that an end may take on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -138,14 +139,15 @@ def test_one_is_killed_and_the_run_resumed_by_another_number(
     deeper: Path, longer: Path, whole: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    with Ranks(2, greedy(deeper, longer, out, "--dp", 2), tmp_path / "logs") as ranks:
+    command = greedy(deeper, longer, out, "--dp", 2, "--timeout", SHORT)
+    with Ranks(2, command, tmp_path / "logs") as ranks:
         ranks.wait_for_lines(out / "journal.jsonl", 8)
         ranks.processes[1].send_signal(signal.SIGKILL)
         started = time.monotonic()
         assert ranks.wait([0]) == [1]
-        assert time.monotonic() - started < TIMEOUT + GRACE
+        assert time.monotonic() - started < SHORT + GRACE
         (line,) = ranks.complaints(0)
-        assert f"rank 1 gave no sign of life for {TIMEOUT} s" in line
+        assert f"rank 1 gave no sign of life for {SHORT} s" in line
     assert not (out / "pattern.json").exists()
     alone(greedy(deeper, longer, out))
     assert_same(out, whole)
@@ -306,7 +308,7 @@ def test_the_others_say_who_is_gone(deeper: Path, longer: Path, whole: Path, tmp
         others = [rank for rank in range(4) if rank != killed]
         for rank in others:
             ranks.processes[rank].send_signal(signal.SIGTERM)
-        assert ranks.wait(others, 20) == [1, 1, 1]
+        assert ranks.wait(others) == [1, 1, 1]
         for rank in others:
             (line,) = ranks.complaints(rank)
             assert f"rank {rank}: " in line
@@ -320,15 +322,16 @@ def test_the_others_say_who_is_gone(deeper: Path, longer: Path, whole: Path, tmp
 def test_a_process_that_hangs_ends_the_run_in_time(deeper: Path, longer: Path, tmp_path: Path) -> None:
     """Stopped, it is as one behind a network that is gone; where it wakes up, it ends too."""
     out = tmp_path / "run"
-    with Ranks(2, greedy(deeper, longer, out, "--pp", 2), tmp_path / "logs") as ranks:
+    command = greedy(deeper, longer, out, "--pp", 2, "--timeout", SHORT)
+    with Ranks(2, command, tmp_path / "logs") as ranks:
         ranks.wait_for_lines(out / "journal.jsonl", 5)
         ranks.processes[1].send_signal(signal.SIGSTOP)
         started = time.monotonic()
         assert ranks.wait([0]) == [1]
-        assert time.monotonic() - started < TIMEOUT + GRACE
+        assert time.monotonic() - started < SHORT + GRACE
         assert "rank 1 gave no sign of life" in ranks.complaints(0)[0]
         ranks.processes[1].send_signal(signal.SIGCONT)
-        assert ranks.wait([1], 30) == [1]
+        assert ranks.wait([1]) == [1]
         assert len(ranks.complaints(1)) == 1
 
 
@@ -339,7 +342,7 @@ def test_interrupted_and_continued(deeper: Path, longer: Path, whole: Path, tmp_
     with Ranks(2, command, tmp_path / "logs") as ranks:
         ranks.wait_for_lines(out / "journal.jsonl", 5)
         ranks.processes[0].send_signal(signal.SIGINT)  # the others hear of it
-        assert ranks.wait(seconds=20) == [130, 130]
+        assert ranks.wait() == [130, 130]
         assert f"interrupted; the same command continues {out}" in ranks.said(0)
         assert ranks.said(1) == ""
     with Ranks(2, greedy(deeper, longer, out, "--dp", 2), tmp_path / "logs") as ranks:
