@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from icsearch.core.errors import IcsearchError, PatternError
 from icsearch.core.files import published_patterns, typed_path
@@ -23,7 +22,7 @@ from icsearch.runs.record import why_no_pattern
 
 EXPECTED = (
     "full, uniform:1/4, published:NAME, a pattern.json or RUN (RUN@1/2: at that retention), letters, or what an engine "
-    "is given (a config.json, overrides as JSON, freq:4,offset:2)"
+    "is given, behind its name (vllm:config.json, megatron:freq:4,offset:2)"
 )
 FORMS = ("uniform", "published", "freq")
 NAME_LENGTH = 32  # of a name in a table
@@ -67,17 +66,33 @@ def resolve_specs(
 ) -> list[NamedPattern]:
     """All patterns that the SPECs name, checked against the target, `full` first; raises PatternError.
 
-    `retentions` asks every run's file for its nested patterns at these retentions instead of its last one.
+    `retentions` asks every run's file for its nested patterns at these retentions instead of its last one. A name that
+    stands for several patterns gets its letters added.
     """
-    found = [NamedPattern("full", target.start, "full")]
+    named = {NamedPattern("full", target.start, "full"): None}  # each pair of name and letters once
     for spec in specs:
-        found += [_checked(named, target) for named in _resolve(spec.strip(), target, retentions, force)]
-    return _with_unique_names(found)
+        for pattern in _resolve(spec.strip(), target, retentions, force):
+            _check_native(pattern, target)
+            named[pattern] = None
+    names = [pattern.name for pattern in named]
+    return [
+        pattern if names.count(pattern.name) == 1 else replace(pattern, name=f"{pattern.name} {pattern.pattern}")
+        for pattern in named
+    ]
 
 
 def pattern_of(spec: str, start: Pattern, layers: Backbone | None = None) -> Pattern:
     """The pattern that a SPEC names, for a model of this start pattern; whose pattern it is does not matter here."""
     return resolve_specs([spec], Target("", "", start, "", layers=layers), force=True)[-1].pattern
+
+
+def _check_native(named: NamedPattern, target: Target) -> None:
+    for layer in named.pattern.full_layers:
+        if not target.start.is_full(layer):
+            raise PatternError(
+                f"pattern {named.name!r} asks F of layer {layer}, which this checkpoint shares natively and which has "
+                f"no indexer: {'give letters with S there' if named.method == 'uniform' else 'write S there'}"
+            )
 
 
 def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
@@ -93,19 +108,14 @@ def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: b
     if re.fullmatch(r"[A-Z]+|[fs]+", spec) and not os.path.exists(spec):  # other letters: their position gets named
         return [NamedPattern(spec.upper(), Pattern.parse(spec, num_layers), "letters")]
     if is_engine_source(spec):
-        return [_from_engine(spec, target, force)]
+        found = import_pattern(spec, None, target.backbone)
+        name = spec
+        if len(spec) > NAME_LENGTH:  # the end of a path, or whose settings these are
+            is_file = Path(spec).suffix in (".json", ".gguf")
+            name = f"as {found.engine.title}" if found.engine and not is_file else Path(spec).name
+        file = found.pattern_file(name)
+        return [replace(_from_file(name, file, file.pattern, target, force), notes=found.notes)]
     return _from_path(spec, target, retentions, force)
-
-
-def _from_engine(spec: str, target: Target, force: bool) -> NamedPattern:
-    """What an engine runs with a config, overrides or numbers, by that engine's rules."""
-    found = import_pattern(spec, None, target.backbone)
-    name = spec
-    if len(spec) > NAME_LENGTH:  # the end of a path, or whose settings these are
-        is_file = Path(spec).suffix in (".json", ".gguf")
-        name = f"as {found.engine.title}" if found.engine and not is_file else Path(spec).name
-    file = found.pattern_file(name)
-    return replace(_from_file(name, file, file.pattern, target, force), notes=found.notes)
 
 
 def published_path(spec: str) -> Path:
@@ -144,7 +154,10 @@ def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force:
         meant = did_you_mean(spec.partition(":")[0], FORMS) if ":" in spec else did_you_mean(spec, ["full"])
         raise PatternError(f"unknown pattern {shown(spec)}: {f'{meant} ' if meant else ''}expected {EXPECTED}")
     file = load_pattern_file(path)
-    label = _label(path, file.method)
+    label = path.stem  # a run is called by its method and its folder, other files by their name
+    if path.name == "pattern.json":
+        folder = path.resolve().parent.name
+        label = folder if folder.startswith(file.method) else f"{file.method} {folder}"
     wanted = [parse_retention(at)] if at else list(retentions)
     if not wanted or not (at or file.steps):
         return [_from_file(label, file, file.pattern, target, force)]
@@ -153,14 +166,6 @@ def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force:
     except PatternError as error:
         raise PatternError(f"{spec}: {error}") from None
     return [_from_file(f"{label} @{r}", file, pattern, target, force) for r, pattern in nested]
-
-
-def _label(path: Path, method: str) -> str:
-    """A run is called by its method and its folder, other files by their name."""
-    if path.name != "pattern.json":
-        return path.stem
-    folder = path.resolve().parent.name
-    return folder if folder.startswith(method) else f"{method} {folder}"
 
 
 def _from_file(name: str, file: PatternFile, pattern: Pattern, target: Target, force: bool) -> NamedPattern:
@@ -178,38 +183,13 @@ def _from_file(name: str, file: PatternFile, pattern: Pattern, target: Target, f
     if foreign and not (force and fits):
         remedy = "use --force to evaluate it all the same" if fits else "it cannot be run here"
         raise PatternError(f"pattern {name!r} belongs to another model ({'; '.join(foreign)}): {remedy}")
-    fingerprint = file.model.get("fingerprint")
-    other_weights = fingerprint is not None and fingerprint != target.fingerprint
-    in_sample = any(_shares_sequences(batches, target) for batches in _chosen_on(file, pattern))
+    other_weights = file.model.get("fingerprint") not in (None, target.fingerprint)
+    chosen_on = [file.calibration]
+    if file.refinement is not None and pattern == file.pattern:  # refined on its held-out sequences
+        chosen_on.append(file.refinement["heldout"])
+    in_sample = any(
+        batches.get("fingerprint") == target.calibration_fingerprint
+        or not target.sequences.isdisjoint(batches.get("sequences") or ())
+        for batches in chosen_on
+    )
     return NamedPattern(name, pattern, file.method, in_sample, bool(foreign) or other_weights)
-
-
-def _chosen_on(file: PatternFile, pattern: Pattern) -> list[dict[str, Any]]:
-    """The batches that a pattern of a file was chosen on: a refined one's held-out sequences are among them."""
-    refined = file.refinement is not None and pattern == file.pattern
-    return [file.calibration, file.refinement["heldout"]] if refined and file.refinement else [file.calibration]
-
-
-def _shares_sequences(batches: dict[str, Any], target: Target) -> bool:
-    same = batches.get("fingerprint") == target.calibration_fingerprint
-    return same or not target.sequences.isdisjoint(batches.get("sequences") or ())
-
-
-def _checked(named: NamedPattern, target: Target) -> NamedPattern:
-    for layer in named.pattern.full_layers:
-        if not target.start.is_full(layer):
-            raise PatternError(
-                f"pattern {named.name!r} asks F of layer {layer}, which this checkpoint shares natively and which has "
-                f"no indexer: {'give letters with S there' if named.method == 'uniform' else 'write S there'}"
-            )
-    return named
-
-
-def _with_unique_names(found: list[NamedPattern]) -> list[NamedPattern]:
-    """Each pair of name and letters once; a name that stands for several patterns gets its letters added."""
-    unique = list(dict.fromkeys(found))
-    names = [named.name for named in unique]
-    return [
-        named if names.count(named.name) == 1 else replace(named, name=f"{named.name} {named.pattern}")
-        for named in unique
-    ]
