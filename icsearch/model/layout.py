@@ -144,10 +144,11 @@ def _readable(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _skeleton(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
-    made_by = auto_class(config)
     try:
         with torch.device("meta"):
-            return made_by.from_config(config, trust_remote_code=trust_remote_code)
+            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except Exception as error:  # a config whose numbers do not fit together fails in any way torch knows
         raise cannot_build(checkpoint, error) from error
 

@@ -232,11 +232,12 @@ def _empty_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) ->
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
     config = load_config(checkpoint, trust_remote_code)
-    made_by = auto_class(config)
     wanted = config_dtype(checkpoint) if dtype == "auto" else DTYPES[dtype]
     try:
         with init_empty_weights(include_buffers=False):
-            model = made_by.from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise

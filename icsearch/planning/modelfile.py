@@ -12,7 +12,7 @@ from icsearch.core.files import demo_checkpoint, may_be_hub_id, typed_path
 from icsearch.core.jsonfile import FLAG, TEXT, list_of, read_object, shown, whole
 from icsearch.core.pattern import Pattern
 from icsearch.core.text import first_line
-from icsearch.model.config import check_config, fp8_block, language_config, start_pattern
+from icsearch.model.config import check_config, dtype_name, fp8_block, language_config, start_pattern
 from icsearch.model.shape import ModelShape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -102,8 +102,8 @@ def open_model_file(name: str) -> ModelFile:
             f"{name} has {shape.dsa_layers} DSA layers among {shape.layers}: only models whose layers all are can be "
             "planned for, such as deepseek_v32 or glm_moe_dsa"
         )
-    dtype = inner.get("dtype") or inner.get("torch_dtype") or "float32"
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    dtype = dtype_name(config, name)
+    if dtype not in DTYPE_BYTES:
         raise ModelError(f"{path} has dtype {shown(dtype)}: expected {', '.join(DTYPE_BYTES)}; mend it")
     return ModelFile(
         name=name,

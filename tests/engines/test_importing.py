@@ -15,7 +15,7 @@ from icsearch.core.files import published_patterns
 from icsearch.core.jsonfile import write_object
 from icsearch.core.pattern_file import load_pattern_file
 from icsearch.engines.read import import_pattern, is_engine_source
-from icsearch.model.config import Backbone, read_backbone
+from icsearch.model.config import INDEXED_TYPES, Backbone, read_backbone
 
 GLM = {"model_type": "glm_moe_dsa", "num_hidden_layers": 6}
 SIX = Backbone.alike(6)
@@ -192,6 +192,21 @@ def test_only_layers_with_an_indexer_have_letters() -> None:
 def test_which_layers_have_an_indexer(keys: dict[str, Any], layers: tuple[int, ...]) -> None:
     found = import_pattern(json.dumps({"num_hidden_layers": 6, **keys}), "transformers")
     assert found.backbone.layer_indices == layers
+
+
+def test_older_names_of_kinds_are_those_that_transformers_maps() -> None:
+    """As configs were released, or saved by an older transformers; full_attention counts where none is named so."""
+    from transformers.configuration_utils import _LEGACY_LAYER_TYPE_REMAP
+
+    older = {name for name, kind in _LEGACY_LAYER_TYPE_REMAP.items() if kind == "indexed_attention"}
+    assert older and older == set(INDEXED_TYPES) & set(_LEGACY_LAYER_TYPE_REMAP)
+    for name in older:
+        kinds = ["full_attention", name, "sliding_attention", name]
+        for keys in ({"layer_types": kinds}, {"text_config": {"num_hidden_layers": 4, "layer_types": kinds}}):
+            config = {"model_type": "dots3_note", "num_hidden_layers": 4, **keys}
+            overrides = '{"use_index_cache": true, "index_topk_pattern": "FFSS"}'
+            found = import_pattern(overrides, "sglang", read_backbone(config, "config.json"))
+            assert (found.pattern.letters, found.backbone.layer_indices) == ("FS", (1, 3))
 
 
 def test_a_family_that_mixes_kinds_must_say_where() -> None:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import native_fixtures
 import tiny
 from icsearch.commands.plan import plan as make_plan
 from icsearch.core.errors import IcsearchError, ModelError
 from icsearch.model.checkpoint import open_checkpoint
-from icsearch.model.config import fp8_block
+from icsearch.model.config import dtype_name, fp8_block
 from icsearch.model.layout import inspect
 from icsearch.model.loading import load, quiet_transformers
 from icsearch.planning.modelfile import open_model_file
@@ -137,3 +139,32 @@ def test_a_null_text_config_is_none(directory: Path) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config": None, "num_nextn_predict_layers": 1}))
     assert load(open_checkpoint(str(directory))).start_pattern.letters == "F" * 6
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, "float32"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16", "text_config": {"num_hidden_layers": 2}}, "float16"),
+        ({"text_config": {"dtype": "bfloat16"}}, "bfloat16"),
+        ({"dtype": "float32", "text_config": {"dtype": "bfloat16"}}, "float32"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "bfloat16"),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "bfloat16"),
+        ({"dtype": "float16", "quantization_config": {"quant_method": "fp8"}}, "float16"),
+    ],
+)
+def test_the_type_that_weights_are_in(config: dict[str, Any], expected: str) -> None:
+    assert dtype_name(config, "M") == expected
+
+
+def test_a_wrapped_checkpoint_whose_type_the_language_model_names(tmp_path: Path) -> None:
+    """transformers gives the outer config a type of its own when a model is made of it."""
+    directory = native_fixtures.save_native(tmp_path, "mistral_large4")
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    del config["dtype"]
+    config["text_config"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(config))
+    assert inspect(open_checkpoint(str(directory))).dtype == "bfloat16"
+    assert load(open_checkpoint(str(directory))).model.dtype == torch.bfloat16
