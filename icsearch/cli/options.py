@@ -101,25 +101,23 @@ def _argument(option: Declared) -> inspect.Parameter:
 
 def _option(option: Declared, command: str) -> inspect.Parameter:
     """What the parser is told of an option; what it reads of none is the field's default."""
-    said, flag = option.option, option.flag
-    needed = option.default is MISSING and not said.default
-    value = option.default if isinstance(option.default, bool) else None
-    plain = isinstance(option.default, (str, int, float)) and not isinstance(option.default, bool)
-    default = said.default.replace("COMMAND", command) or (f"{option.default}".removesuffix(".0") if plain else "")
+    said, flag, value = option.option, option.flag, option.default
+    needed, switch = value is MISSING and not said.default, isinstance(value, bool)
+    default = said.default.replace("COMMAND", command)
+    if not default and isinstance(value, (str, int, float)) and not switch:
+        default = str(value).removesuffix(".0")
     info = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if isinstance(value, bool) else flag,
+        f"{flag}/--no-{flag[2:]}" if switch else flag,
         metavar=said.metavar,
-        help=said.help if needed or not default else f"{said.help} [{default}]",
+        help=f"{said.help} [{default}]" if default else said.help,
         min=said.least,
         rich_help_panel=said.panel,
         autocompletion=_completion(option),
     )
-    kind = _typed(option) if needed or isinstance(value, bool) else _typed(option) | None
+    kind = _typed(option) if needed or switch else _typed(option) | None
+    unsaid = inspect.Parameter.empty if needed else value if switch else None
     annotation = Annotated[kind, info]  # type: ignore[valid-type]
-    empty = inspect.Parameter.empty
-    return inspect.Parameter(
-        option.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=empty if needed else value
-    )
+    return inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=unsaid)
 
 
 def _typed(option: Declared) -> Any:
@@ -140,43 +138,45 @@ def _completion(option: Declared) -> Callable[[str], list[str]] | None:
 def print_help(ctx: Any, command: Any) -> None:
     """Usage, what it does, and in panels one line for each option or command."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.padding import Padding
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
-    width = min(console.width, WIDTH)
-    positional = [one for one in command.params if one.param_type_name == "argument"]
-    needed = [f"{one.opts[0]} {one.metavar}" for one in command.params if one not in positional and one.required]
     commands = getattr(command, "commands", {})
-    words = [*(["COMMAND"] if commands else ()), *(one.metavar for one in positional), *needed, "[OPTIONS]"]
-    console.print(
-        Padding(f"\nUsage: {ctx.command_path} {escape(' '.join(words))}\n\n{' '.join(command.help.split())}\n", (0, 1))
-    )
+    positional = [one for one in command.params if one.param_type_name == "argument"]
+    options = [one for one in command.params if one.param_type_name == "option"]
+    needed = [f"{one.opts[0]} {one.metavar}" for one in options if one.required]
+    words = ["COMMAND" for _ in commands][:1] + [one.metavar for one in positional] + needed + ["[OPTIONS]"]
+    usage, about = f"Usage: {ctx.command_path} {' '.join(words)}", " ".join(command.help.split())
+    console.print(Padding(Text(f"\n{usage}\n\n{about}\n"), (0, 1)))
 
-    panels: dict[str, list[tuple[str, str]]] = {"": [(one.metavar, one.help) for one in positional]}
-    panels |= {name: [] for name in PANELS}
+    panels: dict[str, list[tuple[str, str]]] = {name: [] for name in PANELS}
     for name, one in commands.items():
         panels.setdefault(one.rich_help_panel, []).append((name, one.help.partition(".\n")[0]))
-    for one in command.params:
-        if one not in positional:
-            metavar = f" {one.metavar}" if one.metavar and not one.is_flag else ""
-            panels.setdefault(one.rich_help_panel or OTHER, []).append((one.opts[0] + metavar, one.help))
+    for one in options:
+        metavar = f" {one.metavar}" if one.metavar and not one.is_flag else ""
+        panels.setdefault(one.rich_help_panel or OTHER, []).append((one.opts[0] + metavar, one.help))
     panels[OTHER].append(("--help", "This help"))
-    first = max(len(name) for rows in panels.values() for name, _ in rows)
-    for title, rows in panels.items():
-        table = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        table.add_column(style="cyan", width=first, no_wrap=True)
-        table.add_column(ratio=1)
+    arguments = [(one.metavar, one.help) for one in positional]
+    first = max(len(name) for rows in (arguments, *panels.values()) for name, _ in rows)
+
+    def table(rows: list[tuple[str, str]]) -> Table:
+        made = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        made.add_column(style="cyan", width=first, no_wrap=True)
+        made.add_column(ratio=1)
         for name, said in rows:
             text = Text(said)
-            text.highlight_regex(r"\[[^]]*\]$", "dim")
-            table.add_row(name, text)
-        if rows and title:
-            console.print(Panel(table, title=title, title_align="left", border_style="dim", width=width))
-        elif rows:
-            console.print(Padding(table, (0, 2, 1, 2)))
+            text.highlight_regex(r"\[[^]]*\]$", "dim")  # the default
+            made.add_row(name, text)
+        return made
+
+    if arguments:
+        console.print(Padding(table(arguments), (0, 2, 1, 2)))
+    for title, rows in panels.items():
+        if rows:
+            width = min(console.width, WIDTH)
+            console.print(Panel(table(rows), title=title, title_align="left", border_style="dim", width=width))
     if command.epilog:
         console.print(Padding(f"In brackets: the default. More: {command.epilog}", (0, 1)))

@@ -104,7 +104,6 @@ def _engines() -> Iterable[str]:
 
 # Options that several requests have.
 ENGINES = "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, llamacpp, megatron"
-Model = Annotated[str, Option("A checkpoint directory, a hub id, or demo", SEARCH, "MODEL")]
 SeqLen = Annotated[
     int | None, Option("Tokens per sequence", CALIBRATION, "N", default="4 x index_topk", least=2, most=MOST)
 ]
@@ -113,7 +112,7 @@ Retention = Annotated[
     Fraction | None, Option("Share of layers that stay F", SEARCH, "1/4|0.25", default="1/4", read=read_retention)
 ]
 NumShared = Annotated[int | None, Option("Flip exactly K layers instead", SEARCH, "K")]
-Stages = Annotated[int | None, Option("Blocks searched in turn; each begins with F", SEARCH, "P")]
+Stages = Annotated[int | None, Option("Pipeline blocks, each of which begins with F", SEARCH, "P", default="1")]
 KeepFull = Annotated[frozenset[int], Option("Layers that must stay F", SEARCH, "0,5,9", read=read_layers)]
 Dtype = Annotated[
     str, Option("float32, bfloat16, float16", NUMERICS, "DTYPE", default="auto: the checkpoint's", choices=DTYPES)
@@ -127,7 +126,7 @@ BatchSize = Annotated[
 class CalibrationRequest(Request):
     """Which batches to score on. None means: choose for me."""
 
-    model: Model
+    model: Annotated[str, Option("A checkpoint directory, a hub id, or demo", SEARCH, "MODEL")]
     source: Annotated[
         str, Option("Ready batches, demo, FILE.txt|jsonl|parquet, hf:NAME", CALIBRATION, "SOURCE", "calibration")
     ]
@@ -287,7 +286,7 @@ class GreedyRequest(PatternRequest):
     """Everything that a greedy search can be asked."""
 
     stages: Annotated[
-        int | None, Option("Blocks searched in turn; each begins with F", SEARCH, "P", default="--pp's")
+        int | None, Option("Blocks searched in turn; each begins with F", SEARCH, "P", default="as --pp")
     ] = None
     objective: Annotated[str, Option("lm-loss, or kl (to the all-F model)", SEARCH, "NAME", choices=OBJECTIVES)] = (
         "lm-loss"
@@ -371,7 +370,6 @@ class GreedyRequest(PatternRequest):
 class BaselineRequest(PatternRequest):
     """Everything that the similarity baseline can be asked. `similarity`: a similarity.npz to use again."""
 
-    stages: Annotated[int | None, Option("Blocks whose first layer stays F", SEARCH, "P")] = 1
     similarity: Annotated[Path | None, Option("That of an earlier run on the same batches", SEARCH, "FILE.npz")] = None
 
 
@@ -433,7 +431,7 @@ class PlanRequest(Request):
     model: Annotated[str, Option("A config.json, a directory with one, a hub id, or demo", SEARCH, "MODEL")]
     retention: Retention = None
     num_shared: NumShared = None
-    stages: Annotated[int | None, Option("Blocks searched in turn; each begins with F", SEARCH, "P")] = 1
+    stages: Stages = None
     keep_full: KeepFull = frozenset()
     seq_len: SeqLen = None
     num_sequences: NumSequences = None
@@ -513,6 +511,6 @@ class ImportRequest(Request):
 class ReportRequest(Request):
     """Runs to write about, and how."""
 
-    runs: Annotated[tuple[Path, ...], Option("RUN directories, or those of an eval", OUTPUT, "RUN", many=True)]
+    runs: Annotated[tuple[Path, ...], Option("RUN directories, or those of an eval", OUTPUT, "RUN...", many=True)]
     out: Annotated[Path | None, Option("The page, or the card, to write", OUTPUT, "FILE")] = None
     model_card: Annotated[bool, Option("A section for a model card of the Hugging Face hub", OUTPUT)] = False
