@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 from icsearch.core.errors import ModelError, PatternError
@@ -81,7 +81,13 @@ class _Pass:
 
 def prefill_work(shape: ModelShape, pattern: Pattern, length: int, widths: Widths | None = None) -> Breakdown:
     """Work of a prefill of `length` tokens, one sequence."""
-    return _work(shape, pattern, _prefill(shape, length), widths or Widths())
+    return _of_pattern(shape, pattern, _prefill(shape, length), widths)
+
+
+def decode_work(shape: ModelShape, pattern: Pattern, context: int, widths: Widths | None = None) -> Breakdown:
+    """Work of one new token that sees `context` tokens, itself included; one sequence."""
+    _check_context(context)
+    return _of_pattern(shape, pattern, _Pass(1, context, context, min(shape.index_topk, context)), widths)
 
 
 def layer_work(shape: ModelShape, index: int, full: bool, length: int, widths: Widths | None = None) -> Breakdown:
@@ -89,33 +95,15 @@ def layer_work(shape: ModelShape, index: int, full: bool, length: int, widths: W
 
     Dense layers are taken to be the first ones, as they are in DeepSeek-V3.2 and GLM-5.
     """
-    one, widths = _prefill(shape, length), widths or Widths()
-    return Breakdown(
-        index_projections=_index_projections(shape, one, widths).times(full),
-        index_scores=_index_scores(shape, one, widths).times(full),
-        index_topk=_index_topk(one, widths).times(full),
-        attention=_attention(shape, one, widths),
-        projections=_projections(shape, one, widths),
-        mlp=_dense_mlp(shape, one, widths) if index < shape.dense_layers else _expert_mlp(shape, one, widths),
-        lm_head=Work(),
-    )
-
-
-def decode_work(shape: ModelShape, pattern: Pattern, context: int, widths: Widths | None = None) -> Breakdown:
-    """Work of one new token that sees `context` tokens, itself included; one sequence."""
-    _check_context(context)
-    selected = min(shape.index_topk, context)
-    return _work(shape, pattern, _Pass(1, context, context, selected), widths or Widths())
+    dense = int(index < shape.dense_layers)
+    return _count(shape, _prefill(shape, length), widths or Widths(), int(full), 1, dense, 1 - dense, 0)
 
 
 def _prefill(shape: ModelShape, length: int) -> _Pass:
     _check_context(length)
     short = min(length, shape.index_topk)
-    return _Pass(length, length, _triangle(length), _triangle(short) + (length - short) * shape.index_topk)
-
-
-def _triangle(length: int) -> int:
-    return length * (length + 1) // 2
+    selected = short * (short + 1) // 2 + (length - short) * shape.index_topk
+    return _Pass(length, length, length * (length + 1) // 2, selected)
 
 
 def _check_context(length: int) -> None:
@@ -123,63 +111,44 @@ def _check_context(length: int) -> None:
         raise ModelError(f"context length {length} is out of range: give a number of tokens of at least 1")
 
 
-def _work(shape: ModelShape, pattern: Pattern, one: _Pass, widths: Widths) -> Breakdown:
+def _of_pattern(shape: ModelShape, pattern: Pattern, one: _Pass, widths: Widths | None) -> Breakdown:
     if len(pattern) != shape.dsa_layers:
         raise PatternError(
             f"pattern has {len(pattern)} letters, the model has {shape.dsa_layers} DSA layers: give one per layer"
         )
-    full = len(pattern.full_layers)
-    return Breakdown(
-        index_projections=_index_projections(shape, one, widths).times(full),
-        index_scores=_index_scores(shape, one, widths).times(full),
-        index_topk=_index_topk(one, widths).times(full),
-        attention=_attention(shape, one, widths).times(shape.dsa_layers),
-        projections=_projections(shape, one, widths).times(shape.layers),
-        mlp=_mlp(shape, one, widths),
-        lm_head=Work(2 * shape.hidden_size * shape.vocab_size, widths.weights * shape.hidden_size * shape.vocab_size),
-    )
+    full, sparse = len(pattern.full_layers), shape.layers - shape.dense_layers
+    return _count(shape, one, widths or Widths(), full, shape.dsa_layers, shape.dense_layers, sparse, 1)
 
 
-def _index_projections(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
-    written = one.tokens * shape.index_head_dim * widths.index_keys
-    return Work(2 * one.tokens * shape.index_weights, widths.weights * shape.index_weights + written)
-
-
-def _index_scores(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
-    per_pair = 2 * shape.index_heads * (shape.index_head_dim + 1)
-    keys = one.keys * shape.index_head_dim * widths.index_keys
-    return Work(one.visible * per_pair, keys + one.visible * widths.scores)
-
-
-def _index_topk(one: _Pass, widths: Widths) -> Work:
-    return Work(0, one.visible * widths.scores + one.selected * widths.indices)
-
-
-def _attention(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
-    per_pair = 2 * shape.heads * (shape.latent + shape.kv_lora_rank)
-    return Work(one.selected * per_pair, one.selected * (shape.latent * widths.latents + widths.indices))
-
-
-def _projections(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
-    written = one.tokens * shape.latent * widths.latents
-    return Work(2 * one.tokens * shape.projection_weights, widths.weights * shape.projection_weights + written)
-
-
-def _mlp(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
-    experts = _expert_mlp(shape, one, widths).times(shape.layers - shape.dense_layers)
-    return _dense_mlp(shape, one, widths).times(shape.dense_layers) + experts
-
-
-def _dense_mlp(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
-    dense = 3 * shape.hidden_size * shape.intermediate_size
-    return Work(2 * one.tokens * dense, widths.weights * dense)
-
-
-def _expert_mlp(shape: ModelShape, one: _Pass, widths: Widths) -> Work:
+def _count(
+    shape: ModelShape, one: _Pass, widths: Widths, full: int, dsa: int, dense: int, sparse: int, heads: int
+) -> Breakdown:
+    """Of so many indexers, layers with core attention, layers with a dense MLP and with experts, and LM heads."""
+    per_score = 2 * shape.index_heads * (shape.index_head_dim + 1)
+    per_selected = 2 * shape.heads * (shape.latent + shape.kv_lora_rank)
+    keys = shape.index_head_dim * widths.index_keys  # bytes of a token's index key
+    dense_mlp = 3 * shape.hidden_size * shape.intermediate_size
     active = shape.expert_weights * (shape.experts_per_token + shape.shared_experts) + shape.router_weights
     touched = min(shape.routed_experts, one.tokens * shape.experts_per_token)
     read = shape.expert_weights * (touched + shape.shared_experts) + shape.router_weights
-    return Work(2 * one.tokens * active, widths.weights * read)
+
+    def product(weights: int, read: int, written: float = 0) -> Work:
+        """Every token times so many weights, of which so many are read, and bytes that are kept of the outcome."""
+        return Work(2 * one.tokens * weights, widths.weights * read + written)
+
+    return Breakdown(
+        index_projections=product(shape.index_weights, shape.index_weights, one.tokens * keys).times(full),
+        index_scores=Work(one.visible * per_score, one.keys * keys + one.visible * widths.scores).times(full),
+        index_topk=Work(0, one.visible * widths.scores + one.selected * widths.indices).times(full),
+        attention=Work(
+            one.selected * per_selected, one.selected * (shape.latent * widths.latents + widths.indices)
+        ).times(dsa),
+        projections=product(
+            shape.projection_weights, shape.projection_weights, one.tokens * shape.latent * widths.latents
+        ).times(dense + sparse),
+        mlp=product(dense_mlp, dense_mlp).times(dense) + product(active, read).times(sparse),
+        lm_head=Work(2 * shape.embedding_weights, widths.weights * shape.embedding_weights).times(heads),
+    )
 
 
 @dataclass(frozen=True)
@@ -201,7 +170,7 @@ class CostRow:
     Counted: `indexer_share_full` and `indexer_share_pattern`, indexer FLOPs / all FLOPs of a prefill under the
     baseline and under the pattern; `removed_share`, the part of the baseline's indexer work that the pattern
     removes. All indexers are of one size, so that part is the same in FLOPs and in bytes, in prefill and in decode,
-    at every length. Estimated: the two speed-ups over the baseline, by the formulas at the top of this module.
+    at every length. Estimated: the two speed-ups over the baseline, (rest + ρ · indexer) before / after, with `Rates`.
     """
 
     context: int
@@ -222,31 +191,22 @@ def cost_rows(
     widths: Widths | None = None,
 ) -> list[CostRow]:
     """One row per context length, against all-F unless the model's own start pattern is given as `baseline`."""
-    reference = baseline or Pattern.full(shape.dsa_layers)
-    return [_cost_row(shape, pattern, reference, context, rates, widths) for context in contexts]
-
-
-def _cost_row(
-    shape: ModelShape, pattern: Pattern, reference: Pattern, context: int, rates: Rates, widths: Widths | None
-) -> CostRow:
-    before, after = (prefill_work(shape, p, context, widths) for p in (reference, pattern))
-    old, new = (decode_work(shape, p, context, widths) for p in (reference, pattern))
-    return CostRow(
-        context=context,
-        indexer_share_full=before.indexer_share,
-        indexer_share_pattern=after.indexer_share,
-        removed_share=1 - after.indexer.flops / before.indexer.flops,
-        prefill_speedup_estimate=_prefill_units(before, rates.prefill) / _prefill_units(after, rates.prefill),
-        decode_speedup_estimate=_decode_units(old, rates.decode) / _decode_units(new, rates.decode),
-    )
-
-
-def _prefill_units(work: Breakdown, rate: float) -> float:
-    return work.rest.flops + rate * work.indexer.flops
-
-
-def _decode_units(work: Breakdown, rate: float) -> float:
-    return work.rest.bytes + rate * work.indexer.bytes
+    reference, rows = baseline or Pattern.full(shape.dsa_layers), []
+    for context in contexts:
+        before, after = (prefill_work(shape, p, context, widths) for p in (reference, pattern))
+        old, new = (decode_work(shape, p, context, widths) for p in (reference, pattern))
+        row = CostRow(
+            context=context,
+            indexer_share_full=before.indexer_share,
+            indexer_share_pattern=after.indexer_share,
+            removed_share=1 - after.indexer.flops / before.indexer.flops,
+            prefill_speedup_estimate=(before.rest.flops + rates.prefill * before.indexer.flops)
+            / (after.rest.flops + rates.prefill * after.indexer.flops),
+            decode_speedup_estimate=(old.rest.bytes + rates.decode * old.indexer.bytes)
+            / (new.rest.bytes + rates.decode * new.indexer.bytes),
+        )
+        rows.append(row)
+    return rows
 
 
 # GLM-4.7-Flash: config.json of zai-org/GLM-4.7-Flash (transformers `glm4_moe_lite` defaults). The DSA version is
@@ -319,40 +279,35 @@ def fit_rates(shape: ModelShape = GLM_FLASH_DSA, prefill_at: int = 200_000) -> R
 
     (rest + ρ·full) / (rest + ρ·pattern) = speed-up, solved for ρ.
     """
-    pattern = _quarter(shape)
+    full, pattern = Pattern.full(shape.dsa_layers), Pattern.uniform(shape.dsa_layers, Fraction(1, 4))
     prefill = next(p for p in PAPER if p.phase == "prefill" and p.context == prefill_at)
     decode = next(p for p in PAPER if p.phase == "decode")
-    before, after = (prefill_work(shape, p, prefill.context) for p in (Pattern.full(len(pattern)), pattern))
-    old, new = (decode_work(shape, p, decode.context) for p in (Pattern.full(len(pattern)), pattern))
+    before, after = (prefill_work(shape, p, prefill.context) for p in (full, pattern))
+    old, new = (decode_work(shape, p, decode.context) for p in (full, pattern))
+
+    def solve(rest: float, full: float, pattern: float, speedup: float) -> float:
+        return rest * (speedup - 1) / (full - speedup * pattern)
+
     return Rates(
-        prefill=_solve(before.rest.flops, before.indexer.flops, after.indexer.flops, prefill.speedup),
-        decode=_solve(old.rest.bytes, old.indexer.bytes, new.indexer.bytes, decode.speedup),
+        prefill=solve(before.rest.flops, before.indexer.flops, after.indexer.flops, prefill.speedup),
+        decode=solve(old.rest.bytes, old.indexer.bytes, new.indexer.bytes, decode.speedup),
     )
-
-
-def _solve(rest: float, full: float, pattern: float, speedup: float) -> float:
-    return rest * (speedup - 1) / (full - speedup * pattern)
-
-
-def _quarter(shape: ModelShape) -> Pattern:
-    """A pattern with the paper's number of F layers; where they lie does not change the cost."""
-    return Pattern.uniform(shape.dsa_layers, Fraction(1, 4))
 
 
 def check_estimate(prefill_at: int = 200_000, shape: ModelShape = GLM_FLASH_DSA) -> list[Check]:
     """The estimate beside every published speed-up, with the constants fitted on two of them and marked so.
 
-    GLM-5's rows are another model, machine and engine, with weights counted at half a byte: nothing is fitted there.
+    Where a pattern's F layers lie does not change its cost. GLM-5's rows are another model, machine and engine, with
+    weights counted at half a byte: nothing is fitted there.
     """
-    rates = fit_rates(shape, prefill_at)
+    rates, rows = fit_rates(shape, prefill_at), []
+    quarter = Pattern.uniform(shape.dsa_layers, Fraction(1, 4))
     glm_5 = Pattern.from_full_layers(set(range(22)), GLM_5.dsa_layers)
-    rows = [_check(p, shape, _quarter(shape), rates, Widths()) for p in PAPER]
-    marked = [replace(row, fitted=row.phase == "decode" or row.context == prefill_at) for row in rows]
-    return marked + [_check(p, GLM_5, glm_5, rates, Widths(weights=0.5)) for p in ELSEWHERE]
-
-
-def _check(published: Published, shape: ModelShape, pattern: Pattern, rates: Rates, widths: Widths) -> Check:
-    (row,) = cost_rows(shape, pattern, [published.context], rates=rates, widths=widths)
-    estimates = {"prefill": row.prefill_speedup_estimate, "decode": row.decode_speedup_estimate}
-    predicted = estimates[published.phase]
-    return Check(published.model, published.phase, published.context, published.speedup, predicted, fitted=False)
+    cases = [(one, shape, quarter, Widths()) for one in PAPER]
+    cases += [(one, GLM_5, glm_5, Widths(weights=0.5)) for one in ELSEWHERE]
+    for one, model, pattern, widths in cases:
+        (row,) = cost_rows(model, pattern, [one.context], rates=rates, widths=widths)
+        estimates = {"prefill": row.prefill_speedup_estimate, "decode": row.decode_speedup_estimate}
+        fitted = one in PAPER and (one.phase == "decode" or one.context == prefill_at)
+        rows.append(Check(one.model, one.phase, one.context, one.speedup, estimates[one.phase], fitted))
+    return rows
