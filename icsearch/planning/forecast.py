@@ -16,14 +16,7 @@ from functools import cache, cached_property
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.text import format_bytes
-from icsearch.model.shape import (
-    BLOCK_ELEMENTS,
-    CPU,
-    DISK,
-    EXPERT_CHUNK_TOKENS,
-    HEAD_CHUNK_TOKENS,
-    RESIDENT,
-)
+from icsearch.model.shape import BLOCK_ELEMENTS, CPU, DISK, EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, RESIDENT
 from icsearch.planning.devices import Device, Devices
 from icsearch.planning.footprint import FLOAT, Call, blockwise_shape
 from icsearch.planning.memory import MEMORY_SHARE, Job, Kept, Machine, Memory, WeightSizes, fit
@@ -51,6 +44,10 @@ class Case:
     @property
     def device(self) -> Device:
         return self.devices.device
+
+    @property
+    def batches(self) -> int:
+        return -(-self.workload.sequences // self.batch_size)
 
     @property
     def call(self) -> Call:
@@ -177,8 +174,8 @@ def make_plan(case: Case) -> Plan:
             steps=case.workload.num_shared,
             layer_evaluations=layer_evaluations(sweeps),
             most_layer_evaluations=layer_evaluations(bound),
-            flops=clock.flops(sweeps),
-            most_flops=clock.flops(bound),
+            flops=clock.flops(sweeps) * case.batches,
+            most_flops=clock.flops(bound) * case.batches,
             weight_bytes=course.weight_bytes(len(sweeps)),
             most_weight_bytes=course.weight_bytes(len(bound)),
             hours=hours,
@@ -196,9 +193,9 @@ def all_placements(case: Case) -> list[tuple[Grid, str]]:
 
     There are layers for every place and sequences for every data rank; what is in CPU memory is no streaming on a CPU.
     """
-    count, batches = case.devices.count, -(-case.workload.sequences // case.batch_size)
+    count = case.devices.count
     grids = dict.fromkeys([*(Grid(count // p, p) for p in range(1, count + 1) if count % p == 0), Grid()])
-    possible = [g for g in grids if batches >= g.data and can_be_cut(case.model.shape.layers, g.pipeline)]
+    possible = [g for g in grids if case.batches >= g.data and can_be_cut(case.model.shape.layers, g.pipeline)]
     offloads = (RESIDENT, DISK) if case.device.kind == "cpu" else (RESIDENT, CPU, DISK)
     return [(grid, offload) for offload in offloads for grid in possible]
 
@@ -267,38 +264,34 @@ def head_phase(call: Call) -> Phase:
 
 
 class Clock:
-    """Seconds and FLOPs of the calls of a case, by layer and role."""
+    """Seconds and FLOPs of the calls of a case, by layer and role (with its own indexer, or without)."""
 
     def __init__(self, case: Case) -> None:
-        self.case, call, layers = case, case.call, range(case.model.shape.layers)
-        self.phases = {full: [layer_phases(call, index, full) for index in layers] for full in (True, False)}
-        self.head = head_phase(call)
-        self.layer_flops = {full: [_flops(phases) for phases in self.phases[full]] for full in (True, False)}
-        self.layer_seconds = {full: [self.of(*phases) for phases in self.phases[full]] for full in (True, False)}
+        call, device, in_float32 = case.call, case.device, case.call.dtype_bytes == FLOAT
+        self.flops_of: dict[bool, list[float]] = {True: [], False: []}
+        self.seconds_of: dict[bool, list[float]] = {True: [], False: []}
 
-    def of(self, *phases: Phase) -> float:
-        in_float32 = self.case.call.dtype_bytes == FLOAT
-        device = self.case.device
-        return sum(device.seconds(phase.flops, phase.bytes, in_float32 or phase.in_float32) for phase in phases)
+        def roofline(*phases: Phase) -> float:
+            return sum(device.seconds(one.flops, one.bytes, in_float32 or one.in_float32) for one in phases)
+
+        for full in (True, False):
+            for index in range(case.model.shape.layers):
+                phases = layer_phases(call, index, full)
+                self.flops_of[full].append(sum(phase.flops for phase in phases))
+                self.seconds_of[full].append(roofline(*phases))
+        head = head_phase(call)
+        self.head_flops, self.head_seconds = head.flops, roofline(head)
+
+    def of(self, costs: dict[bool, list[float]], head: float, sweep: Sweep, block: range) -> float:
+        """Of one sweep over one batch, through the layers of a block; with the LM head behind the last one."""
+        runs, last = sweep.runs, block.stop == len(costs[True])
+        layers = sum(runs.full[i] * costs[True][i] + runs.shared[i] * costs[False][i] for i in block)
+        return layers + (sweep.patterns * head if last else 0)
 
     def flops(self, sweeps: Sequence[Sweep]) -> float:
-        """Of these sweeps over all batches."""
-        layers = range(self.case.model.shape.layers)
-        one = sum(self._sum(self.layer_flops, sweep, layers) + sweep.patterns * self.head.flops for sweep in sweeps)
-        return one * -(-self.case.workload.sequences // self.case.batch_size)
-
-    def seconds(self, sweep: Sweep, block: range) -> float:
-        """Of one sweep over one batch, through the layers of a block; with the LM head behind the last one."""
-        last = block.stop == self.case.model.shape.layers
-        return self._sum(self.layer_seconds, sweep, block) + (sweep.patterns * self.of(self.head) if last else 0)
-
-    def _sum(self, values: dict[bool, list[float]], sweep: Sweep, block: range) -> float:
-        runs = sweep.runs
-        return sum(runs.full[i] * values[True][i] + runs.shared[i] * values[False][i] for i in block)
-
-
-def _flops(phases: Sequence[Phase]) -> float:
-    return sum(phase.flops for phase in phases)
+        """Of one batch."""
+        whole = range(len(self.flops_of[True]))
+        return sum(self.of(self.flops_of, self.head_flops, sweep, whole) for sweep in sweeps)
 
 
 class Course:
@@ -307,39 +300,33 @@ class Course:
     def __init__(self, case: Case, placement: Placement, clock: Clock) -> None:
         self.case, self.placement, self.clock = case, placement, clock
         self.blocks = case.job.blocks(placement.grid)
-        sequences_of_rank = -(-case.workload.sequences // case.batch_size)
-        self.batches = -(-sequences_of_rank // placement.grid.data)  # of the data rank that has most
+        self.batches = -(-case.batches // placement.grid.data)  # of the data rank that has most
         self.waves = -(-self.batches // placement.memory.batches_per_wave)
-        self.bringing = [self._bringing(block) for block in self.blocks]
+        self.streamed = placement.offload != RESIDENT
 
     def weight_bytes(self, sweeps: int) -> float:
         """Bytes of weights that all processes read: a checkpoint for each data rank, or for each wave of each sweep."""
-        offload, data = self.placement.memory.offload, self.placement.grid.data
-        return float(offload.pass_bytes * self.waves * sweeps if offload.streamed else self.stored * data)
-
-    @property
-    def stored(self) -> float:
-        return self.case.model.stored_model_bytes
+        if self.streamed:
+            return float(self.placement.memory.offload.pass_bytes * self.waves * sweeps)
+        return self.case.model.stored_model_bytes * self.placement.grid.data
 
     def seconds(self, sweeps: Sequence[Sweep]) -> tuple[float, float, float]:
         """Of the whole search, with loading; what computing takes of it, and bringing weights."""
-        trunk = sum(self.clock.layer_seconds[True])
-        ahead = trunk * (1 - 1 / len(self.blocks))  # runs through the other places before the last has anything to do
+        model, device, grid = self.case.model, self.case.device, self.placement.grid
+        loading = 0.0
+        if self.placement.offload != DISK:  # weights come once; all processes read the same disks
+            loading = model.stored_model_bytes * grid.data / device.read_rate
+            if model.quantised:
+                loading += model.stored_model_bytes / grid.pipeline / device.convert_rate
+        bringing = [self._bringing(block) if self.streamed else 0.0 for block in self.blocks]
+        # A trunk runs through the other places before the last one has anything to do.
+        ahead = sum(self.clock.seconds_of[True]) * (1 - 1 / len(self.blocks))
         total = computing = 0.0
         for sweep in sweeps:
             places = [self._computing(sweep, block) for block in self.blocks]
-            paces = map(max, places, self.bringing) if self.placement.offload != RESIDENT else places
-            total, computing = total + max(paces) + ahead, computing + max(places) + ahead
-        per_sweep = 0.0 if self.placement.offload == RESIDENT else max(self.bringing)
-        return self._loading() + total, computing, self._loading() + per_sweep * len(sweeps)
-
-    def _loading(self) -> float:
-        """Weights that are on the device or in CPU memory come once. All processes read the same disks."""
-        if self.placement.offload == DISK:
-            return 0.0
-        device, grid = self.case.device, self.placement.grid
-        converting = self.stored / grid.pipeline / device.convert_rate if self.case.model.quantised else 0.0
-        return self.stored * grid.data / device.read_rate + converting
+            total += max(map(max, places, bringing)) + ahead
+            computing += max(places) + ahead
+        return loading + total, computing, loading + max(bringing) * len(sweeps)
 
     def _computing(self, sweep: Sweep, block: range) -> float:
         """Seconds of one place of the pipeline. States in CPU memory come and go, and their copies are waited for."""
@@ -347,7 +334,8 @@ class Course:
         if self.placement.memory.resting:
             runs = sum(sweep.runs.full[index] + sweep.runs.shared[index] for index in block)
             moving = runs * 2 * self.placement.memory.shape.branch_bytes / self.case.device.link
-        return (self.clock.seconds(sweep, block) + moving) * self.batches
+        clock = self.clock
+        return (clock.of(clock.seconds_of, clock.head_seconds, sweep, block) + moving) * self.batches
 
     def _bringing(self, block: range) -> float:
         """Seconds of bringing a block's streamed layers in one sweep, once for each wave.
@@ -355,13 +343,13 @@ class Course:
         They are read, converted on the CPU, and sent to the device. A checkpoint that the CPU memory holds is read from
         the page cache.
         """
-        model, device, offload = self.case.model, self.case.device, self.placement.offload
+        model, device = self.case.model, self.case.device
         seconds = 0.0
         if device.kind != "cpu":
             seconds = sum(self.case.job.weights.layers[block.start : block.stop]) / device.link
-        if offload == DISK:
+        if self.placement.offload == DISK:
             stored = sum(model.stored_layer_bytes(index) for index in block)
-            cached = self.stored <= MEMORY_SHARE * device.node_memory
+            cached = model.stored_model_bytes <= MEMORY_SHARE * device.node_memory
             rate = device.cached_rate if cached else device.read_rate
             seconds += stored * self.placement.grid.size / rate
             seconds += stored / device.convert_rate if model.quantised else 0.0

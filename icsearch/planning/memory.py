@@ -201,20 +201,15 @@ class Memory:
             return FEWEST_BRANCHES * self.shape.branch_bytes
         return self.live_branches(patterns) * self.branch_bytes + kept
 
-    def lost(self, working: int) -> int:
-        """On the CPU, what the C library's heap holds between tensors of so many bytes in all: see HEAP_SHARE."""
-        tensor = self.shape.final_bytes * self.shape.batch_size
-        return int(HEAP_SHARE * max(0.0, 1 - tensor / LARGEST_IN_HEAP) * working) if self.program else 0
-
     def peak(self, patterns: int, kept: int) -> tuple[int, int]:
-        """Estimate of the most that the process has at once, and what of that is lost between tensors."""
-        working = self.shape.layer_bytes + self.full_states + self.states(patterns, kept)
-        return self.program + self.weights + working + self.lost(working), self.lost(working)
+        """Estimate of the most that the process has at once, and what of that is lost between tensors.
 
-    def passes(self, patterns: int, sequences: int) -> int:
-        """How often scoring so many patterns on so many sequences goes through the layers."""
-        waves = -(-sequences // (self.shape.batch_size * self.batches_per_wave * self.grid.data))
-        return waves * -(-patterns // self.patterns_per_sweep)
+        That is what, on the CPU, the C library's heap holds between them: see HEAP_SHARE.
+        """
+        working = self.shape.layer_bytes + self.full_states + self.states(patterns, kept)
+        tensor = self.shape.final_bytes * self.shape.batch_size
+        lost = int(HEAP_SHARE * max(0.0, 1 - tensor / LARGEST_IN_HEAP) * working) if self.program else 0
+        return self.program + self.weights + working + lost, lost
 
 
 def plan_memory(job: Job, machine: Machine, grids: Sequence[Grid] = (ALONE,)) -> Memory:

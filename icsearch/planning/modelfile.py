@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,13 +104,16 @@ def open_model_file(name: str) -> ModelFile:
     dtype = dtype_name(config, name)
     if dtype not in DTYPE_BYTES:
         raise ModelError(f"{path} has dtype {shown(dtype)}: expected {', '.join(DTYPE_BYTES)}; mend it")
+    block = fp8_block(config, name)
+    # A float32 scale for each block; it may take a byte in place of four, which a config does not say: 0.02% less.
+    stored = DTYPE_BYTES[dtype] if block is None else FP8_BYTES + DTYPE_BYTES["float32"] / (block[0] * block[1])
     return ModelFile(
         name=name,
         model_type=str(config.get("model_type", "")),
         shape=shape,
         start=start_pattern(config, name),
         dtype=dtype,
-        stored_bytes=_stored_bytes(config, name, dtype),
+        stored_bytes=stored,
         tied=bool(inner.get("tie_word_embeddings")),
         max_positions=inner.get("max_position_embeddings") or 0,
     )
@@ -120,7 +122,16 @@ def open_model_file(name: str) -> ModelFile:
 def _shape(name: str, config: dict[str, Any]) -> ModelShape:
     try:
         check_config(config, name, _READ)
-        _check_lists(language_config(config, name), name)
+        inner = language_config(config, name)
+        layers = inner.get("num_hidden_layers")
+        for key in ("layer_types", "mlp_layer_types"):
+            if inner.get(key) and len(inner[key]) != layers:
+                raise ModelError(
+                    f"config.json of {name} has {len(inner[key])} {key} and num_hidden_layers {layers}: expected as "
+                    "many as there are layers; use the config that belongs to the weights"
+                )
+        if inner.get("per_layer_config"):  # dots3_note_text
+            raise ModelError("its layers have sizes of their own (per_layer_config), which are not counted here")
         return ModelShape.from_config(config)
     except ModelError as error:
         kind = config.get("model_type", "nameless")
@@ -139,39 +150,12 @@ def _find(name: str) -> Path:
         return path
     if not may_be_hub_id(name):
         raise ModelError(f"nothing at {path}: expected a directory with config.json, the file, a hub id, or demo")
-    return _download(name)
-
-
-def _download(repo_id: str) -> Path:
-    """The config.json of a hub checkpoint, without anything else of it."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(repo_id, "config.json"))
+        return Path(hf_hub_download(name, "config.json"))  # and nothing else of the checkpoint
     except Exception as error:  # the hub client raises a dozen kinds: offline, gated, not found
         raise ModelError(
-            f"no file or directory {repo_id}, and the hub did not deliver its config.json ({first_line(error)}): "
+            f"no file or directory {name}, and the hub did not deliver its config.json ({first_line(error)}): "
             "check the name, the network and `hf auth login`, or give a local config.json"
         ) from error
-
-
-def _check_lists(config: Mapping[str, Any], name: str) -> None:
-    """Refuse lists of layers that are not as long as there are layers; raises ModelError."""
-    layers = config.get("num_hidden_layers")
-    for key in ("layer_types", "mlp_layer_types"):
-        if config.get(key) and len(config[key]) != layers:
-            raise ModelError(
-                f"config.json of {name} has {len(config[key])} {key} and num_hidden_layers {layers}: expected as many "
-                "as there are layers; use the config that belongs to the weights"
-            )
-
-
-def _stored_bytes(config: dict[str, Any], name: str, dtype: str) -> float:
-    """Bytes of a decoder layer's parameter on disk: FP8 with a float32 scale for each block, or the config's type.
-
-    Scales may take a byte each in place of four, which a config does not say: 0.02% less in blocks of 128 x 128.
-    """
-    block = fp8_block(config, name)
-    if block is None:
-        return DTYPE_BYTES[dtype]
-    return FP8_BYTES + DTYPE_BYTES["float32"] / (block[0] * block[1])

@@ -106,7 +106,8 @@ def weight_rows(memory: Memory, patterns: int, sequences: int, bytes_per_second:
     if not offload.streamed:
         return [("weights", f"resident: {offload.why}")]
     source = {DISK: "the checkpoint's shards", CPU: "CPU memory"}[offload.where]
-    passes = memory.passes(patterns, sequences)
+    waves = -(-sequences // (memory.shape.batch_size * memory.batches_per_wave * memory.grid.data))
+    passes = waves * -(-patterns // memory.patterns_per_sweep)
     size = passes * offload.pass_bytes
     text = f"all layers {'once' if passes == 1 else f'{passes} times'} a step, about {format_bytes(size)}"
     if bytes_per_second:

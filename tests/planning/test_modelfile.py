@@ -68,6 +68,14 @@ def test_the_families_that_can_be_planned_for(family: str, tmp_path: Path) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_only_config_whose_layers_have_sizes_of_their_own_is_refused(tmp_path: Path) -> None:
+    """As save_pretrained writes it: transformers itself cannot say what num_attention_heads is."""
+    AutoConfig.for_model("dots3_note_text").save_pretrained(tmp_path)
+    assert "per_layer_config" in json.loads((tmp_path / "config.json").read_text())
+    with pytest.raises(IcsearchError, match="a dots3_note_text model, cannot be planned for: its layers have sizes"):
+        open_model_file(str(tmp_path))
+
+
 def test_demo_without_torch_agrees_with_its_weights() -> None:
     found = open_model_file("demo")
     expected = layout.inspect(open_checkpoint("demo"))
@@ -121,6 +129,7 @@ def test_a_tied_head_counts_once(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantised by 'gptq': expected 'fp8'"),
         ({"kv_lora_rank": 0}, "kv_lora_rank 0"),
         ({"layer_types": ["linear_attention", "indexed_attention"] * 3}, "3 DSA layers among 6"),
+        ({"per_layer_config": {"02": {"kv_lora_rank": 16}}}, "layers have sizes of their own"),
     ],
 )
 def test_configs_that_cannot_be_planned_for(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
