@@ -78,23 +78,18 @@ def _cautions(notes: Sequence[str]) -> list[str]:
 
 
 def _provenance(view: RunView) -> str:
-    start, options = view.start, view.start["options"]
+    start, options, model = view.start, view.start["options"], view.start["model"]
     environment = start.get("environment") or {}
+    commit = f"revision {model['revision'][:16]}, " if model.get("revision") else ""  # the hub's
     facts = {
         "method": f"{options['method']}, {options.get('strategy')}, by {options.get('objective')}",
-        "layers": f"{len(view.layer_indices)} with an indexer, of {start['decoder_layers']}",
-        "checkpoint": _checkpoint(start["model"]),
+        "layers": f"{len(start['layer_indices'])} with an indexer, of {start['decoder_layers']}",
+        "checkpoint": f"{model.get('model_type')}, {commit}fingerprint {str(model.get('fingerprint'))[:16]}",
         "calibration": f"fingerprint {str(start['calibration'].get('fingerprint'))[:16]}",
         "computed in": f"{options.get('dtype')} on {options.get('device')}, torch {environment.get('torch')}, "
         f"transformers {environment.get('transformers')}, icsearch {start['icsearch_version']}",
     }
     return _table(("searched with", ""), facts.items())
-
-
-def _checkpoint(model: Mapping[str, Any]) -> str:
-    """Its type and what tells it from others: the hub's commit, and the fingerprint of its files."""
-    commit = f"revision {model['revision'][:16]}, " if model.get("revision") else ""
-    return f"{model.get('model_type')}, {commit}fingerprint {str(model.get('fingerprint'))[:16]}"
 
 
 def _eval_section(view: EvalView) -> str:

@@ -81,11 +81,6 @@ class Gap:
     uniform: EvalRow
     closed: Difference | None
 
-    @property
-    def uniform_is_better(self) -> bool:
-        """Whether uniform has a lower loss than the unmodified model, beyond two standard errors."""
-        return self.closed is None and self.uniform.difference.delta < -2 * self.uniform.difference.std_err
-
 
 @dataclass(frozen=True)
 class EvalView:

@@ -22,7 +22,7 @@ from icsearch.core.statistics import Difference
 from icsearch.report import numbers
 from icsearch.report.eval_view import EvalRow, EvalView
 from icsearch.report.sentences import badges, overlap_summary
-from icsearch.report.view import Reference, RunView
+from icsearch.report.view import RunView
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,6 +73,7 @@ OFF_SCALE = 2.0  # a uniform pattern higher than this many times the curve's hei
 EDGE_LINE = 0.06  # of the picture's height, for a label at the edge
 DODGE = 0.014  # of the picture's width, between patterns with as many F layers
 PIXEL = 1 / 96  # inch
+CELL_GAP = 0.04  # of a cell's width
 CELL_MARGINS = (0.55, 0.1, 0.05, 0.42)
 
 
@@ -216,13 +217,15 @@ def curve(views: Sequence[RunView], size: tuple[float, float] = CHART) -> Figure
     alone = views[0] if len(views) == 1 else None
     low, high = loss_range(views)
     above = sum(r.difference.delta > high for r in alone.references) if alone else 1
-    axes.set_ylim(low, low + (high - low) / (1 - EDGE_LINE * above))
+    axes.set_ylim(low, low + (high - low) / (1 - min(EDGE_LINE * above, 0.5)))
     x_high = 100.0
     if alone:
         x_high = 0.5 + max(
             [1, *(p.shared for p in alone.points), *(len(r.pattern.shared_layers) for r in alone.references)]
         )
-        _title(axes, alone, size)
+        base = f" ({numbers.loss(alone.points[0].loss)})" if alone.points else ""
+        state = "" if alone.record.finished else " (unfinished)"
+        axes.set_title(f"{_plain(alone.model_name, round(6 * size[0]))}: loss above baseline{base}{state}", fontsize=10)
         _retentions(axes, alone.num_layers, x_high)
         _kink(axes, alone)
     axes.set_xlim(-0.02 * x_high, 1.02 * x_high)
@@ -263,12 +266,6 @@ def _ends(difference: Difference) -> tuple[float, float]:
     """The ends of an error bar."""
     error = numbers.finite(difference.std_err)
     return difference.delta - error, difference.delta + error
-
-
-def _title(axes: Axes, view: RunView, size: tuple[float, float]) -> None:
-    state = "" if view.finished else " (unfinished)"
-    base = f" ({numbers.loss(view.points[0].loss)})" if view.points else ""
-    axes.set_title(f"{_plain(view.model_name, round(6 * size[0]))}: loss above baseline{base}{state}", fontsize=10)
 
 
 def _axes_of_losses(axes: Axes, x_title: str) -> None:
@@ -331,21 +328,15 @@ def _references(axes: Axes, view: RunView, x_scale: float, high: float, colour: 
             label="" if colour else "uniform, same batches",
         )
     bottom, top = axes.get_ylim()
-    for row, reference in enumerate(outside):
-        y = top if colour else top - (row + 0.5) * EDGE_LINE * (top - bottom)  # labels stand below each other
-        axes.plot([xs[reference.name]], [y], "^", markersize=6.5, color=colour or PALETTE["uniform"], clip_on=False)
+    for reference in found:
+        x, y, text, up = xs[reference.name], reference.difference.delta, reference.label, 6
+        if reference in outside:  # with its value, since no axis says it; labels stand below each other
+            y = top if colour else top - (outside.index(reference) + 0.5) * EDGE_LINE * (top - bottom)
+            text, up = f"{text}: {numbers.difference(reference.difference)}", 0
+            axes.plot([x], [y], "^", markersize=6.5, color=colour or PALETTE["uniform"], clip_on=False)
         if colour is None:
-            _reference_label(axes, reference, xs[reference.name], y)
-    for reference in inside if colour is None else ():
-        _reference_label(axes, reference, xs[reference.name])
-
-
-def _reference_label(axes: Axes, reference: Reference, x: float, edge: float | None = None) -> None:
-    """The name beside a mark; at the edge with its value, since no axis says it."""
-    label = reference.label if edge is None else f"{reference.label}: {numbers.difference(reference.difference)}"
-    left = x > sum(axes.get_xlim()) / 2
-    y, up = (reference.difference.delta, 6) if edge is None else (edge, 0)
-    _note(axes, label, (x, y), (-8 if left else 8, up), PALETTE["uniform"], "right" if left else "left", weight="bold")
+            side, ha = (-8, "right") if x > sum(axes.get_xlim()) / 2 else (8, "left")
+            _note(axes, text, (x, y), (side, up), PALETTE["uniform"], ha, weight="bold")
 
 
 def _note(
@@ -364,21 +355,10 @@ def _cells(axes: Axes, corners: Sequence[tuple[float, float]], height: float, **
     """Rectangles of width 1 with a gap about them, all in one path: a page of many cells stays small."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
+    from matplotlib.transforms import Affine2D
 
-    gap = 0.04
-    rectangles = [
-        Path(
-            [
-                (x + gap, y + gap),
-                (x + 1 - gap, y + gap),
-                (x + 1 - gap, y + height - gap),
-                (x + gap, y + height - gap),
-                (0, 0),
-            ],
-            [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY],
-        )
-        for x, y in corners
-    ]
+    square, shrunk = Path.unit_rectangle(), Affine2D().scale(1 - 2 * CELL_GAP, height - 2 * CELL_GAP)
+    rectangles = [square.transformed(shrunk + Affine2D().translate(x + CELL_GAP, y + CELL_GAP)) for x, y in corners]
     if rectangles:
         axes.add_patch(PathPatch(Path.make_compound_path(*rectangles), **{"linewidth": 0, **style}))
 
@@ -428,7 +408,9 @@ def heatmap(view: RunView) -> Figure:
     scale, places = run_scale(view), {cell: (float(cell.layer), float(rows[cell.step])) for cell in view.cells}
     classes = {place: scale.css_class(cell.cost.delta) for cell, place in places.items()}
     _coloured(axes, classes, 1, scale.labels(cell.cost.delta for cell in view.cells))
-    _cells(axes, [p for cell, p in places.items() if cell.committed], 1, fill=False, edgecolor=INK, linewidth=1.4)
+    _cells(
+        axes, [place for cell, place in places.items() if cell.committed], 1, fill=False, edgecolor=INK, linewidth=1.4
+    )
     tied = [place for cell, place in places.items() if cell.tied]
     axes.plot([x + 0.5 for x, _ in tied], [y + 0.5 for _, y in tied], ".", color=INK, markersize=4)
     _letters(axes, view.points[-1].pattern, count + 0.25, 0.55)
@@ -478,7 +460,7 @@ def triangle(rows: Sequence[Sequence[float]], pattern: Pattern) -> Figure:
     axes.set_yticks(axes.get_xticks(), [f"{tick - 0.5:.0f}" for tick in axes.get_xticks()])
     axes.set_xlabel("source layer", fontsize=8.5)
     axes.set_ylabel("layer", fontsize=8.5)
-    return _fit(figure, axes, n * width * PIXEL, (n + 0.9) * width * PIXEL, CELL_MARGINS, 0.75)
+    return _fit(figure, axes, n * width * PIXEL, (n + 0.9) * width * PIXEL, CELL_MARGINS, 0.86)
 
 
 OVERLAP_SCALE = ShareScale(0.1)
@@ -509,7 +491,7 @@ def strips(view: EvalView) -> Figure:
     _cell_axes(axes, n, max(len(rows), 1) * line - 0.6, width)
     axes.set_yticks([])
     margins = (0.05, max(0.1, 3.5 - n * width * PIXEL), 0.05, 0.42)
-    return _fit(figure, axes, n * width * PIXEL, max(len(rows), 1) * line * 17 * PIXEL, margins, 1.35)
+    return _fit(figure, axes, n * width * PIXEL, max(len(rows), 1) * line * 17 * PIXEL, margins, 1.2)
 
 
 # --- an evaluation ----------------------------------------------------------------------------------------------------
@@ -541,7 +523,7 @@ def scatter(view: EvalView, size: tuple[float, float] = CHART) -> Figure:
         [0], [0], "o", color=INK, markersize=5, label=f"{view.baseline_name} ({numbers.loss(view.baseline.loss)})"
     )
     xs = _beside(others, DODGE * x_high * CHART[0] / size[0])
-    for (name, method), colour in zip(series(view), series_colours(view), strict=True):
+    for name, method, colour in series(view):
         rows = [row for row in others if (row.series, row.method) == (name, method)]
         marker = MARKERS.get(method, "o")
         if is_nested_run(rows):
@@ -565,15 +547,14 @@ def scatter(view: EvalView, size: tuple[float, float] = CHART) -> Figure:
     return _fit(figure, axes, *size, CHART_MARGINS, 1.9)
 
 
-def series(view: EvalView) -> list[tuple[str, str]]:
-    """(name, method) of what is told apart in a picture: a run with its nested patterns, or a method."""
-    return list(dict.fromkeys((row.series, row.method) for row in view.rows if not row.is_baseline))
+def series(view: EvalView) -> list[tuple[str, str, str]]:
+    """(name, method, colour) of what is told apart in a picture: a run with its nested patterns, or a method.
 
-
-def series_colours(view: EvalView) -> list[str]:
-    """A colour for each series: uniform patterns keep theirs, the others take the rest in turn."""
+    Uniform patterns keep their colour, the others take the rest in turn.
+    """
     free = itertools.cycle([colour for index, colour in enumerate(SERIES) if index != UNIFORM_SERIES])
-    return [SERIES[UNIFORM_SERIES] if method == "uniform" else next(free) for _, method in series(view)]
+    names = dict.fromkeys((row.series, row.method) for row in view.rows if not row.is_baseline)
+    return [(*name, SERIES[UNIFORM_SERIES] if name[1] == "uniform" else next(free)) for name in names]
 
 
 def is_nested_run(rows: Sequence[EvalRow]) -> bool:

@@ -14,16 +14,11 @@ def loss(value: float) -> str:
     return f"{value:.4f}"
 
 
-def decimals_for(std_err: float) -> int:
-    """Decimals that show two digits of an error; four where there is none."""
-    if not (math.isfinite(std_err) and std_err > 0):
-        return 4
-    return min(max(1 - math.floor(math.log10(std_err)), 1), MAX_DECIMALS)
-
-
 def with_error(delta: float, std_err: float, sign: bool = True) -> str:
-    """``+0.0412 ± 0.0035``; without an error (one sequence only) the number alone."""
-    decimals = decimals_for(std_err)
+    """``+0.0412 ± 0.0035``, two digits of an error; without one (one sequence only) the number alone."""
+    decimals = 4
+    if math.isfinite(std_err) and std_err > 0:
+        decimals = min(max(1 - math.floor(math.log10(std_err)), 1), MAX_DECIMALS)
     plus = "+" if sign else ""
     number = f"{delta:{plus}.{decimals}f}"
     return f"{number} ± {std_err:.{decimals}f}" if math.isfinite(std_err) else number

@@ -14,7 +14,7 @@ from icsearch.core.errors import IcsearchError
 from icsearch.core.statistics import Difference
 from icsearch.engines.export import Export, export
 from icsearch.report import figures, numbers, sentences
-from icsearch.report.eval_view import Accuracy, EvalRow, EvalView, Gap
+from icsearch.report.eval_view import EvalRow, EvalView, Gap
 from icsearch.report.view import Refined, RunView, Swap, predictions
 from icsearch.runs import results
 from icsearch.runs.results import split_notes
@@ -258,7 +258,7 @@ def strip(view: RunView) -> tuple[tuple[str, tuple[Cell, ...]], ...]:
     """The pattern as rows of layers, one labelled row for each pipeline stage; `serves`: an S layer follows."""
     pattern, cells = view.record.pattern, []
     for layer, source in enumerate(pattern.sources()):
-        full, native, decoder = pattern.is_full(layer), layer in view.native_shared, view.layer_indices[layer]
+        full, native, decoder = pattern.is_full(layer), layer in view.native_shared, view.start["layer_indices"][layer]
         serves = layer + 1 < len(pattern) and not pattern.is_full(layer + 1)
         css = ["full" if full else "shared", *(["native"] if native else []), *(["serves"] if serves else [])]
         where = f" (decoder layer {decoder})" if decoder != layer else ""
@@ -393,8 +393,9 @@ def _step_table(view: RunView) -> Table:
 def _order(view: RunView) -> tuple[Cell, ...]:
     """The layer of each flip, in the colour of its cost."""
     scale, cells = figures.run_scale(view), []
+    costs = {cell.step: cell.cost for cell in view.cells if cell.committed}
     for point in view.steps:
-        cost = view.step_cost(point.step)
+        cost = costs.get(point.step)
         name = (
             str(point.layer) if point.layer == point.decoder_layer else f"{point.layer} (decoder {point.decoder_layer})"
         )
@@ -447,7 +448,7 @@ def _run_provenance(view: RunView) -> Provenance:
     run = {
         "icsearch": start.get("icsearch_version"),
         "started": start.get("time"),
-        "state": "finished" if view.finished else "unfinished",
+        "state": "finished" if view.record.finished else "unfinished",
         "layers with an indexer": view.num_layers,
         "decoder layers": start.get("decoder_layers"),
         "counted tokens": numbers.count(sum(view.record.tokens)),
@@ -472,7 +473,7 @@ def comparison_table(views: Sequence[RunView]) -> Table:
                 numbers.loss(view.points[0].loss) if final else "–",
                 numbers.difference(final.difference) if final else "–",
                 numbers.difference(uniform.difference) if uniform else "–",
-                Cell("finished") if view.finished else Cell("", badges=("unfinished",)),
+                Cell("finished") if view.record.finished else Cell("", badges=("unfinished",)),
             )
         )
     heads = ("run", "model", "method", "F layers", "baseline", "cost", "uniform, as many F", "state")
@@ -531,6 +532,10 @@ def pattern_table(view: EvalView) -> Table:
     groups: dict[str, list[Row]] = {}
     for row in view.rows:
         unmodified = row.is_baseline
+        tasks: dict[tuple[str, str], Cell | str] = {
+            column: Cell(f"{100 * hits.share:.0f}%", f"{100 * hits.low:.0f}–{100 * hits.high:.0f}")
+            for column, hits in row.tasks.items()
+        }
         groups.setdefault(sentences.kept(row.full, view.num_layers), []).append(
             (
                 _named(row, row.verdict),
@@ -539,23 +544,16 @@ def pattern_table(view: EvalView) -> Table:
                 numbers.perplexity(row.perplexity),
                 "–" if unmodified else with_note(row.kl, sign=False),
                 "–" if unmodified else f"{100 * row.top1_agreement:.1f}%",
-                *(_accuracy(row.tasks.get(column)) for column in view.task_columns),
+                *(tasks.get(column, "–") for column in view.task_columns),
             )
         )
-    tasks = [f"{kind.replace('_', ' ')}, {way}" for kind, way in view.task_columns]
-    heads = ("pattern", "loss", "above baseline", "perplexity", "KL", "same top token", *tasks)
+    answered = [f"{kind.replace('_', ' ')}, {way}" for kind, way in view.task_columns]
+    heads = ("pattern", "loss", "above baseline", "perplexity", "KL", "same top token", *answered)
     return make_table(heads, groups, css="patterns")
 
 
 def _named(row: EvalRow, note: str = "") -> Cell:
     return Cell(row.name, note, css="name", badges=sentences.badges(row))
-
-
-def _accuracy(accuracy: Accuracy | None) -> Cell:
-    """Exact matches, their interval below."""
-    if accuracy is None:
-        return Cell("–")
-    return Cell(f"{100 * accuracy.share:.0f}%", f"{100 * accuracy.low:.0f}–{100 * accuracy.high:.0f}")
 
 
 def _gap_table(gaps: Sequence[Gap]) -> Table:

@@ -70,9 +70,9 @@ def headline(view: RunView) -> str:
     if not view.points:
         return "The baseline is not scored yet: there is no result to show."
     final, lead = view.final, ""
-    if not view.finished and view.by_similarity:
+    if not view.record.finished and view.by_similarity:
         lead = f"Not finished; {'pattern chosen' if len(view.points) > 1 else 'no pattern scored yet'}: "
-    elif not view.finished:
+    elif not view.record.finished:
         lead = f"Not finished; after {numbers.plural(final.step, 'flip')}: "
     baseline = f"{view.baseline_name} at {numbers.loss(view.points[0].loss)}"
     change = loss_change(final.difference, baseline, errors=1)
@@ -84,18 +84,13 @@ def headline(view: RunView) -> str:
         sentences.append(f"Chosen by the KL to {view.baseline_name}, which comes to {amount} nats per token.")
     reference = view.same_retention
     if reference is not None and reference.pattern != final.pattern:
-        sentences.append(_against_uniform(view, reference))
+        cost, avoided = reference.difference, reference.avoided
+        text = uniform_change(cost, view.baseline_name, measurable=not abs(cost.delta) <= 2 * cost.std_err)
+        if avoided is not None and avoided > 0:
+            what = "the choice by similarity" if view.by_similarity else "the search"
+            text = f"{text}: {what} avoids {'all' if avoided >= 1 else numbers.percent(avoided)} of that"
+        sentences.append(f"{text}.")
     return " ".join(sentences)
-
-
-def _against_uniform(view: RunView, reference: Reference) -> str:
-    cost = reference.difference
-    text = uniform_change(cost, view.baseline_name, measurable=not abs(cost.delta) <= 2 * cost.std_err)
-    if reference.avoided is None or reference.avoided <= 0:
-        return f"{text}."
-    what = "the choice by similarity" if view.by_similarity else "the search"
-    share = "all" if reference.avoided >= 1 else numbers.percent(reference.avoided)
-    return f"{text}: {what} avoids {share} of that."
 
 
 def in_sample(view: RunView) -> str:
@@ -130,11 +125,12 @@ def refinement_sentence(view: RunView, refined: Refined) -> str:
     """How many moves of a refinement were scored, qualified, and made."""
     told = refined.told
     if not told.moves_scored:
-        end = "this pattern has no move to score" if view.finished else "no move scored yet"
+        end = "this pattern has no move to score" if view.record.finished else "no move scored yet"
         return f"Swaps: {end}."
-    state = "" if view.finished else "so far "
+    state = "" if view.record.finished else "so far "
     lead = f"Swaps: {state}{numbers.plural(told.moves_scored, 'move')} scored in"
-    lead = f"{lead} {numbers.plural(refined.rounds, 'round')};"
+    rounds = len({event["pattern"] for event in told.outcomes if event["event"] == "judged"})
+    lead = f"{lead} {numbers.plural(rounds, 'round')};"
     if not told.moves_qualified:
         return f"{lead} none gained more than two paired standard errors, so the pattern is the search's."
     return (
@@ -258,7 +254,9 @@ def gap_closed(gap: Gap) -> str:
     """The share of the gap that a pattern closes, or why there is none to close."""
     if gap.closed is not None:
         return numbers.share(gap.closed)
-    return "uniform has a lower loss than all F" if gap.uniform_is_better else "uniform costs nothing measurable"
+    cost = gap.uniform.difference
+    better = cost.delta < -2 * cost.std_err
+    return "uniform has a lower loss than all F" if better else "uniform costs nothing measurable"
 
 
 def badges(row: EvalRow) -> tuple[str, ...]:

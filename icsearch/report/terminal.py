@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from icsearch.core.pattern import Pattern
 from icsearch.report import numbers, sentences
 from icsearch.report.eval_view import WAYS, EvalRow, EvalView, view_eval
-from icsearch.report.view import Point, Refined, RunView, view_run
+from icsearch.report.view import Refined, RunView, view_run
 from icsearch.runs.record import RunRecord
 
 if TYPE_CHECKING:
@@ -107,22 +107,18 @@ def _steps(view: RunView) -> Table:
         if left_out and index == FIRST_ROWS:
             table.add_row("…", "…", "…", "…", f"{left_out} more in curve.csv", *("…" for _ in by_kl), "", "…")
         if not left_out or not FIRST_ROWS <= index < FIRST_ROWS + left_out:
-            table.add_row(*_step_cells(view, point))
+            ties = len(view.record.commits[point.step - 1].ties)
+            table.add_row(
+                str(point.step),
+                str(point.layer),
+                str(point.full),
+                numbers.loss(point.loss),
+                numbers.difference(point.difference),
+                *([numbers.compact(point.kl.delta)] if point.kl else []),
+                f"={ties}" if ties else "",
+                _around_flip(point.pattern, point.layer or 0, KL_PATTERN_WIDTH if point.kl else PATTERN_WIDTH),
+            )
     return table
-
-
-def _step_cells(view: RunView, point: Point) -> tuple[str | Text, ...]:
-    ties = len(view.record.commits[point.step - 1].ties)
-    return (
-        str(point.step),
-        str(point.layer),
-        str(point.full),
-        numbers.loss(point.loss),
-        numbers.difference(point.difference),
-        *([numbers.compact(point.kl.delta)] if point.kl else []),
-        f"={ties}" if ties else "",
-        _around_flip(point.pattern, point.layer or 0, KL_PATTERN_WIDTH if point.kl else PATTERN_WIDTH),
-    )
 
 
 def _around_flip(pattern: Pattern, layer: int, width: int) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import linear_regression
 from typing import Any
 
 from icsearch.core.pattern import Pattern
@@ -105,16 +106,12 @@ class Swap:
 
 @dataclass(frozen=True)
 class Refined:
-    """What a refinement did: before and after on both sets, the swaps made and refused, and `rounds` of scoring."""
+    """What a refinement did: before and after on both sets, and the swaps made and refused."""
 
     told: Refinement
     sets: tuple[SetChange, ...]
     made: tuple[Swap, ...]
     refused: tuple[Swap, ...]
-
-    @property
-    def rounds(self) -> int:
-        return len({event["pattern"] for event in self.told.outcomes if event["event"] == "judged"})
 
 
 @dataclass(frozen=True)
@@ -181,10 +178,6 @@ class RunView:
         return len(self.record.start_pattern)
 
     @property
-    def finished(self) -> bool:
-        return self.record.finished
-
-    @property
     def final(self) -> Point:
         """The pattern that the run recommends."""
         return self.refined or self.points[-1]
@@ -204,25 +197,17 @@ class RunView:
         return "the checkpoint's own pattern" if self.native_shared else "the all-F baseline"
 
     @property
-    def layer_indices(self) -> tuple[int, ...]:
-        return tuple(self.start["layer_indices"])
-
-    @property
     def same_retention(self) -> Reference | None:
         """The uniform pattern with exactly as many F layers as the pattern reached, if one was scored."""
         if not self.points:
             return None
         return next((r for r in self.references if r.searched is self.final), None)
 
-    def step_cost(self, step: int) -> Difference | None:
-        """What the flip of a step cost: the loss difference to the pattern before it."""
-        return next((cell.cost for cell in self.cells if cell.step == step and cell.committed), None)
-
 
 def view_run(record: RunRecord, name: str = "") -> RunView:
     """Compute the numbers of a report. `name` tells runs apart where a page shows several."""
     by_similarity = record.start["options"]["method"] == SIMILARITY_METHOD
-    points = _chosen_points(record) if by_similarity else _points(record)
+    points = _points(record, by_similarity)
     refined = _refined_point(record, points)
     kink = None  # looked for only where the curve's end is above the baseline by more than two standard errors
     if points and points[-1].difference.delta > 2 * points[-1].difference.std_err:
@@ -240,26 +225,22 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
     )
 
 
-def _points(record: RunRecord) -> tuple[Point, ...]:
-    start = record.start_pattern
+def _points(record: RunRecord, by_similarity: bool) -> tuple[Point, ...]:
+    """The baseline, then each flip, or the pattern that was chosen as a whole, as far as they are scored."""
+    start, letters = record.start_pattern, record.pattern.letters
     if not record.nll.is_complete(start.letters):
         return ()
     loss, kl = record.loss(start.letters), record.mean_kl(start.letters)
     points = [Point(0, None, None, start, loss, Difference(0.0, 0.0), kl)]
+    if by_similarity:
+        if record.pattern != start and record.nll.is_complete(letters):
+            points.append(Point(1, None, None, record.pattern, record.loss(letters), record.difference(letters)))
+        return tuple(points)
     for step in record.steps():
         decoder_layer = record.start["layer_indices"][step.layer]
         difference, kl = Difference(step.delta, step.std_err), record.mean_kl(step.pattern)
         points.append(Point(step.step, step.layer, decoder_layer, Pattern(step.pattern), step.loss, difference, kl))
     return tuple(points)
-
-
-def _chosen_points(record: RunRecord) -> tuple[Point, ...]:
-    """The baseline and the pattern that was chosen as a whole, as far as they are scored."""
-    start = _points(record)
-    letters = record.pattern.letters
-    if not start or record.pattern == record.start_pattern or not record.nll.is_complete(letters):
-        return start
-    return (*start, Point(1, None, None, record.pattern, record.loss(letters), record.difference(letters)))
 
 
 def _refined_point(record: RunRecord, points: tuple[Point, ...]) -> Point | None:
@@ -398,7 +379,7 @@ def find_kink(xs: Sequence[float], ys: Sequence[float]) -> Kink | None:
         return None
     mean = sum(ys) / len(ys)
     floor = ROUNDING * sum((y - mean) ** 2 for y in ys)
-    straight = _squares(_line_residuals(xs, ys))
+    straight = sum(r * r for r in _residuals(xs, ys))
     if straight <= floor:
         return None
     error, kink = min((_fit_bend(xs, ys, bend) for bend in bends), key=lambda fit: fit[0])
@@ -410,30 +391,16 @@ def find_kink(xs: Sequence[float], ys: Sequence[float]) -> Kink | None:
 def _fit_bend(xs: Sequence[float], ys: Sequence[float], bend: float) -> tuple[float, Kink]:
     """(squared error, fit) with the bend given. The change of slope comes first, out of what a line leaves of it."""
     beyond = [max(0.0, x - bend) for x in xs]
-    beyond_alone = _line_residuals(xs, beyond)
-    change = sum(a * y for a, y in zip(beyond_alone, ys, strict=True)) / _squares(beyond_alone)
+    alone = _residuals(xs, beyond)
+    change = sum(a * y for a, y in zip(alone, ys, strict=True)) / sum(a * a for a in alone)
     rest = [y - change * b for y, b in zip(ys, beyond, strict=True)]
-    intercept, slope = _line(xs, rest)
-
-    def value(x: float) -> float:
-        return intercept + slope * x + change * max(0.0, x - bend)
-
-    ends = ((xs[0], value(xs[0])), (bend, value(bend)), (xs[-1], value(xs[-1])))
-    return _squares(_line_residuals(xs, rest)), Kink(bend, slope, slope + change, ends)
+    slope, intercept = linear_regression(xs, rest)
+    places = [(x, intercept + slope * x + change * max(0.0, x - bend)) for x in (xs[0], bend, xs[-1])]
+    error = sum(r * r for r in _residuals(xs, rest))
+    return error, Kink(bend, slope, slope + change, (places[0], places[1], places[2]))
 
 
-def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[float, float]:
-    """(intercept, slope) of the least-squares line."""
-    mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys, strict=True)) / spread
-    return mean_y - slope * mean_x, slope
-
-
-def _line_residuals(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
-    intercept, slope = _line(xs, ys)
+def _residuals(xs: Sequence[float], ys: Sequence[float]) -> list[float]:
+    """What the least-squares line leaves."""
+    slope, intercept = linear_regression(xs, ys)
     return [y - intercept - slope * x for x, y in zip(xs, ys, strict=True)]
-
-
-def _squares(values: Sequence[float]) -> float:
-    return sum(value * value for value in values)

@@ -1,7 +1,4 @@
-"""Curves, heatmaps and tables of runs and evaluations, from saved JSON alone: files, HTML pages, terminal summaries.
-
-A run's losses are in-sample: they are measured on the calibration batches that the search chose by.
-"""
+"""The files that a run's or an evaluation's directory gets, and pages and model cards of several, from saved JSON."""
 
 from __future__ import annotations
 
@@ -97,7 +94,7 @@ def model_card(runs: Sequence[Path]) -> str:
 
     searched, evaluated = _views(runs)
     for view in searched:
-        if not view.finished:
+        if not view.record.finished:
             raise ReportError(f"the search {view.name} is not finished: repeat its command to finish it")
     told = [*(view.start["model"] for view in searched), *(view.document.get("model") for view in evaluated)]
     models = {str((model or {}).get("fingerprint")) for model in told}

@@ -196,7 +196,7 @@ def test_scatter_holds_every_pattern_with_its_error(view: EvalView, size: tuple[
     low, high = axes.get_ylim()
     bars = [bar.get_segments()[0] for bar in axes.collections]
     for (start, end), one in zip(
-        bars, (row for name, _ in figures.series(view) for row in view.rows[1:] if row.series == name), strict=True
+        bars, (row for name, *_ in figures.series(view) for row in view.rows[1:] if row.series == name), strict=True
     ):
         assert end[1] - start[1] == pytest.approx(2 * one.difference.std_err)
         assert low < start[1] <= end[1] < high
@@ -216,20 +216,20 @@ def test_the_loss_axis_is_linear_about_zero_and_logarithmic_beyond(view: EvalVie
 
 
 def test_only_a_runs_nested_patterns_are_joined(view: EvalView) -> None:
-    names = [name for name, _ in figures.series(view)]
+    names = [name for name, *_ in figures.series(view)]
     assert set(names) == {"greedy run", "uniform", "dp-baseline", "published", "letters"}
     joined = [line for line in figures.scatter(view).axes[0].lines if len(xdata(line)) == 3]
-    assert [line.get_color() for line in joined] == [figures.series_colours(view)[names.index("greedy run")]]
+    assert [line.get_color() for line in joined] == [figures.series(view)[names.index("greedy run")][2]]
     assert not figures.is_nested_run([row(view, "uniform 1/2"), row(view, "uniform 1/4")])
     assert not figures.is_nested_run([row(view, "greedy run @1/4"), row(view, "greedy run @1/2")])
 
 
 def test_series_are_told_apart_by_colour_and_named(view: EvalView) -> None:
-    colours, names = figures.series_colours(view), [name for name, _ in figures.series(view)]
+    names, _, colours = zip(*figures.series(view), strict=True)
     assert len(set(colours)) == len(names)
     assert colours[names.index("uniform")] == figures.SERIES[figures.UNIFORM_SERIES]
     legend = [text.get_text() for text in figures.scatter(view).legends[0].get_texts()]
-    assert legend[1:] == names and legend[0].startswith("the all-F model (")
+    assert legend[1:] == list(names) and legend[0].startswith("the all-F model (")
 
 
 def test_patterns_with_as_many_layers_do_not_hide_each_other(view: EvalView) -> None:
