@@ -85,7 +85,7 @@ PATTERN_FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "a directory without one": (lambda p: p.file("run/x").parent, "no file", "give its path"),
     "a run that is not finished": (unfinished, "is a run that is not finished", "repeat its command"),
     "an evaluation": (lambda p: p.good.evaluation, "which has no pattern of its own", "give the RUN of a search"),
-    "letters": (lambda p: "fss", "letters alone", """'{"index_topk_pattern": "FSS"}' --out pattern.json"""),
+    "letters": (lambda p: "fss", "letters alone", "icsearch import FSS --out pattern.json"),
     "a retention of no run": (lambda p: "nowhere@1/2", "no file nowhere@1/2", "a RUN directory"),
     "a retention of nothing": (lambda p: f"{p.good.greedy}@half", "'half' is not a number", "give a fraction"),
     "a retention not reached": (lambda p: f"{p.good.greedy}@1/6", "holds 3 to 6 of 6", "a smaller --retention"),

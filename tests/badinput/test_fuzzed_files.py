@@ -32,12 +32,14 @@ from icsearch.runs.evaluation import EvalRecord, load_eval
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import load_run
 from icsearch.runs.similarity_file import read_similarity
-from mutations import damaged, documents, few, many, reads_or_refuses, texts
+from mutations import damaged, documents, few, few_pages, many, reads_or_refuses, texts
 from run_fixtures import MadeUpRun, events
 
 RUN = MadeUpRun(num_layers=6, num_shared=3, num_sequences=3)
 EVALUATION = MadeUpEval(num_sequences=3)
-SETTINGS = [pytest.param(few, id="few"), pytest.param(many, id="many", marks=pytest.mark.slow)]
+MANY = pytest.param(many, id="many", marks=pytest.mark.slow)
+SETTINGS = [pytest.param(few, id="few"), MANY]
+PAGES = [pytest.param(few_pages, id="few"), MANY]
 
 Fuzzed = Callable[[Any], None]
 
@@ -93,7 +95,7 @@ def read_pattern(path: Path) -> None:
         reads_or_refuses(lambda engine=engine: export(file, engine))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("how", SETTINGS)
+@pytest.mark.parametrize("how", PAGES)
 def test_journals(how: Any, tmp_path: Path, outcomes: Outcomes) -> None:
     """Read, and shown on a page."""
     (tmp_path / "run").mkdir()
@@ -134,7 +136,7 @@ def test_journals_of_evaluations(how: Any, tmp_path: Path, outcomes: Outcomes) -
     outcomes.check()
 
 
-@pytest.mark.parametrize("how", SETTINGS)
+@pytest.mark.parametrize("how", PAGES)
 def test_evaluations(how: Any, tmp_path: Path, outcomes: Outcomes) -> None:
     """Read, and shown on a page."""
     path = tmp_path / "evaluated" / "eval.json"
