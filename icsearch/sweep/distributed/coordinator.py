@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from icsearch.core.errors import NonFiniteLossError
@@ -215,11 +216,17 @@ class DistributedScorer:
         if not self._flights and not self._coming:
             self._coming.append((patterns, wave))
         self._give_out()
-        self._do_own(on_layer)
-        flight = self._flights.popleft()
-        if (flight.patterns, flight.wave) != (list(patterns), wave):
-            raise RuntimeError(f"asked to score {wave}, but {flight.wave} was announced")
-        return self._collect(flight, on_layer)
+        first = self._flights[0]
+        for flight in self._flights:  # rank 0's part; as the head of a pipeline, of those behind it meanwhile
+            if flight is not first and (self._grid.pipeline == 1 or self._world.has(first.losses)):
+                break
+            if not flight.begun:
+                flight.begun = True
+                flight.own = self._worker.sweep(flight.order, partial(_count, flight, on_layer))
+        self._flights.popleft()
+        if (first.patterns, first.wave) != (list(patterns), wave):
+            raise RuntimeError(f"asked to score {wave}, but {first.wave} was announced")
+        return self._collect(first, on_layer)
 
     def _give_out(self) -> None:
         """Keep the processes supplied: in a pipeline, with two waves a place beyond the one that is waited for."""
@@ -239,23 +246,6 @@ class DistributedScorer:
             self._world.tell(order)
             losses = [f"losses/{order['item']}/{data_rank}" for data_rank in range(len(shares))]
             self._flights.append(_Flight(list(patterns), wave, order, losses))
-
-    def _do_own(self, on_layer: Callable[[int], None]) -> None:
-        """Rank 0's part of the wave that is waited for; as the head of a pipeline, of those behind it meanwhile."""
-        first = self._flights[0]
-        for flight in self._flights:
-            if flight is not first and (self._grid.pipeline == 1 or self._world.has(first.losses)):
-                return
-            if not flight.begun:
-                flight.begun = True
-                self._do_part(flight, on_layer)
-
-    def _do_part(self, flight: _Flight, on_layer: Callable[[int], None]) -> None:
-        def count(layer_sequences: int) -> None:
-            flight.own_layers += layer_sequences
-            on_layer(layer_sequences)
-
-        flight.own = self._worker.sweep(flight.order, count)
 
     def _collect(self, flight: _Flight, on_layer: Callable[[int], None]) -> Scores:
         """The sums of all pipelines, in sequence order."""
@@ -294,6 +284,11 @@ class DistributedScorer:
         if where is None:
             where = self._world.take(f"traced/{order['item']}", "the layer of a loss that is not finite")
         return NonFiniteLossError(loss["value"], loss["sequence"], loss["pattern"], where)
+
+
+def _count(flight: _Flight, on_layer: Callable[[int], None], layer_sequences: int) -> None:
+    flight.own_layers += layer_sequences
+    on_layer(layer_sequences)
 
 
 def _firsts(share: Sequence[Range]) -> list[int]:

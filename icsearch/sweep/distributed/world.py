@@ -123,18 +123,19 @@ class World:
 
 def join(launch: Launch) -> World:
     """Find the other processes. Raises JoinError where they do not come."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT)))
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = PrefixStore(f"icsearch/{attempt}", store)
         another = TCPStore(  # a connection of its own: the main thread may be waiting on the other one
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
+            host,
+            port,
             is_master=False,
             timeout=timedelta(seconds=JOIN_TIMEOUT),
             wait_for_workers=False,
         )
-        where = f"the store at {_address()} (of rank 0, or of its launcher)"
+        where = f"the store at {host}:{port} (of rank 0, or of its launcher)"
         heartbeat = Heartbeat(launch.rank, launch.size, PrefixStore(f"icsearch/{attempt}", another), where)
         heartbeat.announce()
         _wait_for_all(launch, own)
@@ -152,7 +153,7 @@ def join(launch: Launch) -> World:
         )
     except (distributed.DistError, RuntimeError, ValueError) as error:
         raise JoinError(
-            f"rank {launch.rank} of {launch.size} cannot reach the others at {_address()} "
+            f"rank {launch.rank} of {launch.size} cannot reach the others at {host}:{port} "
             f"({str(error).splitlines()[0]}): check MASTER_ADDR, MASTER_PORT and the network, and start again"
         ) from error
     return World(launch, own, heartbeat)
@@ -188,10 +189,6 @@ def _wait_for_all(launch: Launch, store: Any) -> None:
     except TimeoutError:
         missing = [str(rank) for rank, sign in enumerate(signs) if not store.check([sign])]
         raise ValueError(f"rank {', '.join(missing)} did not come within {JOIN_TIMEOUT:.0f} s") from None
-
-
-def _address() -> str:
-    return f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 
 def has_own_gpu(launch: Launch) -> bool:
