@@ -245,7 +245,7 @@ def curve(views: Sequence[RunView], size: tuple[float, float] = CHART) -> Figure
         )
         _references(axes, view, x_scale, high, None if alone else SERIES[index % len(SERIES)])
     _axes_of_losses(axes, f"shared layers (S) of {alone.num_layers}" if alone else "shared layers (S), % of all")
-    return _fit(figure, axes, *size, CHART_MARGINS, 2.6)
+    return _fit(figure, axes, *size, CHART_MARGINS, 2.5)
 
 
 def loss_range(views: Sequence[RunView]) -> tuple[float, float]:
@@ -335,16 +335,16 @@ def _references(axes: Axes, view: RunView, x_scale: float, high: float, colour: 
             text, up = f"{text}: {numbers.difference(reference.difference)}", 0
             axes.plot([x], [y], "^", markersize=6.5, color=colour or PALETTE["uniform"], clip_on=False)
         if colour is None:
-            side, ha = (-8, "right") if x > sum(axes.get_xlim()) / 2 else (8, "left")
+            side, ha = (-6, "right") if x > sum(axes.get_xlim()) / 2 else (6, "left")
             _note(axes, text, (x, y), (side, up), PALETTE["uniform"], ha, weight="bold")
 
 
 def _note(
     axes: Axes, text: str, xy: tuple[float, float], offset: tuple[float, float], colour: str, ha: str, **more: Any
 ) -> None:
-    """Text beside a place, on a ground that keeps lines from striking it out."""
+    """Text beside a place, on a ground that keeps lines from striking it out and covers no mark."""
     ground = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}
-    given = {"fontsize": 8.5, "va": "center", "bbox": ground, **more}
+    given = {"fontsize": 8.5, "va": "center", "bbox": ground, "zorder": 1.6, **more}
     axes.annotate(text, xy, xytext=offset, textcoords="offset points", color=colour, ha=ha, **given)
 
 
