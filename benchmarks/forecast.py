@@ -200,7 +200,11 @@ def searches(results: Results, fitted: Device) -> list[Json]:
             continue
         name, length, sequences, flips = case.split(":")
         request = PlanRequest(
-            str(model_of(name)), num_shared=int(flips), seq_len=int(length), num_sequences=int(sequences), batch_size=1
+            model=str(model_of(name)),
+            num_shared=int(flips),
+            seq_len=int(length),
+            num_sequences=int(sequences),
+            batch_size=1,
         )
         device = replace(fitted, memory=8 * 10**9, read_rate=1e15)  # loading is not measured
         planned = replace(make_case(request), devices=Devices(1, device))

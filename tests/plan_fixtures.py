@@ -15,4 +15,4 @@ def plan_request(
     model: str = GLM, devices: str = "8xH200", sequences: int = 64, seq_len: int | None = 65536, **more: Any
 ) -> PlanRequest:
     """The request of a plan; `more` are fields of it."""
-    return PlanRequest(model, devices=devices, num_sequences=sequences, seq_len=seq_len, **more)
+    return PlanRequest(model=model, devices=devices, num_sequences=sequences, seq_len=seq_len, **more)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from icsearch.commands.requests import AUTO, CalibrationRequest, PatternRequest, PlanRequest
+from icsearch.commands.requests import AUTO, PlanRequest
 from icsearch.core.errors import IcsearchError
 from icsearch.model.shape import default_batch_size
 from icsearch.planning.devices import parse_devices
@@ -39,20 +37,12 @@ def make_case(request: PlanRequest) -> Case:
         )
     if model.max_positions and seq_len > model.max_positions:
         raise IcsearchError(f"--seq-len {seq_len} is more than the model's {model.max_positions} positions: give less")
-    search = PatternRequest(
-        CalibrationRequest(request.model, ""),
-        Path(),
-        retention=request.retention,
-        num_shared=request.num_shared,
-        stages=request.stages,
-        keep_full=request.keep_full,
-    )
-    flips = search.resolve_num_shared(model.start)
+    flips = request.resolve_num_shared(model.start)
     workload = Workload(
         start=model.start,
-        flippable=frozenset(search.flippable(model.start)),
+        flippable=frozenset(request.flippable(model.start)),
         num_shared=flips,
-        stages=search.num_stages,
+        stages=request.num_stages,
         sequences=sequences,
         keep_full=tuple(sorted(request.keep_full)),
     )

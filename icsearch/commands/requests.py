@@ -200,8 +200,8 @@ class RunRequest(Request):
 
 
 @dataclass(frozen=True)
-class PatternRequest(RunRequest):
-    """How many layers to share, and which never: what greedy and the DP baseline have in common."""
+class ShareRequest(Request):
+    """How many layers to share, and which never: of a search, and of a plan for one."""
 
     retention: Retention = None
     num_shared: NumShared = None
@@ -213,34 +213,23 @@ class PatternRequest(RunRequest):
         """Pipeline blocks that are searched in turn."""
         return 1 if self.stages is None else self.stages
 
-    def settled(self: PatternRequestT, recorded: dict[str, Any]) -> PatternRequestT:
-        """With the stages of an existing run, unless others are asked for."""
-        known = recorded.get("stages")
-        return self if self.stages is not None or known is None else replace(self, stages=known)
-
-    def check(self, start: Pattern, layers: Backbone | None = None) -> None:
-        self.resolve_num_shared(start)
-
     def resolve_num_shared(self, start: Pattern) -> int:
         """K, the number of flips from `start`; refused with the largest possible K where it cannot be reached."""
         self._check_layers(start)
         largest = len(self.flippable(start))
         wanted = self._wanted_flips(start)
         if wanted > largest:
+            options = {"fewer --stages": self.num_stages > 1, "less to --keep-full": bool(self.keep_full)}
+            less = " or ".join(words for words, used in options.items() if used)
+            advice = f"give {less}" if less else "there is nothing to search in this checkpoint"
+            if largest:
+                advice = f"give --num-shared {largest} or less"
             raise PatternError(
                 f"cannot share {shown(wanted)} more layers: {largest or 'none'} of the {len(start)} DSA layers can be "
                 "flipped (layer 0, --keep-full, first layers of stages and native S layers stay as they are); "
-                f"{self._advice(largest)}"
+                f"{advice}"
             )
         return wanted
-
-    def _advice(self, largest: int) -> str:
-        """What to do where only so many layers can be flipped."""
-        if largest:
-            return f"give --num-shared {largest} or less"
-        options = {"fewer --stages": self.num_stages > 1, "less to --keep-full": bool(self.keep_full)}
-        given = [words for words, used in options.items() if used]
-        return f"give {' or '.join(given)}" if given else "there is nothing to search in this checkpoint"
 
     def flippable(self, start: Pattern) -> list[int]:
         """The layers that a search may flip."""
@@ -279,6 +268,19 @@ class PatternRequest(RunRequest):
                 "nothing to flip; give a smaller retention"
             )
         return full - kept
+
+
+@dataclass(frozen=True)
+class PatternRequest(ShareRequest, RunRequest):
+    """What greedy and the DP baseline have in common."""
+
+    def settled(self: PatternRequestT, recorded: dict[str, Any]) -> PatternRequestT:
+        """With the stages of an existing run, unless others are asked for."""
+        known = recorded.get("stages")
+        return self if self.stages is not None or known is None else replace(self, stages=known)
+
+    def check(self, start: Pattern, layers: Backbone | None = None) -> None:
+        self.resolve_num_shared(start)
 
 
 @dataclass(frozen=True)
@@ -425,14 +427,12 @@ class EvalRequest(RunRequest):
 
 
 @dataclass(frozen=True)
-class PlanRequest(Request):
+class PlanRequest(ShareRequest):
     """A search to plan for, and the devices, all by what can be known from a config.json."""
 
-    model: Annotated[str, Option("A config.json, a directory with one, a hub id, or demo", SEARCH, "MODEL")]
-    retention: Retention = None
-    num_shared: NumShared = None
-    stages: Stages = None
-    keep_full: KeepFull = frozenset()
+    model: Annotated[str, Option("A config.json, a directory with one, a hub id, or demo", SEARCH, "MODEL")] = field(
+        kw_only=True
+    )
     seq_len: SeqLen = None
     num_sequences: NumSequences = None
     dtype: Dtype = AUTO
