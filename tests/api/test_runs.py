@@ -178,6 +178,10 @@ def test_bad_requests_are_the_commands(glm_checkpoint: Path, few: Path, tmp_path
         icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", retention=2)
     with pytest.raises(icsearch.IcsearchError, match="--strategy 'fast' is unknown"):
         icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", strategy="fast")
+    with pytest.raises(icsearch.IcsearchError, match="--threads 0 is out of range: give at least 1"):
+        icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", threads=0)
+    with pytest.raises(icsearch.IcsearchError, match="--retention and --num-shared both say how far to go"):
+        icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", retention="1/2", num_shared=2)
     with pytest.raises(TypeError, match="retenton"):
         icsearch.find_pattern(glm_checkpoint, few, tmp_path / "run", retenton=0.5)  # type: ignore[call-arg]
     assert not (tmp_path / "run").exists()
