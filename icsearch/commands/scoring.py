@@ -179,9 +179,9 @@ def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: Kept, rec
         memory, full = loaded.memory, loaded.dsa.start_pattern if by_kl else None
         schedule = Schedule(kept.keeping, record.pattern, full, keep_full_states)
         sizes = memory.patterns_per_sweep, memory.batches_per_wave
-        return loaded.coordinator.scorer(name, schedule, *sizes, memory.resting > 0)
+        return loaded.coordinator.scorer(name, schedule, *sizes, memory.in_cpu_memory > 0)
     store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
-    sweeper = make_sweeper(loaded.dsa, store, by_kl, keep_full_states, loaded.memory.resting > 0)
+    sweeper = make_sweeper(loaded.dsa, store, by_kl, keep_full_states, loaded.memory.in_cpu_memory > 0)
     return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep, loaded.memory.batches_per_wave)
 
 

@@ -236,7 +236,7 @@ def memory_job(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> 
         heldout=inputs.heldout.num_sequences if inputs.heldout else 0,
         offload=request.offload,
         by_kl=options.get("objective") == KL,
-        may_rest=isinstance(request, GreedyRequest),
+        may_offload_states=isinstance(request, GreedyRequest),
     )
 
 

@@ -154,6 +154,11 @@ class BatchShape:
     known: bool = True  # whether the reference modules take what is counted here; else that is a guess
 
     @property
+    def guess(self) -> str:
+        """What is to be said where the bytes of a call are one."""
+        return "" if self.known else " (unknown for this family: counted as for dense attention and scores)"
+
+    @property
     def branch_bytes(self) -> int:
         """One branch's state: hidden states, the selection, and what else layers hand on."""
         return sum(self._state_tensors)

@@ -331,7 +331,7 @@ class Course:
     def _computing(self, sweep: Sweep, block: range) -> float:
         """Seconds of one place of the pipeline. States in CPU memory come and go, and their copies are waited for."""
         moving = 0.0
-        if self.placement.memory.resting:
+        if self.placement.memory.in_cpu_memory:
             runs = sum(sweep.runs.full[index] + sweep.runs.shared[index] for index in block)
             moving = runs * 2 * self.placement.memory.shape.branch_bytes / self.case.device.link
         clock = self.clock

@@ -72,7 +72,7 @@ class Job:
     heldout: int = 0  # held-out sequences
     offload: str = AUTO
     by_kl: bool = False
-    may_rest: bool = True  # branch states, in CPU memory; what dp-baseline compares stays on the device
+    may_offload_states: bool = True  # branch states, in CPU memory; what dp-baseline compares stays on the device
 
     def blocks(self, grid: Grid) -> list[range]:
         """The decoder layers of each place in the pipeline; raises IcsearchError where there are not as many."""
@@ -135,7 +135,9 @@ class Memory:
     grid: Grid = ALONE
     batches_per_wave: int = 1  # how many batches go through the layers together
     offload: Offload = NO_OFFLOAD
-    resting: int = 0  # CPU memory for branch states, where the device has no room for them; 0: they are on the device
+    in_cpu_memory: int = (
+        0  # CPU memory for branch states, where the device has no room for them; 0: they are on the device
+    )
     program: int = 0  # as of the machine
     along: int = 0  # patterns that run in every sweep beside those that are scored
     missing: int = 0
@@ -144,13 +146,13 @@ class Memory:
     @property
     def branch_bytes(self) -> int:
         """One branch's states, of all batches of a wave, where they are between layer calls."""
-        return (self.shape.pinned_bytes if self.resting else self.shape.branch_bytes) * self.batches_per_wave
+        return (self.shape.pinned_bytes if self.in_cpu_memory else self.shape.branch_bytes) * self.batches_per_wave
 
     @property
     def spare(self) -> int:
-        """What weights, kept final states, one layer call and two branches leave; for states that rest, CPU memory."""
-        if self.resting:
-            return self.resting - 2 * self.branch_bytes
+        """What weights, kept final states, one layer call and two branches leave; for states in CPU memory, of that."""
+        if self.in_cpu_memory:
+            return self.in_cpu_memory - 2 * self.branch_bytes
         fixed = self.weights + self.full_states + self.shape.layer_bytes
         return self.budget - fixed - 2 * self.branch_bytes
 
@@ -167,7 +169,7 @@ class Memory:
             return replace(self, full_states=full_states, patterns_per_sweep=left)
         return replace(self, patterns_per_sweep=max(1, self.patterns_per_sweep - 1), along=1)
 
-    def rest_in_cpu(self, room: int, patterns: int, batches: int) -> Memory:
+    def offload_states(self, room: int, patterns: int, batches: int) -> Memory:
         """With branch states in so many bytes of CPU memory, where that lets more of the patterns live at once.
 
         The device then holds three states of one batch: what a layer call starts from, makes, and has made. Longer
@@ -177,7 +179,7 @@ class Memory:
         together, wave = plan_waves(room // self.shape.pinned_bytes, patterns, batches, 2 + self.along)
         if self.patterns_per_sweep >= patterns or together <= self.patterns_per_sweep:
             return self
-        return replace(self, resting=room, patterns_per_sweep=together, batches_per_wave=wave)
+        return replace(self, in_cpu_memory=room, patterns_per_sweep=together, batches_per_wave=wave)
 
     def in_waves(self, patterns: int, batches: int) -> Memory:
         """As much of so many patterns and batches in one pass as there is room for."""
@@ -189,7 +191,7 @@ class Memory:
         """States kept between steps: so many patterns of a sweep come first, of the sequences of the largest share."""
         share = largest_share(sequences, self.shape.batch_size, self.grid)
         blocks = pipeline_blocks(keeping.num_layers, keeping.layer_indices, self.grid.pipeline)
-        return plan_kept(keeping, self.shape, share, self.beside(patterns), blocks, self.resting > 0)
+        return plan_kept(keeping, self.shape, share, self.beside(patterns), blocks, self.in_cpu_memory > 0)
 
     def live_branches(self, patterns: int) -> int:
         """Of a sweep of so many: at work and on their way, the trunk, and the layer output that is being made."""
@@ -197,7 +199,7 @@ class Memory:
 
     def states(self, patterns: int, kept: int) -> int:
         """Branch states on the device while so many patterns are scored, with so many bytes kept between steps."""
-        if self.resting:
+        if self.in_cpu_memory:
             return FEWEST_BRANCHES * self.shape.branch_bytes
         return self.live_branches(patterns) * self.branch_bytes + kept
 
@@ -228,19 +230,34 @@ def plan_memory(job: Job, machine: Machine, grids: Sequence[Grid] = (ALONE,)) ->
 
 
 def fit(job: Job, machine: Machine, grid: Grid) -> Memory:
-    """What the process of a grid that has most takes, and how much of the job it can run at once."""
+    """What the process of a grid that has most takes, and how much of the job it can run at once.
+
+    Weights first; then one layer call and the fewest branches; then, for the KL, the unmodified model's final states;
+    then as many patterns and, with streamed weights, batches together as there is room for.
+    """
     shape, least = job.shape, FEWEST_BRANCHES + 2 * grid.packets  # between processes trunk and candidate are on the way
 
     def short(weights: int) -> int:
         return weights + shape.layer_bytes + least * shape.branch_bytes - machine.budget
 
-    offload = _offload_of(job, machine, grid, lambda weights: short(weights) <= 0)
+    largest = max(job.blocks(grid), key=lambda block: sum(job.weights.layers[block.start : block.stop]))
+    sizes, cpu_free = job.weights.of_block(largest), machine.cpu_free // machine.processes
+    offload = choose_offload(job.offload, machine.on_cpu, sizes, lambda weights: short(weights) <= 0, cpu_free)
     weights = offload.device_bytes
+    if grid.size > 1:
+        one_pass = pass_bytes(offload.where, job.weights) if offload.streamed else 0  # however unequal the blocks are
+        why = offload.why if offload.missing else f"{offload.why}, in each process"
+        offload = replace(offload, why=why, pass_bytes=one_pass * grid.data)
     memory = Memory(machine.budget, weights, shape, 1, grid=grid, offload=offload, program=machine.program)
     if offload.missing:
-        return replace(memory, missing=offload.missing, refusal=offload.why)
+        return replace(memory, missing=offload.missing * machine.processes, refusal=offload.why)
     if short(weights) > 0:
-        return replace(memory, missing=short(weights), refusal=_too_small(memory, least))
+        needed = shape.layer_bytes + least * shape.branch_bytes
+        refusal = (
+            f"memory budget {format_bytes(machine.budget)} is too small: {format_bytes(weights)} of weights and about "
+            f"{format_bytes(needed)} for one candidate{shape.guess}; raise --memory, or lower --batch-size or --seq-len"
+        )
+        return replace(memory, missing=short(weights), refusal=refusal)
     room = (machine.budget - weights - shape.layer_bytes) // shape.branch_bytes
     memory = replace(memory, patterns_per_sweep=(room - 2 - grid.packets) // (1 + grid.packets))
     batches = grid.batches_per_wave(-(-largest_share(job.sequences, shape.batch_size, grid) // shape.batch_size))
@@ -249,38 +266,17 @@ def fit(job: Job, machine: Machine, grid: Grid) -> Memory:
         memory = memory.for_kl(scored * shape.final_bytes)
     if offload.streamed:
         memory = memory.in_waves(job.patterns, batches)
-    if machine.on_cpu or grid.pipeline > 1 or not job.may_rest:
+    if machine.on_cpu or grid.pipeline > 1 or not job.may_offload_states:
         return memory
-    sizes = job.weights
-    room = resting_room(machine.cpu_free, machine.processes, offload.where, sum(sizes.layers), sizes.on_disk)
-    return memory.rest_in_cpu(room, job.patterns, batches)
+    whole = job.weights
+    room = room_for_states(machine.cpu_free, machine.processes, offload.where, sum(whole.layers), whole.on_disk)
+    return memory.offload_states(room, job.patterns, batches)
 
 
 def largest_share(sequences: int, batch_size: int, grid: Grid) -> int:
     """The most that a data rank has of so many sequences, in whole batches."""
     batches = -(-sequences // batch_size)
     return min(sequences, -(-batches // grid.data) * batch_size)
-
-
-def _too_small(memory: Memory, least: int) -> str:
-    needed = memory.shape.layer_bytes + least * memory.shape.branch_bytes
-    guess = "" if memory.shape.known else " (unknown for this family: counted as for dense attention and scores)"
-    return (
-        f"memory budget {format_bytes(memory.budget)} is too small: {format_bytes(memory.weights)} of weights and "
-        f"about {format_bytes(needed)} for one candidate{guess}; raise --memory, or lower --batch-size or --seq-len"
-    )
-
-
-def _offload_of(job: Job, machine: Machine, grid: Grid, fits: Callable[[int], bool]) -> Offload:
-    """Where weights are: those of one process, of several the one that has most."""
-    largest = max(job.blocks(grid), key=lambda block: sum(job.weights.layers[block.start : block.stop]))
-    sizes = job.weights.of_block(largest)
-    offload = choose_offload(job.offload, machine.on_cpu, sizes, fits, machine.cpu_free // machine.processes)
-    if grid.size == 1:
-        return offload
-    one_pass = pass_bytes(offload.where, job.weights) if offload.streamed else 0
-    why = offload.why if offload.missing else f"{offload.why}, in each process"
-    return replace(offload, why=why, pass_bytes=one_pass * grid.data, missing=offload.missing * machine.processes)
 
 
 def choose_offload(
@@ -334,7 +330,7 @@ def plan_waves(room: int, patterns: int, batches: int, beside: int = 2) -> tuple
     return together, wave
 
 
-def resting_room(free: int, processes: int, where: str, weights: int, stored: int) -> int:
+def room_for_states(free: int, processes: int, where: str, weights: int, stored: int) -> int:
     """Bytes of CPU memory that each of so many processes on one machine may fill with branch states.
 
     Weights that are kept there come first, for each process its own. Where they are streamed from disk, the system's

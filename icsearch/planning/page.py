@@ -73,7 +73,7 @@ def _placement(placement: Placement, forecasts: tuple[Forecast, ...]) -> dict[st
     return {
         **_grid(placement),
         "fits": not memory.missing,
-        "states_in_cpu_memory": memory.resting > 0,
+        "states_in_cpu_memory": memory.in_cpu_memory > 0,
         "memory": {
             "weights": memory.weights,
             "states": placement.states,
@@ -179,7 +179,7 @@ def _memory_table(plan: Plan) -> RenderableType:
     for placement in plan.placements:
         memory = placement.memory
         patterns = min(memory.patterns_per_sweep, placement.patterns)
-        verdict = f"{patterns}, in CPU memory" if memory.resting else str(patterns)
+        verdict = f"{patterns}, in CPU memory" if memory.in_cpu_memory else str(patterns)
         if memory.missing:
             verdict = f"{'CPU ' if memory.offload.missing else ''}{format_bytes(memory.missing)} over"
         sizes = (memory.weights, placement.states, memory.shape.layer_bytes, placement.total)

@@ -43,7 +43,6 @@ def search_rows(plan: SearchPlan, start: dict[str, Any]) -> Rows:
     most, about = ("", f"about {plan.expected_layer_evaluations}, ") if exact else ("at most ", "")
     ratio = plan.naive_layer_evaluations / (plan.expected_layer_evaluations if exact else plan.layer_evaluations)
     branches = min(memory.patterns_per_sweep, plan.candidates) + 1
-    guess = "" if memory.shape.known else " (unknown for this family: counted as for dense attention and scores)"
     rows = [
         ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
         ("evaluations", f"{most}{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
@@ -55,13 +54,15 @@ def search_rows(plan: SearchPlan, start: dict[str, Any]) -> Rows:
         (
             "memory",
             f"{format_bytes(memory.weights)} weights + {branches} branches x {format_bytes(memory.branch_bytes)} + "
-            f"{format_bytes(memory.shape.layer_bytes)} in a layer{guess}, of {format_bytes(memory.budget)} (estimate)",
+            f"{format_bytes(memory.shape.layer_bytes)} in a layer{memory.shape.guess}, "
+            f"of {format_bytes(memory.budget)} (estimate)",
         ),
     ]
-    if memory.resting:
+    if memory.in_cpu_memory:
         states = format_bytes(memory.live_branches(plan.candidates) * memory.branch_bytes)
-        text = f"in pinned CPU memory, each tensor as the next power of two: {states} of {format_bytes(memory.resting)}"
-        rows.append(("branch states", f"{text}; one at a time moves in"))
+        room = format_bytes(memory.in_cpu_memory)
+        text = f"in pinned CPU memory, each tensor as the next power of two: {states} of {room}; one at a time moves in"
+        rows.append(("branch states", text))
     rows += [("kept between steps", plan.kept.words), ("peak", _peak_words(plan))]
     if start["options"]["objective"] == "kl":
         along = "no room for its final states: it runs along in every sweep"

@@ -123,12 +123,12 @@ def test_one_gpu_lets_states_rest_in_cpu_memory_where_more_live_so() -> None:
     case = case_of(devices="1xH200")
     rested = place(case, offload=DISK)
     memory = rested.memory
-    assert memory.resting and rested.states == 3 * memory.shape.branch_bytes
+    assert memory.in_cpu_memory and rested.states == 3 * memory.shape.branch_bytes
     assert rested.total <= memory.budget
     held = (memory.patterns_per_sweep + 2) * memory.batches_per_wave * memory.shape.branch_bytes
     assert held <= SHARE_OF_CPU * case.device.node_memory
     little = place(case_of(devices="1xH200", node_memory=10**9), offload=DISK).memory
-    assert not little.resting and little.patterns_per_sweep < memory.patterns_per_sweep
+    assert not little.in_cpu_memory and little.patterns_per_sweep < memory.patterns_per_sweep
 
 
 def test_processes_that_share_sequences_share_the_cpu_memory_beside_the_checkpoint() -> None:
@@ -136,11 +136,11 @@ def test_processes_that_share_sequences_share_the_cpu_memory_beside_the_checkpoi
     case = case_of(device_memory=80 * 10**9)
     rested = place(case, 8, 1, DISK).memory
     little = place(case_of(device_memory=80 * 10**9, node_memory=10**9), 8, 1, DISK).memory
-    assert rested.resting and not little.resting
+    assert rested.in_cpu_memory and not little.in_cpu_memory
     assert rested.patterns_per_sweep > little.patterns_per_sweep
     held = 8 * (rested.patterns_per_sweep + 2) * rested.batches_per_wave * case.job.shape.pinned_bytes
     assert held + case.model.stored_model_bytes <= SHARE_OF_CPU * case.device.node_memory
-    assert not place(case, 4, 2, DISK).memory.resting
+    assert not place(case, 4, 2, DISK).memory.in_cpu_memory
 
 
 # --- phases of a call ------------------------------------------------------------------------------------------------

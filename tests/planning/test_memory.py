@@ -159,5 +159,5 @@ def test_the_peak_is_what_lives_at_once() -> None:
 
 def test_states_that_rest_in_cpu_memory_leave_three_on_the_device() -> None:
     """Of one batch, as they are there; what rests is of a whole wave, and rounded up."""
-    memory = Memory(10**6, 500, SHAPE, 2, resting=10**5, batches_per_wave=4)
+    memory = Memory(10**6, 500, SHAPE, 2, in_cpu_memory=10**5, batches_per_wave=4)
     assert memory.peak(3, 70)[0] == 500 + SHAPE.layer_bytes + 3 * SHAPE.branch_bytes

@@ -33,7 +33,7 @@ def noted(self, value):
     pathlib.Path({folder!r}, "rested" + os.environ["RANK"]).touch()
     return lay(self, value)
 
-memory.fit = lambda *given: replace(planned(*given), resting=10**9)
+memory.fit = lambda *given: replace(planned(*given), in_cpu_memory=10**9)
 branches.InCpuMemory.put = noted
 main()
 """

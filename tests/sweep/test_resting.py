@@ -15,7 +15,7 @@ from icsearch.model.model import DsaModel
 from icsearch.model.shape import CPU as CPU_MEMORY
 from icsearch.model.shape import DISK, RESIDENT
 from icsearch.planning.footprint import INT, BatchShape, Call, blockwise_shape
-from icsearch.planning.memory import Memory, Offload, plan_kept, resting_room
+from icsearch.planning.memory import Memory, Offload, plan_kept, room_for_states
 from icsearch.planning.modelfile import open_model_file
 from icsearch.sweep.branches import Batch, InCpuMemory, OnDevice, cut_batches
 from icsearch.sweep.states import Keeping, StateStore
@@ -111,37 +111,41 @@ def test_what_rests_is_planned_at_the_size_that_it_takes() -> None:
     shape = BatchShape(1, 1000, 100, 4, 10, 1, 1, 1, 1)  # 400 kB and 40 kB, pinned 524288 and 65536 bytes
     pinned = 524288 + 65536
     assert (shape.branch_bytes, shape.pinned_bytes) == (440_000, pinned)
-    rested = Memory(10**9, 0, shape, 2).rest_in_cpu(12 * pinned, patterns=10, batches=1)
+    rested = Memory(10**9, 0, shape, 2).offload_states(12 * pinned, patterns=10, batches=1)
     assert (rested.patterns_per_sweep, rested.branch_bytes, rested.spare) == (10, pinned, 10 * pinned)
-    assert Memory(10**9, 0, shape, 2).rest_in_cpu(12 * pinned - 1, 10, 1).patterns_per_sweep < 10
+    assert Memory(10**9, 0, shape, 2).offload_states(12 * pinned - 1, 10, 1).patterns_per_sweep < 10
     keeping = Keeping(4, tuple(range(4)), frozenset(range(1, 4)))
     assert plan_kept(keeping, shape, 8, 10**9, pinned=True).bytes % pinned == 0
 
 
 def test_states_rest_in_cpu_memory_where_that_lets_more_live() -> None:
     branch = memory(2).shape.pinned_bytes
-    rested = memory(2).rest_in_cpu(12 * branch, patterns=15, batches=4)
-    assert (rested.resting, rested.patterns_per_sweep, rested.batches_per_wave) == (12 * branch, 8, 1)  # 2 sweeps of 8
+    rested = memory(2).offload_states(12 * branch, patterns=15, batches=4)
+    assert (rested.in_cpu_memory, rested.patterns_per_sweep, rested.batches_per_wave) == (
+        12 * branch,
+        8,
+        1,
+    )  # 2 sweeps of 8
     assert rested.spare == 10 * branch
-    assert memory(2).rest_in_cpu(100 * branch, patterns=15, batches=4).patterns_per_sweep == 15
-    assert memory(15).rest_in_cpu(100 * branch, patterns=15, batches=4).resting == 0  # all live on the device
-    assert memory(2).rest_in_cpu(3 * branch, patterns=15, batches=4).resting == 0  # CPU memory is smaller
+    assert memory(2).offload_states(100 * branch, patterns=15, batches=4).patterns_per_sweep == 15
+    assert memory(15).offload_states(100 * branch, patterns=15, batches=4).in_cpu_memory == 0  # all live on the device
+    assert memory(2).offload_states(3 * branch, patterns=15, batches=4).in_cpu_memory == 0  # CPU memory is smaller
 
 
 def test_resident_weights_are_not_passed_in_waves() -> None:
     """5 patterns and 4 batches together would be fewer passes; with weights that are there, sweeps are what counts."""
     shape = memory(2).shape
-    assert memory(2).rest_in_cpu(28 * shape.pinned_bytes, patterns=15, batches=4).patterns_per_sweep == 15
+    assert memory(2).offload_states(28 * shape.pinned_bytes, patterns=15, batches=4).patterns_per_sweep == 15
 
 
 def test_cpu_memory_for_states_is_beside_what_it_holds_of_the_weights() -> None:
-    assert resting_room(1000, 1, RESIDENT, weights=100, stored=50) == 800
-    assert resting_room(1000, 2, CPU_MEMORY, weights=100, stored=50) == 300  # each process has its own weights there
-    assert resting_room(1000, 2, DISK, weights=100, stored=50) == 375  # the system's cache is one for all
-    assert resting_room(1000, 2, DISK, weights=100, stored=801) == 400  # it could not hold the checkpoint anyway
+    assert room_for_states(1000, 1, RESIDENT, weights=100, stored=50) == 800
+    assert room_for_states(1000, 2, CPU_MEMORY, weights=100, stored=50) == 300  # each process has its own weights there
+    assert room_for_states(1000, 2, DISK, weights=100, stored=50) == 375  # the system's cache is one for all
+    assert room_for_states(1000, 2, DISK, weights=100, stored=801) == 400  # it could not hold the checkpoint anyway
 
 
 def test_streamed_weights_make_longer_waves_of_resting_states() -> None:
     branch = memory(2).shape.pinned_bytes
     streamed = memory(2, offload=Offload(DISK, "", 0, 1))
-    assert streamed.rest_in_cpu(70 * branch, patterns=15, batches=4).batches_per_wave == 4
+    assert streamed.offload_states(70 * branch, patterns=15, batches=4).batches_per_wave == 4

@@ -158,12 +158,12 @@ def test_states_of_flips_rest_in_cpu_memory_and_selections_that_are_compared_do_
     asked = replace(request_, memory=needed(request_, inputs, Grid()), offload="none")
     job, here = asked_of(asked, inputs)
     gpu = replace(here, on_cpu=False, cpu_free=10**9)
-    assert fit(job, here, Grid()).resting == 0
-    assert fit(job, gpu, Grid()).resting == int(SHARE_OF_CPU * 10**9)
-    assert fit(job, replace(gpu, processes=2), Grid(2, 1)).resting == int(SHARE_OF_CPU * 10**9) // 2
-    assert fit(job, replace(gpu, budget=10**9), Grid(1, 2)).resting == 0
+    assert fit(job, here, Grid()).in_cpu_memory == 0
+    assert fit(job, gpu, Grid()).in_cpu_memory == int(SHARE_OF_CPU * 10**9)
+    assert fit(job, replace(gpu, processes=2), Grid(2, 1)).in_cpu_memory == int(SHARE_OF_CPU * 10**9) // 2
+    assert fit(job, replace(gpu, budget=10**9), Grid(1, 2)).in_cpu_memory == 0
     compared = BaselineRequest(asked.calibration, asked.out, batch_size=BATCH, memory=asked.memory, offload="none")
-    assert fit(asked_of(compared, inputs)[0], gpu, Grid()).resting == 0
+    assert fit(asked_of(compared, inputs)[0], gpu, Grid()).in_cpu_memory == 0
 
 
 def test_a_plan_and_a_run_plan_the_same_memory(request_: GreedyRequest, inputs: Inputs) -> None:
