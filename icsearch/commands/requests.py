@@ -102,6 +102,12 @@ def _engines() -> Iterable[str]:
     return ENGINES
 
 
+def _repairs() -> Iterable[str]:
+    from icsearch.engines.pipeline import REPAIRS
+
+    return REPAIRS
+
+
 # Options that several requests have.
 ENGINES = "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, llamacpp, megatron"
 SeqLen = Annotated[
@@ -468,13 +474,12 @@ class ExportRequest(Request):
     model_config: Annotated[Path | None, Option("Check against the model's config.json", ENGINE, "CONFIG")] = None
     serve_pp: Annotated[str | None, Option("Stages, or the first layer of each", ENGINE, "N|0,20,40", read=str)] = None
     repair: Annotated[
-        str | None, Option("Of a stage that begins with S: add, same, none", ENGINE, "HOW", default="add")
+        str | None,
+        Option("Of a stage that begins with S: add, same, none", ENGINE, "HOW", default="add", offers=_repairs),
     ] = None
     gguf: Annotated[Path | None, Option("llamacpp: the model to copy", ENGINE, "OLD.gguf")] = None
     out: Annotated[Path | None, Option("Write the file that the engine reads", ENGINE, "NEW")] = None
-    checkpoint: Annotated[Path | None, Option("Write one whose config.json holds the pattern", CHECKPOINT, "OUT")] = (
-        None
-    )
+    checkpoint: Annotated[Path | None, Option("One whose config.json holds the pattern", CHECKPOINT, "OUT")] = None
     model: Annotated[
         str | None, Option("What to copy", CHECKPOINT, "MODEL", default="that of the pattern", read=str)
     ] = None
@@ -497,7 +502,7 @@ class ImportRequest(Request):
 
     source: Annotated[
         tuple[str, ...],
-        Option("config.json, a checkpoint, a GGUF, JSON, freq:4,offset:2", READING, "SOURCE", many=True),
+        Option("config.json, checkpoint, GGUF, JSON, freq:4, letters", READING, "SOURCE", many=True),
     ]
     engine: Annotated[str | None, Option(ENGINES, READING, "NAME", offers=_engines)] = None
     model_config: Annotated[Path | None, Option("The model's config.json", READING, "CONFIG")] = None

@@ -50,6 +50,8 @@ def test_completion_of_commands_options_and_values() -> None:
     assert set(completed("icsearch greedy demo --strategy race")) == {"race", "race+lazy"}
     assert set(completed("icsearch export x.json --engine ")) == set(ENGINES)
     assert completed("icsearch eval demo --kernels b") == ["blockwise"]
+    assert completed("icsearch export x.json --repair s") == ["same"]
+    assert completed("icsearch greedy demo --device c") == ["cpu", "cuda"]
 
 
 @pytest.mark.parametrize("shell", ["bash", *(pytest.param(shell, marks=pytest.mark.slow) for shell in ("zsh", "fish"))])
