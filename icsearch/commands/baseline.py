@@ -14,18 +14,16 @@ from icsearch.commands.scoring import (
     Loaded,
     Publish,
     count_in_sweeps,
-    load_together,
+    load,
     make_scoring,
     opened,
-    process_rows,
     publish_nothing,
     score_baseline,
-    weight_rows,
 )
 from icsearch.commands.setup import Inputs, pattern_start
 from icsearch.core.pattern import Pattern
 from icsearch.model.layout import Layout
-from icsearch.planning.rows import model_rows, stage_rows
+from icsearch.planning.rows import model_rows, process_rows, stage_rows, weight_rows
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.runs.similarity_file import other_numerics, read_similarity, save_similarity, square_of
@@ -52,7 +50,7 @@ def dp_baseline(
         reused = [read_similarity(request.similarity, here.start)] if request.similarity else []
         record = RunRecord.replay(here.existing)
         if not record.finished:
-            loaded = load_together(request, here, world, wanted, listener.info)
+            loaded = load(request, here, world, wanted, listener)
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             _compare(request, here.inputs, loaded, make_scoring(here, record, loaded, listener), reused)
         save_similarity(request.out, record)
@@ -70,8 +68,10 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
     record, layout = scoring.record, inputs.layout
     patterns = [record.start_pattern, *map(Pattern, record.references.values())]
     runs = layout.num_layers + count_in_sweeps(layout, patterns, loaded.memory.patterns_per_sweep)
-    of_model, of_weights = model_rows(record.start), weight_rows(loaded, len(patterns))
-    rows = [*of_model, *process_rows(loaded), *of_weights, *stage_rows(record.start)]
+    sequences = len(record.tokens)
+    of_weights = weight_rows(loaded.memory, len(patterns), sequences, loaded.bytes_per_second)
+    of_processes = process_rows(loaded.memory, sequences)
+    rows = [*model_rows(record.start), *of_processes, *of_weights, *stage_rows(record.start)]
     scoring.progress.planned(rows, runs * len(record.tokens), record.layer_sequences)
     if not record.similarity_sums.sequences:
         for event in reused:

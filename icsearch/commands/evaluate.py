@@ -15,11 +15,8 @@ from icsearch.commands.requests import EvalRequest
 from icsearch.commands.scoring import (
     Loaded,
     count_in_sweeps,
-    load_together,
+    load,
     opened,
-    process_rows,
-    weight_notes,
-    weight_rows,
 )
 from icsearch.commands.setup import Inputs, run_options, start_event
 from icsearch.commands.specs import NamedPattern, Target, resolve_specs
@@ -31,7 +28,7 @@ from icsearch.model.layout import Layout
 from icsearch.model.loading import load_tokenizer
 from icsearch.model.model import DsaModel
 from icsearch.planning import work as cost
-from icsearch.planning.rows import model_rows
+from icsearch.planning.rows import model_rows, process_rows, weight_rows
 from icsearch.runs.evaluation import EvalRecord, save_eval
 from icsearch.runs.journal import Event
 from icsearch.runs.results import guessing_notes
@@ -78,7 +75,7 @@ def evaluate(
         if not record.finished:
             _check_extras(request, here.inputs)  # all that can be refused is, before anything heavy
             questions = _questions(request, here.inputs)
-            loaded = load_together(request, here, world, wanted, listener.info)
+            loaded = load(request, here, world, wanted, listener)
             _check_whole_forwards(request, loaded)
             record = EvalRecord.replay(here.run.open(here.start, here.existing))
 
@@ -95,15 +92,15 @@ def evaluate(
 
 
 def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event:
-    layout, batches = inputs.layout, inputs.batches
-    edges = bucket_edges(batches.seq_len, layout.selection.kept)
+    layout, calibration = inputs.layout, inputs.calibration
+    edges = bucket_edges(calibration.seq_len, layout.selection.kept)
     start = start_event(
         inputs,
         {"method": "eval", **run_options(request, inputs, existing)},
         index_topk=layout.selection.kept,
         bucket_edges=edges,
-        bucket_tokens=bucket_tokens(torch.from_numpy(batches.counted()), edges),
-        choosing_queries=batches.seq_len - layout.selection.kept,
+        bucket_tokens=bucket_tokens(torch.from_numpy(calibration.counted()), edges),
+        choosing_queries=calibration.seq_len - layout.selection.kept,
     )
     target = Target(
         layout.model_type,
@@ -140,7 +137,7 @@ def _reading_notes(request: EvalRequest, layout: Layout) -> list[str]:
 
 def task_length(request: EvalRequest, inputs: Inputs) -> int:
     """Tokens of a task's prompt: as asked, or as long as the batches."""
-    return request.task_length or inputs.batches.seq_len
+    return request.task_length or inputs.calibration.seq_len
 
 
 def _measure(
@@ -156,11 +153,13 @@ def _measure(
     layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
     patterns = list(dict.fromkeys(Pattern(one["pattern"]) for one in record.start["patterns"]))
     total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
-    rows = [*model_rows(record.start), *process_rows(loaded), *weight_rows(loaded, len(patterns))]
+    sequences = len(record.tokens)
+    of_weights = weight_rows(loaded.memory, len(patterns), sequences, loaded.bytes_per_second)
+    rows = [*model_rows(record.start), *process_rows(loaded.memory, sequences), *of_weights]
     listener.planned(rows, total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
     read = _reading_notes(request, inputs.layout)
-    for text in dict.fromkeys((*loaded.notes, *weight_notes(loaded), *_uncounted(inputs), *read)):
+    for text in dict.fromkeys((*loaded.notes, *_uncounted(inputs), *read)):
         _note(text, record, append)
     waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)
     several = _shared_by(loaded, record, listener)

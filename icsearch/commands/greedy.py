@@ -9,19 +9,18 @@ from icsearch.commands.scoring import (
     Loaded,
     Publish,
     count_in_sweeps,
-    heldout_scorer,
-    load_together,
+    load,
+    make_scorer,
     make_scoring,
     opened,
     publish_nothing,
     score_baseline,
-    weight_rows,
 )
 from icsearch.commands.setup import Inputs, pattern_start
 from icsearch.core.pattern import Pattern
 from icsearch.model.layout import Layout
 from icsearch.planning import rehearsal
-from icsearch.planning.rows import SearchPlan, model_rows, process_rows, search_rows, stage_rows
+from icsearch.planning.rows import SearchPlan, model_rows, process_rows, search_rows, stage_rows, weight_rows
 from icsearch.runs.directory import part_of
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
@@ -29,7 +28,7 @@ from icsearch.search.loop import Progress, Search, SwapRefinement
 from icsearch.search.protocol import Strategy, Task, looks_of
 from icsearch.search.race import testing_looks
 from icsearch.search.registry import DEFAULT_CONFIDENCE, Options, make_strategy
-from icsearch.sweep.distributed.launch import check_device, grids
+from icsearch.sweep.distributed.launch import HELDOUT, check_device, grids
 from icsearch.sweep.states import Keeping
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def greedy(
         record = RunRecord.replay(here.existing)
         if not record.finished:
             request = request.settled(here.start["options"])
-            loaded = load_together(request, here, world, wanted, listener.info)
+            loaded = load(request, here, world, wanted, listener)
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             search_plan = _plan(request, here.inputs.layout, loaded, record)
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
@@ -64,7 +63,7 @@ def greedy(
             if request.refine is None:
                 search.run()
             else:
-                search.run(SwapRefinement(scoring, heldout_scorer(here, record, loaded)).run)
+                search.run(SwapRefinement(scoring, make_scorer(here, record, loaded, HELDOUT)).run)
         publish(request.out, record)
         return record
 
@@ -153,7 +152,7 @@ def _rows(request: GreedyRequest, search_plan: SearchPlan, loaded: Loaded, start
     return [
         *model_rows(start),
         *process_rows(loaded.memory, len(start["tokens"]), more),
-        *weight_rows(loaded, search_plan.candidates),
+        *weight_rows(loaded.memory, search_plan.candidates, len(start["tokens"]), loaded.bytes_per_second),
         *search_rows(search_plan, start),
         *stage_rows(start),
     ]

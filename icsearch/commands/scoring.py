@@ -6,13 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from icsearch.calibration.sources import ReadyTokens, parse_source
 from icsearch.commands.requests import KL, RunRequest
 from icsearch.commands.setup import (
     Inputs,
     environment_notes,
-    is_ready,
     machine_here,
     memory_job,
     obtain,
@@ -25,8 +25,8 @@ from icsearch.model.loading import bring_up, resolve_device
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import DISK
 from icsearch.model.shards import read_rate
-from icsearch.planning import rows
 from icsearch.planning.memory import Kept, Memory, plan_memory
+from icsearch.planning.rows import stage_rows
 from icsearch.runs.directory import RunDirectory
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 # Writes the results of a run into its directory.
 Publish = Callable[[Path, RunRecord], object]
-# Hears a line for whoever watches the run.
-Tell = Callable[[str], None]
 
 
 def publish_nothing(out: Path, record: RunRecord) -> None:
@@ -74,13 +72,14 @@ def opened(
     request.check(layout.start_pattern, layout.backbone)
     run = RunDirectory(request.out)
     with run.locked():
-        batches, hit = obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
-        inputs = Inputs(source, layout, batches, obtain_heldout(request, source, layout, batches))
+        calibration, hit = obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
+        inputs = Inputs(source, layout, calibration, obtain_heldout(request, source, layout, calibration))
         existing = [] if request.fresh else run.existing()
         start = describe(inputs, existing)
         run.check_same(existing, start)
-        how = "ready" if is_ready(request.calibration.source) else "from the cache" if hit else "made now"
-        listener.info(f"calibration: {batches.num_sequences} x {batches.seq_len} tokens ({how})")
+        ready = isinstance(parse_source(request.calibration.source), ReadyTokens)  # used as they are
+        how = "ready" if ready else "from the cache" if hit else "made now"
+        listener.info(f"calibration: {calibration.num_sequences} x {calibration.seq_len} tokens ({how})")
         if existing:
             done = existing[-1]["event"] == "finish"
             listener.info(f"{request.out} is finished" if done else f"continuing {request.out}")
@@ -100,53 +99,37 @@ class Loaded:
     bytes_per_second: float | None = None  # of reading streamed weights, as measured when the run started
 
 
-def load(request: RunRequest, inputs: Inputs, options: dict[str, Any], tell: Tell = lambda _: None) -> Loaded:
-    """Plan the memory, then load the weights under these options; raises ModelError, OutOfMemoryError.
+def load(request: RunRequest, here: Opened, world: World | None, wanted: Sequence[Grid], listener: Progress) -> Loaded:
+    """Plan the memory, then load the weights under the run's options; raises ModelError, OutOfMemoryError.
 
-    `tell` hears when weights are about to be read: by then everything that needs none of them has been refused.
+    By all processes of a run: what each of them gets follows from the grid that they make, the first of those wanted
+    in which the weights fit. Without a world, this process is the only one. What needs no weights has been refused by
+    the time that the listener hears of loading.
     """
-    memory = plan_memory(memory_job(request, inputs, options), machine_here(request, options["device"]))
-    tell(f"loading {request.model} ...")
-    remote = request.calibration.trust_remote_code
-    dsa = bring_up(inputs.source, options, remote, None, memory.offload.where)
-    size = options["batch_size"]
-    heldout = [] if inputs.heldout is None else device_batches(inputs.heldout, size, dsa.device)
-    rate = read_rate(inputs.source.shards) if memory.offload.where == DISK else None
-    batches = device_batches(inputs.batches, size, dsa.device)
-    return Loaded(dsa, batches, memory, heldout, bytes_per_second=rate)
-
-
-def load_together(request: RunRequest, here: Opened, world: World | None, wanted: Sequence[Grid], tell: Tell) -> Loaded:
-    """As `load`, by all processes of a run: what each of them gets follows from the grid that they make.
-
-    That is the first of those wanted in which the weights fit. Without a world, this process is the only one.
-    """
-    if world is None:
-        return load(request, here.inputs, here.start["options"], tell)
-    from icsearch.sweep.distributed.coordinator import (
-        Coordinator,  # torch.distributed, which one process can do without
-    )
-    from icsearch.sweep.distributed.startup import check_ready, start_worker
-
     inputs, options = here.inputs, here.start["options"]
-    job = memory_job(request, inputs, options)
-    memory = plan_memory(job, machine_here(request, options["device"], world.launch), wanted)
-    tell(f"loading {request.model} ...")
-    grid, layers = memory.grid, job.blocks(memory.grid)
-    sets = {CALIBRATION: inputs.batches, **({HELDOUT: inputs.heldout} if inputs.heldout else {})}
-    remote, where = request.calibration.trust_remote_code, memory.offload.where
-    worker, dsa = start_worker(world, grid, layers, inputs.source, remote, options, sets, where)
-    notes = check_ready(world, here.start)
-    batches = {name: worker.batches_of(name) for name in sets}
-    return Loaded(
-        dsa,
-        batches[CALIBRATION],
-        memory,
-        batches.get(HELDOUT, []),
-        Coordinator(world, grid, worker),
-        tuple(notes),
-        read_rate(inputs.source.shards) if where == DISK else None,
-    )
+    job, size = memory_job(request, inputs, options), options["batch_size"]
+    remote = request.calibration.trust_remote_code
+    machine = machine_here(request, options["device"], world.launch if world else None)
+    memory = plan_memory(job, machine, wanted)
+    listener.info(f"loading {request.model} ...")
+    sets = {CALIBRATION: inputs.calibration, **({HELDOUT: inputs.heldout} if inputs.heldout else {})}
+    coordinator, notes, where = None, [], memory.offload.where
+    if world is None:
+        dsa = bring_up(inputs.source, options, remote, offload=where)
+        batches = {name: device_batches(sequences, size, dsa.device) for name, sequences in sets.items()}
+    else:
+        from icsearch.sweep.distributed.coordinator import Coordinator  # torch.distributed: one process needs it not
+        from icsearch.sweep.distributed.startup import check_ready, start_worker
+
+        blocks = job.blocks(memory.grid)
+        worker, dsa = start_worker(world, memory.grid, blocks, inputs.source, remote, options, sets, where)
+        notes = check_ready(world, here.start)
+        batches = {name: worker.batches_of(name) for name in sets}
+        coordinator = Coordinator(world, memory.grid, worker)
+    if memory.offload.streamed:  # where the losses come from, where it is not the usual: no bits follow from it
+        notes.append(f"weights were streamed layer by layer (--offload {where}): the same bits")
+    rate = read_rate(inputs.source.shards) if where == DISK else None
+    return Loaded(dsa, batches[CALIBRATION], memory, batches.get(HELDOUT, []), coordinator, tuple(notes), rate)
 
 
 def make_scoring(
@@ -156,44 +139,30 @@ def make_scoring(
 
     `kept` says which states are kept between sweeps; by default none.
     """
-    layout = here.inputs.layout
-    kept = kept or _keep_nothing(layout)
-    scorer = _scorer(loaded, CALIBRATION, loaded.batches, kept, record)
-    scoring = Scoring(here.run.journal, record, scorer, listener)
+    scoring = Scoring(here.run.journal, record, make_scorer(here, record, loaded, CALIBRATION, kept), listener)
     changed = environment_notes(here.existing, here.start)
-    scoring.note([*changed, *loaded.notes, *weight_notes(loaded), *(text for _, text in rows.stage_rows(here.start))])
+    scoring.note([*changed, *loaded.notes, *(text for _, text in stage_rows(here.start))])
     return scoring
 
 
-def heldout_scorer(here: Opened, record: RunRecord, loaded: Loaded) -> Scorer:
-    """Scores the held-out sequences of a refinement; few patterns ever come there, and no states are kept."""
-    return _scorer(loaded, HELDOUT, loaded.heldout, _keep_nothing(here.inputs.layout), record)
+def make_scorer(here: Opened, record: RunRecord, loaded: Loaded, name: str, kept: Kept | None = None) -> Scorer:
+    """Scores one set of sequences by what the run's objective needs; by all processes of the run, where it has several.
 
-
-def _scorer(loaded: Loaded, name: str, batches: Sequence[Batch], kept: Kept, record: RunRecord) -> Scorer:
-    """Measures what the run's objective needs; by all processes of the run, where it has several."""
-    by_kl, keep_full_states = record.start["options"]["objective"] == KL, loaded.memory.full_states > 0
+    By default no states are kept: few patterns ever come to the held-out sequences of a refinement.
+    """
+    layout, memory = here.inputs.layout, loaded.memory
+    kept = kept or Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
+    by_kl, keep_full_states = record.start["options"]["objective"] == KL, memory.full_states > 0
+    sizes, in_cpu_memory = (memory.patterns_per_sweep, memory.batches_per_wave), memory.in_cpu_memory > 0
     if loaded.coordinator is not None:
         from icsearch.sweep.distributed.coordinator import Schedule
 
-        memory, full = loaded.memory, loaded.dsa.start_pattern if by_kl else None
+        full = loaded.dsa.start_pattern if by_kl else None
         schedule = Schedule(kept.keeping, record.pattern, full, keep_full_states)
-        sizes = memory.patterns_per_sweep, memory.batches_per_wave
-        return loaded.coordinator.scorer(name, schedule, *sizes, memory.in_cpu_memory > 0)
+        return loaded.coordinator.scorer(name, schedule, *sizes, in_cpu_memory)
     store: StateStore[BranchState] = StateStore(kept.keeping, record.pattern, kept.budget)
-    sweeper = make_sweeper(loaded.dsa, store, by_kl, keep_full_states, loaded.memory.in_cpu_memory > 0)
-    return SweepScorer(sweeper, batches, loaded.memory.patterns_per_sweep, loaded.memory.batches_per_wave)
-
-
-def process_rows(loaded: Loaded) -> list[tuple[str, str]]:
-    """The plan's row on processes, where there are several."""
-    return rows.process_rows(loaded.memory, sum(len(batch.input_ids) for batch in loaded.batches))
-
-
-def weight_rows(loaded: Loaded, patterns: int) -> list[tuple[str, str]]:
-    """The plan's rows on weights, for steps of so many patterns at most."""
-    sequences = sum(len(batch.input_ids) for batch in loaded.batches)
-    return rows.weight_rows(loaded.memory, patterns, sequences, loaded.bytes_per_second)
+    sweeper = make_sweeper(loaded.dsa, store, by_kl, keep_full_states, in_cpu_memory)
+    return SweepScorer(sweeper, loaded.heldout if name == HELDOUT else loaded.batches, *sizes)
 
 
 def score_baseline(scoring: Scoring, layout: Layout, *more: Pattern) -> None:
@@ -203,17 +172,6 @@ def score_baseline(scoring: Scoring, layout: Layout, *more: Pattern) -> None:
     for text in guessing_notes(loss, layout.vocab_size):
         scoring.progress.info(text)
         scoring.note([text])
-
-
-def weight_notes(loaded: Loaded) -> list[str]:
-    """Where the losses came from, as far as it is not the usual: the bits do not follow from it."""
-    if not loaded.memory.offload.streamed:
-        return []
-    return [f"weights were streamed layer by layer (--offload {loaded.memory.offload.where}): the same bits"]
-
-
-def _keep_nothing(layout: Layout) -> Kept:
-    return Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
 
 
 def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int, along: Sequence[Pattern] = ()) -> int:

@@ -13,10 +13,9 @@ import torch
 from icsearch import __version__
 from icsearch.calibration import cache as calibration_cache
 from icsearch.calibration.batches import Calibration, Limits, check_heldout
-from icsearch.calibration.sources import ReadyTokens, parse_source
 from icsearch.commands.requests import KL, CalibrationRequest, GreedyRequest, PatternRequest, RunRequest
 from icsearch.core.errors import ModelError
-from icsearch.core.pattern import Pattern, references
+from icsearch.core.pattern import references
 from icsearch.model import checkpoint, loading
 from icsearch.model.checkpoint import Checkpoint
 from icsearch.model.layout import DTYPES, Layout, inspect
@@ -35,11 +34,11 @@ DEFAULT_NUM_SEQUENCES = 24
 
 @dataclass(frozen=True)
 class Inputs:
-    """A checked checkpoint, its layout, and the batches to score on."""
+    """A checked checkpoint, its layout, and the sequences to score on."""
 
     source: Checkpoint
     layout: Layout
-    batches: Calibration
+    calibration: Calibration
     heldout: Calibration | None = None
 
 
@@ -50,18 +49,20 @@ def open_model(request: CalibrationRequest) -> tuple[Checkpoint, Layout]:
 
 
 def calibrate(request: CalibrationRequest, out: Path, fresh: bool) -> tuple[Calibration, bool]:
-    """Batches of a source for a model, cached in `out`, and whether they were there already."""
+    """A source's sequences for a model, cached in `out`, and whether they were there already."""
     source, layout = open_model(request)
     return obtain(request, source, layout, out, fresh, copy_ready=True)
 
 
-def obtain_heldout(request: RunRequest, source: Checkpoint, layout: Layout, batches: Calibration) -> Calibration | None:
+def obtain_heldout(
+    request: RunRequest, source: Checkpoint, layout: Layout, calibration: Calibration
+) -> Calibration | None:
     """The held-out sequences of a refinement: as many and as long as the calibration's, where they are made."""
     if request.heldout_source is None:
         return None
     wanted = replace(request.calibration, source=request.heldout_source, seq_len=None, num_sequences=None)
-    heldout, _ = obtain(wanted, source, layout, request.out / "refine-on", request.fresh, like=batches)
-    check_heldout(heldout, batches, "--refine-on")
+    heldout, _ = obtain(wanted, source, layout, request.out / "refine-on", request.fresh, like=calibration)
+    check_heldout(heldout, calibration, "--refine-on")
     return heldout
 
 
@@ -74,41 +75,30 @@ def obtain(
     copy_ready: bool = False,
     like: Calibration | None = None,
 ) -> tuple[Calibration, bool]:
-    """Batches of a source, and whether they were in `cache` already; `like` others in size where none is asked for."""
+    """A source's sequences, and whether they were in `cache` already; `like` others in size where none is asked for.
+
+    By default they are four times as long as a selection, so that most queries have to choose; at least 256 tokens.
+    """
+    selection = layout.selection
+    default_seq_len = min(max(256, 4 * selection.kept), layout.max_positions)
     return calibration_cache.obtain(
         request.source,
         lambda: loading.load_tokenizer(source, request.trust_remote_code),
         cache,
         seq_len=request.seq_len,
         num_sequences=request.num_sequences,
-        default_seq_len=like.seq_len if like else default_seq_len(layout),
+        default_seq_len=like.seq_len if like else default_seq_len,
         default_num_sequences=like.num_sequences if like else DEFAULT_NUM_SEQUENCES,
         seed=request.seed,
-        limits=limits(layout),
+        limits=Limits(layout.vocab_size, selection.kept, layout.max_positions, selection.holds),
         rebuild=fresh,
         copy_ready=copy_ready,
     )
 
 
-def is_ready(source: str) -> bool:
-    """Whether SOURCE names tokens that are used as they are."""
-    return isinstance(parse_source(source), ReadyTokens)
-
-
-def limits(layout: Layout) -> Limits:
-    """What the model can take, and what is too short for its queries to choose."""
-    selection = layout.selection
-    return Limits(layout.vocab_size, selection.kept, layout.max_positions, selection.holds)
-
-
-def default_seq_len(layout: Layout) -> int:
-    """Four times as long as a selection, so that most queries have to choose; at least 256 tokens."""
-    return min(max(256, 4 * layout.selection.kept), layout.max_positions)
-
-
 def run_options(request: RunRequest, inputs: Inputs, existing: Sequence[Event]) -> dict[str, Any]:
     """The options that the bits of a loss follow. Threads of an existing run are taken over unless asked for."""
-    length, sequences = inputs.batches.seq_len, inputs.batches.num_sequences
+    length, sequences = inputs.calibration.seq_len, inputs.calibration.num_sequences
     recorded = part_of(existing, "options").get("threads") or torch.get_num_threads()
     return {
         "dtype": inputs.layout.dtype if request.dtype == "auto" else request.dtype,
@@ -139,20 +129,10 @@ def kernel_options(request: RunRequest, layout: Layout, recorded: dict[str, Any]
     return {"kernels": chosen, "block_elements": request.block_elements or default}
 
 
-def pattern_options(request: PatternRequest, start: Pattern) -> dict[str, Any]:
-    """How many layers are shared, and which never; layers that stay F anyway are left out of `keep_full`."""
-    num_shared = request.resolve_num_shared(start)  # first: it checks the stages too
-    anyway = {block.start for block in split_stages(len(start), request.num_stages)}
-    return {
-        "num_shared": num_shared,
-        "stages": request.num_stages,
-        "keep_full": sorted(request.keep_full - anyway),
-    }
-
-
 def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
     """The first event of a journal: options, fingerprints and what else a run must not change."""
-    source, layout, batches = inputs.source, inputs.layout, inputs.batches
+    source, layout, heldout = inputs.source, inputs.layout, inputs.heldout
+    refine_on = {"refine_on": {**_identity(heldout, ""), "tokens": heldout.counted_tokens()}} if heldout else {}
     return {
         "event": "start",
         "format": JOURNAL_FORMAT,
@@ -169,43 +149,44 @@ def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
             "num_hidden_layers": layout.num_layers,
         },
         "checkpoint_bytes": source.num_bytes,
-        "calibration": _identity(batches, source.name),
+        "calibration": _identity(inputs.calibration, source.name),
         "environment": environment(options["device"]),
         "num_layers": len(layout.layer_indices),
         "decoder_layers": layout.num_layers,
         "layer_indices": list(layout.layer_indices),
         "start_pattern": layout.start_pattern.letters,
-        "tokens": batches.counted_tokens(),
-        **_refine_on(inputs),
+        "tokens": inputs.calibration.counted_tokens(),
+        **refine_on,
         **more,
     }
 
 
-def _identity(batches: Calibration, fallback: str) -> dict[str, Any]:
-    """What a journal says of batches; `fallback` is named as their source where they do not say."""
+def _identity(calibration: Calibration, fallback: str) -> dict[str, Any]:
+    """What a journal says of sequences; `fallback` is named as their source where they do not say."""
     return {
-        "fingerprint": batches.fingerprint,
-        "num_sequences": batches.num_sequences,
-        "seq_len": batches.seq_len,
-        "source": batches.manifest.get("source", fallback),
-        "source_revision": batches.manifest.get("source_revision"),
-        "sequences": batches.sequence_digests(),
+        "fingerprint": calibration.fingerprint,
+        "num_sequences": calibration.num_sequences,
+        "seq_len": calibration.seq_len,
+        "source": calibration.manifest.get("source", fallback),
+        "source_revision": calibration.manifest.get("source_revision"),
+        "sequences": calibration.sequence_digests(),
     }
 
 
-def _refine_on(inputs: Inputs) -> dict[str, Any]:
-    """The held-out sequences of a refinement, in runs that have one."""
-    if inputs.heldout is None:
-        return {}
-    return {"refine_on": {**_identity(inputs.heldout, ""), "tokens": inputs.heldout.counted_tokens()}}
-
-
 def pattern_start(request: PatternRequest, inputs: Inputs, existing: Sequence[Event], method: dict[str, Any]) -> Event:
-    """The first event of a run that looks for a pattern."""
+    """The first event of a run that looks for a pattern; layers that stay F anyway are left out of `keep_full`."""
     start = inputs.layout.start_pattern
-    options = {**method, **pattern_options(request, start), **run_options(request, inputs, existing)}
-    blocks = [[block.start, block.stop] for block in split_stages(len(start), request.num_stages)]
-    return start_event(inputs, options, references=references(start, options["num_shared"]), blocks=blocks)
+    num_shared = request.resolve_num_shared(start)  # first: it checks the stages too
+    stages = split_stages(len(start), request.num_stages)
+    options = {
+        **method,
+        "num_shared": num_shared,
+        "stages": request.num_stages,
+        "keep_full": sorted(request.keep_full - {stage.start for stage in stages}),
+        **run_options(request, inputs, existing),
+    }
+    blocks = [[stage.start, stage.stop] for stage in stages]
+    return start_event(inputs, options, references=references(start, num_shared), blocks=blocks)
 
 
 def environment_notes(existing: Sequence[Event], start: Event) -> list[str]:
@@ -228,10 +209,10 @@ def memory_job(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> 
     layers = tuple(number * width for number in layout.layer_parameters)
     by_name = len(options.get("patterns", ())) or 1  # those that an evaluation names
     return Job(
-        shape=batch_shape(layout, options, inputs.batches.seq_len),
+        shape=batch_shape(layout, options, inputs.calibration.seq_len),
         weights=WeightSizes(outside * width, layers, inputs.source.num_bytes),
         layer_indices=layout.layer_indices,
-        sequences=inputs.batches.num_sequences,
+        sequences=inputs.calibration.num_sequences,
         patterns=len(request.flippable(layout.start_pattern)) if isinstance(request, PatternRequest) else by_name,
         heldout=inputs.heldout.num_sequences if inputs.heldout else 0,
         offload=request.offload,

@@ -137,7 +137,7 @@ def test_a_share_of_the_sequences_is_whole_batches() -> None:
 def test_a_plan_cuts_streamed_waves_as_a_run_does(request_: GreedyRequest, inputs: Inputs, grid: Grid) -> None:
     asked = replace(request_, offload="disk")
     memory = fit(*asked_of(asked, inputs), grid)
-    batches = inputs.batches
+    batches = inputs.calibration
     request = plan_request(asked.model, "4xcpu", batches.num_sequences, batches.seq_len, batch_size=BATCH)
     assert make_case(request).place(grid, DISK).memory.batches_per_wave == memory.batches_per_wave
 
@@ -170,7 +170,7 @@ def test_a_plan_and_a_run_plan_the_same_memory(request_: GreedyRequest, inputs: 
     """From a config.json and from a checkpoint: one planner, asked by both."""
     options = run_options(replace(request_, block_elements=None), inputs, [])
     run = memory_job(replace(request_, block_elements=None), inputs, options)
-    batches = inputs.batches
+    batches = inputs.calibration
     case = make_case(plan_request(request_.model, "1xcpu", batches.num_sequences, batches.seq_len, batch_size=BATCH))
     assert (case.job.shape, case.job.weights.layers, case.job.weights.outside) == (
         run.shape,
