@@ -70,7 +70,7 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
     the model that it is for, where that is known; a config.json says it by itself. Raises EngineConfigError, also
     where no engine is named, or ExportError for an unknown one.
     """
-    named, rest = split_engine(text.strip())
+    named, rest = _split_engine(text.strip())
     chosen = find_engine(engine) if engine else named
     if chosen and named and chosen is not named:
         raise EngineConfigError(f"{named.name}: in front and --engine {chosen.name} are two engines: give one of them")
@@ -94,7 +94,7 @@ def is_engine_source(text: str) -> bool:
 
     A command line is, too: it is refused here, and in no other place with more sense.
     """
-    named, rest = split_engine(text.strip())
+    named, rest = _split_engine(text.strip())
     if named or rest.startswith(("{", "freq:")) or _is_command(rest):
         return True
     path = typed_path(rest, EngineConfigError)
@@ -110,7 +110,7 @@ def is_engine_source(text: str) -> bool:
     return "format" not in document and any(key in keys for key in (*PATTERN_KEYS, "num_hidden_layers"))
 
 
-def split_engine(text: str) -> tuple[Engine | None, str]:
+def _split_engine(text: str) -> tuple[Engine | None, str]:
     """An engine named in front, as in `vllm:config.json`, and the rest."""
     name, colon, rest = text.partition(":")
     engine = ENGINES.get(name.strip().lower()) if colon else None

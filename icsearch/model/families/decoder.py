@@ -55,24 +55,19 @@ def auto_class(config: Any) -> Any:
         transformers.AutoModelForImageTextToText,
         transformers.AutoModelForMultimodalLM,
     )
-    able = [one for one in known if type(config) in one._model_mapping or one.__name__ in _remote(config)]
-    named = [one for one in able if set(_classes(one, config)) & set(config.architectures or ())]
+    remote = getattr(config, "auto_map", None) or {}  # auto classes for which the checkpoint brings code of its own
+    able, named = [], []
+    for auto in known:
+        mapping: Any = auto._model_mapping
+        classes = mapping.get(type(config), ())
+        names = {made.__name__ for made in (classes if isinstance(classes, (list, tuple)) else [classes])}
+        if names or auto.__name__ in remote:
+            able.append(auto)
+        if names & set(config.architectures or ()):
+            named.append(auto)
     if not able:
         raise ModelError(
             f"transformers has no class with an LM head for model_type {config.model_type}: expected a checkpoint of a "
             "whole language model"
         )
-    return (named + able)[0]
-
-
-def _remote(config: Any) -> dict[str, str]:
-    """Auto classes for which the checkpoint brings code of its own."""
-    return getattr(config, "auto_map", None) or {}
-
-
-def _classes(auto: Any, config: Any) -> list[str]:
-    """Names of the classes that an auto class has for this config."""
-    if type(config) not in auto._model_mapping:
-        return []
-    found = auto._model_mapping[type(config)]
-    return [one.__name__ for one in (found if isinstance(found, (list, tuple)) else [found])]
+    return [*named, *able][0]

@@ -6,7 +6,6 @@ memory. An S layer hands on whatever an F layer's indexer returned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,51 +44,13 @@ class SelectionForm:
         return self.heads * numbers * self.width
 
 
-# Builds the form from the numbers that an indexer has under these names.
-_Build = Callable[[Mapping[str, int]], SelectionForm]
-
-
-def _pools(one: Mapping[str, int]) -> SelectionForm:
-    """Whole pools of consecutive tokens, and the tokens of the last, unfinished one."""
-    tail = one["index_kpool"] - 1
-    topk = one["index_topk"]
-    words = f"{topk} tokens in pools of {one['index_kpool']}, and an unfinished pool"
-    return SelectionForm(words, topk + tail, topk + tail, INT32, padded=True)
-
-
-def _entries(one: Mapping[str, int]) -> SelectionForm:
-    """Compressed entries, each of so many tokens; those of an unfinished window cannot be chosen."""
-    rate, topk = one["compress_rate"], one["index_topk"]
-    words = f"{topk} compressed entries of {rate} tokens"
-    return SelectionForm(words, topk * rate + rate - 1, topk, INT64, rate)
-
-
-def _mask(one: Mapping[str, int]) -> SelectionForm:
-    """A mask of all tokens: blocks up to a budget, and the tokens of the last, unfinished one."""
-    rate, budget = one["compress_ratio"], one["token_budget"]
-    words = f"a mask of {budget} tokens in blocks of {rate}, and an unfinished block"
-    return SelectionForm(words, budget + rate - 1, 0, BOOL)
-
-
-def _blocks(one: Mapping[str, int]) -> SelectionForm:
-    """Numbers of blocks of tokens, for each group of heads."""
-    size, topk = one["block_size"], one["topk_blocks"]
-    words = f"{topk} blocks of {size} tokens for each of {one['num_heads']} groups of heads"
-    return SelectionForm(words, topk * size, topk, INT64, size, one["num_heads"])
-
-
-def _tokens(one: Mapping[str, int]) -> SelectionForm:
-    topk = one["index_topk"]
-    return SelectionForm(f"{topk} tokens", topk, topk, INT32)
-
-
-# The names that tell a form, the more telling ones first.
-_FORMS: tuple[tuple[tuple[str, ...], _Build], ...] = (
-    (("index_topk", "index_kpool"), _pools),
-    (("index_topk", "compress_rate"), _entries),
-    (("token_budget", "compress_ratio"), _mask),
-    (("topk_blocks", "block_size", "num_heads"), _blocks),
-    (("index_topk",), _tokens),
+# The attributes of an indexer that tell the form of its selections, the more telling ones first.
+_FORMS = (
+    ("index_topk", "index_kpool"),
+    ("index_topk", "compress_rate"),
+    ("token_budget", "compress_ratio"),
+    ("topk_blocks", "block_size", "num_heads"),
+    ("index_topk",),
 )
 _HEADS = ("n_heads", "num_heads", "index_n_heads")
 _HEAD_DIM = ("head_dim", "index_head_dim")
@@ -97,10 +58,30 @@ _HEAD_DIM = ("head_dim", "index_head_dim")
 
 def read_form(indexer: Any) -> SelectionForm:
     """The form that an indexer's own numbers tell; raises ModelError where they tell none, or are no counts."""
-    for names, build in _FORMS:
-        if all(hasattr(indexer, name) for name in names):
-            return build({name: _count(indexer, name) for name in names})
-    known = "; ".join(" and ".join(names) for names, _ in _FORMS)
+    names = next((names for names in _FORMS if all(hasattr(indexer, name) for name in names)), ())
+    sizes = [_count(indexer, name) for name in names]
+    match names:
+        case (_, "index_kpool"):  # whole pools of consecutive tokens, and the tokens of the last, unfinished one
+            topk, pool = sizes
+            most = topk + pool - 1
+            words = f"{topk} tokens in pools of {pool}, and an unfinished pool"
+            return SelectionForm(words, most, most, INT32, padded=True)
+        case (_, "compress_rate"):  # compressed entries; those of an unfinished window cannot be chosen
+            topk, rate = sizes
+            words = f"{topk} compressed entries of {rate} tokens"
+            return SelectionForm(words, topk * rate + rate - 1, topk, INT64, rate)
+        case (_, "compress_ratio"):  # a mask of all tokens: blocks up to a budget, and the last, unfinished one
+            budget, rate = sizes
+            words = f"a mask of {budget} tokens in blocks of {rate}, and an unfinished block"
+            return SelectionForm(words, budget + rate - 1, 0, BOOL)
+        case (_, "block_size", _):  # numbers of blocks of tokens
+            topk, size, groups = sizes
+            words = f"{topk} blocks of {size} tokens for each of {groups} groups of heads"
+            return SelectionForm(words, topk * size, topk, INT64, size, groups)
+        case ("index_topk",):
+            (topk,) = sizes
+            return SelectionForm(f"{topk} tokens", topk, topk, INT32)
+    known = "; ".join(" and ".join(names) for names in _FORMS)
     raise ModelError(
         f"{type(indexer).__name__} does not say how many tokens it selects: expected the attributes {known}"
     )
