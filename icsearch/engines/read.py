@@ -95,7 +95,7 @@ def is_engine_source(text: str) -> bool:
     A command line is, too: it is refused here, and in no other place with more sense.
     """
     named, rest = _split_engine(text.strip())
-    if named or rest.startswith(("{", "freq:")) or _is_command(rest):
+    if named or rest.startswith(("{", "freq:")) or _part_to_give(rest):
         return True
     path = typed_path(rest, EngineConfigError)
     if path.is_dir():
@@ -155,8 +155,8 @@ def _source(text: str, given: Backbone | None) -> _Source:
             raise EngineConfigError(f"cannot read {text[:60]!r}: expected freq:4 or freq:4,offset:2")
         offset = {} if numbers[2] is None else {OFFSET: int(numbers[2])}
         return _Source(text, {FREQ: int(numbers[1]), **offset}, numbers=True)
-    if _is_command(text):
-        raise EngineConfigError(f"a command line is not read here: {_part_to_give(text)}")
+    if part := _part_to_give(text):
+        raise EngineConfigError(f"a command line is not read here: give {part}")
     path = typed_path(text, EngineConfigError)
     if path.suffix == ".gguf":
         keys, backbone = read_gguf(path)
@@ -193,33 +193,32 @@ def parse_object(text: str) -> dict[str, Any]:
     return keys
 
 
-_HF_OVERRIDES = re.compile(r"(?<![\w-])--hf[-_]overrides\b")
-_SGLANG_ARGS = re.compile(r"(?<![\w-])--json[-_]model[-_]override[-_]args\b")
-_MEGATRON_FLAGS = re.compile(r"(?<![\w-])--dsa[-_]indexer[-_](topk[-_]freq|skip[-_]topk[-_]offset)\b")
-_COMMAND = re.compile(r"\S\s+(?:--?[a-zA-Z]|serve\s)")
+# What shows that a text is a command line, and the part of it that is read. What may be in there under another name is
+# not denied: the last one says where to look.
+_PARTS = (
+    (
+        re.compile(r"(?<![\w-])--hf[-_]overrides\b"),
+        "the JSON object behind --hf-overrides alone, as one argument, and --engine NAME",
+    ),
+    (
+        re.compile(r"(?<![\w-])--json[-_]model[-_]override[-_]args\b"),
+        "the JSON object behind --json-model-override-args alone, as one argument, and --engine sglang",
+    ),
+    (
+        re.compile(r"(?<![\w-])--dsa[-_]indexer[-_](topk[-_]freq|skip[-_]topk[-_]offset)\b"),
+        "freq:N,offset:M for its --dsa-indexer-topk-freq N and --dsa-indexer-skip-topk-offset M, and --engine megatron",
+    ),
+    (
+        re.compile(r"\A-|\S\s+(?:--?[a-zA-Z]|serve\s)"),
+        "the JSON object that it lays over the model's config, as one argument, or that config.json, and --engine NAME",
+    ),
+)
 
 
-def _is_command(text: str) -> bool:
-    """Whether this is a launch command, or flags of one, and no file's name."""
-    flags = (_HF_OVERRIDES, _SGLANG_ARGS, _MEGATRON_FLAGS, _COMMAND)
-    return text.startswith("-") or (any(flag.search(text) for flag in flags) and not os.path.exists(text))
-
-
-def _part_to_give(command: str) -> str:
-    """Which part of a command line is read; what may be in there under another name is not denied."""
-    if _HF_OVERRIDES.search(command):
-        return "give the JSON object behind --hf-overrides alone, as one argument, and --engine NAME"
-    if _SGLANG_ARGS.search(command):
-        return "give the JSON object behind --json-model-override-args alone, as one argument, and --engine sglang"
-    if _MEGATRON_FLAGS.search(command):
-        return (
-            "give freq:N,offset:M for its --dsa-indexer-topk-freq N and --dsa-indexer-skip-topk-offset M, and "
-            "--engine megatron"
-        )
-    return (
-        "give the JSON object that it lays over the model's config, as one argument, or that config.json, and "
-        "--engine NAME"
-    )
+def _part_to_give(text: str) -> str | None:
+    """Of a launch command, or flags of one, the part that is read; None for what is no command, or a file's name."""
+    part = next((part for sign, part in _PARTS if sign.search(text)), None)
+    return part if text.startswith("-") or not os.path.exists(text) else None
 
 
 def _could_be_meant(source: _Source, given: Backbone | None) -> list[str]:

@@ -101,7 +101,7 @@ COPIES: dict[str, tuple[Callable[[Place], Words], str]] = {
     "in a long name": (copying(out="x" * 300), "File name too long"),
     "where nobody may write": (copying(out="/proc/icsearch/copy"), "/proc/icsearch"),
     "of a retention not reached": (copying("--retention", "1/6"), "holds 3 to 6 of 6"),
-    "for an engine as well": (copying("--engine", "vllm"), "one of --engine"),
+    "for an engine as well": (copying("--engine", "vllm"), "--engine and --checkpoint both say"),
     "of a pattern that is damaged": (
         lambda p: ("export", p.pattern(steps=3), "--checkpoint", "copy", "--model", p.good.checkpoint), "steps is 3"
     ),
