@@ -1,4 +1,4 @@
-"""Whole searches: the stock naive one, the sweep on stock modules and on ours, and every strategy.
+"""Whole searches: the stock naive one, the sweep on stock modules and on ours, with states kept between steps.
 
 Every search runs in a process of its own, so that its memory peak is its own; the variants of a case run in turns,
 repeat by repeat, and ratios are taken within a repeat. Times start when the model is in memory; ours include
@@ -15,7 +15,7 @@ else the committed patterns --judge-commits of exact's path, and all candidates 
 A case is MODEL:LENGTH:SEQUENCES:FLIPS, where MODEL is demo, random:LAYERS[/SEED], or a checkpoint's directory.
 Stopped runs go on where they were.
 
-Usage: python benchmarks/search.py [--case demo:2048:8:12 ...] [--variants stock,exact,race,lazy] [--plan]
+Usage: python benchmarks/search.py [--case demo:2048:8:12 ...] [--variants 'stock;exact'] [--plan]
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ START = 6.0  # seconds for a process to import torch and load
 # Seconds of one layer on one sequence of 2048 tokens on two cores, for the expected duration alone.
 LAYER_SECONDS = {"stock": 0.15, "ours": 0.02}
 # Layer runs per candidate, as a share of a forward.
-SHARES = {"sweep-reference": 0.5, "sweep": 0.5, "exact": 0.35, "race": 0.25, "lazy": 0.25, "race+lazy": 0.15}
+SHARES = {"sweep-reference": 0.5, "sweep": 0.5, "exact": 0.35}
 
 
 Key = tuple[str | int, ...]
@@ -277,7 +277,7 @@ def _row(case: Case, variant: str, results: Results) -> Json | None:
             "layer_evaluations": evaluations * layers,
             **_against_itself(lines),
         }
-    for name in ("candidate_evaluations", "layer_evaluations", "reference_layer_evaluations", "violations"):
+    for name in ("candidate_evaluations", "layer_evaluations", "reference_layer_evaluations"):
         row[name] = lines[0][name]
     row["pattern"] = lines[0]["patterns"][-1]
     stock = _lines(case, STOCK, results)[: len(lines)]
@@ -378,7 +378,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", default=[], metavar="MODEL:LENGTH:SEQUENCES:FLIPS")
     parser.add_argument(
         "--variants",
-        help=f"with ; between: {';'.join(ALL)}, and options behind a colon: exact:kl, race+lazy:margin=0.001",
+        help=f"with ; between: {';'.join(ALL)}, and an objective behind a colon: exact:kl",
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--stock-candidates", default="4", help="whole forwards to time for an estimate, or `whole`")

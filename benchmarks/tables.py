@@ -179,36 +179,9 @@ def _tie_line(case: Json) -> list[str]:
     return [f"The rule for ties moves stock's own losses by up to {moved} (relative){pattern}."]
 
 
-def agreement_table(document: Json) -> str:
-    """One row for each strategy."""
-    head = (
-        "strategy", "runs", "exact's pattern", "95% interval", "same path", "loss - exact's where not", "beyond 1 SE",
-        "layer evaluations of exact's", "violations",
-    )  # fmt: skip
-    rows = [_agreement_row(row) for row in document["strategies"]]
-    return "\n\n".join([table(head, rows), measured_on(document)])
-
-
-def _agreement_row(row: Json) -> list[str]:
-    low, high = row["interval"]
-    differences, shares = row["loss_minus_exact"], row["layer_evaluations_share"]
-    return [
-        row["strategy"],
-        f"{row['runs']} on {row['checkpoints']} checkpoints",
-        f"{row['same_pattern'] / row['runs']:.0%}",
-        f"{low:.0%} to {high:.0%}",
-        f"{row['same_path'] / row['runs']:.0%}",
-        "–" if differences is None else signed(differences),
-        str(row["beyond_one_std_err"]),
-        f"{shares['median']:.2f} ({shares['min']:.2f} to {shares['max']:.2f})",
-        str(row["violations"]),
-    ]
-
-
 PRINTERS: dict[str, Callable[[Json], str]] = {
     "icsearch.bench.kernels/1": kernels_table,
     "icsearch.bench.search/1": search_table,
-    "icsearch.bench.agreement/1": agreement_table,
 }
 
 

@@ -18,9 +18,6 @@ PLAIN: dict[str, Json] = {
     "sweep-reference": {"kernels": "reference", "keep": False},
     "sweep": {"kernels": "blockwise", "keep": False},
     "exact": {},
-    "race": {"strategy": "race"},
-    "lazy": {"strategy": "lazy"},
-    "race+lazy": {"strategy": "race+lazy"},
 }
 
 
@@ -31,30 +28,21 @@ class Variant:
     name: str
     kernels: str = "blockwise"
     keep: bool = True
-    strategy: str = "exact"
     objective: str = "lm-loss"
-    tie_margin: float | None = None
 
     @property
     def is_exact(self) -> bool:
-        return self.strategy == "exact" and self.objective == "lm-loss"
+        return self.objective == "lm-loss"
 
 
 def parse_variant(text: str) -> Variant:
-    """Such as `sweep`, `race`, `exact:kl`, `race+lazy:margin=0.001`, `race:kl,margin=0.001`."""
-    base, _, options = text.partition(":")
+    """Such as `sweep`, `exact`, `exact:kl`."""
+    base, _, objective = text.partition(":")
     if base not in PLAIN:
         raise SystemExit(f"unknown variant {base!r}: give {STOCK} or {', '.join(PLAIN)}")
-    more: Json = {}
-    for option in filter(None, options.split(",")):
-        name, _, value = option.partition("=")
-        if option == "kl":
-            more["objective"] = "kl"
-        elif name == "margin":
-            more["tie_margin"] = float(value)
-        else:
-            raise SystemExit(f"unknown option {option!r} of {text!r}: give kl or margin=NATS")
-    return Variant(text, **{**PLAIN[base], **more})
+    if objective not in ("", "kl"):
+        raise SystemExit(f"unknown objective {objective!r} of {text!r}: give kl")
+    return Variant(text, **PLAIN[base], objective=objective or "lm-loss")
 
 
 def run(spec: Json) -> Json:
@@ -85,8 +73,6 @@ def run_ours(spec: Json) -> Json:
         kernels=variant.kernels,
         num_shared=spec["flips"],
         objective=variant.objective,
-        strategy=variant.strategy,
-        tie_margin=variant.tie_margin,
     )
     with loading.watched(), contextlib.nullcontext() if variant.keep else nothing_kept():
         record = greedy.greedy(request, Quiet())
@@ -104,8 +90,6 @@ def run_ours(spec: Json) -> Json:
         "count": sum(record.tokens),
         **{name: value for name, value in cost(record).items() if name != "seconds"},
         **references,
-        "violations": sum(len(commit.violations) for commit in record.commits),
-        "settled_steps": sum(commit.settled is not None for commit in record.commits),
     }
 
 

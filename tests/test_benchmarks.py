@@ -17,7 +17,6 @@ import tiny
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import agreement  # noqa: E402
 import edge_ties  # noqa: E402
 import forecast as forecast_benchmark  # noqa: E402
 import kernels as forward_benchmark  # noqa: E402
@@ -31,8 +30,6 @@ import variants  # noqa: E402
 from icsearch.cli import app  # noqa: E402
 from icsearch.model import ops  # noqa: E402
 from icsearch.planning.forecast import Phase  # noqa: E402
-from icsearch.runs.results import cost  # noqa: E402
-from icsearch.search.registry import Options  # noqa: E402
 
 MACHINE = dict.fromkeys(("cpu", "cores", "threads", "cpu_capability", "python", "torch", "transformers"), 1)
 FLIPS = 3
@@ -48,7 +45,7 @@ def ours(glm_checkpoint: Path, tokens: Path, tmp_path_factory: pytest.TempPathFa
         described = variants.describe(variants.parse_variant(name))
         return variants.run({**spec, "variant": described, "out": str(out / name), "threads": 1})
 
-    return {name: run(name) for name in ("sweep-reference", "sweep", "exact", "race+lazy")}
+    return {name: run(name) for name in ("sweep-reference", "sweep", "exact")}
 
 
 def stock_search(glm_checkpoint: Path, tokens: Path, earliest: bool) -> dict[str, Any]:
@@ -134,9 +131,11 @@ def test_judged_patterns() -> None:
 
 
 def test_variants() -> None:
-    variant = variants.parse_variant("race+lazy:kl,margin=0.002")
-    assert (variant.strategy, variant.objective, variant.tie_margin) == ("race+lazy", "kl", 0.002)
+    variant = variants.parse_variant("exact:kl")
+    assert (variant.objective, variant.keep, variant.is_exact) == ("kl", True, False)
     assert not variants.parse_variant("sweep").keep
+    with pytest.raises(SystemExit, match="unknown objective"):
+        variants.parse_variant("exact:loss")
     with pytest.raises(SystemExit, match="unknown variant"):
         variants.parse_variant("fastest")
 
@@ -182,7 +181,7 @@ def test_search_benchmark_writes_results_and_table(
     monkeypatch.setattr(search_benchmark, "run_child", lambda _, spec, threads: variants.run({**spec, "threads": 1}))
     monkeypatch.setattr(search_benchmark, "prepare", lambda *_: (glm_checkpoint, tokens))
     monkeypatch.setattr(search_benchmark, "WORK", tmp_path / "work")
-    names = ("stock", "sweep-reference", "exact", "race")
+    names = ("stock", "sweep-reference", "exact", "sweep")
     case = search_benchmark.Case(str(glm_checkpoint), 40, 5, FLIPS, names, repeats=2, stock_candidates=2, judge_steps=2)
     results = measuring.Results.open(tmp_path / "search.jsonl", MACHINE)
     search_benchmark.run_case(case, results, 1, measuring.Clock(1.0))
@@ -201,7 +200,7 @@ def test_search_benchmark_writes_results_and_table(
     assert rows["exact"]["same_path_as_stock"]
     assert rows["exact"]["judged_steps"] == 2
     assert rows["exact"]["largest_relative_loss_difference"] < 1e-5
-    assert rows["race"]["bit_equal_to_exact"]
+    assert rows["sweep"]["bit_equal_to_exact"]
     assert rows["stock"]["layer_evaluations"] == (5 + 4 + 3) * 6
     assert rows["sweep-reference"]["flips"] == 1
     assert rows["exact"]["times_as_fast_as_stock"]["repeats"] == 2
@@ -225,45 +224,6 @@ def test_kernels_benchmark_writes_rows_and_goals(glm_checkpoint: Path, tokens: P
     assert losses["ours_latest"] != losses["ours"]
     assert [goal["goal"] for goal in document["goals"]] == ["2048 tokens: at least 5 times as fast"]
     assert "tiny:40" in tables.kernels_table(document)
-
-
-def test_agreement_of_strategies(
-    glm_checkpoint: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agreement, "WORK", tmp_path)
-    monkeypatch.setattr(agreement.checkpoints, "prepare", lambda *_: (glm_checkpoint, tokens))
-    draw = agreement.Draw("tiny", 0, 40, 5, FLIPS)
-    bench = agreement.prepare(draw, 1)
-    assert bench.exact.pattern == bench.record.pattern.letters
-    # as the product counts them: its references apart, and one batch of all sequences
-    assert bench.exact.layer_evaluations <= cost(bench.record)["layer_evaluations"]
-    results = measuring.Results.open(tmp_path / "agreement.jsonl", MACHINE)
-    for text in ("exact", "race+lazy:margin=0.001"):
-        line = results.add(("tiny", 40, 5, FLIPS, 0, text), agreement.judge(bench, agreement.parse_options(text)))
-    assert line["layer_evaluations"] <= bench.exact.layer_evaluations + 1e-9
-    document = agreement.summarise(results)
-    assert document["strategies"][0]["same_pattern"] == 1
-    assert document["strategies"][0]["layer_evaluations_share"]["median"] == 1.0
-    assert "100%" in tables.agreement_table(document)
-
-
-def test_losses_beyond_the_journal_are_computed_once(
-    glm_checkpoint: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agreement, "WORK", tmp_path)
-    monkeypatch.setattr(agreement.checkpoints, "prepare", lambda *_: (glm_checkpoint, tokens))
-    draw = agreement.Draw("tiny", 0, 40, 5, FLIPS)
-    known = agreement.prepare(draw, 1).known
-    pattern = agreement.Pattern("FSSSFS")
-    first = known.of([pattern])
-    assert json.loads(known.path.read_text()) == first
-    again = agreement.prepare(draw, 1).known
-    monkeypatch.setattr(again, "_compute", lambda patterns: pytest.fail("computed twice"))
-    assert again.of([pattern]) == first
-
-
-def test_parse_options_of_agreement() -> None:
-    assert agreement.parse_options("race:confidence=0.9,margin=0.01") == Options("race", 0.9, 0.01)
 
 
 def test_tiny_is_what_the_counts_assume() -> None:

@@ -25,9 +25,8 @@ from icsearch.runs.directory import part_of
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Progress, Search, SwapRefinement
-from icsearch.search.protocol import Strategy, Task, looks_of
-from icsearch.search.race import testing_looks
-from icsearch.search.registry import DEFAULT_CONFIDENCE, Options, make_strategy
+from icsearch.search.protocol import Strategy, Task
+from icsearch.search.registry import make_strategy
 from icsearch.sweep.distributed.launch import HELDOUT, check_device, grids
 from icsearch.sweep.states import Keeping
 
@@ -56,8 +55,6 @@ def greedy(
             scoring = make_scoring(here, record, loaded, listener, search_plan.kept)
             total = search_plan.expected_layer_evaluations * len(record.tokens)
             listener.planned(_rows(request, search_plan, loaded, here.start), total, record.layer_sequences)
-            if options_of(record).races and (why := _why_race_saves_nothing(record, scoring.waves)):
-                listener.info(why)
             score_baseline(scoring, here.inputs.layout)
             search = Search(scoring, strategy_of(record))
             if request.refine is None:
@@ -73,43 +70,20 @@ def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Eve
     method = {"method": "greedy", "strategy": request.strategy, "objective": request.objective}
     if request.refine is not None:  # only then: runs of earlier versions have no such option, and go on
         method["refine"] = request.refine
-    return pattern_start(request, inputs, existing, {**method, **request.race_options})
-
-
-def _why_race_saves_nothing(record: RunRecord, waves: int) -> str:
-    """Where that is known before the run begins; else nothing."""
-    if not testing_looks(_task(record)):
-        return (
-            "this race can drop nobody: it tests between two batches, after at least 5 sequences; "
-            "give more sequences, or a smaller --batch-size"
-        )
-    if waves == 1:
-        return "this race saves nothing: all sequences are scored in one wave, before it can drop anybody"
-    return ""
+    return pattern_start(request, inputs, existing, method)
 
 
 def strategy_of(record: RunRecord) -> Strategy:
     """The strategy of a run, at its beginning."""
-    return make_strategy(_task(record), options_of(record))
-
-
-def _task(record: RunRecord) -> Task:
-    options, tokens = record.start["options"], record.tokens
-    return Task(
+    options = record.start["options"]
+    task = Task(
         start=record.start_pattern,
         keep_full=frozenset(options["keep_full"]),
         num_shared=options["num_shared"],
         stages=options["stages"],
-        tokens=tuple(tokens),
-        looks=looks_of(len(tokens), options["batch_size"]),
+        tokens=tuple(record.tokens),
     )
-
-
-def options_of(record: RunRecord) -> Options:
-    """The strategy that a run was begun with, and what it was told."""
-    recorded = record.start["options"]
-    confidence = recorded.get("confidence") or DEFAULT_CONFIDENCE
-    return Options(recorded["strategy"], confidence, recorded.get("tie_margin"))
+    return make_strategy(task, options["strategy"])
 
 
 def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRecord) -> SearchPlan:
@@ -123,20 +97,15 @@ def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRec
     flippable = request.flippable(layout.start_pattern)
     keeping = Keeping(layout.num_layers, layout.layer_indices, frozenset(flippable))
     kept = memory.keep(keeping, max(len(flippable), 1 + len(references)), len(record.tokens))
-    options = options_of(record)
-    evaluations, layer_runs = rehearsal.preview(strategy_of(record), record.tokens, count, options.is_lazy)
-    expected = most = layer_runs + count([layout.start_pattern, *references])
-    if options.name == "exact":  # what the others take follows from the losses
-        sweeps = rehearsal.rehearsed(lambda: strategy_of(record), record.tokens, references, kept.keeping, size, along)
-        expected = rehearsal.layer_evaluations(sweeps)
+    evaluations, layer_runs = rehearsal.preview(strategy_of(record), record.tokens, count)
+    sweeps = rehearsal.rehearsed(lambda: strategy_of(record), record.tokens, references, kept.keeping, size, along)
     return SearchPlan(
-        strategy=options.name,
         num_layers=len(layout.layer_indices),
         candidates=len(flippable),
         num_shared=record.start["options"]["num_shared"],
         candidate_evaluations=evaluations,
-        layer_evaluations=most,
-        expected_layer_evaluations=expected,
+        layer_evaluations=layer_runs + count([layout.start_pattern, *references]),
+        expected_layer_evaluations=rehearsal.layer_evaluations(sweeps),
         naive_layer_evaluations=(evaluations + 1 + len(references)) * layout.num_layers,
         memory=memory,
         kept=kept,

@@ -5,7 +5,7 @@ The parser, the help, the shell's completion, the config file, Python's keywords
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -34,7 +34,7 @@ class Option:
     default: str = ""  # in words
     least: int | None = None  # of a number, or of each of several
     most: int | None = None
-    choices: tuple[str, ...] = ()  # all that there are
+    choices: Collection[str] = ()  # all that there are
     offers: Callable[[], Iterable[str]] | None = None  # what a shell completes, where `choices` are not all
     many: bool = False  # may be given several times: the field is a tuple
     read: Callable[[Any], Any] | None = None  # makes a value of text, as typed, or of what Python gives

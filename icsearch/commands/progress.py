@@ -67,7 +67,7 @@ class Plain(Quiet):
 
     def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
-        if step != self._step:  # a race begins to score many times in a step
+        if step != self._step:  # a smaller plan begins to score again
             self.info(f"{_step_name(step)}: scoring {numbers.plural(patterns, 'pattern')}")
         self._step = step
 
@@ -218,7 +218,7 @@ def trial_line(record: RunRecord) -> str:
 def best_so_far(record: RunRecord, step: int | str) -> str:
     """The leader of a step, on the sequences that all patterns have been scored on that are not behind.
 
-    Behind are those of a sweep to come, and those that a race has dropped.
+    Behind are those of a sweep to come.
     """
     if isinstance(step, str):
         made = len(record.refinement.swaps) if record.refinement else 0

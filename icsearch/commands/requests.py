@@ -33,7 +33,7 @@ from icsearch.core.text import parse_bytes
 from icsearch.model.config import Backbone
 from icsearch.model.shape import CPU, DISK, RESIDENT
 from icsearch.search.greedy import split_stages
-from icsearch.search.registry import DEFAULT_CONFIDENCE, STRATEGIES, Options
+from icsearch.search.registry import EXACT, STRATEGIES
 from icsearch.sweep.distributed.launch import pipeline_blocks
 
 KL = "kl"
@@ -299,9 +299,7 @@ class GreedyRequest(PatternRequest):
     objective: Annotated[str, Option("lm-loss, or kl (to the all-F model)", SEARCH, "NAME", choices=OBJECTIVES)] = (
         "lm-loss"
     )
-    strategy: Annotated[str, Option("How candidates are scored", SEARCH, "NAME", choices=STRATEGIES)] = "exact"
-    confidence: float | None = None
-    tie_margin: float | None = None
+    strategy: Annotated[str, Option("How candidates are scored", SEARCH, "NAME", choices=STRATEGIES)] = EXACT
     refine: Annotated[
         str | None, Option("Then move single indexers while it helps", SEARCH, "swaps", choices=REFINEMENTS)
     ] = None
@@ -318,7 +316,6 @@ class GreedyRequest(PatternRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_race()
         self._check_refinement()
 
     @property
@@ -347,30 +344,6 @@ class GreedyRequest(PatternRequest):
             raise IcsearchError(
                 "--refine swaps needs --refine-on DIR|SOURCE: sequences that the calibration does not hold, to confirm "
                 "swaps on"
-            )
-
-    @property
-    def race_options(self) -> dict[str, Any]:
-        """What a run's options say of a race and of near-ties: nothing where the strategy has none."""
-        confidence = DEFAULT_CONFIDENCE if self.confidence is None else self.confidence
-        return {
-            **({"confidence": confidence} if Options(self.strategy).races else {}),
-            **({} if self.tie_margin is None else {"tie_margin": self.tie_margin}),
-        }
-
-    def _check_race(self) -> None:
-        if self.confidence is not None and not Options(self.strategy).races:
-            raise IcsearchError("--confidence belongs to a race: leave it out, or give --strategy race or race+lazy")
-        if self.tie_margin is not None and self.strategy == "exact":
-            raise IcsearchError(
-                "--tie-margin settles near-ties, and exact leaves none open: leave it out, or give --strategy race, "
-                "lazy or race+lazy"
-            )
-        if self.confidence is not None and not 0.5 < self.confidence < 1:
-            raise IcsearchError(f"--confidence {self.confidence} is out of range: give a value between 0.5 and 1")
-        if self.tie_margin is not None and not 0 < self.tie_margin < math.inf:
-            raise IcsearchError(
-                f"--tie-margin {self.tie_margin} is out of range: give nats per token above 0, such as 0.001"
             )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from icsearch.core.pattern import Pattern, references
 from icsearch.search.protocol import Strategy, Task
-from icsearch.search.registry import Options, make_strategy
+from icsearch.search.registry import make_strategy
 from icsearch.sweep.states import Keeping, LayerRuns, Rehearsal
 
 
@@ -19,30 +19,18 @@ class Sweep:
     runs: LayerRuns
 
 
-def preview(
-    strategy: Strategy, tokens: Sequence[int], count: Callable[[list[Pattern]], int], in_pools: bool = False
-) -> tuple[int, int]:
+def preview(strategy: Strategy, tokens: Sequence[int], count: Callable[[list[Pattern]], int]) -> tuple[int, int]:
     """(candidate evaluations, layer evaluations) that a search takes at most, played through with made-up losses.
 
-    Sequences do not differ in them, so that a race drops nobody, and from step to step every flip costs more than
-    any did before, so that no older loss rules one out. The last candidate is committed always, which is the most
-    that a search can take: the candidates left then fork off earliest. An exact search takes as many evaluations as
-    that in any case. `in_pools`: a step's candidates come in portions that may turn out otherwise, so each of them is
-    charged with a trunk up to the last F layer.
+    The last candidate is committed always, which is the most that a search can take: the candidates left then fork off
+    earliest.
     """
-    sequences = layer_runs = 0
-    step, steepness = 1, 2.0 * len(strategy.pattern)
-    strategy.begin([0.0] * len(tokens))
-    while ask := strategy.ask():
-        length = ask.last - ask.first
-        sequences += len(ask.layers) * length
-        longest = strategy.pattern.full_layers[-1:] if in_pools else ()
-        layers = dict.fromkeys((*ask.layers, *longest))
-        layer_runs += count([strategy.pattern.flip(layer) for layer in layers]) * length
-        losses = {layer: step**2 * steepness - layer for layer in ask.layers}
-        told = {layer: [loss * t for t in tokens[ask.first : ask.last]] for layer, loss in losses.items()}
-        step += strategy.tell(told) is not None
-    return sequences // len(tokens), layer_runs // len(tokens)
+    evaluations = layer_runs = 0
+    while layers := strategy.ask():
+        evaluations += len(layers)
+        layer_runs += count([strategy.pattern.flip(layer) for layer in layers])
+        strategy.tell({layer: [-layer * t for t in tokens] for layer in layers})
+    return evaluations, layer_runs
 
 
 def rehearsed(
@@ -66,11 +54,10 @@ def rehearsed(
         strategy = begin()
         rehearsal = Rehearsal(keeping, strategy.pattern)
         sweeps = swept(rehearsal, [strategy.pattern, *references], per_sweep, along)
-        strategy.begin([0.0] * len(tokens))
-        while ask := strategy.ask():
+        while layers := strategy.ask():
             rehearsal.retain(strategy.pattern)
-            sweeps += swept(rehearsal, [strategy.pattern.flip(layer) for layer in ask.layers], per_sweep, along)
-            strategy.tell({layer: [sign * layer * t for t in tokens[ask.first : ask.last]] for layer in ask.layers})
+            sweeps += swept(rehearsal, [strategy.pattern.flip(layer) for layer in layers], per_sweep, along)
+            strategy.tell({layer: [sign * layer * t for t in tokens] for layer in layers})
         courses.append(sweeps)
     return max(courses, key=layer_evaluations)
 
@@ -122,7 +109,7 @@ class Workload:
             sweeps.extend(added)
             return layer_evaluations(added)
 
-        preview(self._strategy(name), self._tokens, count, Options(name).is_lazy)
+        preview(self._strategy(name), self._tokens, count)
         return sweeps
 
     @property
@@ -131,5 +118,5 @@ class Workload:
 
     def _strategy(self, name: str) -> Strategy:
         kept = frozenset(range(len(self.start))) - self.flippable
-        task = Task(self.start, kept, self.num_shared, self.stages, self._tokens, (self.sequences,))
-        return make_strategy(task, Options(name))
+        task = Task(self.start, kept, self.num_shared, self.stages, self._tokens)
+        return make_strategy(task, name)

@@ -20,11 +20,10 @@ Rows = list[tuple[str, str]]
 class SearchPlan:
     """A search in numbers. A layer evaluation is one layer over all sequences.
 
-    `layer_evaluations` is the most that the search can take (`rehearsal.preview`), `expected_layer_evaluations` what an
-    exact one is likely to take with the states that are kept between steps (`rehearsal.rehearse`).
+    `layer_evaluations` is the most that the search can take (`rehearsal.preview`), `expected_layer_evaluations` what
+    it is likely to take with the states that are kept between steps (`rehearsal.rehearsed`).
     """
 
-    strategy: str
     num_layers: int
     candidates: int
     num_shared: int
@@ -39,16 +38,14 @@ class SearchPlan:
 
 def search_rows(plan: SearchPlan, start: dict[str, Any]) -> Rows:
     """What a search will take; `start` is the journal's first event."""
-    memory, exact = plan.memory, plan.strategy == "exact"  # what the others take follows from the losses
-    most, about = ("", f"about {plan.expected_layer_evaluations}, ") if exact else ("at most ", "")
-    ratio = plan.naive_layer_evaluations / (plan.expected_layer_evaluations if exact else plan.layer_evaluations)
+    memory, ratio = plan.memory, plan.naive_layer_evaluations / plan.expected_layer_evaluations
     branches = min(memory.patterns_per_sweep, plan.candidates) + 1
     rows = [
         ("DSA layers", f"{plan.num_layers}, of which {plan.candidates} can be flipped; {plan.num_shared} will be"),
-        ("evaluations", f"{most}{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
+        ("evaluations", f"{plan.candidate_evaluations} candidates in {plan.num_shared} steps"),
         (
             "layer evaluations",
-            f"{about}at most {plan.layer_evaluations}; one whole forward each would "
+            f"about {plan.expected_layer_evaluations}, at most {plan.layer_evaluations}; one whole forward each would "
             f"take {plan.naive_layer_evaluations} ({ratio:.1f} times as many)",
         ),
         (

@@ -110,6 +110,8 @@ class RunDirectory:
                 f"{self.journal.path}: journal line 1 is damaged ({error}): restore the file, or start over with "
                 "--fresh"
             ) from None
+        except JournalError as error:
+            raise JournalError(f"{self.journal.path}: {error}") from None
         return events
 
     def open(self, start: Event, existing: list[Event]) -> list[Event]:

@@ -18,11 +18,10 @@ from icsearch.runs.schema import check_run_start, event_fields
 
 
 @dataclass(frozen=True)
-class Commit:
-    """One committed flip, and the flips it was chosen from.
+class Choice:
+    """One committed flip, and the flips that it was chosen from: `candidates` are the layers that were scored.
 
-    `candidates` are the layers that were scored, `ties` those of them that the winner could not be told from (within
-    one paired std_err). The rest is of strategies other than exact: see `strategies.Choice`.
+    `ties` are those of them that the winner could not be told from (within one paired std_err).
     """
 
     step: int
@@ -30,59 +29,35 @@ class Commit:
     pattern: str
     candidates: tuple[int, ...]
     ties: tuple[int, ...]
-    dropped: tuple[int, ...] = ()
-    within_margin: tuple[int, ...] = ()
-    stale: tuple[int, ...] = ()
-    violations: tuple[int, ...] = ()
-    settled: int | None = None
-    missed: bool = False
-    spared: tuple[int, ...] = ()
 
     @classmethod
-    def from_event(cls, event: Event) -> Commit:
-        """A commit event whose fields are checked; what exact searches and old journals do not say is empty."""
-        lists = ("dropped", "within_margin", "stale", "violations", "spared")
-        return cls(
-            event["step"],
-            event["layer"],
-            event["pattern"],
-            tuple(event["candidates"]),
-            tuple(event["ties"]),
-            **{name: tuple(event.get(name) or ()) for name in lists},
-            settled=event.get("settled"),
-            missed=bool(event.get("missed")),
-        )
+    def from_event(cls, event: Event) -> Choice:
+        """What a commit event says, its fields checked."""
+        candidates, ties = tuple(event["candidates"]), tuple(event["ties"])
+        return cls(event["step"], event["layer"], event["pattern"], candidates, ties)
 
-    @property
-    def given_up(self) -> tuple[int, ...]:
-        """The candidates that were not scored on all sequences."""
-        return tuple(sorted((*self.dropped, *self.within_margin)))
+    def to_event(self) -> Event:
+        lists = {"candidates": list(self.candidates), "ties": list(self.ties)}
+        return {"event": "commit", "step": self.step, "layer": self.layer, "pattern": self.pattern, **lists}
 
     def check(self, step: int, before: Pattern) -> None:
         """Raise FieldError unless this can be that step of a search which has come to the pattern `before`."""
         if self.step != step:
             raise FieldError(f"step is {self.step}: expected {step}")
-        flips = {layer: before.flip(layer).letters for layer in (*self.candidates, *self.stale)}
-        scored, others = set(self.candidates), {*self.ties, *self.given_up, *self.violations}
-        if self.pattern != flips.get(self.layer) or self.layer not in scored or not scored >= others:
+        flips = {layer: before.flip(layer).letters for layer in self.candidates}
+        if self.pattern != flips.get(self.layer) or not flips.keys() >= set(self.ties):
             raise FieldError(f"layer, pattern and ties of step {step} do not follow from its candidates")
-        if scored & set(self.stale) or self.layer in self.given_up or not set(self.stale) >= set(self.spared):
-            raise FieldError(f"what step {step} says of its candidates does not agree")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One flip scored in a step: the layer, its loss (nats per token) and the difference to the all-F baseline.
-
-    `sequences` is the number of those that this is known on, the first ones.
-    """
+    """One flip scored in a step: the layer, its loss (nats per token) and the difference to the all-F baseline."""
 
     step: int
     layer: int
     pattern: str
     loss: float
     difference: Difference
-    sequences: int
 
 
 class LossTable(Mapping[str, Mapping[int, float]]):
@@ -112,22 +87,16 @@ class LossTable(Mapping[str, Mapping[int, float]]):
         """Take in the sums of the sequences from `first` on."""
         self._sums.setdefault(letters, {}).update(enumerate(sums, start=first))
 
-    def known_sequences(self, letters: str) -> int:
-        """How many sequences a pattern was scored on, from the first one on without a gap."""
-        known = self._sums.get(letters, {})
-        return next(n for n in range(len(known) + 1) if n not in known)
-
     def is_complete(self, letters: str) -> bool:
         """Whether the pattern was scored on every sequence."""
         return len(self._sums.get(letters, ())) == len(self._tokens)
 
-    def sums(self, letters: str, first: int = 0, last: int | None = None) -> list[float]:
-        """The sums of the sequences [first, last), by default all, in order."""
-        known = self._sums.get(letters, {})
-        wanted = range(first, len(self._tokens) if last is None else last)
-        if not all(sequence in known for sequence in wanted):
+    def sums(self, letters: str) -> list[float]:
+        """The sums of all sequences, in order."""
+        if not self.is_complete(letters):
             raise JournalError(f"the journal has no complete loss of {letters}: continue the run first")
-        return [known[sequence] for sequence in wanted]
+        known = self._sums[letters]
+        return [known[sequence] for sequence in range(len(self._tokens))]
 
     def loss(self, letters: str) -> float:
         """Nats per token over all sequences."""
@@ -141,24 +110,6 @@ class LossTable(Mapping[str, Mapping[int, float]]):
     def difference(self, letters: str, reference: str) -> Difference:
         """The pattern's loss minus that of `reference`, paired over all sequences."""
         return paired_difference(self.sums(letters), self.sums(reference), self._tokens)
-
-    def known_loss(self, letters: str, most: int | None = None) -> float:
-        """Nats per token over the first sequences, as many as the pattern was scored on (at least one) or `most`."""
-        known = self._known_up_to(most, letters)
-        return mean_loss(self.sums(letters, 0, known), self._tokens[:known])
-
-    def known_difference(self, letters: str, reference: str, most: int | None = None) -> Difference:
-        """As `difference`, over the first sequences, as many as both patterns were scored on, and at most `most`."""
-        common = self._known_up_to(most, letters, reference)
-        if not common:
-            raise JournalError(f"the journal lacks losses of {letters} or {reference}: continue the run first")
-        own, others = (self.sums(name, 0, common) for name in (letters, reference))
-        return paired_difference(own, others, self._tokens[:common])
-
-    def _known_up_to(self, most: int | None, *patterns: str) -> int:
-        """How many of the first sequences all of these patterns were scored on, and at most `most`."""
-        known = [self.known_sequences(letters) for letters in patterns]
-        return min(known if most is None else [*known, most])
 
 
 @dataclass
@@ -211,10 +162,8 @@ class RunRecord:
 
     `nll` holds the losses, and `kl` the KL to the start pattern where the objective is the KL; `asked[step]` lists the
     patterns scored in a step (step 0: the start pattern and the uniform references), and `scored[step]` counts them
-    times the sequences that each was scored on there. `known_at_commit[step][layer]` is the number of sequences that
-    each candidate was scored on when the step was committed: a refinement may score it on more. `heldout` is the same
-    of the held-out sequences that a refinement confirms on: its losses, and nothing else. `weight_bytes[step]` is what
-    was read of streamed weights in a step.
+    times the sequences that each was scored on there. `heldout` is the same of the held-out sequences that a refinement
+    confirms on: its losses, and nothing else. `weight_bytes[step]` is what was read of streamed weights in a step.
     """
 
     start: Event = field(default_factory=dict)
@@ -222,7 +171,7 @@ class RunRecord:
     kl: LossTable = field(default_factory=LossTable)
     asked: dict[int, list[str]] = field(default_factory=dict)
     scored: dict[int, int] = field(default_factory=dict)
-    commits: list[Commit] = field(default_factory=list)
+    commits: list[Choice] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     similarity_sums: SimilaritySums = field(default_factory=SimilaritySums)
     chosen: Event | None = None
@@ -233,7 +182,6 @@ class RunRecord:
     weight_bytes: dict[int, int] = field(default_factory=dict)
     finished: bool = False
     _fields: dict[str, dict[str, Kind]] = field(default_factory=dict, repr=False)
-    known_at_commit: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @classmethod
     def replay(cls, events: Iterable[Event]) -> RunRecord:
@@ -302,7 +250,7 @@ class RunRecord:
     def _check_commit(self, event: Event) -> None:
         if self.refinement is not None:
             raise FieldError("a commit behind the beginning of the refinement")
-        Commit.from_event(event).check(len(self.commits) + 1, self.pattern)
+        Choice.from_event(event).check(len(self.commits) + 1, self.pattern)
 
     def _check_refine(self, event: Event) -> None:
         if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
@@ -333,7 +281,7 @@ class RunRecord:
         if kind == "losses":
             self._apply_losses(event)
         elif kind == "commit":
-            self._apply_commit(event)
+            self.commits.append(Choice.from_event(event))
         elif kind == "similarity":
             self.similarity_sums.add(event)
             self._add_cost(event)
@@ -358,12 +306,6 @@ class RunRecord:
         asked += [letters for letters in dict.fromkeys(event["patterns"]) if letters not in asked]
         self.scored[step] = self.scored.get(step, 0) + len(event["patterns"]) * (last - first)
         self._add_cost(event, step)
-
-    def _apply_commit(self, event: Event) -> None:
-        commit = Commit.from_event(event)
-        self.commits.append(commit)
-        flips = self._flips(commit.step, commit.candidates)
-        self.known_at_commit[commit.step] = {layer: self.nll.known_sequences(letters) for layer, letters in flips}
 
     def _tables(self) -> dict[str, LossTable]:
         """The tables that losses go to, by the name of their sums in an event."""
@@ -442,7 +384,7 @@ class RunRecord:
         """The committed flips with their losses: the curve."""
         return tuple(self._step(commit) for commit in self.commits)
 
-    def _step(self, commit: Commit) -> Step:
+    def _step(self, commit: Choice) -> Step:
         difference, kl = self.difference(commit.pattern), self.mean_kl(commit.pattern)
         return Step(
             commit.step,
@@ -457,20 +399,13 @@ class RunRecord:
 
     def candidates(self, step: int) -> list[Candidate]:
         """Every flip that a step scored completely (the last one may still be at work), by layer."""
-        given_up = self.commits[step - 1].given_up if step <= len(self.commits) else ()
-        flips = self._flips(step, (layer for layer in self._asked_layers(step) if layer not in given_up))
-        return [self._candidate(step, *flip) for flip in flips if self.nll.is_complete(flip[1])]
-
-    def given_up(self, step: int) -> list[Candidate]:
-        """The flips that a committed step gave up, by layer, by the sequences that they were known on then."""
-        known = self.known_at_commit[step]
-        flips = self._flips(step, self.commits[step - 1].given_up)
-        return [self._candidate(step, *flip, known[flip[0]]) for flip in flips if known[flip[0]]]
-
-    def flips(self, step: int) -> list[str]:
-        """The patterns among which a committed step chose, those too that it left stale."""
-        commit = self.commits[step - 1]
-        return [letters for _, letters in self._flips(step, (*commit.candidates, *commit.stale))]
+        before, baseline = self.before(step), self.start_pattern.letters
+        flips = [(layer, before.flip(layer).letters) for layer in sorted(self._asked_layers(step))]
+        return [
+            Candidate(step, layer, letters, self.loss(letters), self.nll.difference(letters, baseline))
+            for layer, letters in flips
+            if self.nll.is_complete(letters)
+        ]
 
     def _asked_layers(self, step: int) -> Iterable[int]:
         """The layers that a step looked at; of one that is not committed yet, those so far."""
@@ -478,16 +413,6 @@ class RunRecord:
             return self.commits[step - 1].candidates
         before, asked = self.before(step), set(self.asked.get(step, []))
         return [layer for layer in before.full_layers[1:] if before.flip(layer).letters in asked]
-
-    def _flips(self, step: int, layers: Iterable[int]) -> list[tuple[int, str]]:
-        """(layer, letters of its flip) in a step, by layer."""
-        before = self.before(step)
-        return [(layer, before.flip(layer).letters) for layer in sorted(layers)]
-
-    def _candidate(self, step: int, layer: int, letters: str, most: int | None = None) -> Candidate:
-        difference = self.nll.known_difference(letters, self.start_pattern.letters, most)
-        known = self.nll.known_sequences(letters) if most is None else most
-        return Candidate(step, layer, letters, self.nll.known_loss(letters, most), difference, known)
 
 
 def _is_heldout(event: Event) -> bool:

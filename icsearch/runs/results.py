@@ -38,11 +38,10 @@ def cost(record: RunRecord) -> dict[str, Any]:
     """What the search took. A layer evaluation is one decoder layer run once over all calibration sequences.
 
     `layer_sequences` counts each run of a layer on each sequence. Over the number of sequences that need not be whole:
-    a race leaves some of them out, and a run that was interrupted begins some of them anew.
-    A candidate that was scored on a part of the sequences counts as that part of an evaluation. A naive search
-    scores every candidate of every step on all sequences, those that this one left stale or gave up too.
+    a run that was interrupted begins some of them anew. A naive search scores every candidate of every step anew.
     """
-    searched, refined = _search_evaluations(record), _refinement_evaluations(record)
+    searched = sum(len(commit.candidates) for commit in record.commits)  # those too that are references
+    refined = _refinement_evaluations(record)
     return {
         "candidate_evaluations": _number(searched + refined),
         "layer_evaluations": round(_layer_evaluations(record)),
@@ -67,15 +66,6 @@ def weights_read(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _search_evaluations(record: RunRecord) -> Fraction:
-    """Candidates of the committed steps, as far as each was scored then: what a refinement adds is none of it.
-
-    One that is a reference too counts, though its losses were there already.
-    """
-    known = (sequences for step in record.known_at_commit.values() for sequences in step.values())
-    return Fraction(sum(known), len(record.tokens))
-
-
 def _refinement_evaluations(record: RunRecord) -> Fraction:
     """Patterns that the refinement had scored, on either set; what the search had scored already is not in it."""
     on_calibration = Fraction(record.scored.get(REFINING, 0), len(record.tokens))
@@ -90,7 +80,7 @@ def _number(evaluations: Fraction) -> int | float:
 
 def _naive_patterns(record: RunRecord) -> int:
     """What a naive run scores: references, every flip of every step, what the refinement adds, on either set."""
-    flips = [letters for commit in record.commits for letters in record.flips(commit.step)]
+    flips = [record.before(commit.step).flip(layer).letters for commit in record.commits for layer in commit.candidates]
     moves = set(record.asked.get(REFINING, [])) - set(flips)
     heldout = record.heldout.asked.get(0, []) if record.heldout else []
     return len(record.asked.get(0, [])) + len(flips) + len(moves) + len(heldout)

@@ -7,16 +7,15 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from icsearch.core.errors import JournalError
 from icsearch.core.jsonfile import (
     DURATION,
     FLAG,
-    MAX_NUMBER,
     NUMBER,
     OBJECT,
     TEXT,
     FieldError,
     Kind,
-    between,
     check_fields,
     layers,
     letters,
@@ -55,16 +54,15 @@ RUN_OPTION_FIELDS = {
     "kernels": optional(one_of("blockwise", "reference")),
     "block_elements": optional(whole(1024)),
 }
+REMOVED_STRATEGIES, LAST_WITH_THEM = ("race", "lazy", "race+lazy"), "0.1.0"
 OPTION_FIELDS = {
     "method": one_of("greedy", "dp-baseline"),
-    "strategy": one_of("exact", "race", "lazy", "race+lazy", "dynamic-program"),
+    "strategy": TEXT,  # which there are, `search.registry` knows
     "objective": one_of("lm-loss", "kl", "cosine-similarity"),
     "refine": optional(one_of("swaps")),
     "num_shared": optional(whole(0)),
     "stages": optional(whole(1)),
     "keep_full": optional(layers()),
-    "confidence": optional(between(0.5, 1)),
-    "tie_margin": optional(between(0, MAX_NUMBER)),
     **RUN_OPTION_FIELDS,
 }
 
@@ -72,10 +70,16 @@ OPTION_FIELDS = {
 def check_options(event: Event) -> None:
     """Raise FieldError where the options of a first event, of a search or an evaluation, are no options.
 
+    JournalError where they are those of a strategy that was taken out.
     What a command takes over from an existing run it takes from there, before anything else of the journal is read.
     """
     check_fields(event, {"options": OBJECT})
     options = event["options"]
+    if options.get("strategy") in list(REMOVED_STRATEGIES):  # a list: what is damaged may not be hashable
+        raise JournalError(
+            f"a search with --strategy {options['strategy']}, which only icsearch {LAST_WITH_THEM} can read: take "
+            "that, give another --out, or start over with --fresh"
+        )
     check_fields(options, RUN_OPTION_FIELDS if options.get("method") == "eval" else OPTION_FIELDS)
 
 
@@ -133,9 +137,6 @@ def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "pattern": pattern,
             "candidates": flipped,
             "ties": flipped,
-            **dict.fromkeys(("dropped", "within_margin", "stale", "violations", "spared"), optional(flipped)),
-            "settled": optional(whole(1, sequences)),
-            "missed": optional(FLAG),
         },
         "similarity": {
             "sequences": waves,

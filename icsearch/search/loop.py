@@ -5,16 +5,16 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from icsearch.core.errors import JournalError, OutOfMemoryError, PatternError
 from icsearch.core.pattern import Pattern
 from icsearch.core.text import shrunk_note
 from icsearch.runs.journal import Event, Journal
-from icsearch.runs.record import Commit, RunRecord
+from icsearch.runs.record import Choice, RunRecord
 from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, Refinement
-from icsearch.search.protocol import Ask, Choice, Strategy
+from icsearch.search.protocol import Strategy
 from icsearch.search.swaps import Judged, Move, Outcome, Question, Swaps
 
 
@@ -108,11 +108,6 @@ class Scoring:
         heldout = self.record.heldout
         return heldout if heldout is not None and self._part == HELDOUT_SET else self.record
 
-    @property
-    def waves(self) -> int:
-        """How many waves the sequences are scored in."""
-        return len(self._scorer.waves)
-
     def append(self, event: Event) -> None:
         """Write an event that fits, then let the record take it in; one that does not fit is never on disk."""
         try:
@@ -130,14 +125,9 @@ class Scoring:
         references = [Pattern(letters) for letters in self.record.references.values()]
         self.score(0, list(dict.fromkeys([self.record.start_pattern, *references, *more])))
 
-    def score(self, step: int, patterns: list[Pattern], first: int = 0, last: int | None = None) -> None:
-        """Score what is missing of these patterns, wave by wave, and journal each sweep as it ends.
-
-        Of the sequences [first, last), by default all; a wave that reaches beyond them is scored as a whole.
-        """
-        last = len(self.losses.tokens) if last is None else last
-        waves = [wave for wave in self._scorer.waves if wave[0] < last and wave[1] > first]
-        missing = {wave: self._missing(patterns, wave) for wave in waves}
+    def score(self, step: int, patterns: list[Pattern]) -> None:
+        """Score what is missing of these patterns, wave by wave, and journal each sweep as it ends."""
+        missing = {wave: self._missing(patterns, wave) for wave in self._scorer.waves}
         work = [(chunk, wave) for wave, left in missing.items() for chunk in self._chunks(left)]
         if not work:
             return
@@ -148,7 +138,7 @@ class Scoring:
             started = time.monotonic()
             scores = self._scores(chunk, wave)
             if scores is None:
-                self.score(step, patterns, first, last)  # by the smaller plan, what is still missing
+                self.score(step, patterns)  # by the smaller plan, what is still missing
                 return
             event = _losses_event(step, chunk, wave, scores, time.monotonic() - started)
             self.append(event if self._part is None else {**event, "set": self._part})
@@ -198,83 +188,37 @@ class Search:
     def run(self, then: Callable[[], object] = lambda: None) -> RunRecord:
         """Search to the end; `then` is what the run does before it is finished, such as a refinement."""
         self._scoring.score_references()
-        start = self._record.start_pattern.letters
-        self._strategy.begin(self._record.objective.sums(start))
         step = 1
-        while ask := self._strategy.ask():
-            choice = self._tell(step, ask)
-            step += choice is not None
+        while layers := self._strategy.ask():
+            flips = {layer: self._strategy.pattern.flip(layer) for layer in layers}
+            self._scoring.score(step, list(flips.values()))
+            sums = {layer: self._record.objective.sums(pattern.letters) for layer, pattern in flips.items()}
+            self._commit(self._strategy.tell(sums))
+            step += 1
         then()
         if not self._record.finished:
             self._scoring.append({"event": "finish", "pattern": self._record.pattern.letters})
         return self._record
 
-    def _tell(self, step: int, ask: Ask) -> Choice | None:
-        """Score what the strategy asks for, and tell it; journal the flip where it commits one."""
-        before = self._strategy.pattern
-        flips = {layer: before.flip(layer) for layer in ask.layers}
-        self._scoring.score(step, list(flips.values()), ask.first, ask.last)
-        sums = {
-            layer: self._record.objective.sums(pattern.letters, ask.first, ask.last) for layer, pattern in flips.items()
-        }
-        choice = self._strategy.tell(sums)
-        if choice is not None:
-            self._commit(step, before, choice)
-        return choice
-
-    def _commit(self, step: int, before: Pattern, choice: Choice) -> None:
-        event = {
-            "event": "commit",
-            "step": step,
-            "layer": choice.layer,
-            "pattern": before.flip(choice.layer).letters,
-            "candidates": list(choice.scored),
-            "ties": self._ties(before, choice),
-            **_how(choice),
-        }
-        if step <= len(self._record.commits):
-            self._check_replay(self._record.commits[step - 1], Commit.from_event(event))
+    def _commit(self, choice: Choice) -> None:
+        """Journal a flip, or check that it is what the journal says: what follows from the losses, so without ties."""
+        if choice.step > len(self._record.commits):
+            self._scoring.append(choice.to_event())
+            self._scoring.progress.committed(self._record)
             return
-        self._scoring.append(event)
-        self._scoring.progress.committed(self._record)
-
-    def _ties(self, before: Pattern, choice: Choice) -> list[int]:
-        """The layers whose objective differs from the winner's by no more than one paired standard error.
-
-        Of those that were scored on all sequences: a race has settled the others.
-        """
-        best = before.flip(choice.layer).letters
-        others = {layer: before.flip(layer).letters for layer in choice.scored if layer != choice.layer}
-        given_up = {*choice.dropped, *choice.within_margin}
-        complete = {layer: letters for layer, letters in others.items() if layer not in given_up}
-        return [layer for layer, letters in complete.items() if self._record.objective.difference(letters, best).is_tie]
-
-    def _check_replay(self, recorded: Commit, now: Commit) -> None:
-        """Raise JournalError where the journal's step is not what the strategy says of its losses.
-
-        Ties are left out: they are for the reader, and nothing follows from them.
-        """
-        names = (one.name for one in fields(Commit) if one.name != "ties")
-        for name in names:
-            said, found = getattr(recorded, name), getattr(now, name)
+        recorded = self._record.commits[choice.step - 1]
+        for name in ("layer", "pattern", "candidates"):
+            said, found = getattr(recorded, name), getattr(choice, name)
             if said != found:
-                what = f"layer {said}" if name == "layer" else f"{name.replace('_', ' ')} {_shown(said)}"
                 raise JournalError(
-                    f"{self._scoring.journal.path} committed {what} in step {recorded.step}, but its losses say "
-                    f"{_shown(found)}: the journal was changed or damaged; restore it, or start over with --fresh"
+                    f"{self._scoring.journal.path} committed {name} {_shown(said)} in step {recorded.step}, but its "
+                    f"losses say {_shown(found)}: the journal was changed or damaged; restore it, or start over with "
+                    "--fresh"
                 )
 
 
 def _shown(value: object) -> str:
     return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
-
-
-def _how(choice: Choice) -> Event:
-    """How a flip was chosen, as far as there is something to say: nothing for an exact search."""
-    names = ("dropped", "within_margin", "stale", "violations", "spared")
-    layers = {name: list(getattr(choice, name)) for name in names}
-    said = {**layers, "settled": choice.settled, "missed": choice.missed}
-    return {name: value for name, value in said.items() if value}
 
 
 def _losses_event(

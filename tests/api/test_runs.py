@@ -38,9 +38,9 @@ def document(path: Path) -> dict[str, Any]:
 def test_a_search_is_the_commands(glm_checkpoint: Path, few: Path, tmp_path: Path) -> None:
     """The same result, and the same options, so that either goes on with the other's run."""
     found = icsearch.find_pattern(
-        glm_checkpoint, few, tmp_path / "api", retention=0.5, keep_full=[2], batch_size=1, memory="1GB", strategy="lazy"
+        glm_checkpoint, few, tmp_path / "api", retention=0.5, keep_full=[2], batch_size=1, memory="1GB", stages=2
     )
-    options = ["--retention", "1/2", "--keep-full", "2", "--batch-size", 1, "--strategy", "lazy"]
+    options = ["--retention", "1/2", "--keep-full", "2", "--batch-size", 1, "--stages", 2]
     command("greedy", glm_checkpoint, "--calibration", few, "--out", tmp_path / "command", *options)
     command("greedy", glm_checkpoint, "--calibration", few, "--out", tmp_path / "api", *options)
     assert document(tmp_path / "api" / "pattern.json") == document(tmp_path / "command" / "pattern.json")

@@ -55,13 +55,8 @@ SEARCH: dict[str, tuple[tuple[object, ...], str, str]] = {
     "a dtype of nobody": (("--dtype", "int4"), "--dtype 'int4' is unknown", "give auto or float32"),
     "kernels of nobody": (("--kernels", "fast"), "--kernels 'fast' is unknown", "give auto or"),
     "offload of nobody": (("--offload", "moon"), "--offload 'moon' is unknown", "give auto or none"),
-    "a strategy of nobody": (("--strategy", "guess"), "--strategy 'guess' is unknown", "give exact or"),
+    "a strategy of nobody": (("--strategy", "guess"), "--strategy 'guess' is unknown", "give exact"),
     "an objective of nobody": (("--objective", "vibes"), "--objective 'vibes' is unknown", "give lm-loss or kl"),
-    "a confidence of exact": (("--confidence", "0.9"), "--confidence belongs to a race", "leave it out"),
-    "a confidence of nan": (("--strategy", "race", "--confidence", "nan"), "is out of range", "between 0.5 and 1"),
-    "a confidence of 1e400": (("--strategy", "race", "--confidence", "1e400"), "is out of range", "0.5 and 1"),
-    "a margin of -1": (("--strategy", "race", "--tie-margin", "-1"), "is out of range", "above 0"),
-    "a margin of inf": (("--strategy", "race", "--tie-margin", "inf"), "is out of range", "above 0"),
     "a refinement of nobody": (("--refine", "magic"), "--refine 'magic' is unknown", "give swaps"),
     "a refinement on nothing": (("--refine", "swaps"), "needs --refine-on", "sequences"),
     "sequences without a refinement": (("--refine-on", "demo"), "--refine-on", "give both, or neither"),
@@ -88,7 +83,7 @@ def test_searches(place: Place, capfd: pytest.CaptureFixture[str], case: str) ->
     place.refuses(Row(lambda p: p.search(command, *words), found, todo), capfd)
 
 
-GREEDY_ALONE = {"--strategy", "--objective", "--confidence", "--refine", "--refine-on", "--dp", "--pp"}
+GREEDY_ALONE = {"--strategy", "--objective", "--refine", "--refine-on", "--dp", "--pp"}
 
 EVALUATIONS: dict[str, tuple[tuple[object, ...], str, str]] = {
     "no pattern": ((), "--pattern", "--help"),

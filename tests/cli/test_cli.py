@@ -122,37 +122,6 @@ def test_other_options_are_refused(
     assert (finished / "journal.jsonl").read_bytes() == before
 
 
-def test_races_from_the_command_line(capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tmp_path: Path) -> None:
-    """Options recorded where they are used, another confidence refused, and a cut journal continued to the same end."""
-    many = tiny.save_tokens(tmp_path / "many", sequences=12)
-    command = greedy(glm_checkpoint, many, tmp_path / "run", "--num-shared", 4, "--strategy", "race+lazy")
-    told = ["--confidence", 0.6, "--tie-margin", 0.02]
-    assert run(capsys, *command, *told)[0] == 0
-    journal = tmp_path / "run" / "journal.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    options = json.loads(lines[0])["options"]
-    assert (options["strategy"], options["confidence"], options["tie_margin"]) == ("race+lazy", 0.6, 0.02)
-    document = (tmp_path / "run" / "pattern.json").read_text()
-    assert json.loads(document)["strategy"] == "race+lazy"
-    assert "confidence 0.6, now 0.95" in refused(capsys, *command, "--tie-margin", 0.02)
-    assert "tie_margin 0.02, now None" in refused(capsys, *command, "--confidence", 0.6)
-    journal.write_bytes(b"".join(lines[: len(lines) // 2]))
-    assert run(capsys, *command, *told)[0] == 0
-    found, expected = json.loads((tmp_path / "run" / "pattern.json").read_text()), json.loads(document)
-    assert found["steps"] == expected["steps"]
-    assert found["cost"]["candidate_evaluations"] == expected["cost"]["candidate_evaluations"] < 5 + 4 + 3 + 2
-
-
-def test_a_race_that_can_drop_nobody_says_so(
-    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, finished: Path, tmp_path: Path
-) -> None:
-    command = greedy(glm_checkpoint, tokens, tmp_path / "run", "--num-shared", 3, "--strategy", "race")
-    status, _, err = run(capsys, *command)
-    assert (status, "can drop nobody" in err) == (0, True)
-    steps = [json.loads((path / "pattern.json").read_text())["steps"] for path in (tmp_path / "run", finished)]
-    assert steps[0] == steps[1]
-
-
 def test_threads_of_a_run_are_taken_over(
     capsys: pytest.CaptureFixture[str], finished: Path, glm_checkpoint: Path, tokens: Path
 ) -> None:
@@ -230,12 +199,9 @@ def test_the_plan_says_what_is_kept_between_steps(
     assert f"kept between steps  {kept}" in run(capsys, *arguments)[2]
 
 
-@pytest.mark.parametrize("strategy", ["exact", "race", "lazy"])
-def test_a_search_by_kl(
-    capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path, strategy: str
-) -> None:
+def test_a_search_by_kl(capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
     """Room for the all-F model's final states, and no room: the same result, at another cost; continued as it began."""
-    what = ["--num-shared", 3, "--strategy", strategy, "--objective", "kl"]
+    what = ["--num-shared", 3, "--objective", "kl"]
     for name, memory, row in (
         ("ample", "1GB", "25.6 kB of final states kept"),
         ("short", budget(glm_checkpoint, 1, objective="kl"), "runs along in"),
@@ -292,10 +258,7 @@ BAD_REQUESTS: dict[str, tuple[list[object], str]] = {
     "stages that do not come out": (["--stages", 4], "give --stages 3"),
     "unknown objective": (["--objective", "vibes"], "give lm-loss"),
     "unknown strategy": (["--strategy", "guess"], "give exact"),
-    "confidence out of range": (["--strategy", "race", "--confidence", 2], "between 0.5 and 1"),
-    "confidence of no race": (["--confidence", 0.9], "--strategy race"),
-    "tie margin of exact": (["--tie-margin", 0.1], "--strategy race"),
-    "tie margin nan": (["--strategy", "race", "--tie-margin", "nan"], "above 0"),
+    "a strategy that is no more": (["--strategy", "race+lazy"], "give exact"),
     "unknown device": (["--device", "abacus"], "give auto, cpu, cuda"),
     "unknown dtype": (["--dtype", "int4"], "give auto or float32"),
     "memory words": (["--memory", "lots"], "8GB or 500MB"),
@@ -481,11 +444,9 @@ OPTION_DAMAGE: dict[str, list[Any]] = {
     "device": [0],
     "attention": [[]],
     "method": ["dream", None, 3],
-    "strategy": ["fastest", []],
+    "strategy": [3, []],
     "objective": ["loss", {}],
     "refine": ["shuffle", True],
-    "confidence": ["0.95", 0.5, 1, 10**400],
-    "tie_margin": ["x", 0, -1.0],
     "keep_full": ["0", [5, 1], {}],
     "num_shared": ["2", -1],
     "stages": [0, "x"],
@@ -523,3 +484,19 @@ def test_damaged_options_are_one_line(
                 assert f"{option or 'options'} is" in line and "--fresh" in line, line
     journal.write_text(whole)
     assert run(capsys, *greedy(glm_checkpoint, tokens, searched, "--num-shared", 1))[0] == 0
+
+
+@pytest.mark.parametrize(("strategy", "who"), [("race+lazy", "icsearch 0.1.0"), ("fastest", "now exact")])
+def test_a_run_of_a_strategy_that_is_not_here_is_not_continued(
+    strategy: str, who: str, searched: Path, glm_checkpoint: Path, tokens: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was taken out is refused with the version that has it, by a report as well."""
+    journal = searched / "journal.jsonl"
+    whole = journal.read_text()
+    journal.write_text(whole.replace('"strategy":"exact"', f'"strategy":"{strategy}"'))
+    lines = [refused(capsys, *greedy(glm_checkpoint, tokens, searched, "--num-shared", 1))]
+    if strategy == "race+lazy":
+        lines.append(refused(capsys, "report", searched, "--out", searched / "page.html"))
+    for line in lines:
+        assert strategy in line and who in line and str(searched) in line and "--fresh" in line
+    journal.write_text(whole)

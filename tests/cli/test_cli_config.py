@@ -84,7 +84,7 @@ def test_a_run_cannot_tell_where_an_option_came_from(
 ) -> None:
     """Begun with flags, gone on with a file and with the environment: finished; and the same first event otherwise."""
     tokens = tiny.save_tokens(tmp_path / "tokens", sequences=3, length=32)
-    values = {"strategy": "lazy", "num-shared": 1, "batch-size": 1, "tie-margin": 0.25, "keep-full": "2,4"}
+    values = {"objective": "kl", "num-shared": 1, "batch-size": 1, "stages": 2, "keep-full": "2,4"}
     flags = [part for name, value in values.items() for part in (f"--{name}", value)]
     greedy = ["greedy", glm_checkpoint, "--calibration", tokens, "--quiet"]
     assert run(capsys, *greedy, "--out", tmp_path / "flags", *flags)[0] == 0

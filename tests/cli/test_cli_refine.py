@@ -168,13 +168,12 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("strategy", ["exact", "race", "lazy", "race+lazy"])
 def test_swaps_are_made_exported_and_evaluated(
-    capsys: pytest.CaptureFixture[str], tokens: Path, heldout: Path, tmp_path: Path, strategy: str
+    capsys: pytest.CaptureFixture[str], tokens: Path, heldout: Path, tmp_path: Path
 ) -> None:
     deep = tiny.save_checkpoint(tmp_path / "deep", num_hidden_layers=8, seed=2)
     out = tmp_path / "run"
-    status, printed, err = run(capsys, *refine(deep, tokens, out, heldout, *SHARED, "--strategy", strategy))
+    status, printed, err = run(capsys, *refine(deep, tokens, out, heldout, *SHARED))
     assert status == 0, err
     found = document(out)
     refinement = found["refinement"]

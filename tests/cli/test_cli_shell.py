@@ -47,7 +47,7 @@ def test_completion_of_commands_options_and_values() -> None:
     assert {"greedy", "eval", "export", "dp-baseline"} <= set(completed("icsearch "))
     assert completed("icsearch greedy demo --retent") == ["--retention"]
     assert set(completed("icsearch greedy demo --strategy ")) == set(STRATEGIES)
-    assert set(completed("icsearch greedy demo --strategy race")) == {"race", "race+lazy"}
+    assert set(completed("icsearch greedy demo --strategy ex")) == {"exact"}
     assert set(completed("icsearch export x.json --engine ")) == set(ENGINES)
     assert completed("icsearch eval demo --kernels b") == ["blockwise"]
     assert completed("icsearch export x.json --repair s") == ["same"]

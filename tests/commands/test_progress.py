@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from test_search import START, MadeUp, exact
+from test_search import START, MadeUp, ManySequences, exact, long_run
 
-from icsearch.commands.progress import Live, Plain, Quiet, RunClock, make_listener
+from icsearch.commands.progress import Live, Plain, Quiet, RunClock, best_so_far, make_listener
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Scoring, Search
@@ -71,3 +71,25 @@ def test_a_run_that_has_done_more_than_was_planned_never_has_nothing_left() -> N
     assert clock.remaining() == "less than 1 s left"
     clock.advance(6)
     assert clock.remaining() == "time left unknown"
+
+
+def test_a_step_says_once_that_it_scores(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200, highlight=False)
+    record = long_run(tmp_path / "j", ManySequences(), listener=Plain(console))
+    output = console.file
+    assert isinstance(output, io.StringIO)
+    lines = output.getvalue().splitlines()
+    assert sum("scoring" in line for line in lines) == 1 + len(record.commits)
+
+
+def test_the_leader_is_named_on_what_all_know(tmp_path: Path) -> None:
+    """After each loss, the leader is named on as many sequences as anyone has."""
+    seen: list[str] = []
+
+    class Listener(Quiet):
+        def losses_known(self, record: RunRecord, step: int | str) -> None:
+            seen.append(best_so_far(record, step))
+
+    long_run(tmp_path / "j", ManySequences(), listener=Listener())
+    assert any("on 24 of 24 sequences" in text for text in seen)
+    assert all("best so far layer" in text or "of 24 sequences" in text for text in seen)

@@ -9,8 +9,8 @@ import pytest
 
 from icsearch.core.pattern import Pattern
 from icsearch.planning.rehearsal import Workload, layer_evaluations, preview, rehearsed
-from icsearch.search.protocol import Task, looks_of
-from icsearch.search.registry import STRATEGIES, Options, make_strategy
+from icsearch.search.protocol import Task
+from icsearch.search.registry import STRATEGIES, make_strategy
 from icsearch.sweep.states import Rehearsal
 
 LAYERS, FLIPS, SEQUENCES = 10, 6, 6
@@ -22,10 +22,10 @@ def workload(stages: int = 1) -> Workload:
     return Workload(Pattern.full(LAYERS), frozenset(range(LAYERS)) - set(first), FLIPS, stages, SEQUENCES)
 
 
-def strategy(name: str, stages: int, batch_size: int = 1):  # type: ignore[no-untyped-def]
+def strategy(name: str, stages: int):  # type: ignore[no-untyped-def]
     tokens = (7,) * SEQUENCES
-    task = Task(Pattern.full(LAYERS), frozenset(), FLIPS, stages, tokens, looks_of(SEQUENCES, batch_size))
-    return make_strategy(task, Options(name))
+    task = Task(Pattern.full(LAYERS), frozenset(), FLIPS, stages, tokens)
+    return make_strategy(task, name)
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -44,7 +44,7 @@ def test_exact_takes_what_a_run_is_planned_with(stages: int, stride: int) -> Non
 
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_bounds_are_those_of_a_run_however_often_a_race_looks(name: str, stages: int) -> None:
+def test_bounds_are_those_of_a_run(name: str, stages: int) -> None:
     work = workload(stages)
     rehearsal = Rehearsal(work.keeping(), work.start)
 
@@ -52,10 +52,8 @@ def test_bounds_are_those_of_a_run_however_often_a_race_looks(name: str, stages:
         return rehearsal.sweep(patterns, [0])
 
     start = count([work.start, *work.references])
-    for batch_size in (1, 4):
-        options = Options(name)
-        bound = preview(strategy(name, stages, batch_size), (7,) * SEQUENCES, count, options.is_lazy)[1]
-        assert layer_evaluations(work.most(name, 100)) == bound + start
+    bound = preview(strategy(name, stages), (7,) * SEQUENCES, count)[1]
+    assert layer_evaluations(work.most(name, 100)) == bound + start
 
 
 def test_fewer_patterns_at_once_take_more_sweeps_and_more_layers() -> None:
@@ -73,7 +71,7 @@ def test_runs_move_from_full_to_shared_as_flips_are_made() -> None:
 
 
 def task(num_layers: int, flips: int, stages: int = 1) -> Task:
-    return Task(Pattern.full(num_layers), frozenset(), flips, stages, TOKENS, looks_of(len(TOKENS), 2))
+    return Task(Pattern.full(num_layers), frozenset(), flips, stages, TOKENS)
 
 
 def tree_nodes(patterns: list[Pattern]) -> int:
@@ -95,34 +93,10 @@ def test_preview_bounds_every_search_from_above(stages: int) -> None:
     chance = random.Random(0)
     for _ in itertools.repeat(None, 200):
         strategy = make_strategy(task(num_layers, flips, stages))
-        strategy.begin([0.0] * len(TOKENS))
         evaluations = runs = 0
-        while ask := strategy.ask():
-            evaluations += len(ask.layers)
-            runs += tree_nodes([strategy.pattern.flip(layer) for layer in ask.layers])
-            strategy.tell({layer: [chance.random() for _ in TOKENS[ask.first : ask.last]] for layer in ask.layers})
+        while layers := strategy.ask():
+            evaluations += len(layers)
+            runs += tree_nodes([strategy.pattern.flip(layer) for layer in layers])
+            strategy.tell({layer: [chance.random() for _ in TOKENS] for layer in layers})
         assert evaluations == most[0]
         assert runs <= most[1]
-
-
-@pytest.mark.parametrize("name", ["race", "lazy", "race+lazy"])
-@pytest.mark.parametrize("stages", [1, 2])
-def test_preview_bounds_the_other_strategies_too(name: str, stages: int) -> None:
-    """Whatever the losses are: layer runs count by sequence."""
-    num_layers, flips, tokens = 14, 9, tuple(range(20, 32))
-    task = Task(Pattern.full(num_layers), frozenset(), flips, stages, tokens, looks_of(len(tokens), 2))
-    options = Options(name)
-    most = preview(make_strategy(task, options), tokens, tree_nodes, options.is_lazy)
-    assert most[0] == preview(make_strategy(task), tokens, tree_nodes)[0]  # at worst everyone, on all sequences
-    for seed in range(100):
-        chance = random.Random(seed)
-        strategy = make_strategy(task, options)
-        strategy.begin([0.0] * len(tokens))
-        evaluations = runs = 0
-        while ask := strategy.ask():
-            length = ask.last - ask.first
-            evaluations += len(ask.layers) * length
-            runs += tree_nodes([strategy.pattern.flip(layer) for layer in ask.layers]) * length
-            strategy.tell({layer: [chance.gauss(layer % 3, 1) for _ in range(length)] for layer in ask.layers})
-        assert evaluations <= most[0] * len(tokens)
-        assert runs <= most[1] * len(tokens)

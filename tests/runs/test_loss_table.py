@@ -34,11 +34,8 @@ def test_it_is_a_mapping(table: LossTable) -> None:
 
 
 def test_what_is_known(table: LossTable) -> None:
-    assert [table.known_sequences(letters) for letters in ("FFF", "FFS", "FSS", "SSS")] == [3, 2, 0, 0]
     assert [table.is_complete(letters) for letters in ("FFF", "FFS", "FSS", "SSS")] == [True, False, False, False]
     assert table.sums("FFF") == [10.0, 30.0, 12.0]
-    assert table.sums("FFS", 0, 2) == [12.0, 31.0]
-    assert table.sums("FSS", 2, 3) == [13.0]
 
 
 def test_of_all_sequences(table: LossTable) -> None:
@@ -47,17 +44,7 @@ def test_of_all_sequences(table: LossTable) -> None:
     assert table.difference("FSF", "FFF") == paired_difference([11.0, 33.0, 11.0], [10.0, 30.0, 12.0], TOKENS)
 
 
-def test_of_the_first_sequences(table: LossTable) -> None:
-    assert table.known_loss("FFS") == mean_loss([12.0, 31.0], [10, 20])
-    assert table.known_difference("FFS", "FFF") == paired_difference([12.0, 31.0], [10.0, 30.0], [10, 20])
-    assert table.known_difference("FSF", "FFF") == table.difference("FSF", "FFF")
-
-
 def test_what_is_missing_is_named(table: LossTable) -> None:
     for ask in (table.loss, table.mean, table.sums, lambda letters: table.difference("FFF", letters)):
         with pytest.raises(JournalError, match="no complete loss of FFS: continue the run first"):
             ask("FFS")
-    with pytest.raises(JournalError, match="no complete loss of FFS"):
-        table.sums("FFS", 1, 3)
-    with pytest.raises(JournalError, match="lacks losses of FSS or FFF"):
-        table.known_difference("FSS", "FFF")

@@ -17,6 +17,7 @@ from icsearch.commands.requests import KERNELS, MIN_BLOCK_ELEMENTS, MOST_THREADS
 from icsearch.core.errors import JournalError
 from icsearch.core.pattern_file import load_pattern_file
 from icsearch.report.write import write_results
+from icsearch.runs.directory import RunDirectory
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import RunRecord, load_run
 from icsearch.runs.results import cost, pattern_file
@@ -264,3 +265,16 @@ def test_the_schema_knows_every_option_that_can_be_asked_for() -> None:
     assert OPTION_FIELDS["threads"].fits(MOST_THREADS)
     least = OPTION_FIELDS["block_elements"]
     assert least.fits(MIN_BLOCK_ELEMENTS) and not least.fits(MIN_BLOCK_ELEMENTS - 1)
+
+
+@pytest.mark.parametrize("name", ["race", "lazy", "race+lazy"])
+def test_a_run_of_a_strategy_that_is_no_more_is_refused_with_who_can_read_it(tmp_path: Path, name: str) -> None:
+    """By a report, and by a search that would go on with it: one line that names the version."""
+    start = {**fixture_events()[0], "options": {**fixture_events()[0]["options"], "strategy": name, "confidence": 0.95}}
+    Journal(tmp_path / "journal.jsonl").append(start)
+    for read in (lambda: load_run(tmp_path), RunDirectory(tmp_path).existing):
+        with pytest.raises(JournalError) as caught:
+            read()
+        line = str(caught.value)
+        assert f"a search with --strategy {name}" in line and "icsearch 0.1.0" in line and str(tmp_path) in line
+        assert "\n" not in line and caught.value.exit_status == 2

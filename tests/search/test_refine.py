@@ -20,14 +20,13 @@ from icsearch.core.errors import JournalError, PatternError
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import PatternFile, load_pattern_file
 from icsearch.report.terminal import summary_table
-from icsearch.report.view import view_run
 from icsearch.report.write import write_results
 from icsearch.runs.journal import JOURNAL_FORMAT, Event, Journal
-from icsearch.runs.record import REFINING, RunRecord
+from icsearch.runs.record import RunRecord
 from icsearch.runs.results import cost, pattern_file
 from icsearch.search.loop import Scores, Scoring, Search, SwapRefinement, make_swaps
-from icsearch.search.protocol import Strategy, Task, looks_of
-from icsearch.search.registry import Options, make_strategy
+from icsearch.search.protocol import Strategy, Task
+from icsearch.search.registry import make_strategy
 
 LAYERS, TOKENS, HELDOUT, FLIPS = 8, [10] * 5, [10, 12, 9], 5
 
@@ -130,9 +129,8 @@ def strategy(start: Event) -> Strategy:
             num_shared=options["num_shared"],
             stages=options["stages"],
             tokens=tuple(start["tokens"]),
-            looks=looks_of(len(start["tokens"]), 2),
         ),
-        Options(options["strategy"]),
+        options["strategy"],
     )
 
 
@@ -261,38 +259,6 @@ def test_moves_that_the_search_has_scored_are_not_scored_again(tmp_path: Path) -
     assert len(first["moves"]) > len(set(refined) & {_moved(first["pattern"], *move) for move in first["moves"]})
     assert cost(record)["refinement_evaluations"] == len(set(refined)) + len(record.heldout.nll)  # type: ignore[union-attr]
     assert cost(record)["candidate_evaluations"] == sum(range(3, 8)) + cost(record)["refinement_evaluations"]
-
-
-def test_moves_that_a_race_had_given_up_are_counted_once(tmp_path: Path) -> None:
-    """Flips of the last step are moves too: what the race has dropped there, the refinement scores to the end."""
-    start = {**start_event(), "tokens": TOKENS[:1] * 12}
-    start["options"] |= {"strategy": "race", "confidence": 0.95}
-    record, _ = run(tmp_path / "j", start)
-    events = Journal(tmp_path / "j").events()
-    end = next(number for number, event in enumerate(events) if event["event"] == "refine")
-    before = RunRecord.replay(events[:end])
-    last = record.commits[-1]
-    moved = {one.pattern for one in before.given_up(last.step)} & set(record.asked[REFINING])
-    assert moved and all(record.nll.is_complete(letters) for letters in moved)
-    for step in range(1, len(record.commits) + 1):
-        assert record.given_up(step) == before.given_up(step)
-        assert record.candidates(step) == before.candidates(step)
-    searched = [cell for cell in view_run(before).cells if cell.step <= last.step]
-    assert list(view_run(record).cells) == searched
-    assert len({(cell.step, cell.layer) for cell in searched}) == len(searched) == sum(range(3, 8))
-    losses = [event for event in events if event["event"] == "losses" and event["step"] > 0]
-    scored = [_scored(event) / (3 if event.get("set") == "refine-on" else 12) for event in losses]
-    assert cost(record)["candidate_evaluations"] == pytest.approx(sum(scored), abs=1e-3)
-    refined = [part for part, event in zip(scored, losses, strict=True) if "set" in event]
-    assert cost(record)["refinement_evaluations"] == pytest.approx(sum(refined), abs=1e-3)
-    assert cost(before)["candidate_evaluations"] == pytest.approx(sum(scored) - sum(refined), abs=1e-3)
-    naive = len(record.asked[0]) + sum(range(3, 8)) + len(set(record.asked[REFINING]) - set(record.flips(last.step)))
-    assert cost(record)["naive_layer_evaluations"] == (naive + len(record.heldout.nll)) * LAYERS  # type: ignore[union-attr]
-
-
-def _scored(event: Event) -> int:
-    first, last = event["sequences"]
-    return len(event["patterns"]) * (last - first)
 
 
 def test_where_the_kl_is_the_objective_swaps_go_by_it(tmp_path: Path) -> None:

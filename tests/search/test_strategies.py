@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from icsearch.core.pattern import Pattern
 from icsearch.search.greedy import split_stages
-from icsearch.search.protocol import Ask, Strategy, Task, looks_of
+from icsearch.search.protocol import Strategy, Task
 from icsearch.search.registry import make_strategy
 
 Loss = Callable[[Pattern], float]
@@ -27,17 +27,17 @@ def made_up(seed: int) -> Loss:
 def task(
     start: Pattern, flips: int, *, stages: int = 1, keep: frozenset[int] = frozenset(), sequences: int = 3
 ) -> Task:
-    return Task(start, keep, flips, stages, (10,) * sequences, looks_of(sequences, 2))
+    return Task(start, keep, flips, stages, (10,) * sequences)
 
 
 def play(strategy: Strategy, loss: Loss) -> list[Pattern]:
     """The committed patterns, with the same loss on every sequence."""
     path = []
-    strategy.begin([loss(strategy.pattern)] * 3)
-    while ask := strategy.ask():
-        sums = {layer: [loss(strategy.pattern.flip(layer))] * (ask.last - ask.first) for layer in ask.layers}
-        if strategy.tell(sums) is not None:
-            path.append(strategy.pattern)
+    while layers := strategy.ask():
+        assert strategy.ask() == layers
+        choice = strategy.tell({layer: [loss(strategy.pattern.flip(layer))] * 3 for layer in layers})
+        path.append(strategy.pattern)
+        assert (choice.step, choice.pattern, choice.candidates) == (len(path), strategy.pattern.letters, layers)
     return path
 
 
@@ -91,11 +91,10 @@ def test_stages_are_the_papers(seed: int, stages: int, data: st.DataObject) -> N
 
 def test_a_round_costs_one_evaluation_per_candidate() -> None:
     strategy = make_strategy(task(Pattern.full(12), 3, stages=3))
-    strategy.begin([1.0] * 3)
     asked = []
-    while ask := strategy.ask():
-        asked.append(ask.layers)
-        strategy.tell(dict.fromkeys(ask.layers, [1.0] * 3))
+    while layers := strategy.ask():
+        asked.append(layers)
+        strategy.tell(dict.fromkeys(layers, [1.0] * 3))
     assert asked == [(1, 2, 3), (5, 6, 7), (9, 10, 11)]
 
 
@@ -119,17 +118,16 @@ def test_equal_losses_go_to_the_smaller_layer() -> None:
 
 def test_native_shared_layers_stay() -> None:
     strategy = make_strategy(task(Pattern("FFSFS"), 1, keep=frozenset({1})))
-    assert strategy.ask() == Ask((3,), 0, 3)
+    assert strategy.ask() == (3,)
 
 
 def test_a_stage_without_candidates_is_passed_over() -> None:
     strategy = make_strategy(task(Pattern("FSSFFF"), 2, stages=2))
-    strategy.begin([1.0] * 3)
-    assert strategy.ask() == Ask((4, 5), 0, 3)
+    assert strategy.ask() == (4, 5)
     strategy.tell({4: [1.0] * 3, 5: [2.0] * 3})
-    assert strategy.ask() == Ask((5,), 0, 3)
+    assert strategy.ask() == (5,)
     strategy.tell({5: [2.0] * 3})
-    assert strategy.ask() is None
+    assert strategy.ask() == ()
 
 
 @pytest.mark.parametrize("stages", [1, 4])

@@ -242,20 +242,19 @@ def events(run: Path) -> list[dict[str, Any]]:
     [
         (4, ["--pp", 2], ["--stages", 1]),
         (4, ["--pp", 4], ["--stages", 1, "--objective", "kl", "--memory", "3.5MB", "--block-elements", 1024]),
-        (2, ["--pp", 2], ["--stages", 2, "--strategy", "race"]),
-        (4, ["--dp", 2, "--pp", 2], ["--stages", 1, "--strategy", "race+lazy", "--objective", "kl"]),
-        (3, ["--dp", 3], ["--stages", 4, "--strategy", "lazy"]),
+        (2, ["--pp", 2], ["--stages", 2]),
+        (4, ["--dp", 2, "--pp", 2], ["--stages", 1, "--objective", "kl"]),
+        (3, ["--dp", 3], ["--stages", 4]),
     ],
 )
-def test_every_strategy_in_every_grid(
+def test_every_grid(
     deeper: Path, longer: Path, tmp_path: Path, processes: int, how: list[object], more: list[object]
 ) -> None:
     alone(greedy(deeper, longer, tmp_path / "one", *more))
     done = launched(torchrun(processes), greedy(deeper, longer, tmp_path / "several", *how, *more))
     assert done.returncode == 0, done.stderr
     assert same_result(tmp_path / "several", tmp_path / "one")
-    found, expected = losses(tmp_path / "several"), losses(tmp_path / "one")
-    assert {key: found[key] for key in expected} == expected  # a race's waves may reach further than its looks
+    assert losses(tmp_path / "several") == losses(tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from icsearch.planning.rehearsal import layer_evaluations, rehearsed
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Scores, Scoring, Search
-from icsearch.search.protocol import Task, looks_of
+from icsearch.search.protocol import Task
 from icsearch.search.registry import make_strategy
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
 from icsearch.sweep.states import Keeping, StateStore
@@ -176,7 +176,7 @@ def test_the_rehearsed_search_is_the_dearest(flips: int) -> None:
         return runs
 
     tokens = (10, 11)
-    task = Task(Pattern.full(6), frozenset(), flips, 1, tokens, looks_of(2, 1))
+    task = Task(Pattern.full(6), frozenset(), flips, 1, tokens)
     most = layer_evaluations(rehearsed(lambda: make_strategy(task), tokens, [], keeping(), 100))
     assert most == taken(min)
     found = {taken(random.Random(seed).choice) for seed in range(100)}
@@ -234,7 +234,7 @@ def search(path: Path, scorer: SweepScorer, stages: int = 1, flips: int = 5, ref
     if not journal.exists():
         journal.append(start)
     record = RunRecord.replay(journal.events())
-    task = Task(Pattern.full(6), frozenset(), flips, stages, tuple(record.tokens), looks_of(SEQUENCES, BATCH))
+    task = Task(Pattern.full(6), frozenset(), flips, stages, tuple(record.tokens))
     return Search(Scoring(journal, record, scorer, Quiet()), make_strategy(task)).run()
 
 
@@ -313,7 +313,7 @@ def test_the_planned_states_fit_what_is_really_kept(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_only_some_patterns_and_some_batches_are_scored(dsa: model.DsaModel, seed: int) -> None:
-    """As racing and lazy searches do: what was not scored in a step may go on from an older step's states."""
+    """What was not scored in a step may go on from an older step's states."""
     chance, batches = random.Random(seed), random_batches()
     plain, scorer = Sweeper(dsa), Watched(dsa, batches, 100, 1, 10**9)
     base = Pattern.full(6)
