@@ -60,7 +60,13 @@ def search_rows(plan: SearchPlan, start: dict[str, Any]) -> Rows:
         room = format_bytes(memory.in_cpu_memory)
         text = f"in pinned CPU memory, each tensor as the next power of two: {states} of {room}; one at a time moves in"
         rows.append(("branch states", text))
-    rows += [("kept between steps", plan.kept.words), ("peak", _peak_words(plan))]
+    peak, lost = memory.peak(plan.candidates, plan.kept.bytes)  # of the process; on CUDA of the device
+    parts = {"the program itself": memory.program, "lost between tensors": lost}
+    told = " and ".join(f"{format_bytes(size)} {name}" for name, size in parts.items() if size)
+    rows += [
+        ("kept between steps", plan.kept.words),
+        ("peak", f"about {format_bytes(peak)} in all{', with ' if told else ''}{told} (estimate)"),
+    ]
     if start["options"]["objective"] == "kl":
         along = "no room for its final states: it runs along in every sweep"
         kept = f"{format_bytes(memory.full_states)} of final states kept" if memory.full_states else along
@@ -73,14 +79,6 @@ def search_rows(plan: SearchPlan, start: dict[str, Any]) -> Rows:
         )
         rows.append(("refinement", text))
     return rows
-
-
-def _peak_words(plan: SearchPlan) -> str:
-    """What the process is expected to have at once; on CUDA the device."""
-    peak, lost = plan.memory.peak(plan.candidates, plan.kept.bytes)
-    parts = {"the program itself": plan.memory.program, "lost between tensors": lost}
-    told = [f"{format_bytes(size)} {name}" for name, size in parts.items() if size]
-    return f"about {format_bytes(peak)} in all{', with ' if told else ''}{' and '.join(told)} (estimate)"
 
 
 def model_rows(start: dict[str, Any]) -> Rows:

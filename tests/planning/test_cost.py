@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +19,12 @@ from icsearch.core.pattern import Pattern
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import ModelShape
 from icsearch.planning import work as cost
-from icsearch.planning.work import GLM_FLASH_DSA, Breakdown, Rates, Widths, Work, cost_rows
+from icsearch.planning.work import Breakdown, Rates, Widths, Work, cost_rows
 from tiny import FAMILIES, SIZES
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
+
+from published import GLM_FLASH_DSA, check_estimate, fit_rates
 
 # Sizes that no two formulas confuse: all different primes, but for small counts.
 SMALL = ModelShape(
@@ -226,18 +232,18 @@ def test_equal_rates_make_the_estimate_a_ratio_of_counts() -> None:
 
 def errors(prefill_at: int = 200_000, shape: ModelShape = GLM_FLASH_DSA) -> dict[tuple[str, str, int], float]:
     """Percent, of the figures that no constant was fitted on."""
-    rows = cost.check_estimate(prefill_at, shape)
+    rows = check_estimate(prefill_at, shape)
     return {(r.model, r.phase, r.context): round(100 * r.error, 1) for r in rows if not r.fitted}
 
 
 def test_the_default_rates_are_those_fitted_on_200k() -> None:
-    fitted = cost.fit_rates()
+    fitted = fit_rates()
     assert fitted.prefill == pytest.approx(cost.PAPER_RATES.prefill, rel=2e-3)
     assert fitted.decode == pytest.approx(cost.PAPER_RATES.decode, rel=2e-3)
 
 
 def test_two_constants_meet_two_figures_and_the_others_are_reported_as_missed() -> None:
-    fitted = [row for row in cost.check_estimate() if row.fitted]
+    fitted = [row for row in check_estimate() if row.fitted]
     assert [(row.phase, row.context) for row in fitted] == [("prefill", 200_000), ("decode", 200_000)]
     assert all(math.isclose(row.predicted, row.published) for row in fitted)
     assert errors() == {
@@ -251,7 +257,7 @@ def test_two_constants_meet_two_figures_and_the_others_are_reported_as_missed() 
 
 @pytest.mark.parametrize("prefill_at", [60_000, 120_000])
 def test_another_length_to_fit_on_tells_the_same(prefill_at: int) -> None:
-    assert cost.fit_rates(prefill_at=prefill_at).prefill == pytest.approx(cost.PAPER_RATES.prefill, rel=0.1)
+    assert fit_rates(prefill_at=prefill_at).prefill == pytest.approx(cost.PAPER_RATES.prefill, rel=0.1)
     found = errors(prefill_at)
     assert all(abs(e) < 3.5 for (model, _, context), e in found.items() if model == "30B" and context > 10_000)
 
@@ -266,7 +272,7 @@ def test_the_assumed_index_heads_hardly_matter_for_the_30b_model_but_for_others_
         assert errors(shape=few)["30B", "prefill", context] == pytest.approx(
             errors(shape=many)["30B", "prefill", context], abs=0.15
         )
-    assert cost.fit_rates(few).prefill == pytest.approx(4 * cost.fit_rates(many).prefill, rel=1e-2)
+    assert fit_rates(few).prefill == pytest.approx(4 * fit_rates(many).prefill, rel=1e-2)
 
 
 def test_the_papers_81_percent_and_its_speedup_disagree() -> None:
