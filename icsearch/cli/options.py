@@ -129,10 +129,12 @@ def _typed(option: Declared) -> Any:
 
 def _completion(option: Declared) -> Callable[[str], list[str]] | None:
     """For the shell: the values that begin with what is typed. They are imported only then."""
-    choices, offers = option.option.choices, option.option.offers
-    if not choices and offers is None:
-        return None
-    return lambda incomplete: [one for one in (offers or (lambda: choices))() if one.startswith(incomplete)]
+    offers = option.option.offers or option.option.choices
+
+    def complete(typed: str) -> list[str]:
+        return [choice for choice in (offers() if callable(offers) else offers) if choice.startswith(typed)]
+
+    return complete if offers else None
 
 
 def print_help(ctx: Any, command: Any) -> None:

@@ -158,7 +158,7 @@ class RunRequest(Request):
     calibration: CalibrationRequest
     out: Annotated[Path, Option("Directory of the run", OUTPUT, "RUN", default="runs/MODEL-COMMAND")]
     device: Annotated[
-        str, Option("cpu, cuda, cuda:0", NUMERICS, "DEVICE", default="auto: cuda, then cpu", offers=lambda: DEVICES)
+        str, Option("cpu, cuda, cuda:0", NUMERICS, "DEVICE", default="auto: cuda, then cpu", offers=DEVICES)
     ] = AUTO
     dtype: Dtype = AUTO
     batch_size: BatchSize = None
