@@ -63,11 +63,16 @@ class Plain(Quiet):
 
     def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None:
         self._clock.total, self._clock.done = layer_sequences, done
-        self.console.print(plan_table(rows))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold")
+        table.add_column()
+        for name, text in rows:
+            table.add_row(name, escape(text))
+        self.console.print(table)
 
     def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
-        if step != self._step:  # a smaller plan begins to score again
+        if step != self._step:  # swaps are scored in rounds, and a smaller plan begins to score again
             self.info(f"{_step_name(step)}: scoring {numbers.plural(patterns, 'pattern')}")
         self._step = step
 
@@ -87,7 +92,15 @@ class Plain(Quiet):
         super().committed(record)
 
     def tried(self, record: RunRecord) -> None:
-        self.info(trial_line(record))
+        """What became of the last move that held-out sequences were asked about."""
+        if record.refinement is None or record.heldout is None:
+            return
+        trial = record.refinement.trials[-1]
+        here, there = (known.objective.difference(trial.pattern, trial.before) for known in (record, record.heldout))
+        self.info(
+            f"swap {'made' if trial.made else 'refused'}: layer {trial.from_layer} to {trial.to_layer}, "
+            f"{numbers.difference(here)}, held out {numbers.difference(there)}"
+        )
 
 
 class Live(Plain):
@@ -182,16 +195,6 @@ def make_listener(quiet: bool, on_step: OnStep | None = None) -> Quiet:
     return (Live if console.is_terminal else Plain)(console, on_step)
 
 
-def plan_table(rows: Sequence[tuple[str, str]]) -> Table:
-    """The plan, printed before the run."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column()
-    for name, text in rows:
-        table.add_row(name, escape(text))
-    return table
-
-
 def commit_line(record: RunRecord) -> str:
     """What the last commit did."""
     commit, step = record.commits[-1], record.steps()[-1]
@@ -203,23 +206,8 @@ def commit_line(record: RunRecord) -> str:
     )
 
 
-def trial_line(record: RunRecord) -> str:
-    """What became of the last move that held-out sequences were asked about."""
-    if record.refinement is None or record.heldout is None:
-        return ""
-    trial = record.refinement.trials[-1]
-    here, there = (one.objective.difference(trial.pattern, trial.before) for one in (record, record.heldout))
-    return (
-        f"swap {'made' if trial.made else 'refused'}: layer {trial.from_layer} to {trial.to_layer}, "
-        f"{numbers.difference(here)}, held out {numbers.difference(there)}"
-    )
-
-
 def best_so_far(record: RunRecord, step: int | str) -> str:
-    """The leader of a step, on the sequences that all patterns have been scored on that are not behind.
-
-    Behind are those of a sweep to come.
-    """
+    """The leader of a step, on what all of its patterns have been scored on, but those of a sweep to come."""
     if isinstance(step, str):
         made = len(record.refinement.swaps) if record.refinement else 0
         return f"{numbers.plural(made, 'swap')} made"

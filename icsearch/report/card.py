@@ -143,14 +143,12 @@ def card_yaml(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
     from huggingface_hub import ModelCardData
 
     model = card_model(runs, evaluations)
-    results = [result for view in evaluations for result in _eval_results(view)]
-    results += [result for view in runs for result in _run_results(view)]
     card = ModelCardData(
         base_model=hub_id(model),
         library_name="transformers",
         tags=list(TAGS),
         model_name=f"{last_part(model)} with shared indexers",
-        eval_results=results,
+        eval_results=[*_results(runs, evaluations)],
     )
     return str(card.to_yaml(line_break="\n")).rstrip()
 
@@ -192,33 +190,31 @@ def dataset_of(calibration: Mapping[str, Any], model: str) -> dict[str, Any]:
     return {"dataset_type": name, "dataset_name": name, "dataset_config": config, "dataset_split": split}
 
 
-def _eval_results(view: EvalView) -> Iterator[Any]:
-    dataset = dataset_of(view.document.get("calibration") or {}, view.model_name)
-    for row in view.rows:
-        metrics = {"loss": row.loss, "perplexity": row.perplexity}
-        if not row.is_baseline:
-            metrics |= {"kl_divergence": row.kl.delta, "top1_agreement": row.top1_agreement}
-        label = f"{row.name}, {row.full} of {view.num_layers} indexers" + (f", {IN_SAMPLE}" if row.in_sample else "")
-        yield from _results(metrics, label, dataset)
-
-
-def _run_results(view: RunView) -> Iterator[Any]:
-    """The losses of a search, said to be in-sample: they were chosen by."""
-    dataset = dataset_of(view.start["calibration"], view.model_name)
-    for name, point in (("baseline", view.points[0]), ("searched", view.final)):
-        label = f"{name}, {point.full} of {view.num_layers} indexers, {IN_SAMPLE}"
-        yield from _results({"loss": point.loss}, label, dataset)
-
-
-def _results(metrics: dict[str, float], label: str, dataset: dict[str, Any]) -> Iterator[Any]:
+def _results(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> Iterator[Any]:
+    """Every finite number of the evaluations, then of the searches, said to be in-sample: they were chosen by."""
     from huggingface_hub import EvalResult
 
-    for metric, value in metrics.items():
-        if math.isfinite(value):
-            name = f"{metric.replace('_', ' ')} ({label})"
-            yield EvalResult(
-                task_type="text-generation", metric_type=metric, metric_value=value, metric_name=name, **dataset
-            )
+    told: list[tuple[dict[str, float], str, dict[str, Any]]] = []
+    for view in evaluations:
+        dataset = dataset_of(view.document.get("calibration") or {}, view.model_name)
+        for row in view.rows:
+            metrics = {"loss": row.loss, "perplexity": row.perplexity}
+            if not row.is_baseline:
+                metrics |= {"kl_divergence": row.kl.delta, "top1_agreement": row.top1_agreement}
+            in_sample = f", {IN_SAMPLE}" if row.in_sample else ""
+            told.append((metrics, f"{row.name}, {row.full} of {view.num_layers} indexers{in_sample}", dataset))
+    for run in runs:
+        dataset = dataset_of(run.start["calibration"], run.model_name)
+        for name, point in (("baseline", run.points[0]), ("searched", run.final)):
+            label = f"{name}, {point.full} of {run.num_layers} indexers, {IN_SAMPLE}"
+            told.append(({"loss": point.loss}, label, dataset))
+    for metrics, label, dataset in told:
+        for metric, value in metrics.items():
+            if math.isfinite(value):
+                name = f"{metric.replace('_', ' ')} ({label})"
+                yield EvalResult(
+                    task_type="text-generation", metric_type=metric, metric_value=value, metric_name=name, **dataset
+                )
 
 
 # --- how to serve it --------------------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ EDGE_LINE = 0.06  # of the picture's height, for a label at the edge
 DODGE = 0.014  # of the picture's width, between patterns with as many F layers
 PIXEL = 1 / 96  # inch
 CELL_GAP = 0.04  # of a cell's width
-CELL_MARGINS = (0.55, 0.1, 0.05, 0.42)
+CELL_MARGINS = (0.65, 0.1, 0.05, 0.42)
 
 
 @contextmanager
@@ -522,7 +522,11 @@ def scatter(view: EvalView, size: tuple[float, float] = CHART) -> Figure:
     axes.plot(
         [0], [0], "o", color=INK, markersize=5, label=f"{view.baseline_name} ({numbers.loss(view.baseline.loss)})"
     )
-    xs = _beside(others, DODGE * x_high * CHART[0] / size[0])
+    xs = {}
+    for row in others:  # those with as many F layers stand side by side
+        beside = [other.name for other in others if other.shared == row.shared]
+        place = beside.index(row.name) - (len(beside) - 1) / 2
+        xs[row.name] = row.shared + place * DODGE * x_high * CHART[0] / size[0]
     for name, method, colour in series(view):
         rows = [row for row in others if (row.series, row.method) == (name, method)]
         marker = MARKERS.get(method, "o")
@@ -562,18 +566,6 @@ def is_nested_run(rows: Sequence[EvalRow]) -> bool:
     kept = [set(row.pattern.full_layers) for row in rows]
     nested = all(later < earlier for earlier, later in itertools.pairwise(kept))
     return len(rows) > 1 and nested and all(row.series != row.method for row in rows)
-
-
-def _beside(rows: Sequence[EvalRow], distance: float) -> dict[str, float]:
-    """Where each row stands, so that patterns with as many F layers do not hide each other."""
-    names: dict[int, list[str]] = {}
-    for row in rows:
-        names.setdefault(row.shared, []).append(row.name)
-    return {
-        name: shared + (index - (len(beside) - 1) / 2) * distance
-        for shared, beside in names.items()
-        for index, name in enumerate(beside)
-    }
 
 
 def _plain(name: str, width: int) -> str:

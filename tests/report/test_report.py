@@ -606,6 +606,12 @@ def test_page_is_whole_and_loads_nothing_from_outside(made_up: MadeUpRun) -> Non
     assert all(target.startswith(("data:", "#")) for target in re.findall(r"url\(['\"]?([^)]*)", text))
 
 
+@pytest.mark.parametrize(("num_layers", "kilobytes"), [(16, 200), (78, 800)])
+def test_a_page_is_no_larger_than_a_picture(num_layers: int, kilobytes: int) -> None:
+    made_up = MadeUpRun(num_layers=num_layers, num_shared=3 * num_layers // 4, num_sequences=3)
+    assert len(render_page([view_of(made_up)]).encode()) < 1000 * kilobytes
+
+
 def test_page_has_its_parts(small: RunView) -> None:
     text = render_page([small])
     for part in (
