@@ -76,7 +76,7 @@ class Case:
         most, sequences = max(self.job.patterns, 1 + len(self.workload.references)), self.workload.sequences
         nothing = Kept(self.workload.keeping(), 0, 0)
         kept = nothing if memory.missing else memory.keep(self.workload.keeping(), most, sequences)
-        return Placement(offload, memory, kept, most)
+        return Placement(grid, offload, memory, kept, most)
 
 
 @dataclass(frozen=True)
@@ -86,14 +86,11 @@ class Placement:
     Weights are resident, or streamed layer by layer from CPU memory or disk (`offload`).
     """
 
+    grid: Grid
     offload: str
     memory: Memory
     kept: Kept
     patterns: int  # of a sweep at most
-
-    @property
-    def grid(self) -> Grid:
-        return self.memory.grid
 
     @property
     def states(self) -> int:

@@ -181,12 +181,6 @@ class Memory:
             return self
         return replace(self, in_cpu_memory=room, patterns_per_sweep=together, batches_per_wave=wave)
 
-    def in_waves(self, patterns: int, batches: int) -> Memory:
-        """As much of so many patterns and batches in one pass as there is room for."""
-        room = (self.budget - self.weights - self.full_states - self.shape.layer_bytes) // self.shape.branch_bytes
-        together, wave = plan_waves(room // (1 + self.grid.packets), patterns, batches, 2 + self.along)
-        return replace(self, patterns_per_sweep=together, batches_per_wave=wave)
-
     def keep(self, keeping: Keeping, patterns: int, sequences: int) -> Kept:
         """States kept between steps: so many patterns of a sweep come first, of the sequences of the largest share."""
         share = largest_share(sequences, self.shape.batch_size, self.grid)
@@ -265,7 +259,9 @@ def fit(job: Job, machine: Machine, grid: Grid) -> Memory:
         scored = sum(largest_share(total, shape.batch_size, grid) for total in (job.sequences, job.heldout))
         memory = memory.for_kl(scored * shape.final_bytes)
     if offload.streamed:
-        memory = memory.in_waves(job.patterns, batches)
+        room = (machine.budget - weights - memory.full_states - shape.layer_bytes) // shape.branch_bytes
+        together, wave = plan_waves(room // (1 + grid.packets), job.patterns, batches, 2 + memory.along)
+        memory = replace(memory, patterns_per_sweep=together, batches_per_wave=wave)
     if machine.on_cpu or grid.pipeline > 1 or not job.may_offload_states:
         return memory
     whole = job.weights

@@ -132,7 +132,7 @@ def table(plan: Plan) -> RenderableType:
     from rich.console import Group
     from rich.text import Text
 
-    parts = (_facts(plan), _memory_table(plan), _time_table(plan), Text(_notes(plan)))
+    parts = (_facts(plan), _memory_table(plan), _time_table(plan), _notes(plan))
     return Group(*(part for each in parts for part in (each, Text())))
 
 
@@ -176,6 +176,7 @@ def _memory_table(plan: Plan) -> RenderableType:
         f"Memory of the fullest device, estimated, of {format_bytes(plan.placements[0].memory.budget)}",
         ("placement", "weights", "branches", "a call", "in all", "patterns at once"),
     )
+    best, _ = plan.best
     for placement in plan.placements:
         memory = placement.memory
         patterns = min(memory.patterns_per_sweep, placement.patterns)
@@ -183,7 +184,7 @@ def _memory_table(plan: Plan) -> RenderableType:
         if memory.missing:
             verdict = f"{'CPU ' if memory.offload.missing else ''}{format_bytes(memory.missing)} over"
         sizes = (memory.weights, placement.states, memory.shape.layer_bytes, placement.total)
-        rows.add_row(placement.words, *map(format_bytes, sizes), verdict)
+        rows.add_row(placement.words, *map(format_bytes, sizes), verdict, style="bold" if placement is best else "")
     return rows
 
 
@@ -193,6 +194,7 @@ def _time_table(plan: Plan) -> RenderableType:
         "Layer evaluations, FLOPs, weights that a step reads: counted; time: estimated",
         ("placement", "evaluations", "FLOPs", "reads", "a step", "in all", "waits for"),
     )
+    best, _ = plan.best
     for placement, forecasts in plan.forecasts.items():
         for forecast in forecasts:
             read = format_bytes(round(forecast.weight_bytes / forecast.steps))
@@ -204,6 +206,7 @@ def _time_table(plan: Plan) -> RenderableType:
                 duration(forecast.hours / forecast.steps),
                 duration(forecast.hours),
                 "computing" if forecast.binds == "computing" else "weights",
+                style="bold" if placement is best else "",
             )
     return rows
 
@@ -235,22 +238,30 @@ def duration(hours: float) -> str:
     return f"{value:.0f} {unit}" if value >= 9.95 else f"{value:.2g} {unit}"
 
 
-def _notes(plan: Plan) -> str:
-    """What the numbers are, and what is recommended."""
+def _notes(plan: Plan) -> RenderableType:
+    """What the numbers are, and which placement is the best."""
+    from rich.table import Table
+
     best, forecast = plan.best
     device, total = plan.case.device, plan.case.job.weights.total
-    lines = []
+    rows = Table.grid(padding=(0, 2))
     if copies := sorted({placement.grid.data for placement in plan.placements if placement.offload == CPU}):
         sizes = ", ".join(f"{format_bytes(total * data)} with dp {data}" for data in copies)
         room = format_bytes(int(SHARE_OF_CPU * device.node_memory))
-        lines.append(f"from cpu: the weights are in the node's CPU memory, {sizes}, of {room} to take.")
-    lines += [
-        f"Evaluations: the likely course, by rehearsal; at most {forecast.most_layer_evaluations}, which take "
-        f"{duration(forecast.most_hours)} with {best.words}.",
-        "Time: of each phase max(FLOPs / (rate x efficiency), bytes / bandwidth), or of bringing weights where that is "
-        f"more; efficiency {device.efficiency:g}, {device.sources['efficiency']}: an order of magnitude.",
-        f"Recommended: the placement that {forecast.strategy} is fastest on, {best.words}. It waits for "
-        f"{forecast.binds}: computing takes {duration(forecast.computing_hours)}, bringing weights "
-        f"{duration(forecast.bringing_hours)}.",
-    ]
-    return "\n".join(lines)
+        rows.add_row("from cpu", f"the weights are in the node's CPU memory: {sizes}, of {room} to take")
+    rows.add_row(
+        "evaluations",
+        f"the likely course, by rehearsal; at most {forecast.most_layer_evaluations}, which take "
+        f"{duration(forecast.most_hours)} with {best.words}",
+    )
+    rows.add_row(
+        "time",
+        "an order of magnitude: of each phase max(FLOPs / (rate x efficiency), bytes / bandwidth), or of bringing "
+        f"weights where that is more; efficiency {device.efficiency:g} ({device.sources['efficiency']})",
+    )
+    rows.add_row(
+        "best",
+        f"{best.words}: {forecast.strategy} is fastest there. It waits for {forecast.binds}: computing takes "
+        f"{duration(forecast.computing_hours)}, bringing weights {duration(forecast.bringing_hours)}",
+    )
+    return rows

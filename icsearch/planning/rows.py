@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from icsearch.core.pattern import Pattern
@@ -153,23 +154,18 @@ def shared_starts(start: Pattern, firsts: Sequence[int], layer_indices: Sequence
         for first in (firsts[number] for number in wrong)
     ]
     blocks, s, verb = ", ".join(str(number + 1) for number in wrong), *(("s", "") if len(wrong) > 1 else ("", "s"))
+    sizes = [stop - first for first, stop in pairwise((*firsts, len(start)))]
+    aligned = aligned_partition(start, range(len(start)), sizes)
+    advice = f"too few layers have an indexer for {len(firsts)} stages: give fewer"
+    if aligned is not None:  # before the nearest layers that have one
+        cuts = [sum(aligned[:number]) for number in range(1, len(aligned))]
+        kept, served = ",".join(map(str, cuts)), ",".join(["0", *(str(layer_indices[cut]) for cut in cuts)])
+        advice = (
+            f"cut the server at layers {served} in place, where it takes its cuts by hand: search with --keep-full "
+            f"{kept}, or let icsearch export --serve-pp {served} repair the pattern"
+        )
     return [
         f"block{s} {blocks} of --stages {len(firsts)} begin{verb} with layer{s} {', '.join(layers)}, which the "
         "checkpoint itself shares: F cannot be kept there, and a serving stage that begins there would have no "
-        f"selection to reuse; {_elsewhere(start, firsts, layer_indices)}"
+        f"selection to reuse; {advice}"
     ]
-
-
-def _elsewhere(start: Pattern, firsts: Sequence[int], layer_indices: Sequence[int]) -> str:
-    """Where else to cut: before the nearest layers that have an indexer."""
-    ends = [*firsts[1:], len(start)]
-    sizes = aligned_partition(start, range(len(start)), [end - first for first, end in zip(firsts, ends, strict=True)])
-    if sizes is None:
-        return f"too few layers have an indexer for {len(firsts)} stages: give fewer"
-    cuts = [sum(sizes[:number]) for number in range(len(sizes))]
-    kept = ",".join(map(str, cuts[1:]))
-    served = ",".join(["0", *(str(layer_indices[cut]) for cut in cuts[1:])])
-    return (
-        f"cut the server at layers {served} in place, where it takes its cuts by hand: search with --keep-full {kept}, "
-        f"or let icsearch export --serve-pp {served} repair the pattern"
-    )

@@ -52,7 +52,7 @@ def test_a_plan_in_words(capsys: Capture) -> None:
         "estimated",
         "waits for",
         "recommended:\nicsearch greedy",
-        "Recommended: the placement that exact is fastest on, one device. It waits for computing",
+        "one device: exact is fastest there. It waits for computing: computing takes",
     ):
         assert " ".join(word.split()) in " ".join(out.split())
 
@@ -72,7 +72,7 @@ def test_a_plan_fits_the_terminal(model: str, columns: int, capsys: Capture, mon
 
 def test_what_cpu_memory_must_hold_is_said(capsys: Capture) -> None:
     out = " ".join(run(capsys, "plan", GLM, *LONG)[1].split())
-    assert "from cpu: the weights are in the node's CPU memory, 1.5 TB with dp 1, " in out
+    assert "from cpu the weights are in the node's CPU memory: 1.5 TB with dp 1, " in out
     assert "from cpu" not in run(capsys, "plan", "demo")[1]
 
 
