@@ -169,13 +169,13 @@ class Sweeper:
 
     def losses(self, asked: Sequence[Pattern], batch: Batch, states: Mapping[str, torch.Tensor]) -> Sums:
         """The sums of one batch; `states` as in `states_of`. Raises NonFiniteLossError."""
-        found: dict[str, list[float]] = {}
+        sums: dict[str, list[float]] = {}
         for pattern in asked:
             normed = self.normed(states[pattern.letters])
             nll = sequence_nll(normed, self.model.lm_head, batch.input_ids, batch.counted)
             self.check_finite(nll, batch, pattern)
-            found[pattern.letters] = nll.tolist()
-        return {"nll": found}
+            sums[pattern.letters] = nll.tolist()
+        return {"nll": sums}
 
     @computing()
     def run(
@@ -278,15 +278,15 @@ class KlSweeper(Sweeper):
             reference = self.normed(states[self.model.start_pattern.letters])
             if self._keep_full_states:
                 self._full_states[batch.first] = reference
-        found: Sums = {"nll": {}, "kl": {}}
+        tables: Sums = {"nll": {}, "kl": {}}
         for pattern in asked:
             normed = self.normed(states[pattern.letters])
             nll, kl, _ = token_measures(normed, reference, self.model.lm_head, batch.input_ids)
             for name, values in (("nll", nll), ("kl", kl)):
                 sums = per_sequence(values, batch.counted)
                 self.check_finite(sums, batch, pattern)
-                found[name][pattern.letters] = sums.tolist()
-        return found
+                tables[name][pattern.letters] = sums.tolist()
+        return tables
 
 
 def make_sweeper(

@@ -81,9 +81,9 @@ def _heard(config: Any) -> Iterator[list[torch.Tensor]]:
 
     def listen(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         function = own or sys.modules[type(module).__module__].eager_attention_forward
-        found = function(module, *args, **kwargs)
-        outputs.append(found[0])
-        return found
+        returned = function(module, *args, **kwargs)
+        outputs.append(returned[0])
+        return returned
 
     ALL_ATTENTION_FUNCTIONS[name] = listen
     try:

@@ -110,20 +110,17 @@ def grids(size: int, data: int | None, pipeline: int | None) -> list[Grid]:
     """
     wanted = {"--dp": data, "--pp": pipeline}
     asked = " ".join(f"{name} {value}" for name, value in wanted.items() if value is not None)
-    found = [Grid(size // p, p) for p in range(1, size + 1) if size % p == 0]
-    fitting = [grid for grid in found if data in (None, grid.data) and pipeline in (None, grid.pipeline)]
+    possible = [Grid(size // p, p) for p in range(1, size + 1) if size % p == 0]
+    fitting = [grid for grid in possible if data in (None, grid.data) and pipeline in (None, grid.pipeline)]
     if fitting:
         return fitting
     product = (data or 1) * (pipeline or 1)
     exactly = "" if data and pipeline else "a multiple of " if product > 1 else ""
+    started = "this is one" if size == 1 else f"{size} were started"
     raise IcsearchError(
-        f"{asked} needs {exactly}{product} processes, and {_started(size)}: start them with torchrun "
+        f"{asked} needs {exactly}{product} processes, and {started}: start them with torchrun "
         f"--nproc-per-node {product} -m icsearch, or give other numbers"
     )
-
-
-def _started(size: int) -> str:
-    return "this is one" if size == 1 else f"{size} were started"
 
 
 def check_device(device: str, size: int) -> None:
