@@ -175,15 +175,15 @@ def test_nan_in_a_streamed_layer_is_refused_when_it_comes(tmp_path: Path) -> Non
 
 def test_layers_that_rest_in_cpu_memory_are_resident_ones(sharded: Path) -> None:
     """On a CPU device nothing is gained by it, but the order of things is that of any device."""
-    resident, parked = load(sharded, dtype="bfloat16"), load(sharded, dtype="bfloat16", offload=CPU)
-    assert all(parameter.is_meta for layer in parked.layers for parameter in layer.parameters())
+    resident, offloaded = load(sharded, dtype="bfloat16"), load(sharded, dtype="bfloat16", offload=CPU)
+    assert all(parameter.is_meta for layer in offloaded.layers for parameter in layer.parameters())
     for _ in range(2):
-        for index, layer in enumerate(parked.layers):
-            with parked.holding(index):
+        for index, layer in enumerate(offloaded.layers):
+            with offloaded.holding(index):
                 assert differing(tensors_of(layer), tensors_of(resident.layers[index])) == []
                 assert not any(parameter.requires_grad for parameter in layer.parameters())
             assert all(parameter.is_meta for parameter in layer.parameters())
-    assert parked.weights.bytes_read == 2 * sum(one.nbytes for one in tensors_of(resident.decoder.layers).values())
+    assert offloaded.weights.bytes_read == 2 * sum(one.nbytes for one in tensors_of(resident.decoder.layers).values())
 
 
 def test_memory_that_runs_out_in_a_conversion_is_an_error(sharded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

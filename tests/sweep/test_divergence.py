@@ -129,8 +129,11 @@ def test_memory_keeps_the_final_states_where_one_candidate_fits_beside_them() ->
     too_much = memory.for_kl(4 * SHAPE.branch_bytes + 1)
     assert (too_much.full_states, too_much.patterns_per_sweep, too_much.along) == (0, 4, 1)  # it runs in each sweep
     assert too_much.beside(4) == 0 == memory.beside(5)
-    rested = replace(too_much, patterns_per_sweep=1).offload_states(6 * SHAPE.pinned_bytes, patterns=4, batches=1)
-    assert (rested.patterns_per_sweep, rested.beside(2)) == (2, SHAPE.pinned_bytes)  # of 3 there is no room beside it
+    offloaded = replace(too_much, patterns_per_sweep=1).offload_states(6 * SHAPE.pinned_bytes, patterns=4, batches=1)
+    assert (offloaded.patterns_per_sweep, offloaded.beside(2)) == (
+        2,
+        SHAPE.pinned_bytes,
+    )  # of 3 there is no room beside it
 
 
 # --- the search that goes by it --------------------------------------------------------------------------------------

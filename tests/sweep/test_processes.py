@@ -27,11 +27,11 @@ from icsearch.__main__ import main
 from icsearch.planning import memory
 from icsearch.sweep import branches
 
-planned, lay = memory.fit, branches.InCpuMemory.put
+planned, put = memory.fit, branches.InCpuMemory.put
 
 def noted(self, value):
-    pathlib.Path({folder!r}, "rested" + os.environ["RANK"]).touch()
-    return lay(self, value)
+    pathlib.Path({folder!r}, "offloaded" + os.environ["RANK"]).touch()
+    return put(self, value)
 
 memory.fit = lambda *given: replace(planned(*given), in_cpu_memory=10**9)
 branches.InCpuMemory.put = noted
@@ -114,13 +114,13 @@ def test_data_parallel_through_torchrun(glm_checkpoint: Path, tokens: Path, tmp_
 @pytest.mark.parametrize("objective", ["lm-loss", "kl"])
 def test_states_that_rest_in_cpu_memory(deeper: Path, longer: Path, tmp_path: Path, objective: str) -> None:
     """As on CUDA devices without room for them: each process's own, by its own hand. Copies change no bit."""
-    script = tmp_path / "resting.py"
+    script = tmp_path / "script.py"
     script.write_text(RESTING.format(folder=str(tmp_path)))
     alone(greedy(deeper, longer, tmp_path / "one", "--objective", objective))
     command = [*torchrun(2), str(script), *map(str, greedy(deeper, longer, tmp_path / "two", "--objective", objective))]
     done = subprocess.run([str(BIN / command[0]), *command[1:]], capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in tmp_path.glob("rested*")) == ["rested0", "rested1"]
+    assert sorted(path.name for path in tmp_path.glob("offloaded*")) == ["offloaded0", "offloaded1"]
     assert_same(tmp_path / "two", tmp_path / "one")
 
 

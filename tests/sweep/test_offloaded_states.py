@@ -30,20 +30,20 @@ class Device(InCpuMemory):
 
     def __init__(self) -> None:
         super().__init__(CPU)
-        self.resting: set[int] = set()
+        self.offloaded: set[int] = set()
         self.moved = 0
 
     def put(self, value: Any) -> Any:
         laid = super().put(value)
         if isinstance(laid, torch.Tensor):
             assert laid.data_ptr() != value.data_ptr()
-            self.resting.add(laid.data_ptr())
+            self.offloaded.add(laid.data_ptr())
             self.moved += 1
         return laid
 
     def fetch(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            assert value.data_ptr() in self.resting
+            assert value.data_ptr() in self.offloaded
             return value.clone()
         return value
 
@@ -60,7 +60,7 @@ def batches() -> list[Batch]:
     return cut_batches(ids, torch.ones_like(ids, dtype=torch.bool), 2)
 
 
-def test_a_sweep_of_resting_states_has_the_same_bits(dsa: DsaModel, batches: list[Batch]) -> None:
+def test_a_sweep_of_offloaded_states_has_the_same_bits(dsa: DsaModel, batches: list[Batch]) -> None:
     device = Device()
     assert Sweeper(dsa, None, device).sweep(PATTERNS, batches) == Sweeper(dsa).sweep(PATTERNS, batches)
     # hidden states once for each batch, at the embedding and behind each of the layer runs; selections of F layers
@@ -69,9 +69,9 @@ def test_a_sweep_of_resting_states_has_the_same_bits(dsa: DsaModel, batches: lis
     assert device.moved == len(batches) * (1 + len(nodes) + sum(node[-1] == "F" for node in nodes))
 
 
-def test_the_kl_of_resting_states_has_the_same_bits(dsa: DsaModel, batches: list[Batch]) -> None:
-    resting = KlSweeper(dsa, None, True, Device()).sweep(PATTERNS, batches)
-    assert resting == KlSweeper(dsa, None, True).sweep(PATTERNS, batches)
+def test_the_kl_of_offloaded_states_has_the_same_bits(dsa: DsaModel, batches: list[Batch]) -> None:
+    offloaded = KlSweeper(dsa, None, True, Device()).sweep(PATTERNS, batches)
+    assert offloaded == KlSweeper(dsa, None, True).sweep(PATTERNS, batches)
 
 
 def test_kept_states_rest_too(dsa: DsaModel, batches: list[Batch]) -> None:
@@ -111,8 +111,8 @@ def test_what_rests_is_planned_at_the_size_that_it_takes() -> None:
     shape = BatchShape(1, 1000, 100, 4, 10, 1, 1, 1, 1)  # 400 kB and 40 kB, pinned 524288 and 65536 bytes
     pinned = 524288 + 65536
     assert (shape.branch_bytes, shape.pinned_bytes) == (440_000, pinned)
-    rested = Memory(10**9, 0, shape, 2).offload_states(12 * pinned, patterns=10, batches=1)
-    assert (rested.patterns_per_sweep, rested.branch_bytes, rested.spare) == (10, pinned, 10 * pinned)
+    offloaded = Memory(10**9, 0, shape, 2).offload_states(12 * pinned, patterns=10, batches=1)
+    assert (offloaded.patterns_per_sweep, offloaded.branch_bytes, offloaded.spare) == (10, pinned, 10 * pinned)
     assert Memory(10**9, 0, shape, 2).offload_states(12 * pinned - 1, 10, 1).patterns_per_sweep < 10
     keeping = Keeping(4, tuple(range(4)), frozenset(range(1, 4)))
     assert plan_kept(keeping, shape, 8, 10**9, pinned=True).bytes % pinned == 0
@@ -120,13 +120,13 @@ def test_what_rests_is_planned_at_the_size_that_it_takes() -> None:
 
 def test_states_rest_in_cpu_memory_where_that_lets_more_live() -> None:
     branch = memory(2).shape.pinned_bytes
-    rested = memory(2).offload_states(12 * branch, patterns=15, batches=4)
-    assert (rested.in_cpu_memory, rested.patterns_per_sweep, rested.batches_per_wave) == (
+    offloaded = memory(2).offload_states(12 * branch, patterns=15, batches=4)
+    assert (offloaded.in_cpu_memory, offloaded.patterns_per_sweep, offloaded.batches_per_wave) == (
         12 * branch,
         8,
         1,
     )  # 2 sweeps of 8
-    assert rested.spare == 10 * branch
+    assert offloaded.spare == 10 * branch
     assert memory(2).offload_states(100 * branch, patterns=15, batches=4).patterns_per_sweep == 15
     assert memory(15).offload_states(100 * branch, patterns=15, batches=4).in_cpu_memory == 0  # all live on the device
     assert memory(2).offload_states(3 * branch, patterns=15, batches=4).in_cpu_memory == 0  # CPU memory is smaller
@@ -145,7 +145,7 @@ def test_cpu_memory_for_states_is_beside_what_it_holds_of_the_weights() -> None:
     assert room_for_states(1000, 2, DISK, weights=100, stored=801) == 400  # it could not hold the checkpoint anyway
 
 
-def test_streamed_weights_make_longer_waves_of_resting_states() -> None:
+def test_streamed_weights_make_longer_waves_of_offloaded_states() -> None:
     branch = memory(2).shape.pinned_bytes
     streamed = memory(2, offload=Offload(DISK, "", 0, 1))
     assert streamed.offload_states(70 * branch, patterns=15, batches=4).batches_per_wave == 4
