@@ -49,11 +49,11 @@ def _run_section(view: RunView) -> str:
     rows = [("the model as it is", view.points[0].full, view.points[0].loss, "")]
     rows.append(("searched", view.final.full, view.final.loss, numbers.difference(view.final.difference)))
     rows += [
-        (one.label, len(one.pattern.full_layers), one.loss, numbers.difference(one.difference))
-        for one in view.references
+        (reference.label, len(reference.pattern.full_layers), reference.loss, numbers.difference(reference.difference))
+        for reference in view.references
     ]
-    found = view.start["calibration"]
-    source = dataset_of(found, view.model_name)["dataset_name"]
+    batches = view.start["calibration"]
+    source = dataset_of(batches, view.model_name)["dataset_name"]
     return "\n\n".join(
         [
             f"## {view.final.full} of {view.num_layers} layers keep their indexer",
@@ -64,8 +64,8 @@ def _run_section(view: RunView) -> str:
                 ("pattern", "F layers", "loss", "above the model as it is"),
                 ((name, str(full), numbers.loss(loss), cost) for name, full, loss, cost in rows),
             ),
-            f"In-sample: measured on the {found.get('num_sequences')} x {found.get('seq_len')} tokens of {source} that "
-            "were searched on.",
+            f"In-sample: measured on the {batches.get('num_sequences')} x {batches.get('seq_len')} tokens of {source} "
+            "that were searched on.",
             *serving(results.pattern_file(view.record)),
             _provenance(view),
         ]
@@ -93,15 +93,15 @@ def _provenance(view: RunView) -> str:
 
 
 def _eval_section(view: EvalView) -> str:
-    found = view.document.get("calibration") or {}
-    source = dataset_of(found, view.model_name)["dataset_name"]
+    batches = view.document.get("calibration") or {}
+    source = dataset_of(batches, view.model_name)["dataset_name"]
     in_sample = any(row.in_sample for row in view.rows)
     columns = ("pattern", "F layers", "loss", "above the model as it is", "perplexity", "KL", "top-1 agreement")
     tasks = [column for column in view.task_columns if column[1] == "generated"]
     return "\n\n".join(
         [
             "## Evaluation",
-            f"On {found.get('num_sequences')} x {found.get('seq_len')} tokens of {source}"
+            f"On {batches.get('num_sequences')} x {batches.get('seq_len')} tokens of {source}"
             + (f"; rows marked {IN_SAMPLE} were searched on some of them." if in_sample else "."),
             *_cautions(view.document.get("notes") or ()),
             _table(
@@ -227,16 +227,16 @@ def serving(file: PatternFile) -> list[str]:
     pattern does not fit its own model.
     """
     model_type = file.model.get("model_type")
-    found = _exports(file, model_type)
-    if not found:
+    exports = _exports(file, model_type)
+    if not exports:
         models = f"`{model_type}` models" if model_type else "a model of a type that the run does not say"
         return [
             f"No engine is known to take a pattern for {models}; in Python, `icsearch.load(MODEL, PATTERN)` gives the "
             "transformers model that runs it."
         ]
-    others = ", ".join(f"{other.title} (`{other.engine}`)" for other in found[ENGINES_SHOWN:])
+    others = ", ".join(f"{other.title} (`{other.engine}`)" for other in exports[ENGINES_SHOWN:])
     also = f"Also known to take it: {others}; `icsearch export pattern.json --engine NAME` says how."
-    return [*map(_settings, found[:ENGINES_SHOWN]), *([also] if others else [])]
+    return [*map(_settings, exports[:ENGINES_SHOWN]), *([also] if others else [])]
 
 
 def _exports(file: PatternFile, model_type: str | None) -> list[Export]:
@@ -246,20 +246,20 @@ def _exports(file: PatternFile, model_type: str | None) -> list[Export]:
     of them can: then something is wrong with the run.
     """
     known = [engine for engine in ENGINES.values() if engine.serves(model_type)]
-    found, refusal = [], None
+    exports, refusal = [], None
     for engine in sorted(known, key=lambda one: one.writes is not None):
         try:
-            found.append(export(file, engine.name))
+            exports.append(export(file, engine.name))
         except ExportError as error:
             refusal = error
-    if refusal is not None and not found:
+    if refusal is not None and not exports:
         raise refusal
-    return found
+    return exports
 
 
-def _settings(found: Export) -> str:
-    text = f"With {found.title}, {found.how}:\n\n```\n{found.text}\n```"
-    if not found.warnings:
+def _settings(served: Export) -> str:
+    text = f"With {served.title}, {served.how}:\n\n```\n{served.text}\n```"
+    if not served.warnings:
         return text
-    warnings = "\n".join(f"- {warning}" for warning in found.warnings)
-    return f"{text}\n\nWarnings of `icsearch export pattern.json --engine {found.engine}`:\n\n{warnings}"
+    warnings = "\n".join(f"- {warning}" for warning in served.warnings)
+    return f"{text}\n\nWarnings of `icsearch export pattern.json --engine {served.engine}`:\n\n{warnings}"

@@ -309,12 +309,12 @@ def _kink(axes: Axes, view: RunView) -> None:
 
 
 def _references(axes: Axes, view: RunView, x_scale: float, high: float, colour: str | None) -> None:
-    """Diamonds for uniform patterns; those above `high` are triangles at the edge. Named where a run is `alone`."""
-    found = sorted(view.references, key=lambda reference: len(reference.pattern.shared_layers))
-    xs = {reference.name: len(reference.pattern.shared_layers) * x_scale for reference in found}
-    inside = [reference for reference in found if reference.difference.delta <= high]
-    outside = [reference for reference in found if reference.difference.delta > high]
-    if found:
+    """Diamonds for uniform patterns, triangles at the edge for those above `high`; named where no `colour` is given."""
+    uniform = sorted(view.references, key=lambda reference: len(reference.pattern.shared_layers))
+    xs = {reference.name: len(reference.pattern.shared_layers) * x_scale for reference in uniform}
+    inside = [reference for reference in uniform if reference.difference.delta <= high]
+    outside = [reference for reference in uniform if reference.difference.delta > high]
+    if uniform:
         axes.errorbar(
             [xs[reference.name] for reference in inside],
             [reference.difference.delta for reference in inside],
@@ -328,7 +328,7 @@ def _references(axes: Axes, view: RunView, x_scale: float, high: float, colour: 
             label="" if colour else "uniform, same batches",
         )
     bottom, top = axes.get_ylim()
-    for reference in found:
+    for reference in uniform:
         x, y, text, up = xs[reference.name], reference.difference.delta, reference.label, 6
         if reference in outside:  # with its value, since no axis says it; labels stand below each other
             y = top if colour else top - (outside.index(reference) + 0.5) * EDGE_LINE * (top - bottom)
@@ -569,8 +569,12 @@ def is_nested_run(rows: Sequence[EvalRow]) -> bool:
 
 
 def _plain(name: str, width: int) -> str:
-    """A name that a picture can hold: no control characters, and no bytes that are no sign."""
-    return numbers.shortened("".join(sign if sign.isprintable() else "?" for sign in name), width)
+    """A name that a picture can hold: no control characters, no bytes that are no sign, and no _ in front.
+
+    Matplotlib leaves a name that begins so out of the legend.
+    """
+    text = numbers.shortened("".join(sign if sign.isprintable() else "?" for sign in name), width)
+    return f" {text}" if text.startswith("_") else text
 
 
 # --- files and pages --------------------------------------------------------------------------------------------------

@@ -418,13 +418,13 @@ def _exports(view: RunView) -> tuple[tuple[Export, ...], str]:
     """What engines are given, and why one of them cannot be given this pattern."""
     if not view.points:
         return (), ""
-    found, refusals = [], []
+    exports, refusals = [], []
     for name in ("vllm", "sglang", "transformers"):
         try:
-            found.append(export(results.pattern_file(view.record), name))
+            exports.append(export(results.pattern_file(view.record), name))
         except IcsearchError as error:
             refusals.append(str(error))
-    return tuple(found), "; ".join(dict.fromkeys(refusals))
+    return tuple(exports), "; ".join(dict.fromkeys(refusals))
 
 
 def _cost_table(view: RunView) -> Table:

@@ -329,6 +329,11 @@ def test_comparison_is_by_share_of_layers(small: RunView, staged: RunView) -> No
     assert figure.axes[0].get_xlabel() == "shared layers (S), % of all"
 
 
+def test_every_run_is_in_the_legend(small: RunView, staged: RunView) -> None:
+    figure = figures.curve([replace(small, name="_hidden"), replace(staged, name="$x$")])
+    assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_hidden", "$x$"]
+
+
 def test_heatmap_has_a_cell_for_each_candidate_in_the_colour_of_its_cost(small: RunView) -> None:
     axes, scale = figures.heatmap(small).axes[0], figures.run_scale(small)
     for css in {scale.css_class(cell.cost.delta) for cell in small.cells}:
