@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from icsearch.core.errors import IcsearchError
-from icsearch.core.pattern import FULL, Pattern
+from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.model.config import COMMON, FREQ, KINDS, OFFSET, PATTERN, SWITCH, TYPES, Schedule, family
 
 
@@ -212,7 +212,7 @@ def two_numbers(letters: str, schedule: Schedule, lack: str) -> tuple[int, int]:
     """
     if pair := schedule.fit(letters):
         return pair
-    freq, offset = schedule.nearest(letters)
+    freq, offset = nearest_numbers(schedule, letters)
     nearest = schedule.letters(len(letters), freq, offset)
     differs = sum(a != b for a, b in zip(letters, nearest, strict=True))
     raise ExportError(
@@ -220,6 +220,36 @@ def two_numbers(letters: str, schedule: Schedule, lack: str) -> tuple[int, int]:
         f"give is {nearest} (freq {freq}, offset {offset}; {differs} of {len(letters)} letters differ, "
         f"{nearest.count(FULL)} F for {letters.count(FULL)}); evaluate that one, and export it"
     )
+
+
+def nearest_numbers(schedule: Schedule, letters: str) -> tuple[int, int]:
+    """(freq, offset) of the pattern that differs in the fewest letters; of several the one with most F.
+
+    Then the one with the smallest freq, then offset.
+    """
+    _, _, freq, first = min(_differences(letters))
+    return (freq, first - 1 + schedule.shift) if freq > 1 else (1, schedule.effective(None))
+
+
+def _differences(letters: str) -> Iterator[tuple[int, int, int, int]]:
+    """(letters that differ, -F layers, freq, first layer that can be S) of every pattern that two numbers can give.
+
+    Behind `first - 1`, an F stands at every freq-th layer. Sums along these layers are made once a freq, so that
+    this takes as many steps as there are pairs.
+    """
+    n = len(letters)
+    yield letters.count(SHARED), -n, 1, n
+    in_front = [letters[:first].count(SHARED) for first in range(n + 1)]
+    for freq in range(2, n + 1):
+        wrong, full = [0] * (n + 1), [0] * (n + 1)  # from here on, here being an F of the schedule
+        for i in range(n - 1, -1, -1):
+            after = min(i + freq, n)
+            gap = after - i - 1
+            wrong[i] = (letters[i] == SHARED) + gap - (in_front[after] - in_front[i + 1]) + wrong[after]
+            full[i] = 1 + full[after]
+        for first in range(1, n):
+            at = first - 1
+            yield in_front[at] + wrong[at], -(at + full[at]), freq, first
 
 
 ATOM = Schedule(default_offset=1, shift=0)

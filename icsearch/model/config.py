@@ -5,7 +5,7 @@ Each fact about a type of model, each name of a key and each unwrapping of `text
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -305,37 +305,8 @@ class Schedule:
         offset = first - 1 + self.shift
         return (freq, offset) if first and self.letters(len(letters), freq, offset) == letters else None
 
-    def nearest(self, letters: str) -> tuple[int, int]:
-        """(freq, offset) of the pattern that differs in the fewest letters; of several the one with most F.
-
-        Then the one with the smallest freq, then offset.
-        """
-        _, _, freq, first = min(_differences(letters))
-        return (freq, first - 1 + self.shift) if freq > 1 else (1, self.effective(None))
-
 
 COMMON = Schedule()  # transformers and most engines
-
-
-def _differences(letters: str) -> Iterator[tuple[int, int, int, int]]:
-    """(letters that differ, -F layers, freq, first layer that can be S) of every pattern that two numbers can give.
-
-    Behind `first - 1`, an F stands at every freq-th layer. Sums along these layers are made once a freq, so that
-    this takes as many steps as there are pairs.
-    """
-    n = len(letters)
-    yield letters.count(SHARED), -n, 1, n
-    in_front = [letters[:first].count(SHARED) for first in range(n + 1)]
-    for freq in range(2, n + 1):
-        wrong, full = [0] * (n + 1), [0] * (n + 1)  # from here on, here being an F of the schedule
-        for i in range(n - 1, -1, -1):
-            after = min(i + freq, n)
-            gap = after - i - 1
-            wrong[i] = (letters[i] == SHARED) + gap - (in_front[after] - in_front[i + 1]) + wrong[after]
-            full[i] = 1 + full[after]
-        for first in range(1, n):
-            at = first - 1
-            yield in_front[at] + wrong[at], -(at + full[at]), freq, first
 
 
 _NUMBER = whole(-MAX_COUNT)

@@ -95,31 +95,34 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         distinct = {id(every[index]): every[index] for index in skeleton.layer_indices}.values()
         # Sizes first: they refuse numbers that are no counts, on which no indexer can be tried.
         sizes = [ModelShape.from_config(layer.to_dict()) for layer in distinct] if skeleton.has_arithmetic else []
-        largest = max(sizes, key=lambda shape: shape.projection_weights, default=None)
-        known = largest is not None and scores_alike(indexer)
-        return Layout(
-            model_type=config.model_type,
-            num_layers=len(skeleton.layers),
-            layer_indices=tuple(skeleton.layer_indices),
-            native_shared=tuple(skeleton.native_shared),
-            wrapper_config=bool(checkpoint.config.get(TEXT_CONFIG)),
-            dtype=str(config_dtype(checkpoint)).removeprefix("torch."),
-            hidden_size=every[0].hidden_size,
-            vocab_size=every[0].vocab_size,
-            max_positions=min(layer.max_position_embeddings for layer in every),
-            attention_heads=max(layer.num_attention_heads for layer in every),
-            attention=skeleton.config._attn_implementation,
-            streams=streams(every[0]),
-            left_numbers=max(numbers_handed_on(layer) for layer in every),
-            selection=selection,
-            index_heads=heads,
-            index_head_dim=head_dim,
-            num_parameters=_num_parameters(skeleton.model),
-            layer_parameters=tuple(_num_parameters(layer) for layer in skeleton.layers),
-            has_arithmetic=known,
-            sizes=largest if known else None,
-            backbone=Backbone.of_model(len(skeleton.layers), skeleton.layer_indices, checkpoint.config),
-        )
+        numbers = {
+            "hidden_size": every[0].hidden_size,
+            "vocab_size": every[0].vocab_size,
+            "max_positions": min(layer.max_position_embeddings for layer in every),
+            "attention_heads": max(layer.num_attention_heads for layer in every),
+            "streams": streams(every[0]),
+            "left_numbers": max(numbers_handed_on(layer) for layer in every),
+        }
+    largest = max(sizes, key=lambda shape: shape.projection_weights, default=None)
+    known = largest is not None and scores_alike(indexer)
+    return Layout(
+        **numbers,
+        model_type=config.model_type,
+        num_layers=len(skeleton.layers),
+        layer_indices=tuple(skeleton.layer_indices),
+        native_shared=tuple(skeleton.native_shared),
+        wrapper_config=bool(checkpoint.config.get(TEXT_CONFIG)),
+        dtype=str(config_dtype(checkpoint)).removeprefix("torch."),
+        attention=skeleton.config._attn_implementation,
+        selection=selection,
+        index_heads=heads,
+        index_head_dim=head_dim,
+        num_parameters=_num_parameters(skeleton.model),
+        layer_parameters=tuple(_num_parameters(layer) for layer in skeleton.layers),
+        has_arithmetic=known,
+        sizes=largest if known else None,
+        backbone=Backbone.of_model(len(skeleton.layers), skeleton.layer_indices, checkpoint.config),
+    )
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from icsearch.engines.engine import ASCEND_V4, ATOM, MEGATRON, MINIMAX_M3
+from icsearch.engines.engine import ASCEND_V4, ATOM, MEGATRON, MINIMAX_M3, nearest_numbers
 from icsearch.model.config import COMMON, Schedule
 
 RULES = [COMMON, ATOM, MEGATRON, ASCEND_V4]
@@ -54,7 +54,7 @@ def expressible(rule: Schedule, num_layers: int) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("rule", [COMMON, ATOM, MEGATRON, MINIMAX_M3])
 @given(letters=patterns)
 def test_the_nearest_pattern_is_that_of_a_search_through_all(rule: Schedule, letters: str) -> None:
-    nearest = rule.letters(len(letters), *rule.nearest(letters))
+    nearest = rule.letters(len(letters), *nearest_numbers(rule, letters))
     distance = {
         other: sum(a != b for a, b in zip(letters, other, strict=True)) for other in expressible(rule, len(letters))
     }
