@@ -10,11 +10,11 @@ from typing import Any
 
 from icsearch.core.files import check_new
 from icsearch.core.jsonfile import FieldError, check_fields, write_object
-from icsearch.core.pattern import SHARED, Pattern
+from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import MODEL_FIELDS, PatternFile
 from icsearch.engines.engine import Engine, ExportError, decoder_letters
 from icsearch.engines.gguf import write_gguf
-from icsearch.engines.native import edit_config
+from icsearch.engines.native import declared_shared, edit_config
 from icsearch.engines.pipeline import (
     ADD,
     NONE,
@@ -32,17 +32,8 @@ from icsearch.engines.pipeline import (
     stages_on_shared,
     usual_sizes_on_shared,
 )
-from icsearch.engines.read import read_letters
 from icsearch.engines.table import TRANSFORMERS, find_engine
-from icsearch.model.config import (
-    COMMON,
-    Backbone,
-    EngineConfigError,
-    family,
-    language_config,
-    load_config,
-    read_backbone,
-)
+from icsearch.model.config import COMMON, family, load_config, read_backbone
 
 
 @dataclass(frozen=True)
@@ -278,7 +269,11 @@ def with_config(
     native, notes = file.model.get("native_shared"), []
     if with_indexer is not None:
         native = [position for position, layer in enumerate(backbone.layer_indices) if layer not in with_indexer]
-    elif native is None and (shared := _declared_shared(config, backbone, name)):
+    elif (
+        native is None
+        and TRANSFORMERS.serves(backbone.model_type)
+        and (shared := sorted(declared_shared(config, name).intersection(backbone.layer_indices)))
+    ):
         notes.append(
             f"{name} itself shares layers {_span(shared)}: should the checkpoint have no indexer weights there, they "
             "cannot be F; give its directory with --model-config, and that is checked"
@@ -296,15 +291,6 @@ def with_config(
         "native_shared": native,
     }
     return replace(file, model=model), notes
-
-
-def _declared_shared(config: Mapping[str, Any], backbone: Backbone, name: str) -> list[int]:
-    """The layers that transformers builds no indexer for, of the families that it reads this for."""
-    if not TRANSFORMERS.serves(backbone.model_type):
-        return []
-    keys = language_config(config, name, EngineConfigError)
-    letters, _ = read_letters(keys, TRANSFORMERS, backbone.num_layers, backbone.mtp_layers, backbone.model_type)
-    return [layer for layer in backbone.layer_indices if letters[layer] == SHARED]
 
 
 def _span(layers: Sequence[int]) -> str:
