@@ -84,8 +84,13 @@ class SimilaritySweep:
                         through.states = self._dsa.run_layer(index, through.states, call, through.store)
                     on_layer(len(through.batch.input_ids))
         for through in passes:
-            _check_finite(through.sums.cosine, through.batch)
-            sequences, length = through.batch.input_ids.shape
+            batch, (sequences, length) = through.batch, through.batch.input_ids.shape
+            for layer, row in enumerate(through.sums.cosine):
+                if not all(abs(value) < float("inf") for value in row):
+                    raise IcsearchError(
+                        f"the similarity of DSA layer {layer} is not finite in sequences {batch.first} to "
+                        f"{batch.last - 1}: expected numbers; try --dtype float32, or look at those sequences"
+                    )
             through.sums.queries = sequences * (length - self._topk)
             through.sums.layer_sequences = sequences * len(self._dsa.layers)
         return [through.sums for through in passes]
@@ -113,7 +118,10 @@ class SimilaritySweep:
 
     def _observe(self, through: _Pass, output: torch.Tensor, selection: torch.Tensor, core: Core) -> None:
         """A DSA layer's own core attention, and what it would be under each earlier selection."""
-        restored = partial(_restored, device=self._dsa.device)
+
+        def restored(small: SmallSelection) -> torch.Tensor:
+            return small[0].to(self._dsa.device, small[1])
+
         through.sums.cosine.append([self._cosine(output, core(restored(small))) for small in through.earlier])
         through.sums.overlap.append([self._overlap(selection, restored(small)) for small in through.earlier])
         through.earlier.append(self._small(selection, through.batch.input_ids.shape[1]))
@@ -132,20 +140,6 @@ class SimilaritySweep:
         if dtype != torch.bool:
             selection = selection.to(smallest_index_type(length, signed=bool((selection < 0).any())))
         return (selection.cpu() if self._keep_on_cpu else selection), dtype
-
-
-def _restored(small: SmallSelection, device: torch.device) -> torch.Tensor:
-    selection, dtype = small
-    return selection.to(device, dtype)
-
-
-def _check_finite(cosine: Triangle, batch: Batch) -> None:
-    for layer, row in enumerate(cosine):
-        if not all(abs(value) < float("inf") for value in row):
-            raise IcsearchError(
-                f"the similarity of DSA layer {layer} is not finite in sequences {batch.first} to "
-                f"{batch.last - 1}: expected numbers; try --dtype float32, or look at those sequences"
-            )
 
 
 def smallest_index_type(length: int, signed: bool = False) -> torch.dtype:

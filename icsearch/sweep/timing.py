@@ -78,7 +78,15 @@ def measure(
     of them; the first round is warm-up and not counted. Raises ModelError for numbers that make no sense, and
     OutOfMemoryError with the length that did not fit.
     """
-    _check(model, lengths, repeats, decode_tokens)
+    for what, value in (("repeats", repeats), ("decode_tokens", decode_tokens), ("length", min(lengths, default=1))):
+        if value < 1:
+            raise ModelError(f"cannot time with {what} {value}: give a number of at least 1")
+    longest, limit = max(lengths, default=0) + decode_tokens, model.config.max_position_embeddings
+    if longest > limit:
+        raise ModelError(
+            f"length {longest - decode_tokens} and {decode_tokens} decoded tokens make {longest}, but the model has "
+            f"{limit} positions: measure shorter lengths"
+        )
     turns = list(dict.fromkeys([model.start_pattern, *patterns]))
     timings = []
     for length in lengths:
@@ -94,18 +102,6 @@ def measure(
             ) from error
         timings += [_timing(model, pattern, length, decode_tokens, rounds[1:]) for pattern in turns]
     return timings
-
-
-def _check(model: DsaModel, lengths: Sequence[int], repeats: int, decode_tokens: int) -> None:
-    for what, value in (("repeats", repeats), ("decode_tokens", decode_tokens), ("length", min(lengths, default=1))):
-        if value < 1:
-            raise ModelError(f"cannot time with {what} {value}: give a number of at least 1")
-    longest, limit = max(lengths, default=0) + decode_tokens, model.config.max_position_embeddings
-    if longest > limit:
-        raise ModelError(
-            f"length {longest - decode_tokens} and {decode_tokens} decoded tokens make {longest}, but the model has "
-            f"{limit} positions: measure shorter lengths"
-        )
 
 
 def _random_ids(model: DsaModel, count: int, seed: int) -> torch.Tensor:
