@@ -205,11 +205,11 @@ def test_a_shard_that_is_lost_in_mid_run(
     shard = model / index["weight_map"]["model.layers.11.mlp.gate.weight"]
     read, reads = Reader.read_layer, []
 
-    def damaging(reader: Reader, index: int) -> None:
+    def damaging(reader: Reader, index: int) -> int:
         reads.append(index)
         if len(reads) == 18:  # in the second pass
             damage(shard)
-        read(reader, index)
+        return read(reader, index)
 
     command = greedy(model, tokens, tmp_path / "run", "--num-shared", 4, *REFERENCE, "--offload", "disk")
     with monkeypatch.context() as patch:
