@@ -103,7 +103,7 @@ class Cramped(Sweeper):
         return super().run(patterns, *more, **others)
 
     def _allocate(self, patterns: int) -> None:
-        if patterns > self.most or len(self._kept) > self.most_kept:
+        if patterns > self.most or len(self.kept) > self.most_kept:
             raise out_of_memory(torch.OutOfMemoryError("made up"))
 
 
