@@ -27,8 +27,8 @@ from icsearch.model import shape
 from icsearch.model.layout import Layout
 from icsearch.model.loading import load_tokenizer
 from icsearch.model.model import DsaModel
-from icsearch.planning import work as cost
 from icsearch.planning.rows import model_rows, process_rows, weight_rows
+from icsearch.planning.work import cost_rows
 from icsearch.runs.evaluation import EvalRecord, save_eval
 from icsearch.runs.journal import Event
 from icsearch.runs.results import guessing_notes
@@ -280,7 +280,7 @@ def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRe
 def _cost(request: EvalRequest, inputs: Inputs, name: str, pattern: Pattern) -> dict[str, Any]:
     """Counted work and estimated speed-ups at the context lengths asked for."""
     contexts = request.contexts or DEFAULT_CONTEXTS
-    rows = cost.cost_rows(_shape(inputs), pattern, contexts, baseline=inputs.layout.start_pattern)
+    rows = cost_rows(_shape(inputs), pattern, contexts, baseline=inputs.layout.start_pattern)
     return {"name": name, "rows": [asdict(row) for row in rows]}
 
 

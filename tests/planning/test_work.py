@@ -18,8 +18,17 @@ from icsearch.core.errors import ModelError, PatternError
 from icsearch.core.pattern import Pattern
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import ModelShape
-from icsearch.planning import work as cost
-from icsearch.planning.work import Breakdown, Rates, Widths, Work, cost_rows
+from icsearch.planning.work import (
+    PAPER_RATES,
+    Breakdown,
+    Rates,
+    Widths,
+    Work,
+    cost_rows,
+    decode_work,
+    layer_work,
+    prefill_work,
+)
 from tiny import FAMILIES, SIZES
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
@@ -66,13 +75,13 @@ def flops(work: Breakdown) -> dict[str, float]:
 @pytest.mark.parametrize("letters", ["FFF", "FSS", "FSF"])
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 30])
 def test_flops_equal_a_count_by_hand(letters: str, length: int) -> None:
-    assert flops(cost.prefill_work(SMALL, Pattern(letters), length)) == by_hand(letters, range(1, length + 1))
-    assert flops(cost.decode_work(SMALL, Pattern(letters), length)) == by_hand(letters, range(length, length + 1))
+    assert flops(prefill_work(SMALL, Pattern(letters), length)) == by_hand(letters, range(1, length + 1))
+    assert flops(decode_work(SMALL, Pattern(letters), length)) == by_hand(letters, range(length, length + 1))
 
 
 def test_bytes_of_a_small_decode_by_hand() -> None:
     widths = Widths(weights=2, latents=2, index_keys=1, scores=4, indices=4)
-    work = cost.decode_work(SMALL, Pattern("FSF"), 10, widths)
+    work = decode_work(SMALL, Pattern("FSF"), 10, widths)
     indexer = 7 * 51 + 11 * 17 + 11 * 3
     assert work.index_projections.bytes == 2 * (2 * indexer + 17)  # two F layers: weights, the new key
     assert work.index_scores.bytes == 2 * (10 * 17 + 10 * 4)
@@ -85,13 +94,13 @@ def test_bytes_of_a_small_decode_by_hand() -> None:
 
 
 def test_a_prefill_reads_each_expert_once_and_every_score_twice() -> None:
-    work = cost.prefill_work(SMALL, Pattern("FSS"), 9)
+    work = prefill_work(SMALL, Pattern("FSS"), 9)
     assert work.mlp.bytes == 2 * (3 * 11 * 19) + 2 * 2 * (3 * 11 * 23 * (6 + 1) + 11 * 6)
     assert work.index_scores.bytes + work.index_topk.bytes == 9 * 17 + 45 * (4 + 4) + (1 + 2 + 3 + 4 * 6) * 4
 
 
 def test_parts_add_up() -> None:
-    work = cost.prefill_work(SMALL, Pattern("FFS"), 12)
+    work = prefill_work(SMALL, Pattern("FFS"), 12)
     assert work.total.flops == sum(flops(work).values())
     assert work.total == work.indexer + work.rest
     assert work.indexer_share == work.indexer.flops / work.total.flops
@@ -122,7 +131,7 @@ def test_an_indexer_costs_what_torch_counts(reference: DsaModel, length: int) ->
     shape = ModelShape.from_config(reference.config.to_dict())
     full, shared = Pattern("FFFFFF"), Pattern("FSFSSF")
     counted = counted_by_torch(reference, full, length) - counted_by_torch(reference, shared, length)
-    work = cost.prefill_work(shape, Pattern("FSSSSS"), length)
+    work = prefill_work(shape, Pattern("FSSSSS"), length)
     dense_scores = work.index_scores.flops * length**2 / (length * (length + 1) / 2)
     assert counted == 3 * (work.index_projections.flops + dense_scores)
 
@@ -134,7 +143,7 @@ def test_everything_else_costs_what_torch_counts(reference: DsaModel) -> None:
     """
     length, shape = 33, ModelShape.from_config(reference.config.to_dict())
     full = Pattern.full(6)
-    work = cost.prefill_work(shape, full, length)
+    work = prefill_work(shape, full, length)
     dense_scores = work.index_scores.flops * length**2 / (length * (length + 1) / 2)
     head = shape.qk_nope_head_dim + shape.qk_rope_head_dim + shape.v_head_dim
     dense_attention = 6 * 2 * shape.heads * head * length**2
@@ -169,7 +178,7 @@ def test_a_dense_model_has_no_experts() -> None:
     moe = ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts")
     shape = ModelShape.from_config({key: value for key, value in CONFIG.items() if key not in moe})
     assert (shape.dense_layers, shape.routed_experts) == (6, 0)
-    assert cost.decode_work(shape, Pattern.full(6), 20).mlp.flops == 6 * 6 * 32 * 48
+    assert decode_work(shape, Pattern.full(6), 20).mlp.flops == 6 * 6 * 32 * 48
 
 
 @pytest.mark.parametrize("change", [{"kv_lora_rank": None}, {"index_topk": 0}, {"v_head_dim": "16"}])
@@ -185,16 +194,16 @@ def test_pooled_index_keys_are_refused() -> None:
 
 def test_bad_calls_are_refused() -> None:
     with pytest.raises(PatternError, match="4 letters, the model has 3"):
-        cost.prefill_work(SMALL, Pattern("FSSS"), 5)
+        prefill_work(SMALL, Pattern("FSSS"), 5)
     with pytest.raises(ModelError, match="context length 0"):
-        cost.decode_work(SMALL, Pattern("FSS"), 0)
+        decode_work(SMALL, Pattern("FSS"), 0)
 
 
 def test_layers_of_another_kind_have_no_core_attention() -> None:
     mixed = replace(SMALL, dsa_layers=1)
-    work = cost.prefill_work(mixed, Pattern("F"), 9)
-    assert work.projections == cost.prefill_work(SMALL, Pattern("FFF"), 9).projections
-    assert work.attention.times(3) == cost.prefill_work(SMALL, Pattern("FFF"), 9).attention
+    work = prefill_work(mixed, Pattern("F"), 9)
+    assert work.projections == prefill_work(SMALL, Pattern("FFF"), 9).projections
+    assert work.attention.times(3) == prefill_work(SMALL, Pattern("FFF"), 9).attention
 
 
 # -- rows --------------------------------------------------------------------------------------------------------
@@ -223,7 +232,7 @@ def test_a_native_s_layer_is_no_saving() -> None:
 
 def test_equal_rates_make_the_estimate_a_ratio_of_counts() -> None:
     (row,) = cost_rows(SMALL, Pattern("FSS"), [50], rates=Rates(1, 1))
-    full, shared = (cost.prefill_work(SMALL, Pattern(p), 50).total for p in ("FFF", "FSS"))
+    full, shared = (prefill_work(SMALL, Pattern(p), 50).total for p in ("FFF", "FSS"))
     assert row.prefill_speedup_estimate == full.flops / shared.flops
 
 
@@ -238,8 +247,8 @@ def errors(prefill_at: int = 200_000, shape: ModelShape = GLM_FLASH_DSA) -> dict
 
 def test_the_default_rates_are_those_fitted_on_200k() -> None:
     fitted = fit_rates()
-    assert fitted.prefill == pytest.approx(cost.PAPER_RATES.prefill, rel=2e-3)
-    assert fitted.decode == pytest.approx(cost.PAPER_RATES.decode, rel=2e-3)
+    assert fitted.prefill == pytest.approx(PAPER_RATES.prefill, rel=2e-3)
+    assert fitted.decode == pytest.approx(PAPER_RATES.decode, rel=2e-3)
 
 
 def test_two_constants_meet_two_figures_and_the_others_are_reported_as_missed() -> None:
@@ -257,7 +266,7 @@ def test_two_constants_meet_two_figures_and_the_others_are_reported_as_missed() 
 
 @pytest.mark.parametrize("prefill_at", [60_000, 120_000])
 def test_another_length_to_fit_on_tells_the_same(prefill_at: int) -> None:
-    assert fit_rates(prefill_at=prefill_at).prefill == pytest.approx(cost.PAPER_RATES.prefill, rel=0.1)
+    assert fit_rates(prefill_at=prefill_at).prefill == pytest.approx(PAPER_RATES.prefill, rel=0.1)
     found = errors(prefill_at)
     assert all(abs(e) < 3.5 for (model, _, context), e in found.items() if model == "30B" and context > 10_000)
 
@@ -280,7 +289,7 @@ def test_the_papers_81_percent_and_its_speedup_disagree() -> None:
     removed = 35 / 47
     assert 1 / (1 - 0.81 * removed) == pytest.approx(2.5, abs=0.05)
     assert (1 - 10.7 / 19.5) / removed == pytest.approx(0.61, abs=0.005)
-    assert cost.prefill_work(GLM_FLASH_DSA, Pattern.full(47), 200_000).indexer_share == pytest.approx(0.785, abs=0.001)
+    assert prefill_work(GLM_FLASH_DSA, Pattern.full(47), 200_000).indexer_share == pytest.approx(0.785, abs=0.001)
 
 
 # -- layer by layer ----------------------------------------------------------------------------------------------
@@ -288,8 +297,8 @@ def test_the_papers_81_percent_and_its_speedup_disagree() -> None:
 
 @pytest.mark.parametrize("letters", ["FFF", "FSS", "FSF"])
 def test_a_prefill_is_its_layers_and_the_head(letters: str) -> None:
-    whole = cost.prefill_work(SMALL, Pattern(letters), 30)
-    layers = [cost.layer_work(SMALL, index, letter == "F", 30) for index, letter in enumerate(letters)]
+    whole = prefill_work(SMALL, Pattern(letters), 30)
+    layers = [layer_work(SMALL, index, letter == "F", 30) for index, letter in enumerate(letters)]
     for name in ("index_projections", "index_scores", "index_topk", "attention", "projections", "mlp"):
         added = sum((getattr(layer, name) for layer in layers), Work())
         assert added == getattr(whole, name), name
