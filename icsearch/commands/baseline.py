@@ -74,8 +74,7 @@ def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: 
     rows = [*model_rows(record.start), *of_processes, *of_weights, *stage_rows(record.start)]
     scoring.progress.planned(rows, runs * len(record.tokens), record.layer_sequences)
     if not record.similarity_sums.sequences:
-        for event in reused:
-            scoring.append(event)
+        scoring.fill(lambda: iter(reused))
     if (measured := record.similarity_sums.numerics) is not None:
         scoring.note(other_numerics(measured, record.start))
     _measure_similarity(layout, loaded, scoring)
@@ -93,23 +92,21 @@ def _measure_similarity(layout: Layout, loaded: Loaded, scoring: Scoring) -> Non
     left = [batch for batch in loaded.batches if batch.first >= scoring.record.similarity_sums.sequences]
     if left:
         scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))
-    waves = cut_waves(left, per_wave)
-    for events in _similarities(loaded, shared, waves, scoring.progress.layer_done):
-        for event in events:
-            scoring.append(event)
+    scoring.fill(lambda: _similarities(loaded, shared, cut_waves(left, per_wave), scoring.progress.layer_done))
 
 
 def _similarities(
     loaded: Loaded, shared: dict[str, Any], waves: Sequence[Sequence[Batch]], on_layer: Callable[[int], None]
-) -> Iterator[list[Event]]:
+) -> Iterator[Event]:
     """The events of each wave, by one process or by all."""
     if loaded.coordinator is not None:
         items = [{"batches": [batch.first for batch in wave]} for wave in waves]
-        yield from loaded.coordinator.do_jobs(COMPARE, shared, items, on_layer)
+        for events in loaded.coordinator.do_jobs(COMPARE, shared, items, on_layer):
+            yield from events
         return
     sweep = SimilaritySweep(loaded.dsa, shared["index_topk"], shared["keep_on_cpu"])
     for wave in waves:
-        yield sweep.events(wave, on_layer)
+        yield from sweep.events(wave, on_layer)
 
 
 def _choose(request: BaselineRequest, scoring: Scoring) -> None:

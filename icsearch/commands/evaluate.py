@@ -32,17 +32,15 @@ from icsearch.planning.work import cost_rows
 from icsearch.runs.evaluation import EvalRecord, save_eval
 from icsearch.runs.journal import Event
 from icsearch.runs.results import guessing_notes
-from icsearch.search.loop import Progress
+from icsearch.search.loop import Progress, Run
 from icsearch.sweep.branches import cut_waves
 from icsearch.sweep.distributed.launch import MEASURE, check_device, grids
-from icsearch.sweep.measures import Evaluation, Share, Work, bucket_edges, bucket_tokens
+from icsearch.sweep.measures import Share, Work, bucket_edges, bucket_tokens, measure_missing
 from icsearch.sweep.timing import Timing, measure
 
 if TYPE_CHECKING:
     from icsearch.sweep.distributed.world import World
 
-# Writes an event to the journal and lets the record take it in.
-Append = Callable[[Event], None]
 # The tasks with an answer, by kind.
 Questions = dict[str, list[tasks.Task]]
 # Writes the results of an evaluation into its directory, given the content of eval.json.
@@ -78,14 +76,7 @@ def evaluate(
             loaded = load(request, here, world, wanted, listener)
             _check_whole_forwards(request, loaded)
             record = EvalRecord.replay(here.run.open(here.start, here.existing))
-
-            def append(event: Event) -> None:
-                here.run.journal.append(event)
-                record.apply(event)
-                if event["event"] == "note":
-                    listener.info(event["text"])
-
-            _measure(request, here.inputs, loaded, questions, record, append, listener)
+            _measure(request, here.inputs, loaded, questions, Run(here.run.journal, record, listener))
         document = save_eval(request.out / "eval.json", record)
         publish(request.out, document)
         return document
@@ -145,11 +136,10 @@ def _measure(
     inputs: Inputs,
     loaded: Loaded,
     questions: Questions,
-    record: EvalRecord,
-    append: Append,
-    listener: Progress,
+    run: Run[EvalRecord],
 ) -> None:
     """Whatever the record does not hold yet: the batches, the tasks, the cost."""
+    record, listener = run.record, run.progress
     layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
     patterns = list(dict.fromkeys(Pattern(one["pattern"]) for one in record.start["patterns"]))
     total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
@@ -159,25 +149,16 @@ def _measure(
     listener.planned(rows, total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
     read = _reading_notes(request, inputs.layout)
-    for text in dict.fromkeys((*loaded.notes, *_uncounted(inputs), *read)):
-        _note(text, record, append)
+    run.note([*loaded.notes, *_uncounted(inputs), *read], tell=True)
     waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)
-    several = _shared_by(loaded, record, listener)
-    Evaluation(loaded.dsa, waves, record, append, listener.layer_done, several).run(patterns, per_sweep)
-    for text in guessing_notes(record.loss(layout.start_pattern.letters), layout.vocab_size):
-        _note(text, record, append)
-    _run_tasks(questions, loaded.dsa, patterns, record, append, listener)
+    measure_missing(run, loaded.dsa, waves, patterns, per_sweep, _shared_by(loaded, record, listener))
+    run.note(guessing_notes(record.loss(layout.start_pattern.letters), layout.vocab_size), tell=True)
+    _run_tasks(questions, loaded.dsa, patterns, run)
     for name, compute in _extras(request, inputs, loaded, record).items():
         if name not in record.extras:
             listener.info(f"{EXTRAS[name]} ...")
-            append({"event": "extra", "name": name, "value": compute()})
-    append({"event": "finish"})
-
-
-def _note(text: str, record: EvalRecord, append: Append) -> None:
-    """Keep what the reader should know, once."""
-    if text not in record.notes:
-        append({"event": "note", "text": text})
+            run.append({"event": "extra", "name": name, "value": compute()})
+    run.append({"event": "finish"})
 
 
 def _shared_by(loaded: Loaded, record: EvalRecord, listener: Progress) -> Share | None:
@@ -240,22 +221,19 @@ def _run_tasks(
     questions: Questions,
     dsa: DsaModel,
     patterns: Sequence[Pattern],
-    record: EvalRecord,
-    append: Append,
-    listener: Progress,
+    run: Run[EvalRecord],
 ) -> None:
     """Tasks with an answer, for each pattern and kind that is missing."""
     for kind, asked in questions.items():
         for pattern in patterns:
-            if (pattern.letters, kind) in record.tasks:
+            if (pattern.letters, kind) in run.record.tasks:
                 continue
-            listener.info(f"task {kind}, {len(asked)} questions of {len(asked[0].prompt)} tokens: {pattern}")
+            run.progress.info(f"task {kind}, {len(asked)} questions of {len(asked[0].prompt)} tokens: {pattern}")
             with dsa.running(pattern):
                 forced = tasks.teacher_forced_hits(dsa.model, asked)
                 generated = tasks.generated_hits(dsa.model, asked)
-            append(
-                {"event": "task", "pattern": pattern.letters, "kind": kind, "forced": forced, "generated": generated}
-            )
+            hits = {"forced": forced, "generated": generated}
+            run.append({"event": "task", "pattern": pattern.letters, "kind": kind, **hits})
 
 
 def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRecord) -> dict[str, Callable[[], Any]]:

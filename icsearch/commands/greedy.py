@@ -24,7 +24,7 @@ from icsearch.planning.rows import SearchPlan, model_rows, process_rows, search_
 from icsearch.runs.directory import part_of
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
-from icsearch.search.loop import Progress, Search, SwapRefinement
+from icsearch.search.loop import Progress, run_refinement, run_search
 from icsearch.search.protocol import Strategy, Task
 from icsearch.search.registry import make_strategy
 from icsearch.sweep.distributed.launch import HELDOUT, check_device, grids
@@ -56,11 +56,11 @@ def greedy(
             total = search_plan.expected_layer_evaluations * len(record.tokens)
             listener.planned(_rows(request, search_plan, loaded, here.start), total, record.layer_sequences)
             score_baseline(scoring, here.inputs.layout)
-            search = Search(scoring, strategy_of(record))
             if request.refine is None:
-                search.run()
+                run_search(scoring, strategy_of(record))
             else:
-                search.run(SwapRefinement(scoring, make_scorer(here, record, loaded, HELDOUT)).run)
+                heldout = make_scorer(here, record, loaded, HELDOUT)
+                run_search(scoring, strategy_of(record), lambda: run_refinement(scoring, heldout))
         publish(request.out, record)
         return record
 

@@ -169,9 +169,7 @@ def score_baseline(scoring: Scoring, layout: Layout, *more: Pattern) -> None:
     """Step 0 of a run, and a note where its loss says that something is wrong."""
     scoring.score_references(*more)
     loss = scoring.record.loss(scoring.record.start_pattern.letters)
-    for text in guessing_notes(loss, layout.vocab_size):
-        scoring.progress.info(text)
-        scoring.note([text])
+    scoring.note(guessing_notes(loss, layout.vocab_size), tell=True)
 
 
 def count_in_sweeps(layout: Layout, patterns: Sequence[Pattern], per_sweep: int, along: Sequence[Pattern] = ()) -> int:

@@ -61,12 +61,20 @@ class EvalRecord:
                 ) from None
         return record
 
-    def apply(self, event: Event) -> None:
-        """Take one event in; raises FieldError where it is none of this evaluation."""
-        if self.start:
-            check_later(event, self.start)
-        else:
+    def check(self, event: Event) -> None:
+        """Raise FieldError where an event is none of this evaluation."""
+        if not self.start:
             check_eval_start(event)
+            return
+        check_later(event, self.start)
+        for letters, table in event["patterns"].items() if event["event"] == "measures" else ():
+            known = self.measures.get(letters)
+            if known and {str(layer) for layer in next(iter(known.values())).overlap} != table["overlap"].keys():
+                raise FieldError(f"overlap of {letters} has other layers than before")
+
+    def apply(self, event: Event) -> None:
+        """Take one event in; raises as `check` does, and then changes nothing."""
+        self.check(event)
         kind = event["event"]
         if kind == "start":
             self.start = event
@@ -85,9 +93,6 @@ class EvalRecord:
         first, last = event["sequences"]
         for letters, table in event["patterns"].items():
             known = self.measures.setdefault(letters, {})
-            layers = {int(layer) for layer in table["overlap"]}
-            if known and next(iter(known.values())).overlap.keys() != layers:
-                raise FieldError(f"overlap of {letters} has other layers than before")
             for offset, sequence in enumerate(range(first, last)):
                 overlap = {int(layer): sums[offset] for layer, sums in table["overlap"].items()}
                 known[sequence] = SequenceMeasures(

@@ -1,21 +1,24 @@
-"""The search loop: the only place where a strategy asks for losses; each is journaled, and nothing is scored twice."""
+"""The search loop: the only place where a strategy asks for losses; each is journaled, and nothing is scored twice.
+
+What a run finds, of whatever kind, is journaled by `Run`; `Scoring` has it score the patterns that it lacks.
+"""
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from icsearch.core.errors import JournalError, OutOfMemoryError, PatternError
 from icsearch.core.pattern import Pattern
 from icsearch.core.text import shrunk_note
 from icsearch.runs.journal import Event, Journal
-from icsearch.runs.record import Choice, RunRecord
+from icsearch.runs.record import RunRecord
 from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, Refinement
 from icsearch.search.protocol import Strategy
-from icsearch.search.swaps import Judged, Move, Outcome, Question, Swaps
+from icsearch.search.swaps import Judged, Outcome, Swaps
 
 
 @dataclass(frozen=True)
@@ -78,35 +81,28 @@ class Progress(Protocol):
     def tried(self, record: RunRecord) -> None: ...
 
 
-class Scoring:
-    """Scores what a journal does not hold yet; every event is on disk before it counts.
+class Record(Protocol):
+    """What a journal says, replayed: of a run, or of an evaluation."""
 
-    `part` marks the losses that a refinement asks for: on the calibration sequences, or on its held-out ones.
-    """
+    notes: list[str]
 
-    def __init__(
-        self,
-        journal: Journal,
-        record: RunRecord,
-        scorer: Scorer,
-        progress: Progress,
-        part: str | None = None,
-    ) -> None:
+    def check(self, event: Event) -> None:
+        """Raise ValueError or PatternError where the event does not fit what is before it."""
+
+    def apply(self, event: Event) -> None:
+        """Take in an event that fits."""
+
+
+RecordT = TypeVar("RecordT", bound=Record)
+
+
+class Run(Generic[RecordT]):
+    """A run at work: its journal, the record of what is in it, and whoever watches."""
+
+    def __init__(self, journal: Journal, record: RecordT, progress: Progress) -> None:
         self.journal = journal
         self.record = record
         self.progress = progress
-        self._scorer = scorer
-        self._part = part
-
-    def of(self, part: str, scorer: Scorer | None = None) -> Scoring:
-        """The same run's scoring of one part of its refinement, by another scorer where its sequences are others."""
-        return Scoring(self.journal, self.record, scorer or self._scorer, self.progress, part)
-
-    @property
-    def losses(self) -> RunRecord:
-        """Where the losses of the sequences that are scored here are found."""
-        heldout = self.record.heldout
-        return heldout if heldout is not None and self._part == HELDOUT_SET else self.record
 
     def append(self, event: Event) -> None:
         """Write an event that fits, then let the record take it in; one that does not fit is never on disk."""
@@ -120,6 +116,71 @@ class Scoring:
         self.journal.append(event)
         self.record.apply(event)
 
+    def note(self, texts: Sequence[str], tell: bool = False) -> None:
+        """Keep what the reader of the report should know, once; `tell` whoever watches as well."""
+        for text in dict.fromkeys(texts):
+            if text not in self.record.notes:
+                self.append({"event": "note", "text": text})
+                if tell:
+                    self.progress.info(text)
+
+    def fill(self, missing: Callable[[], Iterator[Event]], shrink: Callable[[], str] = lambda: "") -> None:
+        """Journal each event as it comes from `missing`, which finds what the record lacks.
+
+        Where memory runs out, `shrink` plans for less and says so, and `missing` begins anew behind what is journaled;
+        OutOfMemoryError where it says nothing. Bits do not follow from how much runs at once: losses stay the same.
+        """
+        while True:
+            try:
+                for event in missing():
+                    self.append(event)
+                return
+            except OutOfMemoryError:
+                if not (text := shrink()):
+                    raise
+            gc.collect()  # the failed sweep is let go of here, not while its error is still handled
+            self.note([text], tell=True)
+
+    def follow(self, what: str, event: Event, said: Event | None) -> bool:
+        """Journal what follows from the losses; where the journal has `said` what did, check that it is the same.
+
+        Ties are left out: they are for the reader, and nothing follows from them. True where it is new.
+        """
+        if said is None:
+            self.append(event)
+            return True
+        for name, found in event.items():
+            if said[name] != found and name != "ties":
+                raise JournalError(
+                    f"{self.journal.path} says {name} {said[name]} in {what}, but its losses say {found}: the journal "
+                    "was changed or damaged; restore it, or start over with --fresh"
+                )
+        return False
+
+
+class Scoring(Run[RunRecord]):
+    """Scores what a search's journal does not hold yet.
+
+    `part` marks the losses that a refinement asks for: on the calibration sequences, or on its held-out ones.
+    """
+
+    def __init__(
+        self, journal: Journal, record: RunRecord, scorer: Scorer, progress: Progress, part: str | None = None
+    ) -> None:
+        super().__init__(journal, record, progress)
+        self._scorer = scorer
+        self._part = part
+
+    def of(self, part: str, scorer: Scorer | None = None) -> Scoring:
+        """The same run's scoring of one part of its refinement, by another scorer where its sequences are others."""
+        return Scoring(self.journal, self.record, scorer or self._scorer, self.progress, part)
+
+    @property
+    def losses(self) -> RunRecord:
+        """Where the losses of the sequences that are scored here are found."""
+        heldout = self.record.heldout
+        return heldout if heldout is not None and self._part == HELDOUT_SET else self.record
+
     def score_references(self, *more: Pattern) -> None:
         """Step 0: the start pattern, the references, and whatever else is to be compared."""
         references = [Pattern(letters) for letters in self.record.references.values()]
@@ -127,167 +188,98 @@ class Scoring:
 
     def score(self, step: int, patterns: list[Pattern]) -> None:
         """Score what is missing of these patterns, wave by wave, and journal each sweep as it ends."""
-        missing = {wave: self._missing(patterns, wave) for wave in self._scorer.waves}
-        work = [(chunk, wave) for wave, left in missing.items() for chunk in self._chunks(left)]
-        if not work:
-            return
-        self._scorer.retain(self.record.pattern)
-        self.progress.step_started(self._part or step, len(patterns), self._scorer.expected(work))
-        self._scorer.announce(work)
-        for chunk, wave in work:
-            started = time.monotonic()
-            scores = self._scores(chunk, wave)
-            if scores is None:
-                self.score(step, patterns)  # by the smaller plan, what is still missing
+        together = 0  # patterns in the sweep at work
+
+        def missing() -> Iterator[Event]:
+            nonlocal together
+            work = self._missing(patterns)
+            if not work:
                 return
-            event = _losses_event(step, chunk, wave, scores, time.monotonic() - started)
-            self.append(event if self._part is None else {**event, "set": self._part})
-            self.note(scores.notes)
-            self.progress.losses_known(self.record, self._part or step)
+            self._scorer.retain(self.record.pattern)
+            self.progress.step_started(self._part or step, len(patterns), self._scorer.expected(work))
+            self._scorer.announce(work)
+            for chunk, wave in work:
+                started, together = time.monotonic(), len(chunk)
+                scores = self._scorer.score(chunk, wave, self.progress.layer_done)
+                yield self._losses_event(step, chunk, wave, scores, time.monotonic() - started)
+                self.note(scores.notes)
+                self.progress.losses_known(self.record, self._part or step)
 
-    def _scores(self, chunk: list[Pattern], wave: tuple[int, int]) -> Scores | None:
-        """One sweep; None where memory ran out and the plan is smaller now. Raises OutOfMemoryError where it cannot be.
+        def shrink() -> str:
+            return shrunk_note(together, self._scorer.patterns_per_sweep) if self._scorer.shrink(together) else ""
 
-        The bits do not follow from how many patterns run at once, nor from what is kept: the losses stay the same.
-        """
-        try:
-            return self._scorer.score(chunk, wave, self.progress.layer_done)
-        except OutOfMemoryError:
-            if not self._scorer.shrink(len(chunk)):
-                raise
-        gc.collect()  # the failed sweep is let go of here, not while its error is still handled
-        text = shrunk_note(len(chunk), self._scorer.patterns_per_sweep)
-        self.progress.info(text)
-        self.note([text])
-        return None
+        self.fill(missing, shrink)
 
-    def note(self, texts: Sequence[str]) -> None:
-        """Keep what the reader of the report should know, once."""
-        for text in dict.fromkeys(texts):
-            if text not in self.record.notes:
-                self.append({"event": "note", "text": text})
+    def _missing(self, patterns: list[Pattern]) -> list[tuple[list[Pattern], tuple[int, int]]]:
+        """The sweeps that score what is missing: at most so many patterns, and the wave to score them on."""
+        known, size, work = self.losses.nll, self._scorer.patterns_per_sweep, []
+        for first, last in self._scorer.waves:
+            left = [p for p in patterns if any(s not in known.get(p.letters, {}) for s in range(first, last))]
+            work += [(left[start : start + size], (first, last)) for start in range(0, len(left), size)]
+        return work
 
-    def _missing(self, patterns: list[Pattern], wave: tuple[int, int]) -> list[Pattern]:
-        first, last = wave
-        known = self.losses.nll
-        return [p for p in patterns if any(s not in known.get(p.letters, {}) for s in range(first, last))]
-
-    def _chunks(self, patterns: list[Pattern]) -> list[list[Pattern]]:
-        size = self._scorer.patterns_per_sweep
-        return [patterns[start : start + size] for start in range(0, len(patterns), size)]
-
-
-class Search:
-    """One run of a strategy, from the journal's state to the end."""
-
-    def __init__(self, scoring: Scoring, strategy: Strategy) -> None:
-        self._scoring = scoring
-        self._record = scoring.record
-        self._strategy = strategy
-
-    def run(self, then: Callable[[], object] = lambda: None) -> RunRecord:
-        """Search to the end; `then` is what the run does before it is finished, such as a refinement."""
-        self._scoring.score_references()
-        step = 1
-        while layers := self._strategy.ask():
-            flips = {layer: self._strategy.pattern.flip(layer) for layer in layers}
-            self._scoring.score(step, list(flips.values()))
-            sums = {layer: self._record.objective.sums(pattern.letters) for layer, pattern in flips.items()}
-            self._commit(self._strategy.tell(sums))
-            step += 1
-        then()
-        if not self._record.finished:
-            self._scoring.append({"event": "finish", "pattern": self._record.pattern.letters})
-        return self._record
-
-    def _commit(self, choice: Choice) -> None:
-        """Journal a flip, or check that it is what the journal says: what follows from the losses, so without ties."""
-        if choice.step > len(self._record.commits):
-            self._scoring.append(choice.to_event())
-            self._scoring.progress.committed(self._record)
-            return
-        recorded = self._record.commits[choice.step - 1]
-        for name in ("layer", "pattern", "candidates"):
-            said, found = getattr(recorded, name), getattr(choice, name)
-            if said != found:
-                raise JournalError(
-                    f"{self._scoring.journal.path} committed {name} {_shown(said)} in step {recorded.step}, but its "
-                    f"losses say {_shown(found)}: the journal was changed or damaged; restore it, or start over with "
-                    "--fresh"
-                )
+    def _losses_event(
+        self, step: int, patterns: Sequence[Pattern], wave: tuple[int, int], scores: Scores, seconds: float
+    ) -> Event:
+        return {
+            "event": "losses",
+            "step": step,
+            "sequences": list(wave),
+            "patterns": [pattern.letters for pattern in patterns],
+            "nll": [scores.nll[pattern.letters] for pattern in patterns],
+            **({"kl": [scores.kl[pattern.letters] for pattern in patterns]} if scores.kl else {}),
+            "layer_sequences": scores.layer_sequences,
+            "seconds": round(seconds, 3),
+            **({"weight_bytes": scores.weight_bytes} if scores.weight_bytes else {}),
+            **({"set": self._part} if self._part else {}),
+        }
 
 
-def _shown(value: object) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple) else str(value)
+def run_search(scoring: Scoring, strategy: Strategy, then: Callable[[], object] = lambda: None) -> RunRecord:
+    """One run of a strategy, from the journal's state to the end.
+
+    `then` is what the run does before it is finished, such as a refinement.
+    """
+    record, step = scoring.record, 1
+    scoring.score_references()
+    while layers := strategy.ask():
+        flips = {layer: strategy.pattern.flip(layer) for layer in layers}
+        scoring.score(step, list(flips.values()))
+        choice = strategy.tell({layer: record.objective.sums(pattern.letters) for layer, pattern in flips.items()})
+        said = record.commits[step - 1].to_event() if step <= len(record.commits) else None
+        if scoring.follow(f"step {step}", choice.to_event(), said):
+            scoring.progress.committed(record)
+        step += 1
+    then()
+    if not record.finished:
+        scoring.append({"event": "finish", "pattern": record.pattern.letters})
+    return record
 
 
-def _losses_event(
-    step: int, patterns: Sequence[Pattern], wave: tuple[int, int], scores: Scores, seconds: float
-) -> Event:
-    return {
-        "event": "losses",
-        "step": step,
-        "sequences": list(wave),
-        "patterns": [pattern.letters for pattern in patterns],
-        "nll": [scores.nll[pattern.letters] for pattern in patterns],
-        **({"kl": [scores.kl[pattern.letters] for pattern in patterns]} if scores.kl else {}),
-        "layer_sequences": scores.layer_sequences,
-        "seconds": round(seconds, 3),
-        **({"weight_bytes": scores.weight_bytes} if scores.weight_bytes else {}),
-    }
+def run_refinement(scoring: Scoring, heldout: Scorer) -> None:
+    """Make swaps until none is left to make, from the journal's state on; `heldout` scores the held-out sequences.
 
-
-class SwapRefinement:
-    """The refinement of one run, from the journal's state to the end; `heldout` scores the held-out sequences."""
-
-    def __init__(self, scoring: Scoring, heldout: Scorer) -> None:
-        self._scoring = scoring
-        self._record = scoring.record
-        self._sets = {False: scoring.of(CALIBRATION_SET), True: scoring.of(HELDOUT_SET, heldout)}
-
-    def run(self) -> None:
-        """Make swaps until none is left to make. The search must be at its end."""
-        refinement = self._begin()
-        self._score(True, [refinement.start])  # for the report, also where no move comes so far
-        swaps = make_swaps(self._record, refinement)
-        number = 0
-        while question := swaps.ask():
-            self._score(question.heldout, sorted(question.patterns, key=str))  # neighbours share their first layers
-            outcome = swaps.tell(self._sums(question))
-            self._take_in(number, outcome, refinement)
-            number += 1
-
-    def _begin(self) -> Refinement:
-        record = self._record
-        if record.refinement is None:
-            costs = sharing_costs(record)
-            event = {"event": "refine", "pattern": record.searched.letters}
-            self._scoring.append({**event, "costs": [costs.get(layer) for layer in range(len(record.start_pattern))]})
-        if record.refinement is None or record.heldout is None:
-            raise JournalError(f"{self._scoring.journal.path} has no held-out sequences: start over with --fresh")
-        return record.refinement
-
-    def _score(self, heldout: bool, patterns: list[Pattern]) -> None:
-        self._sets[heldout].score(len(self._record.commits), patterns)
-
-    def _sums(self, question: Question) -> dict[str, list[float]]:
-        losses = self._sets[question.heldout].losses
-        return {p.letters: losses.objective.sums(p.letters) for p in question.patterns}
-
-    def _take_in(self, number: int, outcome: Outcome, refinement: Refinement) -> None:
-        """Journal what follows from the losses, or check that it is what the journal says."""
-        event = event_of(outcome)
-        if number < len(refinement.outcomes):
-            if refinement.outcomes[number] != event:
-                raise JournalError(
-                    f"{self._scoring.journal.path} says {_short(refinement.outcomes[number])} in its refinement, but "
-                    f"its losses say {_short(event)}: the journal was changed or damaged; restore it, or start over "
-                    "with --fresh"
-                )
-            return
-        self._scoring.append(event)
-        if event["event"] != "judged":
-            self._scoring.progress.tried(self._record)
+    The search must be at its end.
+    """
+    record = scoring.record
+    sets = {False: scoring.of(CALIBRATION_SET), True: scoring.of(HELDOUT_SET, heldout)}
+    if record.refinement is None:
+        costs = sharing_costs(record)
+        event = {"event": "refine", "pattern": record.searched.letters}
+        scoring.append({**event, "costs": [costs.get(layer) for layer in range(len(record.start_pattern))]})
+    if record.refinement is None or record.heldout is None:
+        raise JournalError(f"{scoring.journal.path} has no held-out sequences: start over with --fresh")
+    step, outcomes = len(record.commits), record.refinement.outcomes
+    sets[True].score(step, [record.refinement.start])  # for the report, also where no move comes so far
+    swaps, number = make_swaps(record, record.refinement), 0
+    while question := swaps.ask():
+        asked = sets[question.heldout]
+        asked.score(step, sorted(question.patterns, key=str))  # neighbours share their first layers
+        outcome = swaps.tell({p.letters: asked.losses.objective.sums(p.letters) for p in question.patterns})
+        said = outcomes[number] if number < len(outcomes) else None
+        if scoring.follow("its refinement", event_of(outcome), said) and not isinstance(outcome, Judged):
+            scoring.progress.tried(record)
+        number += 1
 
 
 def make_swaps(record: RunRecord, refinement: Refinement) -> Swaps:
@@ -317,8 +309,10 @@ def sharing_costs(record: RunRecord) -> dict[int, float]:
 def event_of(outcome: Outcome) -> Event:
     """An outcome as the journal has it."""
     if isinstance(outcome, Judged):
-        moves = {"moves": _pairs(outcome.moves), "qualified": _pairs(outcome.qualified)}
-        return {"event": "judged", "pattern": outcome.before, **moves}
+        moves, qualified = (
+            [[move.from_layer, move.to_layer] for move in some] for some in (outcome.moves, outcome.qualified)
+        )
+        return {"event": "judged", "pattern": outcome.before, "moves": moves, "qualified": qualified}
     return {
         "event": "swap" if outcome.made else "refused",
         "before": outcome.before,
@@ -330,12 +324,3 @@ def event_of(outcome: Outcome) -> Event:
         "heldout_delta": outcome.heldout.delta,
         "heldout_std_err": outcome.heldout.std_err,
     }
-
-
-def _pairs(moves: tuple[Move, ...]) -> list[list[int]]:
-    return [[move.from_layer, move.to_layer] for move in moves]
-
-
-def _short(event: Event) -> str:
-    qualified = f" with {len(event['qualified'])} qualified" if event["event"] == "judged" else ""
-    return f"{event['event']} {event['pattern']}{qualified}"

@@ -6,7 +6,6 @@ layer's borrowed selection its own indexer would have chosen.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -14,12 +13,12 @@ from typing import Any
 
 import torch
 
-from icsearch.core.errors import OutOfMemoryError
 from icsearch.core.pattern import Pattern
 from icsearch.core.text import shrunk_note
 from icsearch.model.model import DsaModel
 from icsearch.runs.evaluation import EvalRecord
 from icsearch.runs.journal import Event
+from icsearch.search.loop import Run
 from icsearch.sweep.branches import Batch
 from icsearch.sweep.sweep import Sweeper, per_sequence, selection_overlap, token_measures
 
@@ -44,71 +43,60 @@ Work = tuple[list[Pattern], Sequence[Batch]]
 Share = Callable[[Sequence[Work]], Iterator[Event]]
 
 
-class Evaluation:
-    """Measures what is missing of a record, wave by wave; each event is on disk before it counts.
+def measure_missing(
+    run: Run[EvalRecord],
+    dsa: DsaModel,
+    waves: Sequence[Sequence[Batch]],
+    patterns: Sequence[Pattern],
+    per_sweep: int,
+    several: Share | None = None,
+) -> None:
+    """Measure every pattern on every wave, as far as the run's record lacks it. The all-F model runs in each sweep.
 
-    `several` has other processes share the work.
+    Where memory runs out, it goes on once with half as many patterns at a time. `several` has other processes share
+    the work.
     """
+    others = [pattern for pattern in patterns if pattern != dsa.start_pattern]
+    together = max(1, min(per_sweep, len(others)))
+    shrunk = several is not None
 
-    def __init__(
-        self,
-        dsa: DsaModel,
-        waves: Sequence[Sequence[Batch]],
-        record: EvalRecord,
-        append: Callable[[Event], None],
-        on_layer: Callable[[int], None],
-        several: Share | None = None,
-    ) -> None:
-        self._dsa = dsa
-        self._waves = waves
-        self._record = record
-        self._append = append
-        self._on_layer = on_layer
-        self._several = several
-
-    def run(self, patterns: Sequence[Pattern], patterns_per_sweep: int) -> None:
-        """Measure every pattern on every wave. The all-F model runs in each sweep: KL needs its states.
-
-        Where memory runs out, it goes on once with half as many patterns at a time, and notes it in the journal.
-        """
-        others = [pattern for pattern in patterns if pattern != self._dsa.start_pattern]
-        together = min(patterns_per_sweep, len(others))
-        try:
-            self._measure_all(others, max(1, together))
+    def missing() -> Iterator[Event]:
+        work = list(_missing(run.record, dsa.start_pattern, others, together, waves))
+        if several is not None:
+            yield from several(work)
             return
-        except OutOfMemoryError:
-            if together < 2 or self._several is not None:
-                raise
-        gc.collect()  # the failed sweep is let go of here, not while its error is still handled
-        self._append({"event": "note", "text": shrunk_note(together, together // 2)})
-        self._measure_all(others, together // 2)
+        measures = WaveMeasures(dsa, run.record.start["bucket_edges"], run.record.start["index_topk"])
+        for measured, wave in work:
+            yield measures.event(measured, wave, run.progress.layer_done)
 
-    def _measure_all(self, others: list[Pattern], together: int) -> None:
-        """What is missing, with so many patterns in one sweep beside the all-F model."""
-        for event in (self._several or self._alone)(list(self._missing(others, together))):
-            self._append(event)
+    def shrink() -> str:
+        nonlocal together, shrunk
+        if shrunk or together < 2:
+            return ""
+        shrunk, text, together = True, shrunk_note(together, together // 2), together // 2
+        return text
 
-    def _missing(self, others: list[Pattern], together: int) -> Iterator[Work]:
-        """Waves, and what the record lacks of them: the all-F model, which is known once it was measured, first."""
-        full = self._dsa.start_pattern
-        chunks = [others[i : i + together] for i in range(0, len(others), together)] or [[]]
-        for wave in self._waves:
-            known = self._known(full, wave)
-            for chunk in chunks:
-                missing = [pattern for pattern in chunk if not self._known(pattern, wave)]
-                if missing or not known:
-                    known = True
-                    yield [full, *missing], wave
+    run.fill(missing, shrink)
 
-    def _alone(self, work: Sequence[Work]) -> Iterator[Event]:
-        """By this process."""
-        measures = WaveMeasures(self._dsa, self._record.start["bucket_edges"], self._record.start["index_topk"])
-        for patterns, wave in work:
-            yield measures.event(patterns, wave, self._on_layer)
 
-    def _known(self, pattern: Pattern, wave: Sequence[Batch]) -> bool:
-        known = self._record.measures.get(pattern.letters, {})
-        return all(sequence in known for sequence in range(wave[0].first, wave[-1].last))
+def _missing(
+    record: EvalRecord, full: Pattern, others: list[Pattern], together: int, waves: Sequence[Sequence[Batch]]
+) -> Iterator[Work]:
+    """Waves, and what the record lacks of them: the all-F model, which is known once it was measured, first."""
+    chunks = [others[i : i + together] for i in range(0, len(others), together)] or [[]]
+    for wave in waves:
+        sequences = range(wave[0].first, wave[-1].last)
+        lacking = {
+            pattern
+            for pattern in (full, *others)
+            if any(sequence not in record.measures.get(pattern.letters, {}) for sequence in sequences)
+        }
+        known = full not in lacking
+        for chunk in chunks:
+            missing = [pattern for pattern in chunk if pattern in lacking]
+            if missing or not known:
+                known = True
+                yield [full, *missing], wave
 
 
 class WaveMeasures:

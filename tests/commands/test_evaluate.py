@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_sweep import random_batches
 
+from icsearch.commands.progress import Quiet
 from icsearch.core.errors import IcsearchError, JournalError
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
@@ -20,8 +21,9 @@ from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.slot import SelectionStore
 from icsearch.runs.evaluation import EvalRecord, load_eval, save_eval, verdict
 from icsearch.runs.journal import Event
+from icsearch.search.loop import Run
 from icsearch.sweep.branches import cut_waves
-from icsearch.sweep.measures import Evaluation, bucket_edges, bucket_tokens, naive_measures
+from icsearch.sweep.measures import bucket_edges, bucket_tokens, measure_missing, naive_measures
 from icsearch.sweep.sweep import Sweeper, naive_nll, selection_overlap
 
 PATTERNS = ["FFFFFF", "FSFSFS", "FSSFSS", "FFSSFS", "FSSSSS"]
@@ -31,6 +33,15 @@ TOPK = 8
 @pytest.fixture(scope="module")
 def dsa(family_checkpoint: Path) -> model.DsaModel:
     return loading.load(open_checkpoint(str(family_checkpoint)))
+
+
+class Events(list[Event]):
+    """Stands for a journal: what is appended has gone through JSON."""
+
+    path = Path("made-up")
+
+    def append(self, event: Event) -> None:
+        super().append(json.loads(json.dumps(event)))
 
 
 def start_event(batches: Any) -> Event:
@@ -67,8 +78,8 @@ def start_event(batches: Any) -> Event:
 def evaluated(dsa: model.DsaModel, per_sweep: int = 10, batches: Any = None, per_wave: int = 1) -> EvalRecord:
     batches = batches or random_batches()
     record = EvalRecord.replay([start_event(batches)])
-    evaluation = Evaluation(dsa, cut_waves(batches, per_wave), record, record.apply, lambda n: None)
-    evaluation.run([Pattern(p) for p in PATTERNS], per_sweep)
+    run = Run(Events(), record, Quiet())  # type: ignore[arg-type]
+    measure_missing(run, dsa, cut_waves(batches, per_wave), [Pattern(p) for p in PATTERNS], per_sweep)
     return record
 
 
@@ -130,18 +141,14 @@ def test_borrowed_overlap_is_that_of_the_layers_own_choice(dsa: model.DsaModel) 
 def test_resumed_behind_any_event(dsa: model.DsaModel, per_wave: int) -> None:
     """In other waves, too: what is known is not measured again unless it shares a wave with what is not."""
     batches = random_batches()
-    events: list[Event] = []
+    events = Events()
     record = EvalRecord.replay([start_event(batches)])
     patterns = [Pattern(letters) for letters in PATTERNS]
-
-    def append(event: Event) -> None:
-        events.append(json.loads(json.dumps(event)))
-        record.apply(event)
-
-    Evaluation(dsa, cut_waves(batches, 1), record, append, lambda n: None).run(patterns, 2)
+    measure_missing(Run(events, record, Quiet()), dsa, cut_waves(batches, 1), patterns, 2)  # type: ignore[arg-type]
     for known in range(len(events)):
         resumed = EvalRecord.replay([start_event(batches), *events[:known]])
-        Evaluation(dsa, cut_waves(batches, per_wave), resumed, resumed.apply, lambda n: None).run(patterns, 2)
+        run = Run(Events(), resumed, Quiet())  # type: ignore[arg-type]
+        measure_missing(run, dsa, cut_waves(batches, per_wave), patterns, 2)
         assert resumed.measures == record.measures
 
 

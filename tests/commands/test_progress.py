@@ -12,7 +12,7 @@ from test_search import START, MadeUp, ManySequences, exact, long_run
 from icsearch.commands.progress import Live, Plain, Quiet, RunClock, best_so_far, make_listener
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import RunRecord
-from icsearch.search.loop import Scoring, Search
+from icsearch.search.loop import Scoring, run_search
 
 
 def shown(path: Path, kind: type[Plain], terminal: bool) -> str:
@@ -21,7 +21,7 @@ def shown(path: Path, kind: type[Plain], terminal: bool) -> str:
     journal = Journal(path)
     journal.append(START)
     record = RunRecord.replay(journal.events())
-    Search(Scoring(journal, record, MadeUp(), listener), exact()).run()
+    run_search(Scoring(journal, record, MadeUp(), listener), exact())
     listener.close()
     output = console.file
     assert isinstance(output, io.StringIO)
@@ -49,7 +49,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     journal = Journal(tmp_path / "j")
     journal.append(START)
     record = RunRecord.replay(journal.events())
-    Search(Scoring(journal, record, MadeUp(), listener), exact()).run()
+    run_search(Scoring(journal, record, MadeUp(), listener), exact())
     assert capsys.readouterr() == ("", "")
 
 

@@ -32,7 +32,7 @@ from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.machine import is_out_of_memory, out_of_memory
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import RunRecord
-from icsearch.search.loop import Scores, Scoring, Search
+from icsearch.search.loop import Scores, Scoring, run_search
 from icsearch.search.registry import make_strategy
 from icsearch.sweep import measures
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
@@ -124,7 +124,7 @@ def search(dsa: model.DsaModel, path: Path, most: int, most_kept: int, budget: i
     journal.append({**START, "tokens": [23] * SEQUENCES})
     record = RunRecord.replay(journal.events())
     scorer = SweepScorer(sweeper, cut_batches(ids, torch.ones_like(ids, dtype=torch.bool), 2), 100)
-    Search(Scoring(journal, record, scorer, Quiet()), make_strategy(task())).run()
+    run_search(Scoring(journal, record, scorer, Quiet()), make_strategy(task()))
     return record, store
 
 

@@ -24,7 +24,7 @@ from icsearch.report.write import write_results
 from icsearch.runs.journal import JOURNAL_FORMAT, Event, Journal
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import cost, pattern_file
-from icsearch.search.loop import Scores, Scoring, Search, SwapRefinement, make_swaps
+from icsearch.search.loop import Scores, Scoring, make_swaps, run_refinement, run_search
 from icsearch.search.protocol import Strategy, Task
 from icsearch.search.registry import make_strategy
 
@@ -144,7 +144,7 @@ def run(path: Path, start: Event, process: Process | None = None, seed: int = 0)
     calibration, heldout = MadeUp(len(start["tokens"]), False, process, seed), MadeUp(len(HELDOUT), True, process, seed)
     scoring = Scoring(journal, record, calibration, Quiet())
     try:
-        Search(scoring, strategy(start)).run(SwapRefinement(scoring, heldout).run)
+        run_search(scoring, strategy(start), lambda: run_refinement(scoring, heldout))
     finally:
         process.left = len(calibration.scored) + len(heldout.scored)
     return record, process.left

@@ -15,7 +15,7 @@ from icsearch.core.pattern import Pattern
 from icsearch.runs.journal import JOURNAL_FORMAT, Event, Journal
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import cost, pattern_file
-from icsearch.search.loop import Progress, Scores, Scoring, Search
+from icsearch.search.loop import Progress, Scores, Scoring, run_search
 from icsearch.search.protocol import Strategy, Task
 from icsearch.search.registry import make_strategy
 
@@ -93,7 +93,7 @@ def run(path: Path, scorer: MadeUp, strategy: Callable[[], Strategy] = exact) ->
     if not journal.exists():
         journal.append(START)
     record = RunRecord.replay(journal.events())
-    return Search(Scoring(journal, record, scorer, Quiet()), strategy()).run()
+    return run_search(Scoring(journal, record, scorer, Quiet()), strategy())
 
 
 def outcome(record: RunRecord) -> tuple[object, ...]:
@@ -218,7 +218,7 @@ def long_run(
     tokens = tuple(LONG_START["tokens"])
     task = Task(Pattern.full(DEEP), frozenset(), FAR, stages, tokens)
     strategy = make_strategy(task)
-    return Search(Scoring(journal, record, scorer, listener or Quiet()), strategy).run()
+    return run_search(Scoring(journal, record, scorer, listener or Quiet()), strategy)
 
 
 @pytest.mark.parametrize("stages", [1, 3])
@@ -266,7 +266,7 @@ def test_a_commit_that_is_not_the_strategys_is_refused(tmp_path: Path) -> None:
     commit["candidates"] = commit["candidates"][::-1]
     path = tmp_path / "changed"
     path.write_text("".join(json.dumps(event) + "\n" for event in events))
-    with pytest.raises(JournalError, match="committed candidates .* its losses say"):
+    with pytest.raises(JournalError, match="says candidates .* in step 1, but its losses say"):
         long_run(path, ManySequences())
 
 
@@ -304,5 +304,5 @@ def test_a_journal_of_version_0_1_0_is_continued(tmp_path: Path) -> None:
         journal, scorer = Journal(path), Again()
         scorer.waves = [(0, len(whole.tokens))]
         record = RunRecord.replay(journal.events())
-        found = Search(Scoring(journal, record, scorer, Quiet()), strategy_of(record)).run()
+        found = run_search(Scoring(journal, record, scorer, Quiet()), strategy_of(record))
         assert (found.nll, found.commits, found.finished) == (whole.nll, whole.commits, True)

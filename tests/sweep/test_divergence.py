@@ -30,7 +30,7 @@ from icsearch.report.write import curve_csv
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import pattern_file
-from icsearch.search.loop import Scoring, Search
+from icsearch.search.loop import Scoring, run_search
 from icsearch.search.protocol import Task
 from icsearch.search.registry import make_strategy
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
@@ -150,7 +150,7 @@ def search(path: Path, scorer: Any, strategy: str = "exact") -> RunRecord:
         journal.append(start_event())
     record = RunRecord.replay(journal.events())
     task = Task(Pattern.full(6), frozenset(), 3, 1, tuple(record.tokens))
-    return Search(Scoring(journal, record, scorer, Quiet()), make_strategy(task)).run()
+    return run_search(Scoring(journal, record, scorer, Quiet()), make_strategy(task))
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_a_search_by_loss_has_no_kl(tmp_path: Path) -> None:
     journal.append(START)
     record = RunRecord.replay([START])
     task = Task(Pattern.full(6), frozenset(), 3, 1, tuple(record.tokens))
-    Search(Scoring(journal, record, MadeUp(), Quiet()), make_strategy(task)).run()
+    run_search(Scoring(journal, record, MadeUp(), Quiet()), make_strategy(task))
     assert record.kl == {}
     assert record.mean_kl(record.pattern.letters) is None
     assert all("kl" not in step for step in pattern_file(record).to_json()["steps"])

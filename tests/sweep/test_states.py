@@ -24,7 +24,7 @@ from icsearch.planning.memory import plan_kept
 from icsearch.planning.rehearsal import layer_evaluations, rehearsed
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import RunRecord
-from icsearch.search.loop import Scores, Scoring, Search
+from icsearch.search.loop import Scores, Scoring, run_search
 from icsearch.search.protocol import Task
 from icsearch.search.registry import make_strategy
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
@@ -235,7 +235,7 @@ def search(path: Path, scorer: SweepScorer, stages: int = 1, flips: int = 5, ref
         journal.append(start)
     record = RunRecord.replay(journal.events())
     task = Task(Pattern.full(6), frozenset(), flips, stages, tuple(record.tokens))
-    return Search(Scoring(journal, record, scorer, Quiet()), make_strategy(task)).run()
+    return run_search(Scoring(journal, record, scorer, Quiet()), make_strategy(task))
 
 
 def outcome(record: RunRecord) -> tuple[object, ...]:
