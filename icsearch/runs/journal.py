@@ -48,7 +48,9 @@ class Journal:
             self._cut_torn_tail()
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                _write_all(descriptor, line.encode())
+                data = line.encode()
+                while data:
+                    data = data[os.write(descriptor, data) :]
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -130,9 +132,3 @@ def _end_of_last_line(file: Any, size: int, block: int = 65536) -> int:
             return start + int(found) + 1
         position = start
     return 0
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    while data:
-        written = os.write(descriptor, data)
-        data = data[written:]

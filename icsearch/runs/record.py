@@ -1,4 +1,4 @@
-"""One step of a search as its journal has it: the flip that was committed, and the flips it was chosen from."""
+"""What the journal of a search says, replayed: losses, the flips that were committed, similarities, a refinement."""
 
 from __future__ import annotations
 
@@ -226,11 +226,14 @@ class RunRecord:
         if kind == "losses":
             self._check_losses(event)
         elif kind == "commit":
-            self._check_commit(event)
+            if self.refinement is not None:
+                raise FieldError("a commit behind the beginning of the refinement")
+            Choice.from_event(event).check(len(self.commits) + 1, self.pattern)
         elif kind == "similarity":
             self.similarity_sums.check(event)
         elif kind == "refine":
-            self._check_refine(event)
+            if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
+                raise FieldError(f"a refinement of {event['pattern']}, which does not follow from what is before it")
         elif kind in OUTCOMES:
             self._check_outcome(event)
 
@@ -246,15 +249,6 @@ class RunRecord:
         if self.heldout is None:
             raise FieldError(f"losses of set {HELDOUT_SET}, but the run has no held-out sequences")
         self.heldout.check(_as_own(event))
-
-    def _check_commit(self, event: Event) -> None:
-        if self.refinement is not None:
-            raise FieldError("a commit behind the beginning of the refinement")
-        Choice.from_event(event).check(len(self.commits) + 1, self.pattern)
-
-    def _check_refine(self, event: Event) -> None:
-        if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
-            raise FieldError(f"a refinement of {event['pattern']}, which does not follow from what is before it")
 
     def _check_outcome(self, event: Event) -> None:
         if self.refinement is None or self.heldout is None:
