@@ -71,7 +71,10 @@ def main() -> None:
         icsearch, runs = Icsearch(given.package.resolve(), Path(folder)), Path(folder) / "runs"
         config = HERE / "tests" / "data" / "configs" / "glm-5.json"
         save("help.txt", "".join(icsearch(*command) for command in [("--help",), *((c, "--help") for c in COMMANDS)]))
-        save("plan.txt", icsearch("plan", str(config), "--num-sequences", "64", "--seq-len", "65536"))
+        save(
+            "plan.txt",
+            icsearch("plan", str(config), "--num-sequences", "64", "--seq-len", "65536", "--devices", "8xH200"),
+        )
         for seed in ("0", "1"):
             shared = ("demo", "--calibration", "demo", "--seed", seed, *SMALL)
             searches = {
