@@ -184,7 +184,12 @@ def fill_directory(plan: CopyPlan, directory: Path, tell: Callable[[str], None])
             "free some space, or give a --checkpoint directory on the checkpoint's own disk, where shards are linked"
         )
     for name in copied:
-        _copy(plan.source / name, directory / name)
+        target = directory / name
+        make_directory(target.parent)
+        with naming(target):
+            shutil.copyfile(plan.source / name, target)
+            with open(target, "rb+") as file:
+                os.fsync(file.fileno())
     for name, dropped in plan.rewritten.items():
         rewrite_shard((plan.source / name).resolve(), directory / name, dropped)
     for name, text in plan.written.items():
@@ -199,14 +204,6 @@ def _link(source: Path, target: Path) -> bool:
     except OSError:  # another file system, one without links, a file of somebody else: the copy then says what fails
         return False
     return True
-
-
-def _copy(source: Path, target: Path) -> None:
-    make_directory(target.parent)
-    with naming(target):
-        shutil.copyfile(source, target)
-        with open(target, "rb+") as file:
-            os.fsync(file.fileno())
 
 
 def kept_entries(header: Header, dropped: Collection[str]) -> list[Entry]:

@@ -42,11 +42,6 @@ def decoder_letters(pattern: Pattern, layer_indices: Sequence[int], num_hidden_l
     return "".join(letters)
 
 
-def dsa_letters(letters: str, layer_indices: Sequence[int]) -> str:
-    """The letters of the layers that have an indexer, of one letter for each decoder layer."""
-    return "".join(letters[index] for index in layer_indices)
-
-
 HEEDED, NEEDED = "heeded", "needed"
 
 
@@ -165,11 +160,6 @@ def config_keys(letters: str, _: str | None = None) -> dict[str, Any]:
     return settings
 
 
-def pattern_key(letters: str, _: str | None = None) -> dict[str, Any]:
-    """The letters alone."""
-    return {PATTERN: letters}
-
-
 def switched_pattern(letters: str, _: str | None = None) -> dict[str, Any]:
     """The letters, and the switch that makes an engine look at them."""
     return {SWITCH: True, PATTERN: letters}
@@ -179,16 +169,6 @@ def atom_keys(letters: str, model_type: str | None) -> dict[str, Any]:
     """ATOM takes `indexer_types` over the letters, and a GLM config always has them once it is loaded."""
     types = {TYPES: [KINDS[letter] for letter in letters]} if model_type == "glm_moe_dsa" else {}
     return {**switched_pattern(letters), **types}
-
-
-def types_key(letters: str, _: str | None = None) -> dict[str, Any]:
-    """The list of full and shared alone."""
-    return {TYPES: [KINDS[letter] for letter in letters]}
-
-
-def gguf_key(letters: str, _: str | None = None) -> dict[str, Any]:
-    """The bool array of a GGUF file: true where the layer has an indexer of its own."""
-    return {GGUF_KEY: [letter == FULL for letter in letters]}
 
 
 def vllm_keys(letters: str, model_type: str) -> dict[str, Any]:

@@ -112,7 +112,11 @@ def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lamb
     with whole_directory(target) as directory:
         copied = fill_directory(plan, directory, tell)
         open_checkpoint(str(directory))  # checked as any checkpoint is, before it gets its name
-    has_params = (checkpoint.directory / "params.json").exists()
+    told = [*notes(model_type, letters, request.drop_indexers, (checkpoint.directory / "params.json").exists())]
+    wrong = usual_sizes_on_shared(file.pattern, file.layer_indices, len(letters), split_vllm)
+    if wrong and model_type in VLLM.model_types:  # vLLM checks nothing
+        serve = f"icsearch export --engine vllm --serve-pp {wrong[0]}"
+        told.append(f"vLLM: {cut_in_words(wrong)}; {serve} says what to do")
     return NativeCheckpoint(
         out=request.out,
         source=checkpoint.name,
@@ -121,10 +125,7 @@ def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lamb
         copied=copied,
         left_out=(*plan.gone, *plan.left_out),
         dropped=tuple(entry for entries in dropped.values() for entry in entries),
-        notes=(
-            *notes(model_type, letters, request.drop_indexers, has_params),
-            *_stage_notes(file, model_type, len(letters)),
-        ),
+        notes=tuple(told),
     )
 
 
@@ -203,14 +204,13 @@ def _plan(
     if (checkpoint.directory / INDEX_NAME).exists():
         written[INDEX_NAME] = _index(checkpoint, dropped)
     names = {shard: {entry.name for entry in entries} for shard, entries in dropped.items()}
-    return plan_copy(checkpoint, names, {name: _text(name, document) for name, document in written.items()})
-
-
-def _text(name: str, document: dict[str, Any]) -> str:
-    try:
-        return json.dumps(document, indent=2) + "\n"
-    except RecursionError:  # from Python 3.12 on, reading goes deeper than writing
-        raise ExportError(f"{name} is nested too deeply to be written again: download it again") from None
+    texts = {}
+    for name, document in written.items():
+        try:
+            texts[name] = json.dumps(document, indent=2) + "\n"
+        except RecursionError:  # from Python 3.12 on, reading goes deeper than writing
+            raise ExportError(f"{name} is nested too deeply to be written again: download it again") from None
+    return plan_copy(checkpoint, names, texts)
 
 
 def _index(checkpoint: Checkpoint, dropped: Mapping[str, list[Entry]]) -> dict[str, Any]:
@@ -338,11 +338,3 @@ def notes(model_type: str, letters: str, dropped: bool, has_params: bool) -> Ite
         )
     if has_params:
         yield "params.json is copied as it is: an engine that reads it in place of config.json sees no pattern"
-
-
-def _stage_notes(file: PatternFile, model_type: str, num_layers: int) -> list[str]:
-    """Where vLLM, which checks nothing, would start a pipeline stage on S."""
-    wrong = usual_sizes_on_shared(file.pattern, file.layer_indices, num_layers, split_vllm)
-    if not wrong or model_type not in VLLM.model_types:
-        return []
-    return [f"vLLM: {cut_in_words(wrong)}; icsearch export --engine vllm --serve-pp {wrong[0]} says what to do"]

@@ -14,7 +14,7 @@ from icsearch.core.files import typed_path
 from icsearch.core.jsonfile import MAX_LAYERS, shown, unambiguous, whole
 from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.pattern_file import PatternFile
-from icsearch.engines.engine import GGUF_KEY, HEEDED, MEGATRON_FREQ, MEGATRON_OFFSET, Engine, Reader, dsa_letters
+from icsearch.engines.engine import GGUF_KEY, HEEDED, MEGATRON_FREQ, MEGATRON_OFFSET, Engine, Reader
 from icsearch.engines.gguf import read_gguf
 from icsearch.engines.table import ENGINES, LLAMACPP, find_engine
 from icsearch.model.config import (
@@ -82,9 +82,13 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
     source = _source(rest, backbone)
     chosen = chosen or source.engine
     if chosen is None:
+        model_type = _model_type(source.backbone, backbone)
+        keys = {FREQ, MEGATRON_FREQ} if source.numbers else {*source.keys, *language_config(source.keys, source.name)}
+        looking = [engine for engine in ENGINES.values() if keys.intersection(engine.reader_of(model_type).order)]
+        sharing = [engine for engine in looking or ENGINES.values() if engine.serves(model_type)]
         raise EngineConfigError(
             f"{source.name} is read by each engine in its own way, and none is named: give --engine NAME, or NAME: in "
-            f"front, one of {', '.join(_could_be_meant(source, backbone))}"
+            f"front, one of {', '.join(engine.name for engine in sharing or looking or ENGINES.values())}"
         )
     return _imported(source, chosen, backbone)
 
@@ -148,7 +152,11 @@ class _Source:
 def _source(text: str, given: Backbone | None) -> _Source:
     """What `text` is: JSON, freq and offset, or a file of that name. EngineConfigError, also for a command line."""
     if text.startswith("{"):
-        return _of_keys(parse_object(text), "the text", given)
+        try:
+            keys = json.loads(text, object_pairs_hook=unambiguous)
+        except (ValueError, RecursionError) as error:
+            raise EngineConfigError(f"{text[:40]!r} is not JSON ({error}): quote it as one argument") from None
+        return _of_keys(keys, "the text", given)
     if text.startswith("freq:"):
         numbers = _NUMBERS.fullmatch(text.replace(" ", ""))
         if not numbers:
@@ -182,17 +190,6 @@ def _of_keys(keys: Mapping[str, Any], name: str, given: Backbone | None) -> _Sou
     return _Source(name, keys, backbone=read_backbone(keys, name) if whole_config else None)
 
 
-def parse_object(text: str) -> dict[str, Any]:
-    """A JSON object as typed; raises EngineConfigError."""
-    try:
-        keys = json.loads(text, object_pairs_hook=unambiguous)
-    except (ValueError, RecursionError) as error:
-        raise EngineConfigError(f"{text[:40]!r} is not JSON ({error}): quote it as one argument") from None
-    if not isinstance(keys, dict):
-        raise EngineConfigError(f"{shown(keys)} is no JSON object: expected keys such as index_topk_pattern")
-    return keys
-
-
 # What shows that a text is a command line, and the part of it that is read. What may be in there under another name is
 # not denied: the last one says where to look.
 _PARTS = (
@@ -221,15 +218,6 @@ def _part_to_give(text: str) -> str | None:
     return part if text.startswith("-") or not os.path.exists(text) else None
 
 
-def _could_be_meant(source: _Source, given: Backbone | None) -> list[str]:
-    """The engines that look at one of the keys, of a known type of model those that share in it; else all of them."""
-    model_type = _model_type(source.backbone, given)
-    keys = {FREQ, MEGATRON_FREQ} if source.numbers else {*source.keys, *language_config(source.keys, source.name)}
-    looking = [engine for engine in ENGINES.values() if keys.intersection(engine.reader_of(model_type).order)]
-    sharing = [engine for engine in looking or ENGINES.values() if engine.serves(model_type)]
-    return [engine.name for engine in sharing or looking or ENGINES.values()]
-
-
 def _model_type(own: Backbone | None, given: Backbone | None) -> str | None:
     """What the keys themselves say, else the model that they are for."""
     return (own.model_type if own else None) or (given.model_type if given else None)
@@ -245,8 +233,13 @@ def _imported(source: _Source, engine: Engine, given: Backbone | None) -> Import
     model_type = _model_type(own, given)
     over = None if own else given
     keys, key_notes = _keys_seen(source, engine, over, model_type)
-    if over and "num_hidden_layers" in keys:
-        over = _laid_over(over, keys, source)
+    layers = keys.get("num_hidden_layers")
+    if over and "num_hidden_layers" in keys and layers != over.num_layers:  # so many of them, by what the config says
+        if not over.keys:
+            raise _other_model(source, layers, over)
+        config = {**over.keys, "model_type": over.model_type, "num_hidden_layers": layers}
+        found = read_backbone(config, source.name)
+        over = replace(over, num_layers=found.num_layers, layer_indices=found.layer_indices)
     known = over or given or own
     counted = None
     if known:
@@ -255,30 +248,22 @@ def _imported(source: _Source, engine: Engine, given: Backbone | None) -> Import
     beneath = over.keys if over and not source.numbers else {}
     letters, notes = _on_top(keys, beneath, lambda keys: read_letters(keys, engine, counted, mtp, model_type))
     backbone = known or Backbone.alike(len(letters))
-    letters, layer_notes = _on_dsa_layers(letters, backbone)
+    if len(letters) == backbone.num_layers != len(backbone.layer_indices):  # letters over all decoder layers
+        indexed = set(backbone.layer_indices)
+        if idle := [layer for layer, letter in enumerate(letters) if letter == SHARED and layer not in indexed]:
+            notes = [*notes, f"layers {', '.join(map(str, idle))} have no indexer: S says nothing there"]
+        letters = "".join(letters[index] for index in backbone.layer_indices)
     try:
         pattern = Pattern(letters)
     except PatternError as error:
         raise EngineConfigError(f"{engine.title} would be given a pattern it cannot run: {error}") from None
-    return Imported(pattern, engine, backbone, (*key_notes, *notes, *layer_notes), model_type)
+    return Imported(pattern, engine, backbone, (*key_notes, *notes), model_type)
 
 
 def _other_model(source: _Source, layers: Any, given: Backbone) -> EngineConfigError:
     return EngineConfigError(
         f"{source.name[:60]} has {shown(layers)} layers, the model {given.num_layers}: expected the same model"
     )
-
-
-def _laid_over(over: Backbone, keys: Mapping[str, Any], source: _Source) -> Backbone:
-    """The model with as many layers as the overrides say; EngineConfigError where nothing more is known of it."""
-    layers = keys["num_hidden_layers"]
-    if layers == over.num_layers:
-        return over
-    if not over.keys:
-        raise _other_model(source, layers, over)
-    config = {**over.keys, "model_type": over.model_type, "num_hidden_layers": layers}
-    found = read_backbone(config, source.name)
-    return replace(over, num_layers=found.num_layers, layer_indices=found.layer_indices)
 
 
 def _keys_seen(
@@ -326,16 +311,6 @@ def _on_top(keys: Mapping[str, Any], config: Mapping[str, Any], read: Callable[[
     if alone != letters:
         notes = [f"on top of the model's own config, where {', '.join(kept)} stays as it is", *notes]
     return letters, notes
-
-
-def _on_dsa_layers(letters: str, backbone: Backbone) -> Read:
-    """The letters of the layers with an indexer, of letters over those or over all decoder layers."""
-    if len(letters) != backbone.num_layers or len(backbone.layer_indices) == backbone.num_layers:
-        return letters, []
-    indexed = set(backbone.layer_indices)
-    idle = [layer for layer, letter in enumerate(letters) if letter == SHARED and layer not in indexed]
-    note = f"layers {', '.join(map(str, idle))} have no indexer: S says nothing there"
-    return dsa_letters(letters, backbone.layer_indices), [note] if idle else []
 
 
 # --- an engine's rules ----------------------------------------------------------------------------------------------
@@ -396,30 +371,34 @@ def _letters_of(key: str, given: Mapping[str, Any], reader: Reader, num_letters:
             raise EngineConfigError(f"{key} is {shown(value)}: expected a list of true and false, one a layer")
         return "".join(FULL if flag else SHARED for flag in value)
     if key == TYPES or (key == PATTERN and reader.words and isinstance(value, list)):
-        return _from_words(key, value)
+        if not _is_list(value):
+            raise EngineConfigError(f"{key} is {shown(value)}: expected a list of full and shared, one a layer")
+        for layer, kind in enumerate(value):
+            if not isinstance(kind, str) or kind not in LETTERS:
+                raise EngineConfigError(
+                    f"{key} has {shown(kind)} for layer {layer}: expected full or shared (transformers takes a list of "
+                    "anything else as all full without a word)"
+                )
+        return "".join(LETTERS[kind] for kind in value)
     if key == PATTERN:
         return _from_letters(key, value)
     if num_letters is None:
         raise EngineConfigError(
             f"{key} alone does not say how many layers there are: give --layers N, or --model-config CONFIG.json"
         )
-    return _from_numbers(given, reader, num_letters)
+    freq, offset = given.get(reader.freq), given.get(reader.offset)
+    if not whole(1, MAX_LAYERS).fits(freq):
+        raise EngineConfigError(
+            f"{reader.freq} is {shown(freq)}: expected an integer from 1 (transformers and vLLM fail on null); remove "
+            "the key where it is not meant"
+        )
+    if offset is not None and not whole(0, MAX_LAYERS).fits(offset):
+        raise EngineConfigError(f"{reader.offset} is {shown(offset)}: expected an integer from 0")
+    return reader.schedule.letters(num_letters, freq, offset)  # type: ignore[arg-type]  # they fit
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, list) and 1 <= len(value) <= MAX_LAYERS
-
-
-def _from_words(key: str, value: Any) -> str:
-    if not _is_list(value):
-        raise EngineConfigError(f"{key} is {shown(value)}: expected a list of full and shared, one a layer")
-    for layer, kind in enumerate(value):
-        if not isinstance(kind, str) or kind not in LETTERS:
-            raise EngineConfigError(
-                f"{key} has {shown(kind)} for layer {layer}: expected full or shared (transformers takes a list of "
-                "anything else as all full without a word)"
-            )
-    return "".join(LETTERS[kind] for kind in value)
 
 
 def _from_letters(key: str, value: Any) -> str:
@@ -436,18 +415,6 @@ def _from_letters(key: str, value: Any) -> str:
                 "letter as F, transformers fails)"
             )
     return "".join(value)
-
-
-def _from_numbers(given: Mapping[str, Any], reader: Reader, num_letters: int) -> str:
-    freq, offset = given.get(reader.freq), given.get(reader.offset)
-    if not whole(1, MAX_LAYERS).fits(freq):
-        raise EngineConfigError(
-            f"{reader.freq} is {shown(freq)}: expected an integer from 1 (transformers and vLLM fail on null); remove "
-            "the key where it is not meant"
-        )
-    if offset is not None and not whole(0, MAX_LAYERS).fits(offset):
-        raise EngineConfigError(f"{reader.offset} is {shown(offset)}: expected an integer from 0")
-    return reader.schedule.letters(num_letters, freq, offset)  # type: ignore[arg-type]  # they fit
 
 
 def _fitted(letters: str, key: str, engine: Engine, reader: Reader, num_letters: int | None, mtp_layers: int) -> Read:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from icsearch.core.pattern import FULL
 from icsearch.core.text import did_you_mean
 from icsearch.engines import engine
 from icsearch.engines.engine import (
@@ -19,7 +20,7 @@ from icsearch.engines.engine import (
     plain_flags,
 )
 from icsearch.engines.pipeline import split_front, split_vllm
-from icsearch.model.config import FREQ, MODEL_TYPES, PATTERN, TYPES
+from icsearch.model.config import FREQ, KINDS, MODEL_TYPES, PATTERN, TYPES
 
 MAY_IGNORE = "For other types it may ignore the pattern and run every layer as F without a word: check."
 NOT_KNOWN = "Whether it reads the pattern for other types is not known here: check."
@@ -66,7 +67,7 @@ SGLANG = Engine(
     name="sglang",
     title="SGLang",
     how="add this flag to python -m sglang.launch_server",
-    settings=engine.pattern_key,
+    settings=lambda letters, _: {PATTERN: letters},
     render=json_flag("--json-model-override-args"),
     model_types=("deepseek_v32", "glm_moe_dsa"),
     on_other_types=MAY_IGNORE,
@@ -102,7 +103,7 @@ LMDEPLOY = Engine(
     name="lmdeploy",
     title="LMDeploy",
     how="add this flag to lmdeploy serve api_server (PyTorch backend)",
-    settings=engine.types_key,
+    settings=lambda letters, _: {TYPES: [KINDS[letter] for letter in letters]},
     render=json_flag("--hf-overrides"),
     model_types=("glm_moe_dsa",),
     on_other_types="It reads indexer_types for glm_moe_dsa alone.",
@@ -182,7 +183,7 @@ LLAMACPP = Engine(
         "set this bool array in the GGUF (icsearch export ... --gguf OLD.gguf --out NEW.gguf does), or convert a "
         "checkpoint whose config.json has the keys of --engine transformers: the converter reads indexer_types"
     ),
-    settings=engine.gguf_key,
+    settings=lambda letters, _: {engine.GGUF_KEY: [letter == FULL for letter in letters]},
     render=config_json,
     model_types=("glm_moe_dsa",),
     on_other_types="The key belongs to the architecture glm-dsa.",
