@@ -36,6 +36,53 @@ ConfigFile = Annotated[
 ]
 
 
+def print_help(command: Any, ctx: Any, formatter: Any) -> None:
+    """Usage, what it does, and in panels one line for each option or command."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    commands = getattr(command, "commands", {})
+    positional = [one for one in command.params if one.param_type_name == "argument"]
+    options = [one for one in command.params if one.param_type_name == "option"]
+    needed = [f"{one.opts[0]} {one.metavar}" for one in options if one.required]
+    words = ["COMMAND" for _ in commands][:1] + [one.metavar for one in positional] + needed + ["[OPTIONS]"]
+    usage, about = f"Usage: {ctx.command_path} {' '.join(words)}", " ".join(command.help.split())
+    console.print(Padding(Text(f"\n{usage}\n\n{about}\n"), (0, 1)))
+
+    panels: dict[str, list[tuple[str, str]]] = {name: [] for name in PANELS}
+    for name, one in commands.items():
+        panels.setdefault(one.rich_help_panel, []).append((name, one.help.partition(".\n")[0]))
+    for one in options:
+        metavar = f" {one.metavar}" if one.metavar and not one.is_flag else ""
+        panels.setdefault(one.rich_help_panel or OTHER, []).append((one.opts[0] + metavar, one.help))
+    panels[OTHER].append(("--help", "This help"))
+    arguments = [(one.metavar, one.help) for one in positional]
+    first = max(len(name) for rows in (arguments, *panels.values()) for name, _ in rows)
+
+    def table(rows: list[tuple[str, str]]) -> Table:
+        made = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        made.add_column(style="cyan", width=first, no_wrap=True)
+        made.add_column(ratio=1)
+        for name, said in rows:
+            text = Text(said)
+            text.highlight_regex(r"\[[^]]*\]$", "dim")  # the default
+            made.add_row(name, text)
+        return made
+
+    if arguments:
+        console.print(Padding(table(arguments), (0, 2, 1, 2)))
+    for title, rows in panels.items():
+        if rows:
+            width = min(console.width, WIDTH)
+            console.print(Panel(table(rows), title=title, title_align="left", border_style="dim", width=width))
+    if command.epilog:
+        console.print(Padding(f"In brackets: the default. More: {command.epilog}", (0, 1)))
+
+
 class Command(TyperCommand):
     """A command with our help, and where options exclude one another, the one that was given closest counts."""
 
@@ -43,15 +90,13 @@ class Command(TyperCommand):
         drop_outranked(ctx)
         return super().invoke(ctx)
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        print_help(ctx, self)
+    format_help = print_help
 
 
 class Group(TyperGroup):
     """All commands, with our help."""
 
-    def format_help(self, ctx: Any, formatter: Any) -> None:
-        print_help(ctx, self)
+    format_help = print_help
 
 
 def add(
@@ -101,6 +146,11 @@ def _argument(option: Declared) -> inspect.Parameter:
 
 def _option(option: Declared, command: str) -> inspect.Parameter:
     """What the parser is told of an option; what it reads of none is the field's default."""
+    offers = option.option.offers or option.option.choices
+
+    def complete(typed: str) -> list[str]:  # for the shell; what is offered may be imported only then
+        return [choice for choice in (offers() if callable(offers) else offers) if choice.startswith(typed)]
+
     said, flag, value = option.option, option.flag, option.default
     needed, switch = value is MISSING and not said.default, isinstance(value, bool)
     default = said.default.replace("COMMAND", command)
@@ -112,7 +162,7 @@ def _option(option: Declared, command: str) -> inspect.Parameter:
         help=f"{said.help} [{default}]" if default else said.help,
         min=said.least,
         rich_help_panel=said.panel,
-        autocompletion=_completion(option),
+        autocompletion=complete if offers else None,
     )
     kind = _typed(option) if needed or switch else _typed(option) | None
     unsaid = inspect.Parameter.empty if needed else value if switch else None
@@ -125,60 +175,3 @@ def _typed(option: Declared) -> Any:
     kinds = [kind for kind in get_args(option.kind) or (option.kind,) if kind not in (NoneType, ...)]
     kind = str if option.option.read else kinds[0]
     return list[kind] if option.option.many else kind  # type: ignore[valid-type]
-
-
-def _completion(option: Declared) -> Callable[[str], list[str]] | None:
-    """For the shell: the values that begin with what is typed. They are imported only then."""
-    offers = option.option.offers or option.option.choices
-
-    def complete(typed: str) -> list[str]:
-        return [choice for choice in (offers() if callable(offers) else offers) if choice.startswith(typed)]
-
-    return complete if offers else None
-
-
-def print_help(ctx: Any, command: Any) -> None:
-    """Usage, what it does, and in panels one line for each option or command."""
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.panel import Panel
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    commands = getattr(command, "commands", {})
-    positional = [one for one in command.params if one.param_type_name == "argument"]
-    options = [one for one in command.params if one.param_type_name == "option"]
-    needed = [f"{one.opts[0]} {one.metavar}" for one in options if one.required]
-    words = ["COMMAND" for _ in commands][:1] + [one.metavar for one in positional] + needed + ["[OPTIONS]"]
-    usage, about = f"Usage: {ctx.command_path} {' '.join(words)}", " ".join(command.help.split())
-    console.print(Padding(Text(f"\n{usage}\n\n{about}\n"), (0, 1)))
-
-    panels: dict[str, list[tuple[str, str]]] = {name: [] for name in PANELS}
-    for name, one in commands.items():
-        panels.setdefault(one.rich_help_panel, []).append((name, one.help.partition(".\n")[0]))
-    for one in options:
-        metavar = f" {one.metavar}" if one.metavar and not one.is_flag else ""
-        panels.setdefault(one.rich_help_panel or OTHER, []).append((one.opts[0] + metavar, one.help))
-    panels[OTHER].append(("--help", "This help"))
-    arguments = [(one.metavar, one.help) for one in positional]
-    first = max(len(name) for rows in (arguments, *panels.values()) for name, _ in rows)
-
-    def table(rows: list[tuple[str, str]]) -> Table:
-        made = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        made.add_column(style="cyan", width=first, no_wrap=True)
-        made.add_column(ratio=1)
-        for name, said in rows:
-            text = Text(said)
-            text.highlight_regex(r"\[[^]]*\]$", "dim")  # the default
-            made.add_row(name, text)
-        return made
-
-    if arguments:
-        console.print(Padding(table(arguments), (0, 2, 1, 2)))
-    for title, rows in panels.items():
-        if rows:
-            width = min(console.width, WIDTH)
-            console.print(Panel(table(rows), title=title, title_align="left", border_style="dim", width=width))
-    if command.epilog:
-        console.print(Padding(f"In brackets: the default. More: {command.epilog}", (0, 1)))

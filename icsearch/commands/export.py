@@ -52,24 +52,16 @@ def engine_settings(request: ExportRequest, source: Path | PatternFile) -> Expor
     file = source if isinstance(source, PatternFile) else load_pattern_file(source)
     notes: list[str] = []
     if request.model_config is not None:
-        file, notes = _fitted(file, request.model_config)
+        path = request.model_config
+        config = load_config(path)
+        num_layers = read_backbone(config, str(path)).num_layers
+        with_indexer = layers_with_indexer(path, num_layers) if path.is_dir() else None  # the weights that lie there
+        file, notes = with_config(file, config, str(path), with_indexer)
     serving = None
     if request.serve_pp is not None:
-        serving = Serving(request.serve_pp, request.repair or ADD, _losses(source, file))
+        losses: Losses = losses_of_file(file)  # or all that the run measured, where its journal is there
+        if isinstance(source, Path) and source.name == FILE_NAME and (source.parent / JOURNAL_NAME).exists():
+            losses = losses_of_run(load_run(source.parent), len(file.pattern))
+        serving = Serving(request.serve_pp, request.repair or ADD, losses)
     result = export(file, request.engine, request.retention, serving)
     return replace(result, warnings=(*notes, *result.warnings))
-
-
-def _fitted(file: PatternFile, path: Path) -> tuple[PatternFile, list[str]]:
-    """The file beside a config.json, or beside a checkpoint directory and the weights that lie there."""
-    config = load_config(path)
-    num_layers = read_backbone(config, str(path)).num_layers
-    with_indexer = layers_with_indexer(path, num_layers) if path.is_dir() else None
-    return with_config(file, config, str(path), with_indexer)
-
-
-def _losses(source: Path | PatternFile, file: PatternFile) -> Losses:
-    """All that the run measured where its journal is there, else what its pattern.json holds."""
-    if isinstance(source, Path) and source.name == FILE_NAME and (source.parent / JOURNAL_NAME).exists():
-        return losses_of_run(load_run(source.parent), len(file.pattern))
-    return losses_of_file(file)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from icsearch.commands.requests import AUTO, PlanRequest
+from icsearch.commands.requests import AUTO, DEFAULT_NUM_SEQUENCES, PlanRequest
 from icsearch.core.errors import IcsearchError
 from icsearch.model.shape import default_batch_size
 from icsearch.planning.devices import parse_devices
 from icsearch.planning.forecast import Case, Plan, make_plan
 from icsearch.planning.modelfile import open_model_file
 from icsearch.planning.rehearsal import Workload
-
-DEFAULT_SEQUENCES = 24
 
 
 def plan(request: PlanRequest) -> Plan:
@@ -28,7 +26,7 @@ def make_case(request: PlanRequest) -> Case:
         read_rate=request.read_rate,
     )
     model = open_model_file(request.model)
-    sequences = request.num_sequences or DEFAULT_SEQUENCES
+    sequences = request.num_sequences or DEFAULT_NUM_SEQUENCES
     seq_len = request.seq_len or max(256, 4 * model.shape.index_topk)
     if seq_len <= model.shape.index_topk:
         raise IcsearchError(

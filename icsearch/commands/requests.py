@@ -49,6 +49,7 @@ MOST, MOST_THREADS, MOST_TASKS, MOST_NUMBERS = 2**31 - 1, 1024, 10**6, 2**40
 REFINEMENTS = ("swaps",)
 DEMO_HELDOUT = {"demo": "demo:heldout", "demo:calibration": "demo:heldout"}  # what is held out of the built-in corpus
 DEFAULT_RETENTION = Fraction(1, 4)
+DEFAULT_NUM_SEQUENCES = 24
 LARGEST_DENOMINATOR = 4096  # far more than a model has layers
 PatternRequestT = TypeVar("PatternRequestT", bound="PatternRequest")
 
@@ -222,8 +223,18 @@ class ShareRequest(Request):
     def resolve_num_shared(self, start: Pattern) -> int:
         """K, the number of flips from `start`; refused with the largest possible K where it cannot be reached."""
         self._check_layers(start)
-        largest = len(self.flippable(start))
-        wanted = self._wanted_flips(start)
+        largest, wanted = len(self.flippable(start)), self.num_shared
+        if wanted is None:
+            retention = self.retention or DEFAULT_RETENTION
+            kept, full = num_full(retention, len(start)), len(start.full_layers)
+            if kept >= full:
+                raise PatternError(
+                    f"--retention {retention} keeps {kept} F layers and the checkpoint has {full}: "
+                    "nothing to flip; give a smaller retention"
+                )
+            wanted = full - kept
+        if wanted < 1:
+            raise PatternError(f"--num-shared {wanted} is out of range: give at least 1")
         if wanted > largest:
             options = {"fewer --stages": self.num_stages > 1, "less to --keep-full": bool(self.keep_full)}
             less = " or ".join(words for words, used in options.items() if used)
@@ -260,20 +271,6 @@ class ShareRequest(Request):
                 f"--stages {self.num_stages} cuts {total} DSA layers into {len(blocks)} blocks of {len(blocks[0])}: "
                 f"give --stages {len(blocks)}, or a number that divides them better"
             )
-
-    def _wanted_flips(self, start: Pattern) -> int:
-        if self.num_shared is not None:
-            if self.num_shared < 1:
-                raise PatternError(f"--num-shared {self.num_shared} is out of range: give at least 1")
-            return self.num_shared
-        retention = self.retention or DEFAULT_RETENTION
-        kept, full = num_full(retention, len(start)), len(start.full_layers)
-        if kept >= full:
-            raise PatternError(
-                f"--retention {retention} keeps {kept} F layers and the checkpoint has {full}: "
-                "nothing to flip; give a smaller retention"
-            )
-        return full - kept
 
 
 @dataclass(frozen=True)
@@ -316,7 +313,13 @@ class GreedyRequest(PatternRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_refinement()
+        if self.refine is None and self.refine_on is not None:
+            raise IcsearchError("--refine-on says what --refine swaps confirms on: give both, or neither")
+        if self.refine is not None and self.heldout_source is None:
+            raise IcsearchError(
+                "--refine swaps needs --refine-on DIR|SOURCE: sequences that the calibration does not hold, to confirm "
+                "swaps on"
+            )
 
     @property
     def num_stages(self) -> int:
@@ -334,17 +337,6 @@ class GreedyRequest(PatternRequest):
         if self.refine is None:
             return None
         return self.refine_on or DEMO_HELDOUT.get(self.calibration.source)
-
-    def _check_refinement(self) -> None:
-        if self.refine is None:
-            if self.refine_on is not None:
-                raise IcsearchError("--refine-on says what --refine swaps confirms on: give both, or neither")
-            return
-        if self.heldout_source is None:
-            raise IcsearchError(
-                "--refine swaps needs --refine-on DIR|SOURCE: sequences that the calibration does not hold, to confirm "
-                "swaps on"
-            )
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,21 @@ from typing import Any
 import torch
 
 from icsearch import __version__
-from icsearch.calibration import cache as calibration_cache
+from icsearch.calibration import cache
 from icsearch.calibration.batches import Calibration, Limits, check_heldout
-from icsearch.commands.requests import KL, CalibrationRequest, GreedyRequest, PatternRequest, RunRequest
+from icsearch.commands.requests import (
+    DEFAULT_NUM_SEQUENCES,
+    KL,
+    CalibrationRequest,
+    GreedyRequest,
+    PatternRequest,
+    RunRequest,
+)
 from icsearch.core.errors import ModelError
 from icsearch.core.pattern import references
-from icsearch.model import checkpoint, loading
-from icsearch.model.checkpoint import Checkpoint
+from icsearch.model.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from icsearch.model.layout import DTYPES, Layout, inspect
-from icsearch.model.loading import resolve_device
+from icsearch.model.loading import load_tokenizer, resolve_device
 from icsearch.model.machine import environment, free_bytes, resident_bytes
 from icsearch.model.shape import BLOCK_ELEMENTS, default_batch_size
 from icsearch.planning.footprint import KL_HEAD_COPIES, NLL_HEAD_COPIES, BatchShape, Call, blockwise_shape
@@ -28,8 +34,6 @@ from icsearch.runs.directory import part_of
 from icsearch.runs.journal import JOURNAL_FORMAT, Event
 from icsearch.search.greedy import split_stages
 from icsearch.sweep.distributed.launch import Launch
-
-DEFAULT_NUM_SEQUENCES = 24
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Inputs:
 
 def open_model(request: CalibrationRequest) -> tuple[Checkpoint, Layout]:
     """The checkpoint's files and layout."""
-    source = checkpoint.open_checkpoint(request.model, trust_remote_code=request.trust_remote_code)
+    source = open_checkpoint(request.model, trust_remote_code=request.trust_remote_code)
     return source, inspect(source, request.trust_remote_code)
 
 
@@ -70,21 +74,21 @@ def obtain(
     request: CalibrationRequest,
     source: Checkpoint,
     layout: Layout,
-    cache: Path,
+    directory: Path,
     fresh: bool,
     copy_ready: bool = False,
     like: Calibration | None = None,
 ) -> tuple[Calibration, bool]:
-    """A source's sequences, and whether they were in `cache` already; `like` others in size where none is asked for.
+    """A source's sequences, and whether the directory had them already; `like` others in size where none is asked for.
 
     By default they are four times as long as a selection, so that most queries have to choose; at least 256 tokens.
     """
     selection = layout.selection
     default_seq_len = min(max(256, 4 * selection.kept), layout.max_positions)
-    return calibration_cache.obtain(
+    return cache.obtain(
         request.source,
-        lambda: loading.load_tokenizer(source, request.trust_remote_code),
-        cache,
+        lambda: load_tokenizer(source, request.trust_remote_code),
+        directory,
         seq_len=request.seq_len,
         num_sequences=request.num_sequences,
         default_seq_len=like.seq_len if like else default_seq_len,
@@ -143,7 +147,7 @@ def start_event(inputs: Inputs, options: dict[str, Any], **more: Any) -> Event:
             "name_or_path": source.name,
             "revision": source.revision,
             "model_type": layout.model_type,
-            "fingerprint": checkpoint.fingerprint(source),
+            "fingerprint": fingerprint(source),
             "native_shared": list(layout.native_shared),
             "wrapper_config": layout.wrapper_config,
             "num_hidden_layers": layout.num_layers,

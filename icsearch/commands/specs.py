@@ -72,7 +72,13 @@ def resolve_specs(
     named = {NamedPattern("full", target.start, "full"): None}  # each pair of name and letters once
     for spec in specs:
         for pattern in _resolve(spec.strip(), target, retentions, force):
-            _check_native(pattern, target)
+            missing = [layer for layer in pattern.pattern.full_layers if not target.start.is_full(layer)]
+            if missing:
+                advice = "give letters with S there" if pattern.method == "uniform" else "write S there"
+                raise PatternError(
+                    f"pattern {pattern.name!r} asks F of layer {missing[0]}, which this checkpoint shares natively and "
+                    f"which has no indexer: {advice}"
+                )
             named[pattern] = None
     names = [pattern.name for pattern in named]
     return [
@@ -84,15 +90,6 @@ def resolve_specs(
 def pattern_of(spec: str, start: Pattern, layers: Backbone | None = None) -> Pattern:
     """The pattern that a SPEC names, for a model of this start pattern; whose pattern it is does not matter here."""
     return resolve_specs([spec], Target("", "", start, "", layers=layers), force=True)[-1].pattern
-
-
-def _check_native(named: NamedPattern, target: Target) -> None:
-    for layer in named.pattern.full_layers:
-        if not target.start.is_full(layer):
-            raise PatternError(
-                f"pattern {named.name!r} asks F of layer {layer}, which this checkpoint shares natively and which has "
-                f"no indexer: {'give letters with S there' if named.method == 'uniform' else 'write S there'}"
-            )
 
 
 def _resolve(spec: str, target: Target, retentions: Sequence[Fraction], force: bool) -> list[NamedPattern]:
