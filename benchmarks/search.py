@@ -348,7 +348,7 @@ def _against_judge(case: Case, variant: Variant, line: Json, results: Results) -
     if "patterns" in judge:
         found["same_pattern_as_stock"] = line["patterns"][-1] == judge["patterns"][len(line["patterns"]) - 1]
         found["same_path_as_stock"] = line["layers"] == judge["layers"][: len(line["layers"])]
-    elif variant.is_exact and case.judge_steps:
+    elif variant.by_loss and case.judge_steps:
         steps = min(case.judge_steps, len(line["layers"]))
         found["judged_steps"] = steps
         found["same_path_as_stock"] = line["layers"][:steps] == choices(judge["sums"], line["layers"][:steps])

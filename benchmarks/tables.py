@@ -34,10 +34,6 @@ def number(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1e}"
 
 
-def signed(spread: Json) -> str:
-    return f"{spread['median']:+.1e} ({spread['min']:+.1e} to {spread['max']:+.1e})"
-
-
 def megabytes(size: float) -> str:
     return f"{size / 1e6:.0f} MB"
 

@@ -31,7 +31,7 @@ class Variant:
     objective: str = "lm-loss"
 
     @property
-    def is_exact(self) -> bool:
+    def by_loss(self) -> bool:
         return self.objective == "lm-loss"
 
 

@@ -35,7 +35,7 @@ __all__ = [
     "load_pattern_file",
     "restore",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PLACES = {
     "IcsearchError": "core.errors",

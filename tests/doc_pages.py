@@ -15,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDER_PAGES = sorted(page for page in ROOT.glob("*/README.md") if not page.parent.name.startswith("."))
 SHELLS = ("", "console", "bash", "sh")
 _FENCE = re.compile(
     r"(?:^<!-- (?P<mark>not run|file): *(?P<said>.*?) *-->\n+)?"

@@ -132,7 +132,7 @@ def test_judged_patterns() -> None:
 
 def test_variants() -> None:
     variant = variants.parse_variant("exact:kl")
-    assert (variant.objective, variant.keep, variant.is_exact) == ("kl", True, False)
+    assert (variant.objective, variant.keep, variant.by_loss) == ("kl", True, False)
     assert not variants.parse_variant("sweep").keep
     with pytest.raises(SystemExit, match="unknown objective"):
         variants.parse_variant("exact:loss")

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import typer
 
-from doc_pages import PAGES, ROOT, Block, Command, anchors, blocks, links, parse, paths
+from doc_pages import FOLDER_PAGES, PAGES, ROOT, Block, Command, anchors, blocks, links, parse, paths
 from icsearch.cli import app
 
 # Pages whose commands take no more than some 5 seconds; the others are run by make test-all.
 QUICK = {"engines.md", "formats.md", "python-api.md"}
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+ALL_NAMES = [*NAMES, *(str(page.relative_to(ROOT)) for page in FOLDER_PAGES)]
 
 
 def blocks_of(name: str) -> list[Block]:
@@ -59,13 +60,13 @@ def known(command: Any) -> set[str]:
     return {option for parameter in command.params for option in parameter.opts} | {"--help"}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_every_path_is_there(name: str) -> None:
     named = paths((ROOT / name).read_text(encoding="utf-8"))
     assert [path for path in named if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_NAMES)
 def test_every_link_leads_somewhere(name: str) -> None:
     page = ROOT / name
     for target, anchor in links(page.read_text(encoding="utf-8")):

@@ -1,1 +1,1 @@
-"""The command line: options, and every way to end."""
+"""The command line: parser, help, config file, and what is printed. The options themselves are fields of requests."""

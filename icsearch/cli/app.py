@@ -1,4 +1,4 @@
-"""The command line: one module for each command. Heavy imports stay inside the commands."""
+"""The commands as one program, in the processes that a launcher started. Heavy imports stay inside the commands."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def import_pattern(request: ImportRequest) -> None:
 def report(request: ReportRequest) -> None:
     """Write one HTML page about runs, or a model card.
 
-    Self-contained, from their journals alone. Without --out a model card is printed.
+    Self-contained, from what they saved alone. Without --out a model card is printed.
     """
     from icsearch.report import write
 

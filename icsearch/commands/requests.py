@@ -1,6 +1,7 @@
 """What a user can ask for, checked: frozen requests that commands pass on as one object. No torch here.
 
-Each field is an option of the command line and of Python, declared here and nowhere else (`options`).
+Each field is an option of the command line and of Python, declared here and nowhere else (`options`); `api` gives
+their types to Python, and what belongs to a session alone (`--quiet`, `--timeout`) stands in `cli.running`.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ Event = dict[str, Any]
 
 
 class Journal:
-    """The events of one run, in `path`. Open it with `with`, read with `events`, add with `append`."""
+    """The events of one run, in `path`. Read it with `events`, add with `append`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

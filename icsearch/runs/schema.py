@@ -29,7 +29,7 @@ from icsearch.core.pattern_file import CALIBRATION_FIELDS, MODEL_FIELDS
 from icsearch.runs.journal import Event
 from icsearch.runs.refinement import CALIBRATION_SET
 
-# What the fields of the first event must be; `check_start` adds what has to agree among them.
+# What the fields of the first event must be; `check_run_start` adds what has to agree among them.
 START_FIELDS = {
     "icsearch_version": TEXT,
     "options": OBJECT,
