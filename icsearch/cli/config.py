@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,11 +110,9 @@ def _check(path: Path, table: str, values: dict[str, Any], commands: Iterable[Op
                 raise ConfigError(f"{path}: [{table}] {key} is {shown(value)}: expected {error}") from None
 
 
-def _nearest(name: str, names: Iterable[str]) -> str:
+def _nearest(name: str, names: Collection[str]) -> str:
     """A hint at the name that was meant, or at all of them."""
-    known = sorted(names)
-    close = get_close_matches(name, known, n=1)
-    return f": did you mean {close[0]}?" if close else f": expected one of {', '.join(known)}"
+    return ": " + (did_you_mean(name, names) or f"expected one of {', '.join(sorted(names))}")
 
 
 def _values(common: dict[str, Any], own: dict[str, Any], options: Options) -> dict[str, Any]:

@@ -148,8 +148,8 @@ def _option(option: Declared, command: str) -> inspect.Parameter:
     """What the parser is told of an option; what it reads of none is the field's default."""
     offers = option.option.offers or option.option.choices
 
-    def complete(typed: str) -> list[str]:  # for the shell; what is offered may be imported only then
-        return [choice for choice in (offers() if callable(offers) else offers) if choice.startswith(typed)]
+    def complete(typed: str) -> list[str]:  # for the shell
+        return [choice for choice in offers if choice.startswith(typed)]
 
     said, flag, value = option.option, option.flag, option.default
     needed, switch = value is MISSING and not said.default, isinstance(value, bool)

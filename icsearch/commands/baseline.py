@@ -20,7 +20,7 @@ from icsearch.commands.scoring import (
     publish_nothing,
     score_baseline,
 )
-from icsearch.commands.setup import Inputs, pattern_start
+from icsearch.commands.setup import pattern_start
 from icsearch.core.pattern import Pattern
 from icsearch.model.layout import Layout
 from icsearch.planning.rows import model_rows, process_rows, stage_rows, weight_rows
@@ -36,6 +36,8 @@ from icsearch.sweep.similarity import SimilaritySweep
 if TYPE_CHECKING:
     from icsearch.sweep.distributed.world import World
 
+METHOD = {"method": "dp-baseline", "strategy": "dynamic-program", "objective": "cosine-similarity"}
+
 
 def dp_baseline(
     request: BaselineRequest, listener: Progress, publish: Publish = publish_nothing, world: World | None = None
@@ -46,53 +48,43 @@ def dp_baseline(
     """
     wanted = grids(world.size if world else 1, None, 1)
     check_device(request.device, wanted[0].size)
-    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+    with opened(request, lambda inputs, existing: pattern_start(request, inputs, existing, METHOD), listener) as here:
         reused = [read_similarity(request.similarity, here.start)] if request.similarity else []
         record = RunRecord.replay(here.existing)
         if not record.finished:
             loaded = load(request, here, world, wanted, listener)
             record = RunRecord.replay(here.run.open(here.start, here.existing))
-            _compare(request, here.inputs, loaded, make_scoring(here, record, loaded, listener), reused)
+            _compare(request, here.inputs.layout, loaded, make_scoring(here, record, loaded, listener), reused)
         save_similarity(request.out, record)
         publish(request.out, record)
         return record
 
 
-def _start(request: BaselineRequest, inputs: Inputs, existing: list[Event]) -> Event:
-    method = {"method": "dp-baseline", "strategy": "dynamic-program", "objective": "cosine-similarity"}
-    return pattern_start(request, inputs, existing, method)
-
-
-def _compare(request: BaselineRequest, inputs: Inputs, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
-    """Similarity, then the pattern, then what it costs beside the references."""
-    record, layout = scoring.record, inputs.layout
+def _compare(request: BaselineRequest, layout: Layout, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
+    """Similarity, wave by wave what the journal lacks; then the pattern; then what it costs beside the references."""
+    record, memory = scoring.record, loaded.memory
     patterns = [record.start_pattern, *map(Pattern, record.references.values())]
-    runs = layout.num_layers + count_in_sweeps(layout, patterns, loaded.memory.patterns_per_sweep)
+    runs = layout.num_layers + count_in_sweeps(layout, patterns, memory.patterns_per_sweep)
     sequences = len(record.tokens)
-    of_weights = weight_rows(loaded.memory, len(patterns), sequences, loaded.bytes_per_second)
-    of_processes = process_rows(loaded.memory, sequences)
+    of_weights = weight_rows(memory, len(patterns), sequences, loaded.bytes_per_second)
+    of_processes = process_rows(memory, sequences)
     rows = [*model_rows(record.start), *of_processes, *of_weights, *stage_rows(record.start)]
-    scoring.progress.planned(rows, runs * len(record.tokens), record.layer_sequences)
+    scoring.progress.planned(rows, runs * sequences, record.layer_sequences)
     if not record.similarity_sums.sequences:
         scoring.fill(lambda: iter(reused))
     if (measured := record.similarity_sums.numerics) is not None:
         scoring.note(other_numerics(measured, record.start))
-    _measure_similarity(layout, loaded, scoring)
+    of_batch = memory.shape.selections_bytes(len(layout.layer_indices))
+    per_wave = min(memory.batches_per_wave, max(1, memory.spare // of_batch))
+    shared = {"index_topk": layout.selection.kept, "keep_on_cpu": of_batch > memory.spare}
+    left = [batch for batch in loaded.batches if batch.first >= record.similarity_sums.sequences]
+    if left:
+        scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))
+    scoring.fill(lambda: _similarities(loaded, shared, cut_waves(left, per_wave), scoring.progress.layer_done))
     if record.chosen is None:
         _choose(request, scoring)
     score_baseline(scoring, layout, record.pattern)
     scoring.append({"event": "finish", "pattern": record.pattern.letters})
-
-
-def _measure_similarity(layout: Layout, loaded: Loaded, scoring: Scoring) -> None:
-    """Wave by wave, what the journal does not hold yet."""
-    memory, of_batch = loaded.memory, loaded.memory.shape.selections_bytes(len(layout.layer_indices))
-    per_wave = min(memory.batches_per_wave, max(1, memory.spare // of_batch))
-    shared = {"index_topk": layout.selection.kept, "keep_on_cpu": of_batch > memory.spare}
-    left = [batch for batch in loaded.batches if batch.first >= scoring.record.similarity_sums.sequences]
-    if left:
-        scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))
-    scoring.fill(lambda: _similarities(loaded, shared, cut_waves(left, per_wave), scoring.progress.layer_done))
 
 
 def _similarities(

@@ -12,21 +12,14 @@ import torch
 
 from icsearch.commands import tasks
 from icsearch.commands.requests import EvalRequest
-from icsearch.commands.scoring import (
-    Loaded,
-    count_in_sweeps,
-    load,
-    opened,
-)
+from icsearch.commands.scoring import Loaded, count_in_sweeps, load, opened
 from icsearch.commands.setup import Inputs, run_options, start_event
 from icsearch.commands.specs import NamedPattern, Target, resolve_specs
-from icsearch.commands.tasks import lm_eval_results
 from icsearch.core.errors import IcsearchError, ModelError
 from icsearch.core.pattern import Pattern
-from icsearch.model import shape
-from icsearch.model.layout import Layout
 from icsearch.model.loading import load_tokenizer
 from icsearch.model.model import DsaModel
+from icsearch.model.shape import ModelShape
 from icsearch.planning.rows import model_rows, process_rows, weight_rows
 from icsearch.planning.work import cost_rows
 from icsearch.runs.evaluation import EvalRecord, save_eval
@@ -102,9 +95,9 @@ def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event
         layout.backbone,
     )
     named = resolve_specs(request.patterns, target, request.retentions, request.force)
-    start["patterns"] = [_describe(one) for one in named]
+    start["patterns"] = [_describe(pattern) for pattern in named]
     start["options"] |= {
-        "patterns": [list(_describe(one).values()) for one in named],
+        "patterns": [list(_describe(pattern).values()) for pattern in named],
         "tasks": request.tasks,
         "task_length": task_length(request, inputs) if request.tasks else None,
         "contexts": list(request.contexts),
@@ -119,36 +112,25 @@ def _describe(named: NamedPattern) -> dict[str, Any]:
     return {name: value for name, value in described.items() if name != "notes"}
 
 
-def _reading_notes(request: EvalRequest, layout: Layout) -> list[str]:
-    """How patterns that an engine is given were read."""
-    target = Target("", "", layout.start_pattern, "", layers=layout.backbone)
-    named = resolve_specs(request.patterns, target, request.retentions, force=True)
-    return [f"{one.name}: {note}" for one in named for note in one.notes]
-
-
 def task_length(request: EvalRequest, inputs: Inputs) -> int:
     """Tokens of a task's prompt: as asked, or as long as the batches."""
     return request.task_length or inputs.calibration.seq_len
 
 
-def _measure(
-    request: EvalRequest,
-    inputs: Inputs,
-    loaded: Loaded,
-    questions: Questions,
-    run: Run[EvalRecord],
-) -> None:
+def _measure(request: EvalRequest, inputs: Inputs, loaded: Loaded, questions: Questions, run: Run[EvalRecord]) -> None:
     """Whatever the record does not hold yet: the batches, the tasks, the cost."""
     record, listener = run.record, run.progress
     layout, per_sweep = inputs.layout, loaded.memory.patterns_per_sweep
-    patterns = list(dict.fromkeys(Pattern(one["pattern"]) for one in record.start["patterns"]))
-    total = count_in_sweeps(layout, patterns, per_sweep) * len(record.tokens)
+    patterns = list(dict.fromkeys(Pattern(row["pattern"]) for row in record.start["patterns"]))
     sequences = len(record.tokens)
+    total = count_in_sweeps(layout, patterns, per_sweep) * sequences
     of_weights = weight_rows(loaded.memory, len(patterns), sequences, loaded.bytes_per_second)
     rows = [*model_rows(record.start), *process_rows(loaded.memory, sequences), *of_weights]
     listener.planned(rows, total, record.layer_sequences)
     listener.step_started(0, len(patterns), max(total - record.layer_sequences, 1))
-    read = _reading_notes(request, inputs.layout)
+    target = Target("", "", layout.start_pattern, "", layers=layout.backbone)
+    named = resolve_specs(request.patterns, target, request.retentions, force=True)
+    read = [f"{pattern.name}: {note}" for pattern in named for note in pattern.notes]
     run.note([*loaded.notes, *_uncounted(inputs), *read], tell=True)
     waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)
     measure_missing(run, loaded.dsa, waves, patterns, per_sweep, _shared_by(loaded, record, listener))
@@ -217,12 +199,7 @@ def _questions(request: EvalRequest, inputs: Inputs) -> Questions:
     }
 
 
-def _run_tasks(
-    questions: Questions,
-    dsa: DsaModel,
-    patterns: Sequence[Pattern],
-    run: Run[EvalRecord],
-) -> None:
+def _run_tasks(questions: Questions, dsa: DsaModel, patterns: Sequence[Pattern], run: Run[EvalRecord]) -> None:
     """Tasks with an answer, for each pattern and kind that is missing."""
     for kind, asked in questions.items():
         for pattern in patterns:
@@ -240,31 +217,27 @@ def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRe
     """What is asked for beside the losses, by the name it has in eval.json."""
     start = inputs.layout.start_pattern
     names: dict[Pattern, str] = {}
-    for one in record.start["patterns"]:
-        names.setdefault(Pattern(one["pattern"]), one["name"])
-    extras: dict[str, Callable[[], Any]] = {
-        "cost_rows": lambda: [_cost(request, inputs, name, p) for p, name in names.items() if p != start]
-    }
-    if _uncounted(inputs):
-        del extras["cost_rows"]
+    for row in record.start["patterns"]:
+        names.setdefault(Pattern(row["pattern"]), row["name"])
+    extras: dict[str, Callable[[], Any]] = {}
+    if not _uncounted(inputs):
+        contexts, counted = request.contexts or DEFAULT_CONTEXTS, _shape(inputs)
+        extras["cost_rows"] = lambda: [
+            {"name": name, "rows": [asdict(row) for row in cost_rows(counted, pattern, contexts, baseline=start)]}
+            for pattern, name in names.items()
+            if pattern != start
+        ]
     if request.measure:
         extras["measured"] = lambda: _timings(measure(loaded.dsa, list(names), request.measure), names)
     if request.lm_eval:
         tokenizer = load_tokenizer(inputs.source, request.calibration.trust_remote_code)
-        extras["lm_eval"] = lambda: lm_eval_results(loaded.dsa, tokenizer, list(names), request.lm_eval)
+        extras["lm_eval"] = lambda: tasks.lm_eval_results(loaded.dsa, tokenizer, list(names), request.lm_eval)
     return extras
 
 
-def _cost(request: EvalRequest, inputs: Inputs, name: str, pattern: Pattern) -> dict[str, Any]:
-    """Counted work and estimated speed-ups at the context lengths asked for."""
-    contexts = request.contexts or DEFAULT_CONTEXTS
-    rows = cost_rows(_shape(inputs), pattern, contexts, baseline=inputs.layout.start_pattern)
-    return {"name": name, "rows": [asdict(row) for row in rows]}
-
-
-def _shape(inputs: Inputs) -> shape.ModelShape:
+def _shape(inputs: Inputs) -> ModelShape:
     """What the cost is counted from; raises ModelError for a family that is not counted."""
-    return shape.ModelShape.from_config(inputs.source.config, dsa_layers=len(inputs.layout.layer_indices))
+    return ModelShape.from_config(inputs.source.config, dsa_layers=len(inputs.layout.layer_indices))
 
 
 def _uncounted(inputs: Inputs) -> list[str]:

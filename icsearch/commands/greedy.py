@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from icsearch.commands.requests import GreedyRequest
@@ -90,9 +91,7 @@ def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRec
     memory, size = loaded.memory, loaded.memory.patterns_per_sweep
     along = [layout.start_pattern] * memory.along
 
-    def count(patterns: list[Pattern]) -> int:
-        return count_in_sweeps(layout, patterns, size, along)
-
+    count = partial(count_in_sweeps, layout, per_sweep=size, along=along)
     references = [Pattern(letters) for letters in record.references.values()]
     flippable = request.flippable(layout.start_pattern)
     keeping = Keeping(layout.num_layers, layout.layer_indices, frozenset(flippable))

@@ -35,7 +35,7 @@ class Option:
     least: int | None = None  # of a number, or of each of several
     most: int | None = None
     choices: Collection[str] = ()  # all that there are
-    offers: Iterable[str] | Callable[[], Iterable[str]] = ()  # what a shell completes, where `choices` are not all
+    offers: Iterable[str] = ()  # what a shell completes, where `choices` are not all
     many: bool = False  # may be given several times: the field is a tuple
     read: Callable[[Any], Any] | None = None  # makes a value of text, as typed, or of what Python gives
 

@@ -31,8 +31,11 @@ from icsearch.core.errors import IcsearchError, PatternError
 from icsearch.core.jsonfile import MAX_LAYERS, shown
 from icsearch.core.pattern import Pattern, num_full, parse_retention
 from icsearch.core.text import parse_bytes
+from icsearch.engines.pipeline import REPAIRS
+from icsearch.engines.table import ENGINES
 from icsearch.model.config import Backbone
 from icsearch.model.shape import CPU, DISK, RESIDENT
+from icsearch.planning.devices import parse_rate
 from icsearch.search.greedy import split_stages
 from icsearch.search.registry import EXACT, STRATEGIES
 from icsearch.sweep.distributed.launch import pipeline_blocks
@@ -89,29 +92,11 @@ def _read_names(names: str | Iterable[str]) -> tuple[str, ...]:
 
 def _rate(option: str) -> Callable[[str | float], float]:
     """Reads a number a second, such as 989T or 4.8TB/s."""
-
-    def read(rate: str | float) -> float:
-        from icsearch.planning.devices import parse_rate
-
-        return parse_rate(rate, option) if isinstance(rate, str) else rate
-
-    return read
-
-
-def _engines() -> Iterable[str]:
-    from icsearch.engines.table import ENGINES
-
-    return ENGINES
-
-
-def _repairs() -> Iterable[str]:
-    from icsearch.engines.pipeline import REPAIRS
-
-    return REPAIRS
+    return lambda rate: parse_rate(rate, option) if isinstance(rate, str) else rate
 
 
 # Options that several requests have.
-ENGINES = "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, llamacpp, megatron"
+ENGINE_NAMES = ", ".join(ENGINES)
 SeqLen = Annotated[
     int | None, Option("Tokens per sequence", CALIBRATION, "N", default="4 x index_topk", least=2, most=MOST)
 ]
@@ -436,12 +421,12 @@ class ExportRequest(Request):
     retention: Annotated[
         Fraction | None, Option("Take the run's pattern at this retention", PATTERN, "1/4|0.25", read=read_retention)
     ] = None
-    engine: Annotated[str, Option(ENGINES, ENGINE, "NAME", offers=_engines)] = ""
+    engine: Annotated[str, Option(ENGINE_NAMES, ENGINE, "NAME", offers=ENGINES)] = ""
     model_config: Annotated[Path | None, Option("Check against the model's config.json", ENGINE, "CONFIG")] = None
     serve_pp: Annotated[str | None, Option("Stages, or the first layer of each", ENGINE, "N|0,20,40", read=str)] = None
     repair: Annotated[
         str | None,
-        Option("Of a stage that begins with S: add, same, none", ENGINE, "HOW", default="add", offers=_repairs),
+        Option("Of a stage that begins with S: add, same, none", ENGINE, "HOW", default="add", offers=REPAIRS),
     ] = None
     gguf: Annotated[Path | None, Option("llamacpp: the model to copy", ENGINE, "OLD.gguf")] = None
     out: Annotated[Path | None, Option("Write the file that the engine reads", ENGINE, "NEW")] = None
@@ -470,7 +455,7 @@ class ImportRequest(Request):
         tuple[str, ...],
         Option("config.json, checkpoint, GGUF, JSON, freq:4, letters", READING, "SOURCE", many=True),
     ]
-    engine: Annotated[str | None, Option(ENGINES, READING, "NAME", offers=_engines)] = None
+    engine: Annotated[str | None, Option(ENGINE_NAMES, READING, "NAME", offers=ENGINES)] = None
     model_config: Annotated[Path | None, Option("The model's config.json", READING, "CONFIG")] = None
     layers: Annotated[
         int | None, Option("Or so many layers, all with an indexer", READING, "N", least=1, most=MAX_LAYERS)

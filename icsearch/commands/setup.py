@@ -1,4 +1,4 @@
-"""What happens before a run: model and batches are opened, options settled, the first event written."""
+"""What happens before a run: model and batches are opened, options settled, the first event and the memory job made."""
 
 from __future__ import annotations
 

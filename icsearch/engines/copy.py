@@ -163,7 +163,12 @@ def fill_directory(plan: CopyPlan, directory: Path, tell: Callable[[str], None])
 
     Raises CopyError where there is no room for it.
     """
-    linked = [name for name in plan.linked if _link(plan.source / name, directory / name)]
+    linked = []
+    for name in plan.linked:
+        # Another file system, one without links, a file of somebody else: the copy then says what fails.
+        with contextlib.suppress(OSError):
+            os.link((plan.source / name).resolve(), directory / name)  # to the file itself, not to a link to it
+            linked.append(name)
     copied = [*(name for name in plan.linked if name not in linked), *plan.copied]
     done = Copied(
         linked=len(linked),
@@ -195,15 +200,6 @@ def fill_directory(plan: CopyPlan, directory: Path, tell: Callable[[str], None])
     for name, text in plan.written.items():
         write_atomically(directory / name, text)
     return done
-
-
-def _link(source: Path, target: Path) -> bool:
-    """Make a hard link to the file itself, not to a link to it; False where the file systems do not let us."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, one without links, a file of somebody else: the copy then says what fails
-        return False
-    return True
 
 
 def kept_entries(header: Header, dropped: Collection[str]) -> list[Entry]:

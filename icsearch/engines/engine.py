@@ -43,6 +43,8 @@ def decoder_letters(pattern: Pattern, layer_indices: Sequence[int], num_hidden_l
 
 
 HEEDED, NEEDED = "heeded", "needed"
+Render = Callable[[dict[str, Any]], str]
+Split = Callable[[int, int], list[int]]  # (layers, stages) to layers per stage
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Engine:
     title: str
     how: str
     settings: Callable[[str, str], dict[str, Any]]
-    render: Callable[[dict[str, Any]], str]
+    render: Render
     model_types: tuple[str, ...]
     on_other_types: str
     wrapper_note: str = ""
@@ -123,9 +125,6 @@ class Engine:
         return dict(self.readers).get(family(model_type), self.reader)
 
 
-Render = Callable[[dict[str, Any]], str]
-
-
 def json_flag(name: str) -> Render:
     """One flag with all settings as its JSON argument, on one line."""
     return lambda settings: f"{name} {shlex.quote(json.dumps(settings))}"
@@ -144,6 +143,11 @@ def config_json(settings: dict[str, Any]) -> str:
         lines.append(f"  {json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}"
 
+
+ATOM = Schedule(default_offset=1, shift=0)
+MINIMAX_M3 = Schedule(default_offset=0, shift=0)  # of ATOM and vLLM, over the sparse layers alone
+MEGATRON = Schedule(default_offset=0, least_offset=1)  # layers from 1: max(n - offset, 0), and n = i + 1
+ASCEND_V4 = Schedule(fixed_offset=True)
 
 GGUF_KEY = "glm-dsa.attention.indexer.types"
 MEGATRON_FREQ, MEGATRON_OFFSET = "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"
@@ -230,12 +234,3 @@ def _differences(letters: str) -> Iterator[tuple[int, int, int, int]]:
         for first in range(1, n):
             at = first - 1
             yield in_front[at] + wrong[at], -(at + full[at]), freq, first
-
-
-ATOM = Schedule(default_offset=1, shift=0)
-MINIMAX_M3 = Schedule(default_offset=0, shift=0)  # of ATOM and vLLM, over the sparse layers alone
-MEGATRON = Schedule(default_offset=0, least_offset=1)  # layers from 1: max(n - offset, 0), and n = i + 1
-ASCEND_V4 = Schedule(fixed_offset=True)
-
-
-Split = Callable[[int, int], list[int]]  # (layers, stages) to layers per stage

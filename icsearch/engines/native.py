@@ -200,6 +200,7 @@ def _dropped(
 def _plan(
     checkpoint: Checkpoint, file: PatternFile, config: NativeConfig, dropped: Mapping[str, list[Entry]]
 ) -> CopyPlan:
+    """The copy, with its config, its pattern.json and, where the checkpoint has one, its index."""
     written = {"config.json": config.document, PATTERN_NAME: strict(file.to_json())}
     if (checkpoint.directory / INDEX_NAME).exists():
         written[INDEX_NAME] = _index(checkpoint, dropped)

@@ -135,9 +135,7 @@ class Memory:
     grid: Grid = ALONE
     batches_per_wave: int = 1  # how many batches go through the layers together
     offload: Offload = NO_OFFLOAD
-    in_cpu_memory: int = (
-        0  # CPU memory for branch states, where the device has no room for them; 0: they are on the device
-    )
+    in_cpu_memory: int = 0  # for branch states, where the device has no room for them; 0: they are on the device
     program: int = 0  # as of the machine
     along: int = 0  # patterns that run in every sweep beside those that are scored
     missing: int = 0

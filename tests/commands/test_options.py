@@ -10,7 +10,7 @@ import pytest
 
 from icsearch.commands import requests
 from icsearch.commands.options import EXCLUSIVE, PANELS, SEARCH, Option, Request, declared, request_of
-from icsearch.commands.requests import ENGINES, read_retention
+from icsearch.commands.requests import ExportRequest, read_retention
 from icsearch.core.errors import IcsearchError
 from icsearch.engines import table
 
@@ -94,4 +94,5 @@ def test_of_options_that_exclude_one_another_one_may_be_given() -> None:
 
 
 def test_help_names_all_engines() -> None:
-    assert ENGINES.split(", ") == list(table.ENGINES)
+    (engine,) = [option.option for option in declared(ExportRequest) if option.field == "engine"]
+    assert engine.help.split(", ") == list(engine.offers) == list(table.ENGINES)
