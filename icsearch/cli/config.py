@@ -84,8 +84,8 @@ def defaults(path: Path, document: dict[str, Any], known: Mapping[str, Options])
 
 def _options(command: Any) -> dict[str, Any]:
     """Those that may stand in a file."""
-    options = (one for one in command.params if one.param_type_name == "option" and one.name != "config")
-    return {max(one.opts, key=len).lstrip("-"): one for one in options}
+    parameters = (each for each in command.params if each.param_type_name == "option" and each.name != "config")
+    return {max(option.opts, key=len).lstrip("-"): option for option in parameters}
 
 
 def _by_option(values: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _check(path: Path, table: str, values: dict[str, Any], commands: Iterable[Op
 
 def _nearest(name: str, names: Collection[str]) -> str:
     """A hint at the name that was meant, or at all of them."""
-    return ": " + (did_you_mean(name, names) or f"expected one of {', '.join(sorted(names))}")
+    return ": " + (did_you_mean(name, names).strip() or f"expected one of {', '.join(sorted(names))}")
 
 
 def _values(common: dict[str, Any], own: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -170,14 +170,15 @@ def check_variables(environment: Mapping[str, str], root: Any) -> None:
     commands = {f"{PREFIX}_{name.replace('-', '_').upper()}": command for name, command in root.commands.items()}
     known = {_DEBUG}
     for prefix, command in {PREFIX: root, **commands}.items():
-        known |= {f"{prefix}_{one.name.upper()}" for one in _options(command).values() if one.allow_from_autoenv}
+        options = _options(command).values()
+        known |= {f"{prefix}_{option.name.upper()}" for option in options if option.allow_from_autoenv}
     known.add(f"{PREFIX}_CONFIG")
     rule = f"expected {PREFIX}_COMMAND_OPTION, such as {PREFIX}_GREEDY_SEED for --seed of icsearch greedy"
     for name in sorted(environment):
         if not name.startswith(f"{PREFIX}_") or name in known:
             continue
         of_command = any(name.startswith(f"{prefix}_") for prefix in commands)
-        meant = did_you_mean(name, known, f"{PREFIX}_") or (rule if of_command else "")
+        meant = did_you_mean(name, known, f"{PREFIX}_").strip() or (rule if of_command else "")
         if name.endswith("_CONFIG"):
             meant = f"the config file of all commands is named by {PREFIX}_CONFIG"
         if meant:

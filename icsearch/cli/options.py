@@ -46,21 +46,21 @@ def print_help(command: Any, ctx: Any, formatter: Any) -> None:
 
     console = Console(highlight=False)
     commands = getattr(command, "commands", {})
-    positional = [one for one in command.params if one.param_type_name == "argument"]
-    options = [one for one in command.params if one.param_type_name == "option"]
-    needed = [f"{one.opts[0]} {one.metavar}" for one in options if one.required]
-    words = ["COMMAND" for _ in commands][:1] + [one.metavar for one in positional] + needed + ["[OPTIONS]"]
+    positional = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    options = [parameter for parameter in command.params if parameter.param_type_name == "option"]
+    needed = [f"{option.opts[0]} {option.metavar}" for option in options if option.required]
+    words = ["COMMAND" for _ in commands][:1] + [argument.metavar for argument in positional] + needed + ["[OPTIONS]"]
     usage, about = f"Usage: {ctx.command_path} {' '.join(words)}", " ".join(command.help.split())
     console.print(Padding(Text(f"\n{usage}\n\n{about}\n"), (0, 1)))
 
     panels: dict[str, list[tuple[str, str]]] = {name: [] for name in PANELS}
-    for name, one in commands.items():
-        panels.setdefault(one.rich_help_panel, []).append((name, one.help.partition(".\n")[0]))
-    for one in options:
-        metavar = f" {one.metavar}" if one.metavar and not one.is_flag else ""
-        panels.setdefault(one.rich_help_panel or OTHER, []).append((one.opts[0] + metavar, one.help))
+    for name, known in commands.items():
+        panels.setdefault(known.rich_help_panel, []).append((name, known.help.partition(".\n")[0]))
+    for option in options:
+        metavar = f" {option.metavar}" if option.metavar and not option.is_flag else ""
+        panels.setdefault(option.rich_help_panel or OTHER, []).append((option.opts[0] + metavar, option.help))
     panels[OTHER].append(("--help", "This help"))
-    arguments = [(one.metavar, one.help) for one in positional]
+    arguments = [(argument.metavar, argument.help) for argument in positional]
     first = max(len(name) for rows in (arguments, *panels.values()) for name, _ in rows)
 
     def table(rows: list[tuple[str, str]]) -> Table:

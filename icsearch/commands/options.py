@@ -67,9 +67,8 @@ class Declared:
         """Raise IcsearchError for a value that is no choice, or out of range."""
         option = self.option
         if option.choices and value is not None and value not in option.choices:
-            meant = did_you_mean(value, option.choices)
-            expected = f"{f'{meant} ' if meant else ''}give {' or '.join(option.choices)}"
-            raise IcsearchError(f"{self.flag} {value!r} is unknown: {expected}")
+            meant, known = did_you_mean(value, option.choices), " or ".join(option.choices)
+            raise IcsearchError(f"{self.flag} {value!r} is unknown: {meant}give {known}")
         for number in value if isinstance(value, tuple) else (value,):
             if option.least is not None and number is not None and number < option.least:
                 raise IcsearchError(f"{self.flag} {shown(number)} is out of range: give at least {option.least}")

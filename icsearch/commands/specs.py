@@ -120,9 +120,8 @@ def published_path(spec: str) -> Path:
     known = sorted(file.stem for file in published_patterns().glob("*.json"))
     name = spec.removeprefix("published:")
     if name not in known:
-        meant = did_you_mean(name, known)
         raise PatternError(
-            f"no published pattern {shown(name)}: {f'{meant} ' if meant else ''}known are {', '.join(known)}"
+            f"no published pattern {shown(name)}: {did_you_mean(name, known)}known are {', '.join(known)}"
         )
     return published_patterns() / f"{name}.json"
 
@@ -149,7 +148,7 @@ def _from_path(spec: str, target: Target, retentions: Sequence[Fraction], force:
     path = pattern_file_of(text, PatternError)
     if not path.exists():
         meant = did_you_mean(spec.partition(":")[0], FORMS) if ":" in spec else did_you_mean(spec, ["full"])
-        raise PatternError(f"unknown pattern {shown(spec)}: {f'{meant} ' if meant else ''}expected {EXPECTED}")
+        raise PatternError(f"unknown pattern {shown(spec)}: {meant}expected {EXPECTED}")
     file = load_pattern_file(path)
     label = path.stem  # a run is called by its method and its folder, other files by their name
     if path.name == "pattern.json":

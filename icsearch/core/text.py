@@ -43,13 +43,13 @@ MAX_SAID = 200  # characters of another library's error within a message of ours
 
 
 def did_you_mean(name: str, names: Iterable[str], prefix: str = "") -> str:
-    """A question that names what was probably meant, of all these names; empty where none of them is near.
+    """A question that names what was probably meant, and a space behind it; empty where none of the names is near.
 
     A `prefix` that all of them have is not compared: it would make them all alike.
     """
     ends = sorted(known.removeprefix(prefix) for known in names)
     close = get_close_matches(name.removeprefix(prefix), ends, n=1)
-    return f"did you mean {prefix}{close[0]}?" if close else ""
+    return f"did you mean {prefix}{close[0]}? " if close else ""
 
 
 def first_line(error: BaseException) -> str:

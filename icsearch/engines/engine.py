@@ -130,11 +130,6 @@ def json_flag(name: str) -> Render:
     return lambda settings: f"{name} {shlex.quote(json.dumps(settings))}"
 
 
-def plain_flags(settings: dict[str, Any]) -> str:
-    """A flag for each setting, named as it is with dashes."""
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
-
-
 def config_json(settings: dict[str, Any]) -> str:
     """One key a line; a list stays on its line, as one letter each would fill pages."""
     lines = []

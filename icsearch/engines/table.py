@@ -17,7 +17,6 @@ from icsearch.engines.engine import (
     Reader,
     config_json,
     json_flag,
-    plain_flags,
 )
 from icsearch.engines.pipeline import split_front, split_vllm
 from icsearch.model.config import FREQ, KINDS, MODEL_TYPES, PATTERN, TYPES
@@ -196,7 +195,7 @@ MEGATRON_ENGINE = Engine(
     title="Megatron-LM",
     how="add these flags (TransformerConfig's dsa_indexer_topk_freq and dsa_indexer_skip_topk_offset)",
     settings=engine.megatron_keys,
-    render=plain_flags,
+    render=lambda settings: " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items()),
     model_types=("glm_moe_dsa",),
     on_other_types=NOT_KNOWN,
     nests=False,
@@ -218,8 +217,5 @@ def find_engine(name: str) -> Engine:
     """The table's entry for an engine; raises ExportError with the known names."""
     engine = ENGINES.get(name.strip().lower())
     if engine is None:
-        meant = did_you_mean(name, ENGINES)
-        raise ExportError(
-            f"unknown engine {name!r}: {f'{meant} ' if meant else ''}expected one of {', '.join(ENGINES)}"
-        )
+        raise ExportError(f"unknown engine {name!r}: {did_you_mean(name, ENGINES)}expected one of {', '.join(ENGINES)}")
     return engine

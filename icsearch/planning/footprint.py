@@ -40,10 +40,10 @@ class Call:
     @property
     def gathers(self) -> bool:
         """Whether core attention gathers latents, or is dense behind a mask."""
-        one = self.shape
-        key_dim = one.qk_nope_head_dim + one.qk_rope_head_dim
+        shape = self.shape
+        key_dim = shape.qk_nope_head_dim + shape.qk_rope_head_dim
         return gathering_pays(
-            self.seq_len, self.topk, one.heads, key_dim, one.v_head_dim, one.kv_lora_rank, one.qk_rope_head_dim
+            self.seq_len, self.topk, shape.heads, key_dim, shape.v_head_dim, shape.kv_lora_rank, shape.qk_rope_head_dim
         )
 
     @property
@@ -53,38 +53,39 @@ class Call:
 
     def moments(self) -> dict[str, int]:
         """Bytes alive at each of the moments that can be the fullest: so many per token, and buffers of blocks."""
-        one, width = self.shape, self.dtype_bytes
+        shape, width = self.shape, self.dtype_bytes
         # Normed states; queries before and behind RoPE; residual queries; latents, normed and as they came.
-        queries = one.heads * (2 * one.qk_nope_head_dim + 3 * one.qk_rope_head_dim)
-        into_attention = (one.hidden_size + queries + one.q_lora_rank + 2 * one.latent) * width
-        into_mlp = 2 * one.hidden_size * width  # states behind attention, and normed
-        indexer, indexer_block = self._indexer
+        queries = shape.heads * (2 * shape.qk_nope_head_dim + 3 * shape.qk_rope_head_dim)
+        into_attention = (shape.hidden_size + queries + shape.q_lora_rank + 2 * shape.latent) * width
+        into_mlp = 2 * shape.hidden_size * width  # states behind attention, and normed
         attention, attention_block = self._attention
         # RMSNorm has normed states, a float32 copy (none where the model's type is that), square and product.
-        found = {"norm": self.tokens * one.hidden_size * (2 if width == FLOAT else 3) * FLOAT}
-        found["indexer"] = self.tokens * (into_attention + indexer) + indexer_block
-        found["attention"] = self.tokens * (into_attention + attention) + attention_block
-        if one.dense_layers:
-            found["dense MLP"] = self.tokens * (into_mlp + 3 * one.intermediate_size * width)
-        if one.dense_layers < one.layers:  # the router has a float32 copy of the states, and some tables of all experts
-            copy = 0 if width == FLOAT else one.hidden_size * FLOAT
-            waiting, chunk = self._experts
-            found["router"] = self.tokens * (into_mlp + copy + 6 * one.routed_experts * FLOAT)
-            found["experts"] = self.tokens * (into_mlp + waiting) + chunk
-        return found
-
-    @property
-    def _indexer(self) -> tuple[int, int]:
-        """Per token: queries before and behind RoPE, with the rotated part by itself; keys, in float32 too; the
-        selection. In a block: scores of one head, their sum, and what settles the top-k (values, tokens, and where they
-        are tied, keys).
-        """
-        one = self.shape
-        queries = one.index_heads * (2 * one.index_head_dim + one.qk_rope_head_dim) * self.dtype_bytes
-        keys = one.index_head_dim * (self.dtype_bytes + FLOAT)
+        found = {"norm": self.tokens * shape.hidden_size * (2 if width == FLOAT else 3) * FLOAT}
+        # The indexer, per token: queries before and behind RoPE, with the rotated part by itself; keys, in float32 too;
+        # the selection. In a block: scores of one head, their sum, and what settles the top-k (values, tokens, and
+        # where they are tied, keys).
+        index_queries = shape.index_heads * (2 * shape.index_head_dim + shape.qk_rope_head_dim) * width
+        index_keys = shape.index_head_dim * (width + FLOAT)
+        indexer = index_queries + index_keys + shape.index_heads * FLOAT + self.topk * INT
         rows = self.batch_size * min(block_size(self.tokens, self.block_elements), self.seq_len)
         block = rows * self.seq_len * (2 * FLOAT + LONG) + rows * self.topk * (LONG + FLOAT)
-        return queries + keys + one.index_heads * FLOAT + self.topk * INT, block
+        found["indexer"] = self.tokens * (into_attention + indexer) + block
+        found["attention"] = self.tokens * (into_attention + attention) + attention_block
+        if shape.dense_layers:
+            found["dense MLP"] = self.tokens * (into_mlp + 3 * shape.intermediate_size * width)
+        if shape.dense_layers < shape.layers:
+            # The router has a float32 copy of the states, and some tables of all experts.
+            copy = 0 if width == FLOAT else shape.hidden_size * FLOAT
+            found["router"] = self.tokens * (into_mlp + copy + 6 * shape.routed_experts * FLOAT)
+            # Of each (token, expert) pair of a chunk: gate and up with what they are made of, or outputs, weighted and
+            # reordered. Where there are several chunks, their outputs wait for one another.
+            inner = (shape.hidden_size + 4 * shape.moe_intermediate_size) * width
+            outer = shape.hidden_size * (2 * width + 2 * FLOAT)
+            chunk = min(self.tokens, EXPERT_CHUNK_TOKENS)
+            waiting = shape.hidden_size * width if chunk < self.tokens else 0
+            pairs = chunk * shape.experts_per_token
+            found["experts"] = self.tokens * (into_mlp + waiting) + pairs * max(inner, outer)
+        return found
 
     @property
     def _attention(self) -> tuple[int, int]:
@@ -92,32 +93,18 @@ class Call:
 
         In a block: gathered latents, in float32 too, and scores and weights of every head; or a mask and dense scores.
         """
-        one, width = self.shape, self.dtype_bytes
-        output, selection = one.heads * one.v_head_dim, self.topk * INT
+        shape, width = self.shape, self.dtype_bytes
+        output, selection = shape.heads * shape.v_head_dim, self.topk * INT
         if not self.gathers:
-            expanded = one.heads * (2 * one.qk_nope_head_dim + one.qk_rope_head_dim + one.v_head_dim)
+            expanded = shape.heads * (2 * shape.qk_nope_head_dim + shape.qk_rope_head_dim + shape.v_head_dim)
             rows = self.batch_size * min(block_size(self.tokens, self.block_elements), self.seq_len)
             return (expanded + output) * width + selection, rows * self.seq_len * (2 + width)
         rows = self.batch_size * min(
-            block_size(self.batch_size * self.topk * one.latent, self.block_elements), self.seq_len
+            block_size(self.batch_size * self.topk * shape.latent, self.block_elements), self.seq_len
         )
         in_float32, own_scores = (0, 0) if width == FLOAT else (FLOAT, width)
-        gathered, scores = one.latent * (width + in_float32), one.heads * (2 * FLOAT + own_scores)
-        return (one.latent + output) * width + selection, rows * self.topk * (gathered + scores + 3 * LONG)
-
-    @property
-    def _experts(self) -> tuple[int, int]:
-        """Per token, and in all of a chunk.
-
-        Of each (token, expert) pair: gate and up with what they are made of, or outputs, weighted and reordered. Where
-        there are several chunks, their outputs wait for one another.
-        """
-        one, width = self.shape, self.dtype_bytes
-        inner = one.hidden_size * width + 4 * one.moe_intermediate_size * width
-        outer = one.hidden_size * (2 * width + 2 * FLOAT)
-        chunk = min(self.tokens, EXPERT_CHUNK_TOKENS)
-        waiting = one.hidden_size * width if chunk < self.tokens else 0
-        return waiting, chunk * one.experts_per_token * max(inner, outer)
+        gathered, scores = shape.latent * (width + in_float32), shape.heads * (2 * FLOAT + own_scores)
+        return (shape.latent + output) * width + selection, rows * self.topk * (gathered + scores + 3 * LONG)
 
 
 def head_bytes(tokens: int, hidden_size: int, vocab_size: int, dtype_bytes: int, copies: int) -> int:

@@ -149,7 +149,8 @@ class Plan:
     def best(self) -> tuple[Placement, Forecast]:
         """The placement on which the first strategy, exact, is fastest; of those within 1%, the simplest one."""
         fastest = min(exact.hours for exact, *_ in self.forecasts.values())
-        return next((one, exact) for one, (exact, *_) in self.forecasts.items() if exact.hours <= 1.01 * fastest)
+        exact = ((placement, first) for placement, (first, *_) in self.forecasts.items())
+        return next((placement, forecast) for placement, forecast in exact if forecast.hours <= 1.01 * fastest)
 
 
 def make_plan(case: Case) -> Plan:
@@ -229,27 +230,27 @@ def layer_phases(call: Call, index: int, full: bool) -> list[Phase]:
     (those of experts once a chunk); each head's index scores are written, passed through the ReLU, and added to their
     sum; latents are gathered, and copied to float32; attention scores are scaled, masked, and put through the softmax.
     """
-    one, width, batch = call.shape, call.dtype_bytes, call.batch_size
-    work = layer_work(one, index, full, call.seq_len, Widths(weights=width, latents=width, index_keys=FLOAT))
+    shape, width, batch = call.shape, call.dtype_bytes, call.batch_size
+    work = layer_work(shape, index, full, call.seq_len, Widths(weights=width, latents=width, index_keys=FLOAT))
     visible = batch * call.seq_len * (call.seq_len + 1) / 2  # (query, key) pairs
     products = work.projections.flops + work.index_projections.flops + work.mlp.flops
     weights = work.projections.bytes + work.index_projections.bytes + work.mlp.bytes
-    moved = call.tokens * one.hidden_size * (8 * FLOAT + 8 * width)  # two norms in float32, two sums
-    if index >= one.dense_layers:  # what is between, of each (token, expert) pair
-        weights += (-(-call.tokens // EXPERT_CHUNK_TOKENS) - 1) * one.expert_weights * one.routed_experts * width
-        pair = one.hidden_size * (4 * width + 4 * FLOAT) + 8 * one.moe_intermediate_size * width
-        moved += call.tokens * one.experts_per_token * pair
+    moved = call.tokens * shape.hidden_size * (8 * FLOAT + 8 * width)  # two norms in float32, two sums
+    if index >= shape.dense_layers:  # what is between, of each (token, expert) pair
+        weights += (-(-call.tokens // EXPERT_CHUNK_TOKENS) - 1) * shape.expert_weights * shape.routed_experts * width
+        pair = shape.hidden_size * (4 * width + 4 * FLOAT) + 8 * shape.moe_intermediate_size * width
+        moved += call.tokens * shape.experts_per_token * pair
     phases = [Phase(REST, products * batch, weights + moved)]
     if full:
-        traffic = visible * one.index_heads * 6 * FLOAT + work.index_topk.bytes * batch
+        traffic = visible * shape.index_heads * 6 * FLOAT + work.index_topk.bytes * batch
         phases.append(Phase(INDEX_SCORES, work.index_scores.flops * batch, traffic, in_float32=True))
     if call.gathers:
         flops = work.attention.flops * batch
-        rows = flops / (2 * one.heads * (one.latent + one.kv_lora_rank))  # (query, selected token) pairs
+        rows = flops / (2 * shape.heads * (shape.latent + shape.kv_lora_rank))  # (query, selected token) pairs
         copies = 3 * width + (0 if width == FLOAT else 2 * FLOAT)
-        traffic = rows * (one.latent * copies + one.heads * 8 * FLOAT)
+        traffic = rows * (shape.latent * copies + shape.heads * 8 * FLOAT)
         return [*phases, Phase(ATTENTION, flops, traffic, in_float32=True)]
-    per_pair = 2 * one.heads * (one.qk_nope_head_dim + one.qk_rope_head_dim + one.v_head_dim)
+    per_pair = 2 * shape.heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim + shape.v_head_dim)
     return [*phases, Phase(ATTENTION, visible * per_pair, visible)]
 
 
@@ -269,7 +270,7 @@ class Clock:
         self.seconds_of: dict[bool, list[float]] = {True: [], False: []}
 
         def roofline(*phases: Phase) -> float:
-            return sum(device.seconds(one.flops, one.bytes, in_float32 or one.in_float32) for one in phases)
+            return sum(device.seconds(each.flops, each.bytes, in_float32 or each.in_float32) for each in phases)
 
         for full in (True, False):
             for index in range(case.model.shape.layers):

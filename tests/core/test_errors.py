@@ -28,8 +28,8 @@ def test_the_first_line_that_says_something(text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("name", "names", "meant"),
     [
-        ("raze", ("exact", "race", "lazy"), "did you mean race?"),
-        ("vlm", ("vllm", "sglang"), "did you mean vllm?"),
+        ("exat", ("exact", "counting"), "did you mean exact? "),
+        ("vlm", ("vllm", "sglang"), "did you mean vllm? "),
         ("tgi", ("vllm", "sglang"), ""),
         ("", ("vllm",), ""),
     ],
