@@ -209,12 +209,13 @@ def export_checkpoint(
     its config.
     """
     from icsearch.commands.export import saved_pattern
-    from icsearch.engines.native import NativeRequest
     from icsearch.engines.native import export_checkpoint as write
 
     path, kept = saved_pattern(str(pattern), None if retention is None else read_retention(retention))
     source = None if model is None else str(model)
-    return write(NativeRequest(path, Path(out), source, kept, drop_indexers, other_weights))
+    return write(
+        path, Path(out), model=source, retention=kept, drop_indexers=drop_indexers, other_weights=other_weights
+    )
 
 
 def load(

@@ -110,14 +110,19 @@ def export(request: ExportRequest) -> None:
     """
     from icsearch.commands.export import engine_settings, saved_pattern
     from icsearch.engines.export import write_file
-    from icsearch.engines.native import NativeRequest, export_checkpoint
+    from icsearch.engines.native import export_checkpoint
 
     path, kept = saved_pattern(request.file, request.retention)
     if request.checkpoint is not None:
-        copy = NativeRequest(
-            path, request.checkpoint, request.model, kept, request.drop_indexers, request.other_weights
+        written = export_checkpoint(
+            path,
+            request.checkpoint,
+            model=request.model,
+            retention=kept,
+            drop_indexers=request.drop_indexers,
+            other_weights=request.other_weights,
+            tell=lambda line: typer.echo(f"copying: {line}", err=True),
         )
-        written = export_checkpoint(copy, lambda line: typer.echo(f"copying: {line}", err=True))
         _say("warning", written.notes)
         typer.echo("\n".join(_summary(written)))
         return

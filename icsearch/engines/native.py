@@ -45,21 +45,6 @@ _INDEXER = re.compile(r"((?:.*?\.)?)layers\.(\d{1,6})\.(?:.*\.)?indexer\..")
 
 
 @dataclass(frozen=True)
-class NativeRequest:
-    """What `icsearch export --checkpoint` can be asked. `model` None: the one that the pattern file names.
-
-    `other_weights` lets weights through that the pattern was not searched on.
-    """
-
-    file: Path
-    out: Path
-    model: str | None = None
-    retention: Fraction | None = None
-    drop_indexers: bool = False
-    other_weights: bool = False
-
-
-@dataclass(frozen=True)
 class NativeConfig:
     """An edited config.json: which keys it got, which it lost, and where they are."""
 
@@ -88,16 +73,27 @@ class NativeCheckpoint:
         return sum(entry.bytes for entry in self.dropped)
 
 
-def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lambda _: None) -> NativeCheckpoint:
+def export_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    retention: Fraction | None = None,
+    drop_indexers: bool = False,
+    other_weights: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
+) -> NativeCheckpoint:
     """Write the copy; nothing is left under `out` unless all of it is there. `tell` hears what is about to be done.
 
+    `source` is a pattern.json. `model` None: the one that it names. `drop_indexers`: without those of S layers.
+    `other_weights` lets weights through that the pattern was not searched on.
     Raises an IcsearchError where pattern and checkpoint do not belong together, `out` is taken, or there is no room.
     """
-    file = _chosen(load_pattern_file(request.file), request.retention)
-    target = free_place(request.out)
-    model = file.model.get("name_or_path") if request.model is None else request.model
+    file = _chosen(load_pattern_file(source), retention)
+    target = free_place(out)
+    model = file.model.get("name_or_path") if model is None else model
     if model is None:
-        raise ExportError(f"{request.file} does not say which checkpoint it belongs to: give --model")
+        raise ExportError(f"{source} does not say which checkpoint it belongs to: give --model")
     checkpoint = open_checkpoint(model)
     check_outside(target, checkpoint.directory)
     stated = checkpoint.config.get("model_type")
@@ -106,19 +102,19 @@ def export_checkpoint(request: NativeRequest, tell: Callable[[str], None] = lamb
     config = edit_config(checkpoint.config, checkpoint.name, letters)
     shards = {path.name: read_header(path).entries for path in checkpoint.shards}
     indexers = indexers_by_layer((entry.name for entries in shards.values() for entry in entries), len(letters))
-    _check_weights(request, file, checkpoint, set(indexers))
-    dropped = _dropped(shards, indexers, letters, model_type) if request.drop_indexers else {}
+    _check_weights(source, file, checkpoint, set(indexers), other_weights)
+    dropped = _dropped(shards, indexers, letters, model_type) if drop_indexers else {}
     plan = _plan(checkpoint, file, config, dropped)
     with whole_directory(target) as directory:
         copied = fill_directory(plan, directory, tell)
         open_checkpoint(str(directory))  # checked as any checkpoint is, before it gets its name
-    told = [*notes(model_type, letters, request.drop_indexers, (checkpoint.directory / "params.json").exists())]
+    told = [*notes(model_type, letters, drop_indexers, (checkpoint.directory / "params.json").exists())]
     wrong = usual_sizes_on_shared(file.pattern, file.layer_indices, len(letters), split_vllm)
     if wrong and model_type in VLLM.model_types:  # vLLM checks nothing
         serve = f"icsearch export --engine vllm --serve-pp {wrong[0]}"
         told.append(f"vLLM: {cut_in_words(wrong)}; {serve} says what to do")
     return NativeCheckpoint(
-        out=request.out,
+        out=out,
         source=checkpoint.name,
         pattern=file.pattern,
         config=config,
@@ -155,17 +151,17 @@ def _letters(file: PatternFile, checkpoint: Checkpoint, model_type: str) -> str:
 
 
 def _check_weights(
-    request: NativeRequest, file: PatternFile, checkpoint: Checkpoint, with_indexer: Collection[int]
+    source: Path, file: PatternFile, checkpoint: Checkpoint, with_indexer: Collection[int], other_weights: bool
 ) -> None:
     """Refuse weights that the pattern was not searched on, unless they may be others, and F where no indexer is.
 
     That is a layer that the checkpoint shares, or one that lacks an indexer where others have theirs.
     """
     known = file.model.get("fingerprint")
-    if not request.other_weights and known != fingerprint(checkpoint):
+    if not other_weights and known != fingerprint(checkpoint):
         what = "does not say which weights it was searched on" if known is None else "was searched on other weights"
         raise ExportError(
-            f"{request.file} {what}, and {checkpoint.name} need not be the same: give --model, or --other-weights if "
+            f"{source} {what}, and {checkpoint.name} need not be the same: give --model, or --other-weights if "
             "these are a copy of them, such as a quantised or a tuned one"
         )
     positions = file.model.get("native_shared")

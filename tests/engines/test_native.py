@@ -21,7 +21,7 @@ import icsearch
 import tiny
 from icsearch.core.errors import IcsearchError
 from icsearch.core.pattern_file import load_pattern_file
-from icsearch.engines.native import NativeRequest, export_checkpoint
+from icsearch.engines.native import export_checkpoint
 from icsearch.model.checkpoint import INDEX_NAME, fingerprint, open_checkpoint
 from native_fixtures import LAYERS, LETTERS, NATIVE, auto_class, save_native, save_pattern
 
@@ -41,7 +41,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, boo
 
 
 def exported(checkpoint: Path, out: Path, **options: Any) -> Any:
-    return export_checkpoint(NativeRequest(checkpoint.parent / "pattern.json", out, **options))
+    return export_checkpoint(checkpoint.parent / "pattern.json", out, **options)
 
 
 def results(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,7 +208,7 @@ def test_native_s_layers_can_only_become_more(tmp_path: Path) -> None:
 def test_a_second_export_from_an_export(checkpoints: dict[tuple[str, bool], Path], tmp_path: Path) -> None:
     exported(checkpoints["glm_moe_dsa", True], tmp_path / "first", drop_indexers=True)
     save_pattern(tmp_path / "pattern.json", tmp_path / "first", "FSSFSS", native_shared=SHARED)
-    export_checkpoint(NativeRequest(tmp_path / "pattern.json", tmp_path / "second", drop_indexers=True))
+    export_checkpoint(tmp_path / "pattern.json", tmp_path / "second", drop_indexers=True)
     info = load("glm_moe_dsa", tmp_path / "second")[1]
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert json.loads((tmp_path / "second" / "config.json").read_text())["index_topk_freq"] == 3

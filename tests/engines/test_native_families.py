@@ -13,7 +13,7 @@ import transformers
 import icsearch
 import tiny_families
 from icsearch.core.errors import IcsearchError
-from icsearch.engines.native import LOAD_WITHOUT_INDEXERS, NativeRequest, export_checkpoint, indexers_by_layer
+from icsearch.engines.native import LOAD_WITHOUT_INDEXERS, export_checkpoint, indexers_by_layer
 from icsearch.engines.table import TRANSFORMERS
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.header import read_header
@@ -48,7 +48,7 @@ def layout(source: Path) -> Layout:
 
 
 def exported(source: Path, out: Path, **options: Any) -> Any:
-    return export_checkpoint(NativeRequest(source.parent / "pattern.json", out, **options))
+    return export_checkpoint(source.parent / "pattern.json", out, **options)
 
 
 def load(family: str, directory: Path) -> tuple[Any, dict[str, Any]]:
