@@ -29,7 +29,7 @@ _common: dict[str, Any] = {
     "suppress_health_check": list(HealthCheck),
 }
 few = settings(max_examples=FEW, **_common)
-few_pages = settings(max_examples=FEW // 3, **_common)  # each with its figures
+few_pages = settings(max_examples=FEW // 2, **_common)  # each with its figures
 many = settings(max_examples=MANY, **_common)
 
 ANYTHING: tuple[Any, ...] = (
