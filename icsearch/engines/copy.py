@@ -122,10 +122,15 @@ def whole_directory(target: Path) -> Iterator[Path]:
 
     A process that is killed leaves the directory under its own hidden name; the next one for this target removes it.
     """
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    before, after = f".{target.name}.", ".tmp"
+    temporary = target.parent / f"{before}{os.getpid()}{after}"
     with _explained(f"cannot write in {target.parent}", "give another --checkpoint directory"):
         make_directory(target.parent)
-        _remove_stale(target)
+        for path in target.parent.iterdir():
+            if path.name.startswith(before) and path.name.endswith(after) and not path.is_symlink():
+                process = path.name.removeprefix(before).removesuffix(after)
+                if process.isdecimal() and len(process) <= 10 and not lives(int(process)):
+                    shutil.rmtree(path, ignore_errors=True)
         temporary.mkdir()
     try:
         yield temporary
@@ -147,15 +152,6 @@ def _explained(what: str, advice: str) -> Iterator[None]:
         if is_disk_full(error):
             raise
         raise CopyError(f"{what} ({error.strerror or error}): {advice}") from None
-
-
-def _remove_stale(target: Path) -> None:
-    before, after = f".{target.name}.", ".tmp"
-    for path in target.parent.iterdir():
-        if path.name.startswith(before) and path.name.endswith(after) and not path.is_symlink():
-            process = path.name.removeprefix(before).removesuffix(after)
-            if process.isdecimal() and len(process) <= 10 and not lives(int(process)):
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def fill_directory(plan: CopyPlan, directory: Path, tell: Callable[[str], None]) -> Copied:

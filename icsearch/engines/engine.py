@@ -164,12 +164,6 @@ def switched_pattern(letters: str, _: str | None = None) -> dict[str, Any]:
     return {SWITCH: True, PATTERN: letters}
 
 
-def atom_keys(letters: str, model_type: str | None) -> dict[str, Any]:
-    """ATOM takes `indexer_types` over the letters, and a GLM config always has them once it is loaded."""
-    types = {TYPES: [KINDS[letter] for letter in letters]} if model_type == "glm_moe_dsa" else {}
-    return {**switched_pattern(letters), **types}
-
-
 def vllm_keys(letters: str, model_type: str) -> dict[str, Any]:
     """The letters, or for MiniMax M3, where vLLM reads none, two numbers; ExportError where none give the pattern."""
     if model_type != "minimax_m3_vl":

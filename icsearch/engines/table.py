@@ -112,7 +112,10 @@ ATOM_ENGINE = Engine(
     name="atom",
     title="ATOM",
     how="add this flag where ATOM is started (ROCm; also as vLLM's plugin)",
-    settings=engine.atom_keys,
+    settings=lambda letters, model_type: {  # it takes indexer_types over the letters, and a loaded GLM config has them
+        **engine.switched_pattern(letters),
+        **({TYPES: [KINDS[letter] for letter in letters]} if model_type == "glm_moe_dsa" else {}),
+    },
     render=json_flag("--hf-overrides"),
     model_types=("deepseek_v32", "glm_moe_dsa", "deepseek_v4", "minimax_m3_vl"),
     on_other_types=NOT_KNOWN,
