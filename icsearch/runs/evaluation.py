@@ -12,8 +12,8 @@ from icsearch.core.errors import IcsearchError, JournalError
 from icsearch.core.jsonfile import FieldError, read_object, write_object
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference, mean_loss, paired_difference, wilson_interval
-from icsearch.runs.journal import Event
-from icsearch.runs.schema import check_document, check_eval_start, check_later
+from icsearch.runs.journal import Event, apply_all
+from icsearch.runs.schema import WAYS, check_document, check_eval_start, check_later
 
 EVAL_FORMAT = "icsearch.eval/1"
 CLEAR_LOSS, HEAVY_LOSS = 0.01, 0.1  # nats per token, where a verdict's words begin
@@ -50,15 +50,9 @@ class EvalRecord:
 
     @classmethod
     def replay(cls, events: Iterable[Event]) -> EvalRecord:
+        """As that of a run."""
         record = cls()
-        for number, event in enumerate(events, start=1):
-            try:
-                record.apply(event)
-            except FieldError as error:
-                raise JournalError(
-                    f"journal line {number} is not an evaluation's ({error}): give another --out, or start over with "
-                    "--fresh"
-                ) from None
+        apply_all(events, record.apply)
         return record
 
     def check(self, event: Event) -> None:
@@ -134,7 +128,8 @@ class EvalRecord:
         difference = paired_difference(nll, [measures.nll for measures in base], tokens)
         kl = paired_difference([measures.kl for measures in own], [0.0] * len(own), tokens)
         loss = mean_loss(nll, tokens)
-        row = {
+        queries = self.start["choosing_queries"] * len(own)
+        return {
             **named,
             "retention": Pattern(letters).retention,
             "full_layers": list(Pattern(letters).full_layers),
@@ -146,10 +141,13 @@ class EvalRecord:
             "kl_std_err": kl.std_err,
             "top1_agreement": sum(measures.agree for measures in own) / sum(tokens),
             "positions": self._positions(own, base),
-            "borrowed_overlap": self._overlap(own),
-            "tasks": self._tasks(letters),
+            "borrowed_overlap": {
+                str(layer): sum(measures.overlap[layer] for measures in own) / queries
+                for layer in sorted(own[0].overlap)
+            },
+            "tasks": [_task_row(event) for (pattern, _), event in self.tasks.items() if pattern == letters],
+            "verdict": verdict(difference, letters == full),
         }
-        return {**row, "verdict": verdict(difference, letters == full)}
 
     def _positions(self, own: Sequence[SequenceMeasures], base: Sequence[SequenceMeasures]) -> list[dict[str, Any]]:
         """Loss by position bucket: the far positions are where sharing hurts."""
@@ -170,22 +168,6 @@ class EvalRecord:
                 }
             )
         return rows
-
-    def _overlap(self, own: Sequence[SequenceMeasures]) -> dict[str, float]:
-        queries = self.start["choosing_queries"] * len(own)
-        layers = sorted(own[0].overlap)
-        return {str(layer): sum(measures.overlap[layer] for measures in own) / queries for layer in layers}
-
-    def _tasks(self, letters: str) -> list[dict[str, Any]]:
-        return [self._task(event) for (pattern, _), event in self.tasks.items() if pattern == letters]
-
-    def _task(self, event: Event) -> dict[str, Any]:
-        row: dict[str, Any] = {"kind": event["kind"], "count": len(event["forced"])}
-        for way in ("forced", "generated"):
-            hits = sum(event[way])
-            low, high = wilson_interval(hits, len(event[way]))
-            row[way] = {"accuracy": hits / len(event[way]), "low": low, "high": high}
-        return row
 
     def gap_closed(self, letters: str, uniform: str) -> Difference | None:
         """(uniform - searched) / (uniform - full), with its error by the delta method over sequences.
@@ -250,14 +232,29 @@ class EvalRecord:
         return found
 
 
+def _task_row(event: Event) -> dict[str, Any]:
+    row: dict[str, Any] = {"kind": event["kind"], "count": len(event["forced"])}
+    for way in WAYS:
+        hits = sum(event[way])
+        low, high = wilson_interval(hits, len(event[way]))
+        row[way] = {"accuracy": hits / len(event[way]), "low": low, "high": high}
+    return row
+
+
 def verdict(difference: Difference, is_full: bool) -> str:
     """What the numbers say of a pattern, in words, and no more than they carry."""
     if is_full:
         return "the unmodified model"
     if math.isnan(difference.std_err):
         return "one sequence says nothing about the error: evaluate more"
-    if abs(difference.delta) <= 2 * difference.std_err:
-        return _verdict_within_errors(difference)
+    if abs(difference.delta) <= 2 * difference.std_err:  # what it may be instead is what decides
+        if excludes_clear_loss(difference):
+            return (
+                f"no loss seen: within two standard errors of the unmodified model, and {CLEAR_LOSS:g} is beyond them"
+            )
+        return (
+            f"not known: a loss of {CLEAR_LOSS:g} nats per token or more is within two standard errors, evaluate more"
+        )
     if difference.delta < 0:
         return "lower loss than the unmodified model, beyond two standard errors"
     if difference.delta < CLEAR_LOSS:
@@ -265,13 +262,6 @@ def verdict(difference: Difference, is_full: bool) -> str:
     if difference.delta < HEAVY_LOSS:
         return f"a clear loss, under {HEAVY_LOSS:g} nats per token"
     return f"a heavy loss, {HEAVY_LOSS:g} nats per token or more"
-
-
-def _verdict_within_errors(difference: Difference) -> str:
-    """Of a difference that may be none: what it may be instead is what decides."""
-    if excludes_clear_loss(difference):
-        return f"no loss seen: within two standard errors of the unmodified model, and {CLEAR_LOSS:g} is beyond them"
-    return f"not known: a loss of {CLEAR_LOSS:g} nats per token or more is within two standard errors, evaluate more"
 
 
 def excludes_clear_loss(difference: Difference) -> bool:

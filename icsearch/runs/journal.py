@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from icsearch.core.errors import JournalError
+from icsearch.core.errors import JournalError, PatternError
 from icsearch.core.files import naming
 from icsearch.core.jsonfile import unambiguous
 
@@ -39,7 +39,14 @@ class Journal:
 
     def events(self) -> list[Event]:
         """All whole events. A torn tail is ignored; damage before it is an error that names the line."""
-        return list(self._whole_events())
+        try:
+            data = self.path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise _unreadable(self.path, error) from None
+        *lines, _ = data.split(b"\n")  # what follows the last newline is torn
+        if lines and not _is_whole(lines[-1] + b"\n"):
+            lines.pop()
+        return [self._parse(line, number) for number, line in enumerate(lines, start=1)]
 
     def append(self, event: Event) -> None:
         """Write one event durably. The event counts once this returns."""
@@ -55,23 +62,6 @@ class Journal:
             finally:
                 os.close(descriptor)
 
-    def _whole_events(self) -> Iterator[Event]:
-        try:
-            data = self.path.read_bytes()
-        except (OSError, ValueError) as error:
-            raise _unreadable(self.path, error) from None
-        *lines, _ = data.split(b"\n")  # what follows the last newline is torn
-        if lines and not _is_whole(lines[-1] + b"\n"):
-            lines.pop()
-        for number, line in enumerate(lines, start=1):
-            event = self._parse(line, number)
-            if number == 1 and event.get("format") != JOURNAL_FORMAT:
-                raise JournalError(
-                    f"{self.path} has format {event.get('format')!r}: expected {JOURNAL_FORMAT!r}; "
-                    "continue it with the version that wrote it, or start over with --fresh"
-                )
-            yield event
-
     def _parse(self, line: bytes, number: int) -> Event:
         try:
             event = json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=unambiguous)
@@ -81,6 +71,11 @@ class Journal:
             raise JournalError(
                 f"{self.path} is damaged at line {number}: expected a JSON event; "
                 "restore the file, or start over with --fresh"
+            )
+        if number == 1 and event.get("format") != JOURNAL_FORMAT:
+            raise JournalError(
+                f"{self.path} has format {event.get('format')!r}: expected {JOURNAL_FORMAT!r}; "
+                "continue it with the version that wrote it, or start over with --fresh"
             )
         return event
 
@@ -93,6 +88,17 @@ class Journal:
             if end < size:
                 file.truncate(end)
                 os.fsync(file.fileno())
+
+
+def apply_all(events: Iterable[Event], apply: Callable[[Event], None]) -> None:
+    """Replay events into a record; raises JournalError, with the line, where one does not fit."""
+    for number, event in enumerate(events, start=1):
+        try:
+            apply(event)
+        except (ValueError, PatternError) as error:
+            raise JournalError(
+                f"journal line {number} is damaged ({error}): restore the file, or start over with --fresh"
+            ) from None
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> JournalError:

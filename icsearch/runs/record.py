@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icsearch.core.errors import JournalError, PatternError
-from icsearch.core.jsonfile import FieldError, Kind, check_fields, shown
+from icsearch.core.errors import JournalError
+from icsearch.core.jsonfile import FieldError, Kind
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import Step
 from icsearch.core.statistics import Difference, mean_loss, paired_difference
-from icsearch.runs.journal import Event, Journal
+from icsearch.runs.journal import Event, Journal, apply_all
 from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, OUTCOMES, Refinement
-from icsearch.runs.schema import check_run_start, event_fields
+from icsearch.runs.schema import check_event, check_run_start, event_fields
 
 
 @dataclass(frozen=True)
@@ -125,14 +125,8 @@ class SimilaritySums:
     queries: int = 0
     numerics: dict[str, Any] | None = None
 
-    def check(self, event: Event) -> None:
-        """Raise FieldError unless its sequences are those that come next."""
-        first, _ = event["sequences"]
-        if first != self.sequences:
-            raise FieldError(f"similarity of sequence {first} behind {self.sequences} sequences")
-
     def add(self, event: Event) -> None:
-        """Take in an event that `check` lets through."""
+        """Take in an event whose sequences are those that come next."""
         _, last = event["sequences"]
         self.numerics = event.get("numerics")
         self.sequences, self.queries = last, self.queries + event["queries"]
@@ -187,13 +181,7 @@ class RunRecord:
     def replay(cls, events: Iterable[Event]) -> RunRecord:
         """The state behind these events; raises JournalError, with the line, where one does not fit."""
         record = cls()
-        for number, event in enumerate(events, start=1):
-            try:
-                record.apply(event)
-            except (ValueError, PatternError) as error:
-                raise JournalError(
-                    f"journal line {number} is damaged ({error}): restore the file, or start over with --fresh"
-                ) from None
+        apply_all(events, record.apply)
         return record
 
     def check(self, event: Event) -> None:
@@ -202,40 +190,32 @@ class RunRecord:
         if not self.start:
             check_run_start(event)
         elif _is_heldout(event):
-            self._check_heldout(event)
-        elif kind in list(self._fields):  # a list: a damaged journal's kind may not be hashable
-            check_fields(event, self._fields[kind])
-            self._check_later(event)
+            if self.heldout is None:
+                raise FieldError(f"losses of set {HELDOUT_SET}, but the run has no held-out sequences")
+            self.heldout.check(_as_own(event))
         else:
-            raise FieldError(f"event is {shown(kind)}: expected one of {', '.join(self._fields)}")
-
-    def apply(self, event: Event) -> None:
-        """Take one event in; raises as `check` does, and then changes nothing."""
-        self.check(event)
-        if not self.start:
-            self._apply_start(event)
-        elif self.heldout is not None and _is_heldout(event):
-            self.heldout.apply(_as_own(event))
-            self._add_cost(event, REFINING)
-        else:
-            self._apply_later(event)
-
-    def _check_later(self, event: Event) -> None:
-        """One of the events behind the first, the kinds of its fields checked."""
-        kind = event["event"]
-        if kind == "losses":
-            self._check_losses(event)
-        elif kind == "commit":
-            if self.refinement is not None:
-                raise FieldError("a commit behind the beginning of the refinement")
-            Choice.from_event(event).check(len(self.commits) + 1, self.pattern)
-        elif kind == "similarity":
-            self.similarity_sums.check(event)
-        elif kind == "refine":
-            if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
-                raise FieldError(f"a refinement of {event['pattern']}, which does not follow from what is before it")
-        elif kind in OUTCOMES:
-            self._check_outcome(event)
+            check_event(event, self._fields)
+            if kind == "losses":
+                self._check_losses(event)
+            elif kind == "commit":
+                if self.refinement is not None:
+                    raise FieldError("a commit behind the beginning of the refinement")
+                Choice.from_event(event).check(len(self.commits) + 1, self.pattern)
+            elif kind == "similarity":
+                (first, _), known = event["sequences"], self.similarity_sums.sequences
+                if first != known:
+                    raise FieldError(f"similarity of sequence {first} behind {known} sequences")
+            elif kind == "refine":
+                if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
+                    raise FieldError(
+                        f"a refinement of {event['pattern']}, which does not follow from what is before it"
+                    )
+            elif kind in OUTCOMES:
+                if self.refinement is None or self.heldout is None:
+                    raise FieldError(f"{kind} without a refinement")
+                if kind == "swap":
+                    self._check_swap(event["before"], event["pattern"])
+                self.refinement.check(event)
 
     def _check_losses(self, event: Event) -> None:
         first, last = event["sequences"]
@@ -245,18 +225,6 @@ class RunRecord:
             if [len(sums) for sums in event[name]] != [last - first] * len(event["patterns"]):
                 raise FieldError(f"{name} does not hold one sum for each pattern and sequence")
 
-    def _check_heldout(self, event: Event) -> None:
-        if self.heldout is None:
-            raise FieldError(f"losses of set {HELDOUT_SET}, but the run has no held-out sequences")
-        self.heldout.check(_as_own(event))
-
-    def _check_outcome(self, event: Event) -> None:
-        if self.refinement is None or self.heldout is None:
-            raise FieldError(f"{event['event']} without a refinement")
-        if event["event"] == "swap":
-            self._check_swap(event["before"], event["pattern"])
-        self.refinement.check(event)
-
     def _check_swap(self, before: str, after: str) -> None:
         """Raise FieldError unless both sets say that the pattern is better for the swap."""
         for record in filter(None, (self, self.heldout)):
@@ -265,14 +233,20 @@ class RunRecord:
             if not known or not table.difference(after, before).delta < 0:
                 raise FieldError(f"a swap to {after}, which does not gain on both sets")
 
-    def _apply_start(self, event: Event) -> None:
-        self.start, self._fields = event, event_fields(event)
-        self.nll, self.kl = LossTable(self.tokens), LossTable(self.tokens)
-        self.heldout = _heldout_record(event)
-
-    def _apply_later(self, event: Event) -> None:
+    def apply(self, event: Event) -> None:
+        """Take one event in; raises as `check` does, and then changes nothing."""
+        self.check(event)
         kind = event["event"]
-        if kind == "losses":
+        if not self.start:
+            self.start, self._fields = event, event_fields(event)
+            self.nll, self.kl = LossTable(self.tokens), LossTable(self.tokens)
+            if (held := event.get("refine_on")) is not None:
+                self.heldout = RunRecord()
+                self.heldout.apply({**event, "tokens": held["tokens"], "calibration": held, "refine_on": None})
+        elif self.heldout is not None and _is_heldout(event):
+            self.heldout.apply(_as_own(event))
+            self._add_cost(event, REFINING)
+        elif kind == "losses":
             self._apply_losses(event)
         elif kind == "commit":
             self.commits.append(Choice.from_event(event))
@@ -376,37 +350,36 @@ class RunRecord:
 
     def steps(self) -> tuple[Step, ...]:
         """The committed flips with their losses: the curve."""
-        return tuple(self._step(commit) for commit in self.commits)
-
-    def _step(self, commit: Choice) -> Step:
-        difference, kl = self.difference(commit.pattern), self.mean_kl(commit.pattern)
-        return Step(
-            commit.step,
-            commit.layer,
-            self.loss(commit.pattern),
-            difference.delta,
-            difference.std_err,
-            commit.pattern,
-            kl=kl.delta if kl else None,
-            kl_std_err=kl.std_err if kl else None,
-        )
+        steps = []
+        for commit in self.commits:
+            difference, kl = self.difference(commit.pattern), self.mean_kl(commit.pattern)
+            steps.append(
+                Step(
+                    commit.step,
+                    commit.layer,
+                    self.loss(commit.pattern),
+                    difference.delta,
+                    difference.std_err,
+                    commit.pattern,
+                    kl=kl.delta if kl else None,
+                    kl_std_err=kl.std_err if kl else None,
+                )
+            )
+        return tuple(steps)
 
     def candidates(self, step: int) -> list[Candidate]:
         """Every flip that a step scored completely (the last one may still be at work), by layer."""
-        before, baseline = self.before(step), self.start_pattern.letters
-        flips = [(layer, before.flip(layer).letters) for layer in sorted(self._asked_layers(step))]
+        before, asked = self.before(step), self.asked.get(step, [])
+        if step <= len(self.commits):
+            layers = sorted(self.commits[step - 1].candidates)
+        else:
+            layers = [layer for layer in before.full_layers[1:] if before.flip(layer).letters in asked]
+        flips = [(layer, before.flip(layer).letters) for layer in layers]
         return [
-            Candidate(step, layer, letters, self.loss(letters), self.nll.difference(letters, baseline))
+            Candidate(step, layer, letters, self.loss(letters), self.difference(letters))
             for layer, letters in flips
             if self.nll.is_complete(letters)
         ]
-
-    def _asked_layers(self, step: int) -> Iterable[int]:
-        """The layers that a step looked at; of one that is not committed yet, those so far."""
-        if step <= len(self.commits):
-            return self.commits[step - 1].candidates
-        before, asked = self.before(step), set(self.asked.get(step, []))
-        return [layer for layer in before.full_layers[1:] if before.flip(layer).letters in asked]
 
 
 def _is_heldout(event: Event) -> bool:
@@ -416,16 +389,6 @@ def _is_heldout(event: Event) -> bool:
 def _as_own(event: Event) -> Event:
     """Losses of held-out sequences as the record of these has them."""
     return {**event, "set": None, "step": 0}
-
-
-def _heldout_record(start: Event) -> RunRecord | None:
-    """An empty record of the held-out sequences of a run that is to be refined."""
-    if start.get("refine_on") is None:
-        return None
-    record = RunRecord()
-    others = {"tokens": start["refine_on"]["tokens"], "calibration": start["refine_on"], "refine_on": None}
-    record.apply({**start, **others})
-    return record
 
 
 def why_no_pattern(directory: Path) -> str:

@@ -51,10 +51,19 @@ class Refinement:
 
     def check(self, event: Event) -> None:
         """Raise FieldError where one of OUTCOMES does not follow from the pattern so far."""
-        if event["event"] == "judged":
-            self._check_judged(event)
-        else:
-            self._check_trial(event)
+        judged = event["event"] == "judged"
+        before = event["pattern"] if judged else event["before"]
+        if before != self.pattern.letters:
+            raise FieldError(f"a move starts from {before}: expected {self.pattern}")
+        if not judged:
+            if event["pattern"] != self._moved(event["from_layer"], event["to_layer"]):
+                raise FieldError("pattern is not that behind the move")
+            return
+        moves = [tuple(move) for move in event["moves"]]
+        for from_layer, to_layer in moves:
+            self._moved(from_layer, to_layer)
+        if not {tuple(move) for move in event["qualified"]} <= set(moves):
+            raise FieldError("a move qualified that was not among those scored")
 
     def apply(self, event: Event) -> None:
         """Take in one of OUTCOMES that `check` lets through."""
@@ -66,24 +75,8 @@ class Refinement:
             self.trials.append(Trial(*layers, event["before"], event["pattern"], made))
         self.outcomes.append(event)
 
-    def _check_judged(self, event: Event) -> None:
-        moves = [tuple(move) for move in event["moves"]]
-        self._check_before(event["pattern"])
-        for from_layer, to_layer in moves:
-            self._moved(from_layer, to_layer)
-        if not {tuple(move) for move in event["qualified"]} <= set(moves):
-            raise FieldError("a move qualified that was not among those scored")
-
-    def _check_trial(self, event: Event) -> None:
-        self._check_before(event["before"])
-        if event["pattern"] != self._moved(event["from_layer"], event["to_layer"]):
-            raise FieldError("pattern is not that behind the move")
-
-    def _check_before(self, before: str) -> None:
-        if before != self.pattern.letters:
-            raise FieldError(f"a move starts from {before}: expected {self.pattern}")
-
     def _moved(self, from_layer: int, to_layer: int) -> str:
+        """The letters behind a move; raises FieldError where no such move can be made."""
         pattern = self.pattern
         if from_layer == 0 or not pattern.is_full(from_layer) or pattern.is_full(to_layer):
             raise FieldError(f"no indexer can go from layer {from_layer} to {to_layer} of {pattern}")

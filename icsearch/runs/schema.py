@@ -84,10 +84,8 @@ def check_options(event: Event) -> None:
 
 
 def check_run_start(event: Event) -> None:
-    """Raise FieldError where the first event is no start event, lacks a field, or its fields disagree."""
-    if event.get("event") != "start":
-        raise FieldError(f"event is {shown(event.get('event'))}: expected start, which every journal begins with")
-    check_fields(event, START_FIELDS)
+    """Raise FieldError where the first event is not that of a search, lacks a field, or its fields disagree."""
+    _check_start(event, START_FIELDS)
     num_layers = len(event["start_pattern"])
     agreeing = {
         "num_layers": optional(whole(num_layers, num_layers)),
@@ -106,6 +104,21 @@ def check_run_start(event: Event) -> None:
     check_fields(event["references"], dict.fromkeys(event["references"], letters(num_layers)))
 
 
+def _check_start(event: Event, fields: Mapping[str, Kind]) -> None:
+    """What the first event of a search and of an evaluation have in common."""
+    if event.get("event") != "start":
+        raise FieldError(f"event is {shown(event.get('event'))}: expected start, which every journal begins with")
+    check_fields(event, fields)
+
+
+def check_event(event: Event, fields: Mapping[str, Mapping[str, Kind]]) -> None:
+    """Raise FieldError where a later event is none of these, or one of its fields is other than its kind."""
+    kind = event.get("event")
+    if kind not in list(fields):  # a list: a damaged journal's kind may not be hashable
+        raise FieldError(f"event is {shown(kind)}: expected one of {', '.join(fields)}")
+    check_fields(event, fields[kind])
+
+
 def _covers(blocks: Any, num_layers: int) -> bool:
     """True for [first, last) ranges that follow one another from 0 to the last layer."""
     pairs = list_of(list_of(whole(0), 2)).fits(blocks)
@@ -115,21 +128,31 @@ def _covers(blocks: Any, num_layers: int) -> bool:
 
 def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
     """What the fields of every later event must be, in a run that began so."""
-    num_layers, sequences = len(start["start_pattern"]), len(start["tokens"])
-    pattern = letters(num_layers)
+    num_layers, wave = len(start["start_pattern"]), _wave(len(start["tokens"]))
+    pattern, layer = letters(num_layers), whole(0, num_layers - 1)
+    moves = list_of(list_of(layer, 2))
+    trial: dict[str, Kind] = {
+        "before": pattern,
+        "from_layer": layer,
+        "to_layer": layer,
+        "pattern": pattern,
+        **dict.fromkeys(("delta", "std_err", "heldout_delta", "heldout_std_err"), NUMBER),
+    }
     flipped = list_of(whole(1, num_layers - 1))
-    waves = Kind(f"a range within 0 to {sequences}", lambda value: _is_range(value, sequences))
-    triangle = Kind("a lower triangle of numbers", lambda value: _is_triangle(value, num_layers))
-    cost = {"layer_sequences": whole(0), "seconds": DURATION, "weight_bytes": optional(whole(0))}
+    rows = list_of(list_of(NUMBER), num_layers)
+    triangle = Kind(
+        "a lower triangle of numbers",
+        lambda value: rows.fits(value) and [len(row) for row in value] == list(range(num_layers)),
+    )
     return {
         "losses": {
             "step": whole(0),
-            "sequences": waves,
+            "sequences": wave,
             "patterns": list_of(pattern),
             "nll": list_of(list_of(NUMBER)),
             **({"kl": list_of(list_of(NUMBER))} if start["options"]["objective"] == "kl" else {}),
             "set": optional(Kind(repr(CALIBRATION_SET), lambda value: value == CALIBRATION_SET)),
-            **cost,
+            **_COST,
         },
         "commit": {
             "step": whole(1),
@@ -139,46 +162,30 @@ def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "ties": flipped,
         },
         "similarity": {
-            "sequences": waves,
+            "sequences": wave,
             "queries": whole(1),
             "cosine": triangle,
             "overlap": triangle,
             "numerics": optional(OBJECT),
-            **cost,
+            **_COST,
         },
         "chosen": {"pattern": pattern, "objective": NUMBER},
-        **_refinement_fields(num_layers),
+        "refine": {"pattern": pattern, "costs": list_of(optional(NUMBER), num_layers)},
+        "judged": {"pattern": pattern, "moves": moves, "qualified": moves},
+        "swap": trial,
+        "refused": trial,
         "note": {"text": TEXT},
         "finish": {},
     }
 
 
-def _refinement_fields(num_layers: int) -> dict[str, dict[str, Kind]]:
-    """What the fields of a refinement's events must be."""
-    pattern, layer = letters(num_layers), whole(0, num_layers - 1)
-    moves = list_of(list_of(layer, 2))
-    trial: dict[str, Any] = {
-        "before": pattern,
-        "from_layer": layer,
-        "to_layer": layer,
-        "pattern": pattern,
-        **dict.fromkeys(("delta", "std_err", "heldout_delta", "heldout_std_err"), NUMBER),
-    }
-    return {
-        "refine": {"pattern": pattern, "costs": list_of(optional(NUMBER), num_layers)},
-        "judged": {"pattern": pattern, "moves": moves, "qualified": moves},
-        "swap": trial,
-        "refused": trial,
-    }
+_COST = {"layer_sequences": whole(0), "seconds": DURATION, "weight_bytes": optional(whole(0))}
 
 
-def _is_range(value: Any, sequences: int) -> bool:
-    return list_of(whole(0, sequences), 2).fits(value) and value[0] < value[1]
-
-
-def _is_triangle(value: Any, num_layers: int) -> bool:
-    rows = list_of(list_of(NUMBER), num_layers).fits(value)
-    return rows and [len(row) for row in value] == list(range(num_layers))
+def _wave(sequences: int) -> Kind:
+    """[first, last) of some of so many sequences."""
+    ends = list_of(whole(0, sequences), 2)
+    return Kind(f"a range within 0 to {sequences}", lambda value: ends.fits(value) and value[0] < value[1])
 
 
 PHASES = ("prefill", "decode")
@@ -189,14 +196,6 @@ _FINITE = Kind(  # a perplexity can be far larger than any loss
 _error = optional(NUMBER)  # null: one sequence has none
 _layer = Kind("layer numbers as names", lambda value: all(key.isdecimal() and len(key) < 6 for key in value))
 _described = {"name": TEXT, "method": TEXT, "in_sample": FLAG, "foreign": FLAG}
-_common = {
-    "icsearch_version": optional(TEXT),
-    "layer_indices": optional(layers()),
-    "model": OBJECT,
-    "calibration": OBJECT,
-    "options": optional(OBJECT),
-    "environment": optional(OBJECT),
-}
 
 
 def _each(fields: Mapping[str, Kind]) -> Kind:
@@ -217,10 +216,9 @@ def _has(value: Mapping[str, Any], fields: Mapping[str, Kind]) -> bool:
 
 def check_document(document: dict[str, Any]) -> None:
     """Raise FieldError where a field of an eval.json is missing or other than its kind."""
-    check_fields(document, {**_common, "rows": list_of(OBJECT), "notes": optional(list_of(TEXT))})
+    check_fields(document, DOCUMENT_FIELDS)
     check_fields(document["model"], MODEL_FIELDS)
     check_fields(document["calibration"], CALIBRATION_FIELDS)
-    check_fields(document, _BESIDE_ROWS)
     if not document["rows"]:
         raise FieldError("rows is an empty list: expected one for each pattern")
     for row in document["rows"]:
@@ -262,7 +260,15 @@ _ESTIMATE = {
         NUMBER,
     ),
 }
-_BESIDE_ROWS = {
+DOCUMENT_FIELDS = {
+    "icsearch_version": optional(TEXT),
+    "layer_indices": optional(layers()),
+    "model": OBJECT,
+    "calibration": OBJECT,
+    "options": optional(OBJECT),
+    "environment": optional(OBJECT),
+    "rows": list_of(OBJECT),
+    "notes": optional(list_of(TEXT)),
     "gaps": optional(_each({"name": TEXT, "uniform": TEXT, "gap_closed": _error, "std_err": _error})),
     "cost": optional(OBJECT),
     "cost_rows": optional(_each({"name": TEXT, "rows": _each(_ESTIMATE)})),
@@ -274,17 +280,26 @@ _BESIDE_ROWS = {
 }
 
 
-# --- the journal ------------------------------------------------------------------------------------------------------
+# --- the journal of an evaluation -------------------------------------------------------------------------------------
+
+EVAL_START_FIELDS = {
+    "icsearch_version": TEXT,
+    "layer_indices": layers(),
+    "model": OBJECT,
+    "calibration": OBJECT,
+    "options": OBJECT,
+    "environment": OBJECT,
+    "start_pattern": letters(),
+    "tokens": list_of(whole(1)),
+    "choosing_queries": whole(1),
+    "bucket_edges": layers(sys.maxsize),
+}
 
 
 def check_eval_start(event: Event) -> None:
     """Raise FieldError where the first event is not that of an evaluation, or its fields disagree."""
-    if event.get("event") != "start":
-        raise FieldError(f"event is {shown(event.get('event'))}: expected start, which every journal begins with")
-    check_fields(event, {**_common, "start_pattern": letters(), "tokens": list_of(whole(1))})
-    check_fields(event, {"icsearch_version": TEXT, "layer_indices": layers(), "options": OBJECT, "environment": OBJECT})
-    check_fields(event, {"choosing_queries": whole(1)})
-    check_fields(event, {"bucket_edges": layers(sys.maxsize), "tokens": Kind("at least one sequence", bool)})
+    _check_start(event, EVAL_START_FIELDS)
+    check_fields(event, {"tokens": Kind("at least one sequence", bool)})
     num_layers, buckets = len(event["start_pattern"]), len(event["bucket_edges"]) - 1
     check_fields(
         event,
@@ -299,32 +314,17 @@ def check_eval_start(event: Event) -> None:
 
 def check_later(event: Event, start: Event) -> None:
     """Raise FieldError where another event is none of an evaluation that began so."""
-    fields = _event_fields(start)
-    kind = event.get("event")
-    if kind not in list(fields):  # a list: a damaged journal's kind may not be hashable
-        raise FieldError(f"event is {shown(kind)}: expected one of {', '.join(fields)}")
-    check_fields(event, fields[kind])
-    if kind == "measures":
-        _check_measures(event, start)
-
-
-def _event_fields(start: Event) -> dict[str, dict[str, Kind]]:
-    sequences, pattern = len(start["tokens"]), letters(len(start["start_pattern"]))
-    waves = Kind(f"a range within 0 to {sequences}", lambda value: _is_range(value, sequences))
     hits = Kind("true or false for each question", lambda value: list_of(FLAG).fits(value) and bool(value))
-    return {
-        "measures": {
-            "sequences": waves,
-            "patterns": OBJECT,
-            "layer_sequences": whole(0),
-            "seconds": DURATION,
-            "weight_bytes": optional(whole(0)),
-        },
-        "task": {"pattern": pattern, "kind": TEXT, "forced": hits, "generated": hits},
+    fields = {
+        "measures": {"sequences": _wave(len(start["tokens"])), "patterns": OBJECT, **_COST},
+        "task": {"pattern": letters(len(start["start_pattern"])), "kind": TEXT, "forced": hits, "generated": hits},
         "extra": {"name": TEXT},
         "note": {"text": TEXT},
         "finish": {},
     }
+    check_event(event, fields)
+    if event["event"] == "measures":
+        _check_measures(event, start)
 
 
 def _check_measures(event: Event, start: Event) -> None:
