@@ -35,7 +35,6 @@ _WHERE_BOTH_HAVE = ("refine_on",)  # runs with a refinement and without differ i
 _SHORT = 24  # characters of a value that are shown whole
 _BEFORE_THE_OPTION = {"kernels": "reference"}  # what runs did that do not record it yet
 
-
 _held: weakref.WeakSet[TextIO] = weakref.WeakSet()  # locks of this process
 
 
@@ -73,8 +72,10 @@ class RunDirectory:
             try:
                 yield
             finally:
-                if made_now:
-                    self._remove_if_unused()
+                with contextlib.suppress(OSError):  # what stands in the way is no reason to hide the run's own outcome
+                    if made_now and [path.name for path in self.path.iterdir()] == [_LOCK_NAME]:
+                        (self.path / _LOCK_NAME).unlink()
+                        self.path.rmdir()
 
     def _take_lock(self) -> TextIO:
         """The lock file, open and ours.
@@ -93,12 +94,6 @@ class RunDirectory:
                 return lock
             lock.close()
 
-    def _remove_if_unused(self) -> None:
-        with contextlib.suppress(OSError):  # whatever stands in the way is no reason to hide the run's own outcome
-            if [path.name for path in self.path.iterdir()] == [_LOCK_NAME]:
-                (self.path / _LOCK_NAME).unlink()
-                self.path.rmdir()
-
     def existing(self) -> list[Event]:
         """The events of the run so far; empty where none was started. Raises JournalError for damaged options."""
         events = self.journal.events() if self.journal.exists() else []
@@ -115,19 +110,15 @@ class RunDirectory:
         return events
 
     def open(self, start: Event, existing: list[Event]) -> list[Event]:
-        """Continue the existing run, or begin a new one with `start`: only now the last one's files go."""
+        """Continue the existing run, or begin a new one with `start`: only now the last one's files go, no others."""
         if existing:
             return existing
-        self._clear()
+        for name in (JOURNAL_NAME, *RESULT_NAMES):
+            (self.path / name).unlink(missing_ok=True)
+        sync_directory(self.path)  # nothing of the last run comes back behind a power cut
         self.journal.append(start)
         sync_directory(self.path)
         return [start]
-
-    def _clear(self) -> None:
-        """Remove the journal and the results of the last run, and nothing else."""
-        for name in (JOURNAL_NAME, *RESULT_NAMES):
-            (self.path / name).unlink(missing_ok=True)
-        sync_directory(self.path)
 
     def check_same(self, existing: list[Event], wanted: Event) -> None:
         """Refuse to continue a run whose options, model or calibration are others; says which differ."""

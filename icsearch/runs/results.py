@@ -1,4 +1,4 @@
-"""A loss that guessing would beat: the note that a run or an evaluation keeps of it, and how a report knows it."""
+"""What follows from a finished run: its cost, its pattern.json, and the note of a loss that guessing would beat."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from icsearch.core.pattern_file import CALIBRATION_FIELDS, PatternFile
 from icsearch.runs.record import REFINING, RunRecord
-from icsearch.runs.refinement import Trial
 
 MEANS_NOTHING = "no pattern found on them means anything"
 
@@ -40,13 +39,22 @@ def cost(record: RunRecord) -> dict[str, Any]:
     `layer_sequences` counts each run of a layer on each sequence. Over the number of sequences that need not be whole:
     a run that was interrupted begins some of them anew. A naive search scores every candidate of every step anew.
     """
-    searched = sum(len(commit.candidates) for commit in record.commits)  # those too that are references
-    refined = _refinement_evaluations(record)
+    heldout, sequences = record.heldout, len(record.tokens)
+    flips = [record.before(commit.step).flip(layer).letters for commit in record.commits for layer in commit.candidates]
+    moves = set(record.asked.get(REFINING, [])) - set(flips)
+    naive_patterns = len(record.asked.get(0, [])) + len(flips) + len(moves)
+    refined = Fraction(record.scored.get(REFINING, 0), sequences)  # what the search had scored already is not in it
+    layer_evaluations = record.layer_sequences / sequences
+    if heldout is not None:  # a layer run counts as one over all sequences of its set
+        naive_patterns += len(heldout.asked.get(0, []))
+        refined += Fraction(heldout.scored.get(0, 0), len(heldout.tokens))
+        on_calibration = record.layer_sequences - heldout.layer_sequences
+        layer_evaluations = on_calibration / sequences + heldout.layer_sequences / len(heldout.tokens)
     return {
-        "candidate_evaluations": _number(searched + refined),
-        "layer_evaluations": round(_layer_evaluations(record)),
+        "candidate_evaluations": _number(len(flips) + refined),  # flips that are references too
+        "layer_evaluations": round(layer_evaluations),
         "layer_sequences": record.layer_sequences,
-        "naive_layer_evaluations": _naive_patterns(record) * record.start["decoder_layers"],
+        "naive_layer_evaluations": naive_patterns * record.start["decoder_layers"],
         "seconds": round(record.seconds, 3),
         **({"refinement_evaluations": _number(refined)} if record.refinement else {}),
         **weights_read(record),
@@ -66,31 +74,9 @@ def weights_read(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _refinement_evaluations(record: RunRecord) -> Fraction:
-    """Patterns that the refinement had scored, on either set; what the search had scored already is not in it."""
-    on_calibration = Fraction(record.scored.get(REFINING, 0), len(record.tokens))
-    heldout = record.heldout
-    return on_calibration + (Fraction(heldout.scored.get(0, 0), len(heldout.tokens)) if heldout else 0)
-
-
 def _number(evaluations: Fraction) -> int | float:
     """A whole number where all were scored on all sequences."""
     return int(evaluations) if evaluations.denominator == 1 else round(float(evaluations), 3)
-
-
-def _naive_patterns(record: RunRecord) -> int:
-    """What a naive run scores: references, every flip of every step, what the refinement adds, on either set."""
-    flips = [record.before(commit.step).flip(layer).letters for commit in record.commits for layer in commit.candidates]
-    moves = set(record.asked.get(REFINING, [])) - set(flips)
-    heldout = record.heldout.asked.get(0, []) if record.heldout else []
-    return len(record.asked.get(0, [])) + len(flips) + len(moves) + len(heldout)
-
-
-def _layer_evaluations(record: RunRecord) -> float:
-    """Layer runs over all sequences of a set; those of the held-out set count as one over all of that set."""
-    heldout = record.heldout.layer_sequences if record.heldout else 0
-    tokens = record.heldout.start["tokens"] if record.heldout else [1]
-    return (record.layer_sequences - heldout) / len(record.start["tokens"]) + heldout / len(tokens)
 
 
 def pattern_file(record: RunRecord) -> PatternFile:
@@ -114,41 +100,35 @@ def pattern_file(record: RunRecord) -> PatternFile:
 
 
 def _refinement_document(record: RunRecord) -> dict[str, Any] | None:
-    """What pattern.json says of the refinement; None where there was none, or its held-out start is not scored."""
+    """What pattern.json says of the refinement; None where there was none."""
     refinement, heldout = record.refinement, record.heldout
     if refinement is None or heldout is None:
         return None
     start, end = refinement.start.letters, refinement.pattern.letters
+    scored = heldout.nll.is_complete(start)  # not, where no move came so far
     return {
         "start_pattern": start,
         "start_loss": record.loss(start),
         "pattern": end,
         "loss": record.loss(end),
         **_changes(record, end, start),
-        "heldout": _heldout_document(heldout, start, end),
-        "swaps": [_swap_document(record, heldout, trial) for trial in refinement.swaps],
-    }
-
-
-def _heldout_document(heldout: RunRecord, start: str, end: str) -> dict[str, Any]:
-    """The losses before and after on the held-out sequences, None where no move came so far, and whose they are."""
-    scored = heldout.nll.is_complete(start)
-    return {
-        "start_loss": heldout.loss(start) if scored else None,
-        "loss": heldout.loss(end) if scored else None,
-        **(_changes(heldout, end, start) if scored else {"delta": None, "std_err": None}),
-        **{name: heldout.start["calibration"].get(name) for name in (*CALIBRATION_FIELDS, "sequences")},
-    }
-
-
-def _swap_document(record: RunRecord, heldout: RunRecord, trial: Trial) -> dict[str, Any]:
-    return {
-        "from_layer": trial.from_layer,
-        "to_layer": trial.to_layer,
-        "pattern": trial.pattern,
-        "loss": record.loss(trial.pattern),
-        **_changes(record, trial.pattern, trial.before),
-        **_changes(heldout, trial.pattern, trial.before, "heldout_"),
+        "heldout": {
+            "start_loss": heldout.loss(start) if scored else None,
+            "loss": heldout.loss(end) if scored else None,
+            **(_changes(heldout, end, start) if scored else {"delta": None, "std_err": None}),
+            **{name: heldout.start["calibration"].get(name) for name in (*CALIBRATION_FIELDS, "sequences")},
+        },
+        "swaps": [
+            {
+                "from_layer": trial.from_layer,
+                "to_layer": trial.to_layer,
+                "pattern": trial.pattern,
+                "loss": record.loss(trial.pattern),
+                **_changes(record, trial.pattern, trial.before),
+                **_changes(heldout, trial.pattern, trial.before, "heldout_"),
+            }
+            for trial in refinement.swaps
+        ],
     }
 
 

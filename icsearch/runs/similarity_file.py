@@ -106,7 +106,10 @@ def read_similarity(path: Path, start: Event) -> Event:
         "sequences": [0, len(start["tokens"])],
         "queries": queries,
         "numerics": strict(manifest.get("numerics") or {}),
-        **{name: _triangle(square * queries) for name, square in _read_squares(path, start["num_layers"]).items()},
+        **{
+            name: [row[:layer] for layer, row in enumerate((square * queries).tolist())]
+            for name, square in _read_squares(path, start["num_layers"]).items()
+        },
         "layer_sequences": 0,
         "seconds": 0.0,
     }
@@ -136,7 +139,3 @@ def _read_squares(path: Path, layers: int) -> dict[str, Any]:
                 "leave --similarity out"
             )
     return squares
-
-
-def _triangle(square: Any) -> list[list[float]]:
-    return [[float(value) for value in row[:layer]] for layer, row in enumerate(square)]

@@ -201,7 +201,18 @@ class Scoring(Run[RunRecord]):
             for chunk, wave in work:
                 started, together = time.monotonic(), len(chunk)
                 scores = self._scorer.score(chunk, wave, self.progress.layer_done)
-                yield self._losses_event(step, chunk, wave, scores, time.monotonic() - started)
+                yield {
+                    "event": "losses",
+                    "step": step,
+                    "sequences": list(wave),
+                    "patterns": [pattern.letters for pattern in chunk],
+                    "nll": [scores.nll[pattern.letters] for pattern in chunk],
+                    **({"kl": [scores.kl[pattern.letters] for pattern in chunk]} if scores.kl else {}),
+                    "layer_sequences": scores.layer_sequences,
+                    "seconds": round(time.monotonic() - started, 3),
+                    **({"weight_bytes": scores.weight_bytes} if scores.weight_bytes else {}),
+                    **({"set": self._part} if self._part else {}),
+                }
                 self.note(scores.notes)
                 self.progress.losses_known(self.record, self._part or step)
 
@@ -217,22 +228,6 @@ class Scoring(Run[RunRecord]):
             left = [p for p in patterns if any(s not in known.get(p.letters, {}) for s in range(first, last))]
             work += [(left[start : start + size], (first, last)) for start in range(0, len(left), size)]
         return work
-
-    def _losses_event(
-        self, step: int, patterns: Sequence[Pattern], wave: tuple[int, int], scores: Scores, seconds: float
-    ) -> Event:
-        return {
-            "event": "losses",
-            "step": step,
-            "sequences": list(wave),
-            "patterns": [pattern.letters for pattern in patterns],
-            "nll": [scores.nll[pattern.letters] for pattern in patterns],
-            **({"kl": [scores.kl[pattern.letters] for pattern in patterns]} if scores.kl else {}),
-            "layer_sequences": scores.layer_sequences,
-            "seconds": round(seconds, 3),
-            **({"weight_bytes": scores.weight_bytes} if scores.weight_bytes else {}),
-            **({"set": self._part} if self._part else {}),
-        }
 
 
 def run_search(scoring: Scoring, strategy: Strategy, then: Callable[[], object] = lambda: None) -> RunRecord:
