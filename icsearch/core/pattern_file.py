@@ -151,6 +151,9 @@ class PatternFile:
         )
 
 
+NOMINAL = 0.05  # a retention may be off by less: the one that was asked for, as 1/4 for 22 of 78
+
+
 def load_pattern_file(path: Path) -> PatternFile:
     """Read and check a pattern.json; an unknown format version is refused. Raises PatternError."""
     document = read_object(
@@ -162,32 +165,22 @@ def load_pattern_file(path: Path) -> PatternFile:
         absent="give its path, a RUN directory, or published:NAME",
     )
     try:
-        return _from_json(document)
-    except (PatternError, FieldError) as error:
-        raise PatternError(f"{path} is damaged ({error}): write it again") from None
-
-
-NOMINAL = 0.05  # a retention may be off by less: the one that was asked for, as 1/4 for 22 of 78
-
-
-def _from_json(document: dict[str, Any]) -> PatternFile:
-    check_fields(document, {"pattern": TEXT, "num_layers": whole(1, MAX_LAYERS)})
-    pattern = Pattern.parse(document["pattern"], document["num_layers"])
-    own_layers = Kind("the F layers of the pattern", lambda value: value == list(pattern.full_layers))
-    check_fields(
-        document,
-        {
+        check_fields(document, {"pattern": TEXT, "num_layers": whole(1, MAX_LAYERS)})
+        pattern = Pattern.parse(document["pattern"], document["num_layers"])
+        own_layers = Kind("the F layers of the pattern", lambda value: value == list(pattern.full_layers))
+        agreeing = {
             "layer_indices": layers(length=len(pattern)),
             "full_layers": optional(own_layers),
             "retention": optional(between(pattern.retention - NOMINAL, pattern.retention + NOMINAL)),
-            **FILE_FIELDS,
-        },
-    )
-    check_fields(document["model"], MODEL_FIELDS)
-    check_fields(document["calibration"], CALIBRATION_FIELDS)
-    steps = tuple(_step(step, len(pattern)) for step in document["steps"])
-    if document.get("refinement") is not None:
-        _check_refinement(document["refinement"], pattern)
+        }
+        check_fields(document, {**agreeing, **FILE_FIELDS})
+        check_fields(document["model"], MODEL_FIELDS)
+        check_fields(document["calibration"], CALIBRATION_FIELDS)
+        steps = tuple(_step(step, len(pattern)) for step in document["steps"])
+        if document.get("refinement") is not None:
+            _check_refinement(document["refinement"], pattern)
+    except (PatternError, FieldError) as error:
+        raise PatternError(f"{path} is damaged ({error}): write it again") from None
     fields: dict[str, Any] = {**{name: document.get(name) for name in FILE_FIELDS}, "steps": steps}
     return PatternFile(pattern=pattern, layer_indices=tuple(document["layer_indices"]), **fields)
 

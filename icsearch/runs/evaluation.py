@@ -16,6 +16,7 @@ from icsearch.runs.journal import Event, apply_all
 from icsearch.runs.schema import WAYS, check_document, check_eval_start, check_later
 
 EVAL_FORMAT = "icsearch.eval/1"
+_FROM_START = ("icsearch_version", "start_pattern", "layer_indices", "model", "calibration", "options", "environment")
 CLEAR_LOSS, HEAVY_LOSS = 0.01, 0.1  # nats per token, where a verdict's words begin
 
 
@@ -191,13 +192,7 @@ class EvalRecord:
         """The document of the contract, format icsearch.eval/1."""
         return {
             "format": EVAL_FORMAT,
-            "icsearch_version": self.start["icsearch_version"],
-            "start_pattern": self.start["start_pattern"],
-            "layer_indices": self.start["layer_indices"],
-            "model": self.start["model"],
-            "calibration": self.start["calibration"],
-            "options": self.start["options"],
-            "environment": self.start["environment"],
+            **{name: self.start[name] for name in _FROM_START},
             "rows": self.rows(),
             "gaps": self._gaps(),
             "cost": {

@@ -84,7 +84,11 @@ class Journal:
             return
         with open(self.path, "rb+") as file:
             size = file.seek(0, os.SEEK_END)
-            end = _end_of_whole_lines(file, size)
+            end = _end_of_last_line(file, size)
+            start = _end_of_last_line(file, end - 1)
+            file.seek(start)
+            if not _is_whole(file.read(end - start)):
+                end = start
             if end < size:
                 file.truncate(end)
                 os.fsync(file.fileno())
@@ -117,14 +121,6 @@ def _refuse_constant(name: str) -> None:
 def _is_whole(line: bytes) -> bool:
     """Whether a last line was written to its end. JSON has no zero bytes: they stand where nothing came to the disk."""
     return line.endswith(b"\n") and b"\0" not in line
-
-
-def _end_of_whole_lines(file: Any, size: int) -> int:
-    """Byte offset just behind the last whole line, 0 if there is none."""
-    end = _end_of_last_line(file, size)
-    start = _end_of_last_line(file, end - 1)
-    file.seek(start)
-    return end if _is_whole(file.read(end - start)) else start
 
 
 def _end_of_last_line(file: Any, size: int, block: int = 65536) -> int:

@@ -313,7 +313,10 @@ def check_eval_start(event: Event) -> None:
 
 
 def check_later(event: Event, start: Event) -> None:
-    """Raise FieldError where another event is none of an evaluation that began so."""
+    """Raise FieldError where another event is none of an evaluation that began so.
+
+    The sums of a pattern are one for each sequence, or for each bucket of each.
+    """
     hits = Kind("true or false for each question", lambda value: list_of(FLAG).fits(value) and bool(value))
     fields = {
         "measures": {"sequences": _wave(len(start["tokens"])), "patterns": OBJECT, **_COST},
@@ -323,12 +326,8 @@ def check_later(event: Event, start: Event) -> None:
         "finish": {},
     }
     check_event(event, fields)
-    if event["event"] == "measures":
-        _check_measures(event, start)
-
-
-def _check_measures(event: Event, start: Event) -> None:
-    """Raise FieldError where a pattern's sums are not one for each sequence, or for each bucket of each."""
+    if event["event"] != "measures":
+        return
     first, last = event["sequences"]
     buckets = len(start["bucket_edges"]) - 1
     sums = list_of(NUMBER, last - first)

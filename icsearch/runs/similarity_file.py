@@ -45,7 +45,7 @@ def save_similarity(out: Path, record: RunRecord) -> None:
     A similarity that was read from a file keeps the numerics that it was measured with there.
     """
     means = record.similarity_sums.means()
-    arrays = {name: square_of(means[name]) for name in ("cosine", "overlap")}
+    arrays = {name: square_of(means[name]) for name in _ARRAYS}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomically(out / "similarity.npz", buffer.getvalue())
