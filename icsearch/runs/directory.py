@@ -12,8 +12,7 @@ from typing import Any, TextIO
 
 from icsearch.core.errors import JournalError
 from icsearch.core.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory
-from icsearch.core.jsonfile import FieldError
-from icsearch.runs.journal import Event, Journal
+from icsearch.runs.journal import Event, Journal, apply_all
 from icsearch.runs.record import JOURNAL_NAME
 from icsearch.runs.schema import check_options
 
@@ -98,13 +97,7 @@ class RunDirectory:
         """The events of the run so far; empty where none was started. Raises JournalError for damaged options."""
         events = self.journal.events() if self.journal.exists() else []
         try:
-            if events:
-                check_options(events[0])
-        except FieldError as error:
-            raise JournalError(
-                f"{self.journal.path}: journal line 1 is damaged ({error}): restore the file, or start over with "
-                "--fresh"
-            ) from None
+            apply_all(events[:1], check_options)
         except JournalError as error:
             raise JournalError(f"{self.journal.path}: {error}") from None
         return events

@@ -95,7 +95,7 @@ class Journal:
 
 
 def apply_all(events: Iterable[Event], apply: Callable[[Event], None]) -> None:
-    """Replay events into a record; raises JournalError, with the line, where one does not fit."""
+    """Hand events to `apply`, of a record or a check; raises JournalError, with the line, where one does not fit."""
     for number, event in enumerate(events, start=1):
         try:
             apply(event)
