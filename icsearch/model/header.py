@@ -77,25 +77,16 @@ def damaged(path: Path, error: HeaderError) -> ModelError:
 
 
 def header_of(file: BinaryIO) -> Header:
-    """The header of an open file; raises HeaderError, or OSError where it cannot be read."""
-    size = os.fstat(file.fileno()).st_size
+    """The header of an open file, checked against its size; raises HeaderError, or OSError where it cannot be read."""
+    file_bytes = os.fstat(file.fileno()).st_size
     file.seek(0)
-    length = header_length(file.read(LENGTH_BYTES), size)
-    return parse_header(file.read(length), size)
-
-
-def header_length(first: bytes, file_bytes: int) -> int:
-    """How long the header is, by the first 8 bytes of a file of that size; raises HeaderError."""
+    first = file.read(LENGTH_BYTES)
     length = int.from_bytes(first, "little")
     if len(first) < LENGTH_BYTES or length > file_bytes - LENGTH_BYTES:
         raise HeaderError(f"a header of {shown(length)} bytes in a file of {file_bytes}")
     if length > MAX_HEADER_BYTES:
         raise HeaderError(f"a header of {length} bytes: expected at most {MAX_HEADER_BYTES}")
-    return length
-
-
-def parse_header(text: bytes, file_bytes: int) -> Header:
-    """A header's JSON, checked against the size of its file; raises HeaderError."""
+    text = file.read(length)
     document = _parse_json(text)
     metadata = document.pop(METADATA, None)
     metadata = {} if metadata is None else metadata

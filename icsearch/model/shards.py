@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from icsearch.core.errors import ModelError, ShardError
-from icsearch.model.header import LENGTH_BYTES, Entry, Header, HeaderError, damaged, header_length, parse_header
+from icsearch.model.header import Entry, HeaderError, damaged, header_of
 
 # What block scales may be stored in that transformers' own table of types leaves out: powers of two, a byte each.
 OF_SCALES = {"F8_E8M0": torch.float8_e8m0fnu}
@@ -32,8 +32,15 @@ class Shards(Mapping[str, "StoredTensor"]):
         self._lock = threading.Lock()  # transformers reads in several threads
         self._stored: dict[str, StoredTensor] = {}
         for path in paths:
-            shard = _Shard.open(path)
-            for entry in shard.header().entries:
+            try:
+                with open(path, "rb") as file:
+                    shard = _Shard(path, _identity(os.fstat(file.fileno())))
+                    header = header_of(file)
+            except OSError as error:
+                raise _unreadable(path, error.strerror or str(error)) from None
+            except HeaderError as error:
+                raise damaged(path, error) from None
+            for entry in header.entries:
                 if (known := self._stored.get(entry.name)) is not None:
                     raise ModelError(
                         f"tensor {entry.name} is in two shards, {known.shard.path.name} and {path.name} of "
@@ -62,22 +69,6 @@ class _Shard:
 
     path: Path
     identity: tuple[int, int, int]
-
-    @classmethod
-    def open(cls, path: Path) -> _Shard:
-        try:
-            return cls(path, _identity(path.stat()))
-        except OSError as error:
-            raise _unreadable(path, error.strerror or str(error)) from None
-
-    def header(self) -> Header:
-        """The tensors that it says it holds; raises ModelError for a shard that is damaged."""
-        size = self.identity[0]
-        try:
-            length = header_length(_bytes(self.read(0, min(LENGTH_BYTES, size))), size)
-            return parse_header(_bytes(self.read(LENGTH_BYTES, length)), size)
-        except HeaderError as error:
-            raise damaged(self.path, error) from None
 
     def read(self, start: int, size: int) -> torch.Tensor:
         """uint8 [size], the bytes from `start` on; raises ShardError where they are not there any more."""
@@ -148,10 +139,6 @@ def read_rate(paths: Iterable[Path], most: int = 2**28) -> float:
         while done < size and (count := file.readinto(buffer)):
             done += count
     return done / max(time.perf_counter() - began, 1e-9)
-
-
-def _bytes(buffer: torch.Tensor) -> bytes:
-    return buffer.numpy().tobytes()
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int]:
