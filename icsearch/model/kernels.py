@@ -147,8 +147,11 @@ class Blockwise:
 
 
 @contextlib.contextmanager
-def attending(config: Any, blockwise: Blockwise, observer: Observer | None) -> Iterator[None]:
-    """Within the block the model's attention modules run ours, and the observer hears of every DSA layer."""
+def attending(config: Any, owners: Sequence[Any], blockwise: Blockwise, observer: Observer | None) -> Iterator[None]:
+    """Within the block the model's attention modules run ours, and the observer hears of every DSA layer.
+
+    `owners` are the attention modules of these: their `expand_kv` hands on the compressed latents that it gets.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     def attend(
@@ -171,16 +174,6 @@ def attending(config: Any, blockwise: Blockwise, observer: Observer | None) -> I
     own = config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[NAME] = attend
     config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = own
-        del ALL_ATTENTION_FUNCTIONS[NAME]
-
-
-@contextlib.contextmanager
-def compressed(owners: Sequence[Any]) -> Iterator[None]:
-    """Within the block `expand_kv` of these attention modules hands on the compressed latents that it gets."""
     for owner in owners:
         owner.expand_kv = lambda latents, rope_keys: (latents, rope_keys)
     try:
@@ -188,11 +181,8 @@ def compressed(owners: Sequence[Any]) -> Iterator[None]:
     finally:
         for owner in owners:
             del owner.expand_kv
-
-
-def mask_stand_in(input_ids: torch.Tensor) -> torch.Tensor:
-    """What the model takes for a finished mask, [B, 1, 1, 1]: block-wise arithmetic is causal by position."""
-    return torch.ones(len(input_ids), 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+        config._attn_implementation = own
+        del ALL_ATTENTION_FUNCTIONS[NAME]
 
 
 @torch.inference_mode()
@@ -208,7 +198,13 @@ def find_rotation(indexer: Any) -> Rotate:
         own = indexer(**inputs)[:, PROBE_TOPK:].long()  # the queries that have a choice
     finally:
         indexer.index_topk = topk
-    gaps = {rotate: _gap(indexer, rotate, inputs, own) for rotate in (ops.rotate_interleaved, ops.rotate_half_split)}
+    gaps = {}  # of the chosen tokens' scores to the highest ones, at most, in units of the scores' spread
+    for rotate in (ops.rotate_interleaved, ops.rotate_half_split):
+        queries, keys, weights = Blockwise(rotate, 1).projections(indexer, **inputs)
+        scores = ops.mask_future(ops.index_scores(queries.float(), keys.float(), weights), 0)[:, PROBE_TOPK:]
+        chosen = scores.gather(-1, own).sort(dim=-1, descending=True).values
+        highest = scores.topk(PROBE_TOPK, dim=-1).values
+        gaps[rotate] = float((highest - chosen).abs().max() / scores[scores.isfinite()].std())
     best = min(gaps, key=gaps.__getitem__)
     if not gaps[best] < PROBE_TOLERANCE:
         raise ModelError(
@@ -257,12 +253,3 @@ def _probe(indexer: Any) -> dict[str, Any]:
         "position_ids": torch.arange(PROBE_TOKENS, device=weight.device).unsqueeze(0),
     }
     return {name: value for name, value in inputs.items() if name in arguments(indexer)}
-
-
-def _gap(indexer: Any, rotate: Rotate, inputs: dict[str, Any], own: torch.Tensor) -> float:
-    """How far the scores of the chosen tokens are from the highest ones, at most, in units of the scores' spread."""
-    queries, keys, weights = Blockwise(rotate, 1).projections(indexer, **inputs)
-    scores = ops.mask_future(ops.index_scores(queries.float(), keys.float(), weights), 0)[:, PROBE_TOPK:]
-    chosen = scores.gather(-1, own).sort(dim=-1, descending=True).values
-    highest = scores.topk(PROBE_TOPK, dim=-1).values
-    return float((highest - chosen).abs().max() / scores[scores.isfinite()].std())

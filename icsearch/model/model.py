@@ -33,16 +33,14 @@ from icsearch.model.kernels import (
     Blockwise,
     attending,
     chunked,
-    compressed,
     find_experts,
     find_rotation,
     has_arithmetic,
     is_windowed,
-    mask_stand_in,
     random_copy,
     turns,
 )
-from icsearch.model.slot import SelectionStore, find_indexers, put_slot
+from icsearch.model.slot import SelectionStore, put_slot
 
 # What a family's code raises where a config asks for what it does not have, such as keys that no layer before it made.
 _MISFITS = (LookupError, TypeError, AttributeError)
@@ -98,7 +96,14 @@ class StreamedWeights(LayerWeights):
             yield
             return
         try:
-            self._wait_for(index)
+            ahead, self._ahead = self._ahead, None
+            if ahead is not None and ahead[0] != index:
+                if ahead[1].exception() is None:  # waits; who wants that layer later will meet what went wrong again
+                    self.bytes_read += ahead[1].result()
+                self._drop(ahead[0])
+                ahead = None
+            coming = self._thread.submit(self._fetch, index) if ahead is None else ahead[1]
+            self.bytes_read += coming.result()
             self._here = index
             if index + 1 in self.held:
                 self._ahead = index + 1, self._thread.submit(self._fetch, index + 1)
@@ -106,16 +111,6 @@ class StreamedWeights(LayerWeights):
         finally:
             self._here = None
             self._drop(index)
-
-    def _wait_for(self, index: int) -> None:
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] != index:
-            if ahead[1].exception() is None:  # waits; who wants that layer later will meet what went wrong again
-                self.bytes_read += ahead[1].result()
-            self._drop(ahead[0])
-            ahead = None
-        coming = self._thread.submit(self._fetch, index) if ahead is None else ahead[1]
-        self.bytes_read += coming.result()
 
 
 class DsaModel:
@@ -142,6 +137,7 @@ class DsaModel:
         self._checked = False  # that layers stand alone
         self.lm_head = self._ending.head
         self.weights = weights or LayerWeights(range(len(self.layers)))
+        self.held = self.weights.held  # the decoder layers that this process has
         self.device = device or next(model.parameters()).device
         owners = indexer_owners(model)
         self.layer_indices = [index for index, _ in owners]
@@ -168,11 +164,6 @@ class DsaModel:
         """The indexer that tells the RoPE layout: the first one that turns anything, else the first; or None."""
         indexers = [slot.inner for slot in self.slots if slot.inner is not None]
         return next((indexer for indexer in indexers if turns(indexer)), next(iter(indexers), None))
-
-    @property
-    def held(self) -> range:
-        """The decoder layers that this process has."""
-        return self.weights.held
 
     def holding(self, index: int) -> contextlib.AbstractContextManager[None]:
         """Within the block, the weights of this decoder layer are on the device: `run_layer` wants them there."""
@@ -208,7 +199,9 @@ class DsaModel:
 
     def _decode(self, input_ids: torch.Tensor) -> Any:
         """The decoder's own forward on [B, T] ids, with the arithmetic of this model."""
-        mask = None if self.blockwise is None else mask_stand_in(input_ids)
+        mask = None
+        if self.blockwise is not None:  # it is causal by position: what the model takes for a finished mask
+            mask = torch.ones(len(input_ids), 1, 1, 1, dtype=torch.bool, device=input_ids.device)
         with self._computing():
             return self.decoder(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
@@ -217,8 +210,7 @@ class DsaModel:
         """Within the block, layers compute with the arithmetic of this model; where it is ours, the observer hears."""
         with contextlib.ExitStack() as stack:
             if self.blockwise is not None:
-                stack.enter_context(compressed(self.owners))
-                stack.enter_context(attending(self.config, self.blockwise, self._observer))
+                stack.enter_context(attending(self.config, self.owners, self.blockwise, self._observer))
                 stack.enter_context(chunked(self._experts))
                 for slot in self.slots:
                     slot.arithmetic = self.blockwise.select
@@ -260,7 +252,7 @@ class DsaModel:
         try:
             self._decode(input_ids)
         except FirstLayerReached as reached:
-            return reached.hidden_states
+            return reached.args[0]
         finally:
             hook.remove()
         raise ModelError("the model's forward never called its first decoder layer: this family is not supported")
@@ -319,9 +311,11 @@ def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:
     native = native_types(model.config.get_text_config())
     owners = []
     for index, layer in enumerate(decoder_layers(model)):
-        for owner, indexer in find_indexers(layer):
+        for owner in layer.modules():
+            if "indexer" not in owner._modules and "indexer" not in vars(owner):
+                continue
             # None elsewhere: a layer of another kind in a family that mixes them
-            if indexer is not None or native.get(index) == "shared":
+            if isinstance(owner.indexer, nn.Module) or (owner.indexer is None and native.get(index) == "shared"):
                 owners.append((index, owner))
     return owners
 

@@ -103,12 +103,6 @@ class IndexerSlot(nn.Module):
             return getattr(inner, name)
 
 
-def find_indexers(decoder_layer: nn.Module) -> list[tuple[nn.Module, nn.Module | None]]:
-    """(owner, indexer) for each module inside a decoder layer that has an attribute `indexer`; it may be None."""
-    owners = [m for m in decoder_layer.modules() if "indexer" in m._modules or "indexer" in vars(m)]
-    return [(owner, owner.indexer) for owner in owners if isinstance(owner.indexer, nn.Module | None)]
-
-
 def put_slot(owner: nn.Module, position: int) -> IndexerSlot:
     """The slot in place of the owner's indexer: the one that stands there, or a new one."""
     indexer: Any = owner.indexer

@@ -54,7 +54,8 @@ def run_observed(
     args, kwargs = calls[0]
 
     def core(selection: Any) -> torch.Tensor:
-        before, slot.store = slot.store, _borrowing(slot.position, selection)
+        # This layer is S, unless it is the first, and reads the selection.
+        before, slot.store = slot.store, SelectionStore(Pattern(FULL + SHARED * slot.position), selection)
         try:
             with _heard(config) as again:
                 module(*args, **kwargs)
@@ -64,11 +65,6 @@ def run_observed(
 
     observer(outputs[0], store.selection, core)
     return result
-
-
-def _borrowing(position: int, selection: Any) -> SelectionStore:
-    """A store in which the layer at this position is S, unless it is the first, and reads this selection."""
-    return SelectionStore(Pattern(FULL + SHARED * position), selection)
 
 
 @contextlib.contextmanager

@@ -60,21 +60,25 @@ def embedding_nothing(model: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded(layers: Sequence[nn.Module]) -> Iterator[list[LayerCall]]:
-    """Within the block, layers do nothing but leave their call in the list; the last one ends the forward.
+def recorded(
+    layers: Sequence[nn.Module],
+    output: Callable[[int, torch.Tensor], torch.Tensor] = lambda index, hidden_states: hidden_states,
+) -> Iterator[list[LayerCall]]:
+    """Within the block, layers leave their call in the list and return `output`; the last one ends the forward.
 
     A family that hands the selection from layer to layer as an argument gets None there: the slots supply it. Raises
     ModelError where the forward does not call each layer once, in order.
     """
     calls: list[LayerCall] = []
 
-    def record(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def record(index: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        returned = output(index, hidden_states)
         calls.append(LayerCall(args, kwargs))
         if len(calls) == len(layers):
             raise LastLayerReached
-        return hidden_states.as_subclass(LayerOutput)
+        return returned.as_subclass(LayerOutput)
 
-    with contextlib.suppress(LastLayerReached), in_order(layers, lambda _, *args, **kwargs: record(*args, **kwargs)):
+    with contextlib.suppress(LastLayerReached), in_order(layers, record):
         yield calls
 
 
@@ -106,13 +110,26 @@ def check_layers_stand_alone(
 ) -> None:
     """Raise ModelError where a layer gets more of a batch than its token ids and the states of the layer before it.
 
-    Tried on two made-up batches of a few tokens, with layers that return made-up states: `decode` is the forward.
+    Tried on two made-up batches of a few tokens, where layer i returns states that are all i + 1: `decode` is the
+    forward.
     """
-    one, other = (
-        _made_up_calls(model, layers, decode, torch.full((1, PROBE_TOKENS), token, device=device)) for token in (0, 1)
-    )
-    for index, (call, again) in enumerate(zip(one, other, strict=True)):
-        if not _same_values((call.args, call.kwargs), (again.args, again.kwargs)):
+
+    def made_up(index: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        if index and not torch.equal(hidden_states, torch.full_like(hidden_states, index)):
+            raise ModelError(
+                f"{type(model).__name__} changes the states between decoder layers {index - 1} and {index}: expected "
+                "each layer to get what the one before it returned; this family cannot be searched layer by layer"
+            )
+        return torch.full_like(hidden_states, index + 1)
+
+    heard = []
+    for token in (0, 1):
+        with embedding_nothing(model), recorded(layers, made_up) as calls:
+            decode(torch.full((1, PROBE_TOKENS), token, device=device))
+        heard.append(calls)
+    for index, (call, again) in enumerate(zip(*heard, strict=True)):
+        named = [{n: v for n, v in c.kwargs.items() if n not in TOKEN_ARGUMENTS} for c in (call, again)]
+        if not same_values((call.args, named[0]), (again.args, named[1])):
             raise ModelError(
                 f"{type(model).__name__} hands decoder layer {index} something that follows from the text, beside the "
                 f"states of the layer before it: expected masks, positions or {' or '.join(TOKEN_ARGUMENTS)}; this "
@@ -120,36 +137,14 @@ def check_layers_stand_alone(
             )
 
 
-def _made_up_calls(
-    model: Any, layers: Sequence[nn.Module], decode: Callable[[torch.Tensor], Any], input_ids: torch.Tensor
-) -> list[LayerCall]:
-    """Each layer's call, without its token ids, where layer i returns states that are all i + 1."""
-    calls: list[LayerCall] = []
-
-    def record(index: int, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if index and not torch.equal(hidden_states, torch.full_like(hidden_states, index)):
-            raise ModelError(
-                f"{type(model).__name__} changes the states between decoder layers {index - 1} and {index}: expected "
-                "each layer to get what the one before it returned; this family cannot be searched layer by layer"
-            )
-        calls.append(LayerCall(args, {name: kwargs[name] for name in kwargs if name not in TOKEN_ARGUMENTS}))
-        if len(calls) == len(layers):
-            raise LastLayerReached
-        return torch.full_like(hidden_states, index + 1).as_subclass(LayerOutput)
-
-    with contextlib.suppress(LastLayerReached), embedding_nothing(model), in_order(layers, record):
-        decode(input_ids)
-    return calls
-
-
-def _same_values(one: Any, other: Any) -> bool:
+def same_values(one: Any, other: Any) -> bool:
     """Whether arguments hold the same tensors; what is neither a tensor nor a plain container is not compared."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same_values(one[name], other[name]) for name in one)
+        return one.keys() == other.keys() and all(same_values(one[name], other[name]) for name in one)
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
-        return len(one) == len(other) and all(map(_same_values, one, other))
+        return len(one) == len(other) and all(map(same_values, one, other))
     return True
 
 
@@ -188,11 +183,7 @@ class LastLayerReached(Exception):
 
 
 class FirstLayerReached(Exception):
-    """Carries the embedded states out of the model's forward."""
-
-    def __init__(self, hidden_states: torch.Tensor) -> None:
-        super().__init__()
-        self.hidden_states = hidden_states
+    """Carries the embedded states out of the model's forward, as its only argument."""
 
 
 # By the name of a layer's argument: what layers have put in there, by their key.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from icsearch.core.errors import ModelError
-from icsearch.model.families.calls import PROBE_TOKENS, LayerOutput, embedding_nothing, in_order
+from icsearch.model.families.calls import PROBE_TOKENS, LayerOutput, embedding_nothing, in_order, same_values
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -33,7 +33,13 @@ class Ending:
         self._decoder = model.get_decoder()
         self._layers = layers
         self._checked = False
-        self.head = _head(model)
+        module = model.get_output_embeddings()
+        if module is None:
+            raise ModelError(f"{type(model).__name__} has no LM head: expected a model that predicts the next token")
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        weight = getattr(module, "weight", None)
+        plain = cap is None and (weight is None or weight.dtype == model.dtype)
+        self.head: Head = module if plain else _OddHead(module, cap)
 
     def norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, T, D] states of the last layer, or more streams of them, to the [B, T, D] that the LM head takes.
@@ -57,43 +63,20 @@ class Ending:
         """Our end and the model's own, on made-up states of a few tokens."""
         made_up = torch.linspace(-1, 1, like[:1, :PROBE_TOKENS].numel(), device=like.device).to(like.dtype)
         made_up = made_up.view(1, PROBE_TOKENS, *like.shape[2:])
-        expected = self._own_logits(made_up)
+        ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=like.device)
+        # Where a config asks for the experts' balancing loss: there are no routers in a forward without layers.
+        asked = "output_router_logits" in inspect.signature(self._model.forward).parameters
+        more = {"output_router_logits": False} if asked else {}
+        with embedding_nothing(self._model), in_order(self._layers, lambda *_, **__: made_up.as_subclass(LayerOutput)):
+            logits = self._model(input_ids=ids, use_cache=False, **more).logits.as_subclass(torch.Tensor)
         known = any(hasattr(self._decoder, name) for name in ("norm", "hyper_connection_mixer"))
-        if known and _same(self.head(self._norm(made_up)), expected):
+        # Weights that make NaN of anything are not this check's business.
+        if known and same_values(self.head(self._norm(made_up)), logits):
             return
         raise ModelError(
             f"{type(self._model).__name__} does more between its last decoder layer and its logits than a final norm "
             "and an LM head, which is all that is known here: this family cannot be searched"
         )
-
-    def _own_logits(self, last: torch.Tensor) -> torch.Tensor:
-        """The model's own logits where its last layer returns these states."""
-        ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.long, device=last.device)
-        with embedding_nothing(self._model), in_order(self._layers, lambda *_, **__: last.as_subclass(LayerOutput)):
-            logits = self._model(input_ids=ids, use_cache=False, **self._no_router_loss()).logits
-        return logits.as_subclass(torch.Tensor)
-
-    def _no_router_loss(self) -> dict[str, bool]:
-        """Where a config asks for the experts' balancing loss: there are no routers in a forward without layers."""
-        asked = "output_router_logits" in inspect.signature(self._model.forward).parameters
-        return {"output_router_logits": False} if asked else {}
-
-
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal to the last bit; weights that make NaN of anything are not this check's business."""
-    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
-
-
-def _head(model: Any) -> Head:
-    """The LM head itself, where nothing else happens to its logits."""
-    module = model.get_output_embeddings()
-    if module is None:
-        raise ModelError(f"{type(model).__name__} has no LM head: expected a model that predicts the next token")
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    weight = getattr(module, "weight", None)
-    if cap is None and (weight is None or weight.dtype == model.dtype):
-        return module
-    return _OddHead(module, cap)
 
 
 class _OddHead:
