@@ -1,6 +1,6 @@
 """A checkpoint as files: find it, check that every shard is whole, fingerprint it. No torch here.
 
-What the tensors mean is the business of `model.py`; this module answers before anything large is loaded.
+What the tensors mean is the business of `conversion`; this module answers before anything large is loaded.
 """
 
 from __future__ import annotations
@@ -140,18 +140,13 @@ def _shards(directory: Path) -> tuple[Path, ...]:
             f"{INDEX_NAME}; convert the checkpoint to safetensors"
         )
     for file, tensors in promised.items():
-        _check_shard(directory, file, tensors)
+        path = directory / file
+        if Path(file).name != file or file in ("", "..") or not file.isprintable():  # the first ones lead out of it
+            raise ModelError(f"{INDEX_NAME} names {file!r}: expected a file name inside {directory}; download it again")
+        if not typed_path(str(path), ModelError).exists():
+            raise ModelError(f"shard {file} is missing from {directory}: {INDEX_NAME} lists it; download it again")
+        if not path.is_file():  # a pipe would be waited for
+            raise ModelError(f"shard {file} of {directory} is no file: download it again")
+        if missing := tensors - {entry.name for entry in read_header(path).entries}:
+            raise ModelError(f"shard {file} lacks {sorted(missing)[0]}, which {INDEX_NAME} promises: download it again")
     return tuple(directory / file for file in sorted(promised))
-
-
-def _check_shard(directory: Path, file: str, promised: set[str]) -> None:
-    path = directory / file
-    if Path(file).name != file or file in ("", "..") or not file.isprintable():  # the first ones lead out of it
-        raise ModelError(f"{INDEX_NAME} names {file!r}: expected a file name inside {directory}; download it again")
-    if not typed_path(str(path), ModelError).exists():
-        raise ModelError(f"shard {file} is missing from {directory}: {INDEX_NAME} lists it; download it again")
-    if not path.is_file():  # a pipe would be waited for
-        raise ModelError(f"shard {file} of {directory} is no file: download it again")
-    missing = promised - {entry.name for entry in read_header(path).entries}
-    if missing:
-        raise ModelError(f"shard {file} lacks {sorted(missing)[0]}, which {INDEX_NAME} promises: download it again")

@@ -179,7 +179,7 @@ def read_backbone(config: Mapping[str, Any], name: str) -> Backbone:
         indices = tuple(range(num_layers))
     if not indices:
         raise EngineConfigError(f"no layer of {name} has an indexer: expected one of {', '.join(INDEXED_TYPES)}")
-    return Backbone(num_layers, indices, model_type, mtp_layers(keys), keys is not config, keys)
+    return Backbone.of_model(num_layers, indices, config)
 
 
 def indexed_layers(keys: Mapping[str, Any], num_layers: int, model_type: str | None) -> tuple[int, ...] | None:
@@ -323,7 +323,12 @@ def start_pattern(config: Mapping[str, Any], name: str) -> Pattern:
     known = MODEL_TYPES.get(family(str(config.get("model_type"))), ModelType(heeded=(TYPES, PATTERN, FREQ)))
     key = next((key for key in known.heeded if keys.get(key) is not None), FREQ)
     if key == FREQ:
-        letters = _by_numbers(keys if FREQ in known.heeded else {FREQ: known.freq}, name, layers)
+        given = keys if FREQ in known.heeded else {FREQ: known.freq}
+        numbers = {FREQ: given.get(FREQ, 1), OFFSET: given.get(OFFSET, COMMON.default_offset)}
+        for number_key, value in numbers.items():
+            if not _NUMBER.fits(value):
+                raise _wrong(name, f"{number_key} is {shown(value)}: expected a whole number, or no such key")
+        letters = COMMON.letters(layers, max(numbers[FREQ], 1), numbers[OFFSET])
     else:
         letters = _listed(keys[key], key, name)
     if len(letters) not in (layers, layers + mtp_layers(keys)):
@@ -350,11 +355,3 @@ def _listed(value: Any, key: str, name: str) -> str:
         if not isinstance(kind, str) or kind not in known:
             raise _wrong(name, f"{key} has {shown(kind)} at position {position}: expected {' or '.join(known)}")
     return "".join(known[kind] for kind in value)
-
-
-def _by_numbers(keys: Mapping[str, Any], name: str, layers: int) -> str:
-    numbers = {FREQ: keys.get(FREQ, 1), OFFSET: keys.get(OFFSET, COMMON.default_offset)}
-    for key, value in numbers.items():
-        if not _NUMBER.fits(value):
-            raise _wrong(name, f"{key} is {shown(value)}: expected a whole number, or no such key")
-    return COMMON.letters(layers, max(numbers[FREQ], 1), numbers[OFFSET])

@@ -37,7 +37,10 @@ class Conversion:
         from transformers.modeling_utils import LoadStateDictConfig
 
         self._model = model
-        mapping: Any = [_anywhere(one) for one in get_model_conversion_mapping(model, hf_quantizer=quantizer)]
+        mapping: Any = [copy.copy(step) for step in get_model_conversion_mapping(model, hf_quantizer=quantizer)]
+        for step in mapping:
+            if getattr(step, "force_cpu", False):
+                step.force_cpu = False  # it runs where we say: on the CPU, and in rehearsal on meta
         self._settings = LoadStateDictConfig(
             device_map={"": "cpu"},
             dtype=dtype,
@@ -81,14 +84,6 @@ class Conversion:
             target, _ = rename_source_key(name, renamings, converters, prefix, state)
             found[name] = name if target not in state and name in state else target
         return found
-
-
-def _anywhere(step: Any) -> Any:
-    """A step of a mapping that runs on whatever device it is told: we say cpu, and in rehearsal meta."""
-    step = copy.copy(step)
-    if getattr(step, "force_cpu", False):
-        step.force_cpu = False
-    return step
 
 
 def layer_prefix(model: Any) -> str:

@@ -42,7 +42,8 @@ class Dequantize(ConversionOps):
         """Lists of tensors by source pattern to the dequantised weights among them; raises ValueError."""
         target = context["full_layer_name"]
         dtype = context["model"].get_parameter_or_buffer(target).dtype
-        converted = {}
+        block = self.hf_quantizer.quantization_config.weight_block_size
+        converted: dict[str, list[torch.Tensor]] = {}
         for pattern, weights in input_dict.items():
             if pattern.endswith(_WEIGHT):
                 scales = input_dict.get(pattern.removesuffix(_WEIGHT) + _SCALE, [None] * len(weights))
@@ -50,16 +51,15 @@ class Dequantize(ConversionOps):
                     raise ValueError(
                         f"{len(weights)} weights but {len(scales)} {_SCALE}; download the checkpoint again"
                     )
-                key = target if pattern == _WEIGHT else pattern
-                converted[key] = [self._weight(*pair, dtype) for pair in zip(weights, scales, strict=True)]
+                made = converted.setdefault(target if pattern == _WEIGHT else pattern, [])
+                for weight, scale in zip(weights, scales, strict=True):
+                    if scale is not None:
+                        made.append(dequantized(weight, scale, block, dtype))
+                    elif weight.dtype in _FP8:
+                        raise ValueError(f"a float8 weight without its {_SCALE}; download the checkpoint again")
+                    else:
+                        made.append(weight.to(dtype))
         return converted
-
-    def _weight(self, weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-        if scale is not None:
-            return dequantized(weight, scale, self.hf_quantizer.quantization_config.weight_block_size, dtype)
-        if weight.dtype in _FP8:
-            raise ValueError(f"a float8 weight without its {_SCALE}; download the checkpoint again")
-        return weight.to(dtype)
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -22,6 +22,7 @@ from icsearch.model.families.ending import streams
 from icsearch.model.families.selection import SelectionForm, index_heads, read_form
 from icsearch.model.fp8 import make_quantizer
 from icsearch.model.kernels import scores_alike
+from icsearch.model.machine import is_out_of_memory
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import ModelShape
 
@@ -79,7 +80,9 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
     """Build the model without memory and read its layout; raises ModelError where it is none that can be searched."""
     make_quantizer(checkpoint)  # refuses a quantisation that cannot be read
     config = load_config(checkpoint, trust_remote_code)
-    skeleton = DsaModel(_skeleton(checkpoint, config, trust_remote_code))
+    with building(checkpoint), torch.device("meta"):
+        model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    skeleton = DsaModel(model)
     indexer = skeleton.telling_indexer
     if indexer is None:
         raise ModelError(
@@ -146,22 +149,20 @@ def _readable(checkpoint: Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def _skeleton(checkpoint: Checkpoint, config: Any, trust_remote_code: bool) -> Any:
+@contextlib.contextmanager
+def building(checkpoint: Checkpoint) -> Iterator[None]:
+    """Within the block, a config that transformers makes no model of is a ModelError."""
     try:
-        with torch.device("meta"):
-            return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        yield
     except ModelError:
         raise
     except Exception as error:  # a config whose numbers do not fit together fails in any way torch knows
-        raise cannot_build(checkpoint, error) from error
-
-
-def cannot_build(checkpoint: Checkpoint, error: Exception) -> ModelError:
-    """The error for a config that transformers makes no model of."""
-    return ModelError(
-        f"transformers cannot build {checkpoint.name} from its config.json ({first_line(error)}): "
-        "check the config against the model that it belongs to"
-    )
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"transformers cannot build {checkpoint.name} from its config.json ({first_line(error)}): "
+            "check the config against the model that it belongs to"
+        ) from error
 
 
 def config_dtype(checkpoint: Checkpoint) -> torch.dtype:

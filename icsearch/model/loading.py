@@ -15,7 +15,7 @@ from icsearch.model.checkpoint import Checkpoint
 from icsearch.model.conversion import Conversion, check_finite, check_rehearsed, layer_prefix
 from icsearch.model.families.decoder import auto_class, decoder_layers
 from icsearch.model.fp8 import check_none_quantised, make_quantizer
-from icsearch.model.layout import DTYPES, cannot_build, config_dtype, load_config
+from icsearch.model.layout import DTYPES, building, config_dtype, load_config
 from icsearch.model.machine import is_out_of_memory, out_of_memory
 from icsearch.model.model import DsaModel, LayerWeights, StreamedWeights
 from icsearch.model.shape import CPU, DISK, RESIDENT
@@ -42,22 +42,15 @@ class Reader:
         self._tied = check_rehearsed(checkpoint, model, self._conversion.rehearse(self._shards))
         self._of_layer: list[list[str]] = [[] for _ in self.layers]  # the tensors that make each layer
         self._outside: dict[str, str] = {}  # the others that are of use, with the parameter of each
-        self._sort(check_floating=quantizer is None)
         self._known_finite: set[int] = set()
         self._in_cpu_memory: dict[int, dict[str, torch.Tensor]] = {}
-
-    def _sort(self, check_floating: bool) -> None:
-        """Find where the checkpoint's tensors go. Raises ModelError where whole numbers are stored in place of weights.
-
-        Some quantisations are nothing else.
-        """
-        prefix, parameters = layer_prefix(self.model), set(self.model.state_dict())
-        floating = {name for name, weight in self.model.named_parameters() if weight.is_floating_point()}
+        prefix, parameters = layer_prefix(model), set(model.state_dict())
+        floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
         for name, target in self._conversion.targets(self._shards).items():
             stored = self._shards[name].get_dtype()
-            if check_floating and target in floating and stored.startswith(("I", "U", "BOOL")):
-                raise ModelError(
-                    f"tensor {name} of {self._checkpoint.name} is {stored}: expected floating-point weights, as "
+            if quantizer is None and target in floating and stored.startswith(("I", "U", "BOOL")):
+                raise ModelError(  # some quantisations are nothing but whole numbers in place of weights
+                    f"tensor {name} of {checkpoint.name} is {stored}: expected floating-point weights, as "
                     "config.json names no quantization_config; convert the checkpoint, or use its own config"
                 )
             if target not in parameters:
@@ -127,8 +120,14 @@ class Reader:
     def read_outside(self, held: range) -> None:
         """Read what is no decoder layer and bring it to the device, as far as these layers need it: see `load`."""
         first, last = 0 in held, len(self.layers) - 1 in held
-        unwanted = self._unwanted(first, last)
-        names = [name for name, target in self._outside.items() if target not in unwanted]
+        tied = bool(self.model.all_tied_weights_keys) and (first or last)  # then embedding and LM head are one
+        wanted = {  # what goes with the first or the last layer; all else is read
+            self.model.get_input_embeddings(): first or tied,
+            getattr(self.model.get_decoder(), "norm", None): last,
+            self.model.get_output_embeddings(): last or tied,
+        }
+        unwanted = tuple(f"{path}." for path, module in self.model.named_modules() if not wanted.get(module, True))
+        names = [name for name, target in self._outside.items() if not target.startswith(unwanted)]
         self._conversion.fill({name: self._shards[name] for name in names})
         if first or last:
             self.model.tie_weights(missing_keys=set(self._tied), recompute_mapping=False)
@@ -136,17 +135,6 @@ class Reader:
         check_finite(self._checkpoint, here)
         if self._device.type != "cpu":
             self.model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(self._device))
-
-    def _unwanted(self, first: bool, last: bool) -> set[str]:
-        """The parameters outside of the layers that go with the first or the last layer, where that one is not held."""
-        tied = bool(self.model.all_tied_weights_keys) and (first or last)  # then embedding and LM head are one
-        wanted = {
-            self.model.get_input_embeddings(): first or tied,
-            getattr(self.model.get_decoder(), "norm", None): last,
-            self.model.get_output_embeddings(): last or tied,
-        }
-        paths = [f"{path}." for path, module in self.model.named_modules() if not wanted.get(module, True)]
-        return {target for target in self._outside.values() if target.startswith(tuple(paths))}
 
 
 def load(
@@ -173,7 +161,17 @@ def load(
             reader = Reader(checkpoint, model, model.dtype, place)
             held = range(len(reader.layers)) if layers is None else layers
             reader.read_outside(held)
-            return DsaModel(model, block_elements, _layer_weights(reader, held, offload), place)
+            if offload == DISK:
+                weights: LayerWeights = StreamedWeights(held, reader.read_layer, reader.drop_layer)
+            elif offload == CPU:
+                for index in held:
+                    reader.offload_layer(index)
+                weights = StreamedWeights(held, reader.fetch_layer, reader.drop_layer)
+            else:
+                for index in held:
+                    reader.read_layer(index)
+                weights = LayerWeights(held, reader.bytes_read)
+            return DsaModel(model, block_elements, weights, place)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise out_of_memory(error) from error
@@ -211,19 +209,6 @@ def bring_up(
     )
 
 
-def _layer_weights(reader: Reader, held: range, offload: str) -> LayerWeights:
-    """The decoder layers: read now, or when they are wanted."""
-    if offload == DISK:
-        return StreamedWeights(held, reader.read_layer, reader.drop_layer)
-    if offload == CPU:
-        for index in held:
-            reader.offload_layer(index)
-        return StreamedWeights(held, reader.fetch_layer, reader.drop_layer)
-    for index in held:
-        reader.read_layer(index)
-    return LayerWeights(held, reader.bytes_read)
-
-
 def _empty_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) -> Any:
     """The model with its parameters on meta. Its buffers are real: no checkpoint holds all of them."""
     from accelerate import init_empty_weights
@@ -233,15 +218,8 @@ def _empty_model(checkpoint: Checkpoint, dtype: str, trust_remote_code: bool) ->
         raise ModelError(f"unknown dtype {dtype!r}: give auto, {', '.join(DTYPES)}")
     config = load_config(checkpoint, trust_remote_code)
     wanted = config_dtype(checkpoint) if dtype == "auto" else DTYPES[dtype]
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
-    except ModelError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        raise cannot_build(checkpoint, error) from error
+    with building(checkpoint), init_empty_weights(include_buffers=False):
+        model = auto_class(config).from_config(config, dtype=wanted, trust_remote_code=trust_remote_code)
     for settings in (model.config, model.config.get_text_config()):
         if hasattr(settings, "quantization_config"):
             del settings.quantization_config  # weights are dequantised as they are read

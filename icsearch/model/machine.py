@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,10 @@ _ROOTS = {"": ("", "unified"), "memory": ("memory",)}  # of what limits memory, 
 _CPU_ALLOCATION_FAILED = ("DefaultCPUAllocator", "std::bad_alloc")  # of tensors, of what libraries need beside them
 
 
-@dataclass(frozen=True)
-class _Names:
-    """Of the files of a control group that say what it may take and takes, and of the lines on cached files."""
-
-    limit: str
-    used: str
-    cached: tuple[str, str]
-
-
-_NAMES = (
-    _Names("memory.max", "memory.current", ("active_file", "inactive_file")),  # version 2
-    _Names("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")),  # version 1
+# The files of a control group that say what it may take and takes, and how the lines on cached files begin.
+_FILES = (
+    ("memory.max", "memory.current", ""),  # version 2
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # version 1
 )
 
 
@@ -51,7 +42,7 @@ def resident_bytes() -> int:
 
 def _cgroup_allowance() -> int | None:
     """What the limits of this process's control group, and of those that it lies in, leave; None without a limit."""
-    allowed = [_left(group, names) for group in _own_groups() for names in _NAMES]
+    allowed = [_left(group, *files) for group in _own_groups() for files in _FILES]
     return min((size for size in allowed if size is not None), default=None)
 
 
@@ -74,16 +65,16 @@ def _own_groups() -> list[Path]:
     return list(dict.fromkeys(groups))
 
 
-def _left(group: Path, names: _Names) -> int | None:
+def _left(group: Path, limit_file: str, used_file: str, prefix: str) -> int | None:
     """What a control group may still take; None where it has no limit, or no such files.
 
     Cached files count as used there, but they give way: the checkpoint that was just read is among them.
     """
     try:
-        limit = (group / names.limit).read_text().strip()
-        used = int((group / names.used).read_text())
+        limit = (group / limit_file).read_text().strip()
+        used = int((group / used_file).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = sum(int(stat[name]) for name in names.cached)
+        cached = int(stat[f"{prefix}active_file"]) + int(stat[f"{prefix}inactive_file"])
         return None if limit == "max" else max(int(limit) - max(used - cached, 0), 0)
     except (OSError, ValueError, KeyError):
         return None

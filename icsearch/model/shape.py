@@ -79,14 +79,19 @@ class ModelShape:
             if config.get(key):
                 raise ModelError(f"config.json has {key}, and the cost of {what} is not counted here")
         layers = _size(config, "num_hidden_layers")
+        if dsa_layers is None:
+            indices = indexed_layers(config, layers, str(model_type))
+            dsa_layers = layers if indices is None else len(indices)
+        # The one make whose queries have no latent lists its layers without RoPE.
+        latent_queries = not config.get("no_rope_layers") or config.get("q_lora_rank") is not None
         dense = _dense_layers(config, layers)
         moe = dense < layers
         return cls(
             hidden_size=_size(config, "hidden_size"),
             layers=layers,
-            dsa_layers=_dsa_layers(config, layers, model_type) if dsa_layers is None else dsa_layers,
+            dsa_layers=dsa_layers,
             heads=_size(config, "num_attention_heads"),
-            q_lora_rank=_query_rank(config),
+            q_lora_rank=_size(config, "q_lora_rank") if latent_queries else 0,
             kv_lora_rank=_size(config, "kv_lora_rank"),
             qk_nope_head_dim=_size(config, "qk_nope_head_dim"),
             qk_rope_head_dim=_size(config, "qk_rope_head_dim", least=0),
@@ -164,13 +169,6 @@ def _size(config: Mapping[str, Any], *keys: str, least: int = 1) -> int:
     return value
 
 
-def _query_rank(config: Mapping[str, Any]) -> int:
-    """Rank of the query latent; 0 in the one make that has none, which lists its layers without RoPE."""
-    if config.get("no_rope_layers") and config.get("q_lora_rank") is None:
-        return 0
-    return _size(config, "q_lora_rank")
-
-
 def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
     """Layers with a dense MLP: as listed, else the leading ones and those that `moe_layer_freq` skips."""
     types = config.get("mlp_layer_types")
@@ -181,11 +179,6 @@ def _dense_layers(config: Mapping[str, Any], layers: int) -> int:
     first = config.get("first_k_dense_replace") or 0
     frequency = config.get("moe_layer_freq") or 1
     return sum(index < first or index % frequency != 0 for index in range(layers))
-
-
-def _dsa_layers(config: Mapping[str, Any], layers: int, model_type: Any) -> int:
-    indices = indexed_layers(config, layers, str(model_type))
-    return layers if indices is None else len(indices)
 
 
 def block_size(elements_per_query: int, block_elements: int) -> int:
