@@ -117,29 +117,22 @@ class SimilaritySweep:
         return events
 
     def _observe(self, through: _Pass, output: torch.Tensor, selection: torch.Tensor, core: Core) -> None:
-        """A DSA layer's own core attention, and what it would be under each earlier selection."""
-
-        def restored(small: SmallSelection) -> torch.Tensor:
-            return small[0].to(self._dsa.device, small[1])
-
-        through.sums.cosine.append([self._cosine(output, core(restored(small))) for small in through.earlier])
-        through.sums.overlap.append([self._overlap(selection, restored(small)) for small in through.earlier])
-        through.earlier.append(self._small(selection, through.batch.input_ids.shape[1]))
-
-    def _cosine(self, own: torch.Tensor, other: torch.Tensor) -> float:
-        """[B, T, H, D] outputs to the summed cosine over the choosing queries, per token over concatenated heads."""
-        similarity = functional.cosine_similarity(own.flatten(2).float(), other.flatten(2).float(), dim=-1)  # [B, T]
-        return float(similarity[:, self._topk :].double().sum())
-
-    def _overlap(self, own: torch.Tensor, other: torch.Tensor) -> float:
-        return float(selection_overlap(own, other)[:, self._topk :].sum())
-
-    def _small(self, selection: torch.Tensor, length: int) -> SmallSelection:
-        """A selection in the smallest integer type that holds a position, or as it is where it is a mask."""
-        dtype = selection.dtype
-        if dtype != torch.bool:
-            selection = selection.to(smallest_index_type(length, signed=bool((selection < 0).any())))
-        return (selection.cpu() if self._keep_on_cpu else selection), dtype
+        """A DSA layer's own core attention [B, T, H, D], and what it would be under each earlier selection."""
+        cosine: list[float] = []
+        overlap: list[float] = []
+        for small, dtype in through.earlier:
+            earlier = small.to(self._dsa.device, dtype)
+            own, borrowing = output.flatten(2).float(), core(earlier).flatten(2).float()  # heads concatenated
+            similarity = functional.cosine_similarity(own, borrowing, dim=-1)  # [B, T]
+            cosine.append(float(similarity[:, self._topk :].double().sum()))  # over the queries that choose
+            overlap.append(float(selection_overlap(selection, earlier)[:, self._topk :].sum()))
+        through.sums.cosine.append(cosine)
+        through.sums.overlap.append(overlap)
+        small, dtype = selection, selection.dtype
+        if dtype != torch.bool:  # a mask is small as it is
+            signed = bool((selection < 0).any())
+            small = selection.to(smallest_index_type(through.batch.input_ids.shape[1], signed))
+        through.earlier.append((small.cpu() if self._keep_on_cpu else small, dtype))
 
 
 def smallest_index_type(length: int, signed: bool = False) -> torch.dtype:

@@ -56,13 +56,11 @@ class Keeping:
         """The decoder layers at whose entry states are kept. Layer 0 needs none: it starts at the embedding."""
         return range(self.stride, self.num_layers, self.stride) if self.stride else range(0)
 
-    @property
-    def states(self) -> int:
-        """How many states of one batch there can be at once: the base's, and those of each flip behind its layer."""
-        return self.states_in(range(self.num_layers))
-
     def states_in(self, layers: range) -> int:
-        """As `states`, of those at the entries of these decoder layers."""
+        """How many states of one batch there can be at once at the entries of these decoder layers.
+
+        The base's, and those of each flip behind its layer.
+        """
         flips = [self.layer_indices[layer] for layer in self.flippable]
         entries = [entry for entry in self.entries if entry in layers]
         return sum(1 + sum(1 for layer in flips if layer < entry) for entry in entries)

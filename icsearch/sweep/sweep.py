@@ -46,11 +46,8 @@ class SweepScorer:
         self.patterns_per_sweep = patterns
         self._sweeper = sweeper
         self._waves = {(wave[0].first, wave[-1].last): wave for wave in cut_waves(batches, batches_per_wave)}
+        self.waves: Sequence[tuple[int, int]] = list(self._waves)
         self._shrunk = False
-
-    @property
-    def waves(self) -> Sequence[tuple[int, int]]:
-        return list(self._waves)
 
     def retain(self, base: Pattern) -> None:
         self._sweeper.kept.retain(base)

@@ -91,7 +91,8 @@ def test_layers_between_the_dsa_layers_follow_from_the_letters_before_them() -> 
     mixed = Keeping(7, (1, 4, 5), frozenset({1, 2}), 1)
     pattern = Pattern("FSF")
     assert [mixed.letters_before(pattern, entry) for entry in range(7)] == ["", "", "F", "F", "F", "FS", "FSF"]
-    assert mixed.states == 6 + 2 + 1  # the base at 1 to 6, layer 1's flip at 5 and 6, layer 2's at 6
+    # The base at 1 to 6, layer 1's flip at 5 and 6, layer 2's at 6.
+    assert mixed.states_in(range(7)) == 6 + 2 + 1
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 5])
@@ -105,7 +106,7 @@ def test_the_number_of_states_is_never_exceeded(stride: int) -> None:
             rehearsal.retain(pattern)
             flips = [pattern.flip(layer) for layer in pattern.full_layers[1:]]
             rehearsal.sweep(chance.sample(flips, chance.randrange(1, len(flips) + 1)), [0])
-            assert len(rehearsal) <= keeping(9, stride).states
+            assert len(rehearsal) <= keeping(9, stride).states_in(range(9))
             pattern = chance.choice(flips)
 
 
@@ -125,7 +126,7 @@ SHAPE = BatchShape(
 def test_the_smallest_stride_that_fits() -> None:
     sequence = SHAPE.branch_bytes // 2
     wanted = keeping(6, 0)
-    needed = {stride: keeping(6, stride).states * sequence * 3 for stride in range(1, 6)}
+    needed = {stride: keeping(6, stride).states_in(range(6)) * sequence * 3 for stride in range(1, 6)}
     assert needed[1] == (5 + 4 + 3 + 2 + 1) * sequence * 3  # the base at 5 entries, flip c at those above c
     for stride in (1, 2, 3):
         kept = plan_kept(wanted, SHAPE, 3, needed[stride])
@@ -304,7 +305,9 @@ def test_the_planned_states_fit_what_is_really_kept(
     shape = batch_shape(layout, {"batch_size": BATCH, "dtype": "float32"}, LENGTH)
     batches = random_batches()
     for stride in (1, 2):
-        kept = plan_kept(keeping(6, 0), shape, SEQUENCES, keeping(6, stride).states * shape.branch_bytes // BATCH * 5)
+        kept = plan_kept(
+            keeping(6, 0), shape, SEQUENCES, keeping(6, stride).states_in(range(6)) * shape.branch_bytes // BATCH * 5
+        )
         assert kept.keeping.stride == stride
         planned = search(tmp_path / f"a{stride}", Watched(dsa, batches, 100, stride, kept.bytes), flips=3)
         unlimited = search(tmp_path / f"b{stride}", Watched(dsa, batches, 100, stride, 10**9), flips=3)

@@ -179,12 +179,9 @@ class DistributedScorer:
         size = self._grid.data
         waves = [shares[first : first + size] for first in range(0, len(shares), size)]
         self._shares = {(wave[0][0][0], wave[-1][-1][1]): wave for wave in waves}  # one for each data rank
+        self.waves: Sequence[Range] = list(self._shares)
         self._coming: deque[tuple[Sequence[Pattern], Range]] = deque()
         self._flights: deque[_Flight] = deque()
-
-    @property
-    def waves(self) -> Sequence[Range]:
-        return list(self._shares)
 
     def retain(self, base: Pattern) -> None:
         if base == self._schedule.base:

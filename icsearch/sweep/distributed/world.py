@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -39,21 +40,11 @@ class World:
 
     def __init__(self, launch: Launch, store: Any, heartbeat: Heartbeat) -> None:
         self.launch = launch
+        self.rank, self.size = launch.rank, launch.size
+        self.others = [rank for rank in range(self.size) if rank != self.rank]
         self.heartbeat = heartbeat
         self._orders = 0
         self._store = store
-
-    @property
-    def rank(self) -> int:
-        return self.launch.rank
-
-    @property
-    def size(self) -> int:
-        return self.launch.size
-
-    @property
-    def others(self) -> list[int]:
-        return [rank for rank in range(self.size) if rank != self.rank]
 
     @contextlib.contextmanager
     def _store_at_hand(self) -> Iterator[Any]:
@@ -116,7 +107,7 @@ class World:
         with contextlib.suppress(distributed.DistError, TimeoutError):
             self._store.set(f"bye/{self.rank}", json.dumps(end.status))
             if self.rank == 0:
-                look_for(self._store, [f"bye/{rank}" for rank in self.others], _patience(GRACE - 1))
+                look_for(self._store, [f"bye/{rank}" for rank in self.others], patience=GRACE - 1)
         self.heartbeat.close()
         return status or end.status
 
@@ -159,33 +150,27 @@ def join(launch: Launch) -> World:
     return World(launch, own, heartbeat)
 
 
-def look_for(store: Any, keys: list[str], between: Callable[[], object]) -> None:
+def look_for(
+    store: Any, keys: list[str], between: Callable[[], object] = lambda: None, patience: float = math.inf
+) -> None:
     """Wait for keys by looking again and again, more rarely the longer it takes; `between` may raise.
 
-    The store's own wait would hear neither a signal nor what ends the run.
+    The store's own wait would hear neither a signal nor what ends the run. Raises TimeoutError after so many seconds.
     """
     started = time.monotonic()
     while not store.check(keys):
         between()
-        time.sleep(min(LONGEST_PAUSE, max(SHORTEST_PAUSE, (time.monotonic() - started) / 10)))
-
-
-def _patience(seconds: float) -> Callable[[], None]:
-    """Raises TimeoutError when called after so many seconds."""
-    deadline = time.monotonic() + seconds
-
-    def check() -> None:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"nothing came within {seconds:.0f} s")
-
-    return check
+        waited = time.monotonic() - started
+        if waited > patience:
+            raise TimeoutError(f"nothing came within {patience:.0f} s")
+        time.sleep(min(LONGEST_PAUSE, max(SHORTEST_PAUSE, waited / 10)))
 
 
 def _wait_for_all(launch: Launch, store: Any) -> None:
     """Raises ValueError that names those who did not come."""
     signs = [f"beat/{rank}" for rank in range(launch.size)]
     try:
-        look_for(store, signs, _patience(JOIN_TIMEOUT))
+        look_for(store, signs, patience=JOIN_TIMEOUT)
     except TimeoutError:
         missing = [str(rank) for rank, sign in enumerate(signs) if not store.check([sign])]
         raise ValueError(f"rank {', '.join(missing)} did not come within {JOIN_TIMEOUT:.0f} s") from None
