@@ -224,37 +224,23 @@ def build(
     seq_len, num_sequences = key["seq_len"], key["num_sequences"]
     check_request(tokenizer, seq_len, num_sequences)
     prefix, eos = document_prefix(tokenizer), tokenizer.eos_token_id
-    tally = Tally()
-    documents = tally.count(_tokenised(source.documents(key["seed"]), tokenizer, prefix), 0 if eos is None else 1)
+    used: list[int] = []  # the length of each document that packing took, with prefix and EOS
+    documents = _tokenised(source.documents(key["seed"]), tokenizer, prefix, used, 0 if eos is None else 1)
     sequences = list(islice(pack(documents, seq_len, eos), num_sequences))
     if len(sequences) < num_sequences:
-        raise CalibrationError(_too_little(source, tally, len(sequences), key, shortest))
+        raise CalibrationError(_too_little(source, used, len(sequences), key, shortest))
     input_ids = np.array(sequences, dtype=np.int64)  # [sequences, length]
     check_ids(input_ids, vocab_size)
     origin = {
         "source": source.text,
         **key,
         "source_revision": source.revision,
-        "documents": tally.documents,
+        "documents": len(used),
         "document_prefix": prefix,
         "eos_token_id": eos,
         "icsearch_version": __version__,
     }
     return described(input_ids, None, origin)
-
-
-@dataclass
-class Tally:
-    """What packing has used so far: documents, and tokens with prefix and EOS."""
-
-    documents: int = 0
-    tokens: int = 0
-
-    def count(self, documents: Iterable[list[int]], ending: int) -> Iterator[list[int]]:
-        for document in documents:
-            self.documents += 1
-            self.tokens += len(document) + ending
-            yield document
 
 
 def document_prefix(tokenizer: Tokenizer) -> list[int]:
@@ -267,12 +253,16 @@ def document_prefix(tokenizer: Tokenizer) -> list[int]:
     return []
 
 
-def _tokenised(documents: Iterable[str], tokenizer: Tokenizer, prefix: list[int]) -> Iterator[list[int]]:
+def _tokenised(
+    documents: Iterable[str], tokenizer: Tokenizer, prefix: list[int], used: list[int], ending: int
+) -> Iterator[list[int]]:
+    """The tokens of each document that has any; its length and the `ending` behind it go into `used`."""
     for batch in _batches(documents):
         # verbose=False: documents may be longer than the model's positions, sequences are what counts.
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)
         for ids in encoded["input_ids"]:
             if ids:
+                used.append(len(prefix) + len(ids) + ending)
                 yield prefix + ids
 
 
@@ -331,19 +321,19 @@ def check_request(tokenizer: Tokenizer, seq_len: int, num_sequences: int) -> Non
         )
 
 
-def _too_little(source: TextSource, tally: Tally, filled: int, key: Mapping[str, Any], shortest: int) -> str:
-    seq_len, num_sequences = key["seq_len"], key["num_sequences"]
-    if tally.tokens == 0:
+def _too_little(source: TextSource, used: list[int], filled: int, key: Mapping[str, Any], shortest: int) -> str:
+    seq_len, num_sequences, tokens = key["seq_len"], key["num_sequences"], sum(used)
+    if tokens == 0:
         return f"{source.text} holds no text: {num_sequences} sequences need {num_sequences * seq_len} tokens; add text"
     ways = [f"--num-sequences {filled}"] if filled else []
-    if seq_len > shortest and tally.tokens >= num_sequences * shortest:
+    if seq_len > shortest and tokens >= num_sequences * shortest:
         ways.append(f"a smaller --seq-len (at least {shortest})")
     advice = f"pass {' or '.join(ways)}, or give a source with more text"
     if not ways:
         shorter = f", or {num_sequences * shortest} with --seq-len {shortest}" if shortest < seq_len else ""
         advice = f"give a source with at least that many{shorter}; a sequence of this model has {shortest} or more"
     return (
-        f"too little text: {source.text} holds {tally.tokens} tokens in {tally.documents} documents, which fill "
+        f"too little text: {source.text} holds {tokens} tokens in {len(used)} documents, which fill "
         f"{filled} sequences of {seq_len} (rests of cut documents are left out), but {num_sequences} sequences need "
         f"{num_sequences * seq_len} tokens: {advice}"
     )

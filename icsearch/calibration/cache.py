@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,35 +59,53 @@ def obtain(
     """
     source = parse_source(source_text)
     if isinstance(source, ReadyTokens):
-        calibration = load(source.directory)
-        for name, wanted in (("seq_len", seq_len), ("num_sequences", num_sequences)):
-            found = getattr(calibration, name)
-            if wanted not in (None, found):
-                option = f"--{name.replace('_', '-')}"
-                raise CalibrationError(
-                    f"the ready tokens in {source.directory} have {name} {found}, but {option} asks for {wanted}: "
-                    f"leave {option} out, or give a text source"
-                )
-        _check_same_tokenizer(calibration, tokenizer_loader, source.directory)
-        check(calibration, limits)
+        sizes = {"seq_len": seq_len, "num_sequences": num_sequences}
+        calibration = _ready(source.directory, sizes, tokenizer_loader, limits)
         return calibration, not copy_ready or _copy(calibration, source.directory, cache_dir, rebuild)
     seq_len = default_seq_len if seq_len is None else seq_len
     num_sequences = default_num_sequences if num_sequences is None else num_sequences
     check_length(seq_len, limits)  # before anything is written: a cache of the wrong length would be in the way
     tokenizer = tokenizer_loader()
     check_request(tokenizer, seq_len, num_sequences)
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    key = cache_key(source, fingerprint, seq_len, num_sequences, seed)
-
-    def make() -> Calibration:
-        return build(source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
-
-    there = not rebuild and (cache_dir / TOKENS_FILE).exists()
-    calibration, hit = _from_cache(cache_dir, key, make) if there else (make(), False)
+    key = cache_key(source, tokenizer_fingerprint(tokenizer), seq_len, num_sequences, seed)
+    make = partial(build, source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
+    hit = not rebuild and (cache_dir / TOKENS_FILE).exists()
+    try:
+        calibration = _cached(cache_dir, key) if hit else make()
+    except DamagedCacheError:  # replaced only where the other file says that it was the same
+        hit, calibration = False, make()
+        if _fingerprint_left(cache_dir) != calibration.fingerprint:
+            raise
     check(calibration, limits)
     if not hit:
         save(calibration, cache_dir)
     return calibration, hit
+
+
+def _ready(
+    directory: Path, sizes: Mapping[str, int | None], tokenizer_loader: Callable[[], Tokenizer], limits: Limits
+) -> Calibration:
+    """The tokens that lie in a directory, checked against the sizes asked for and the model."""
+    calibration = load(directory)
+    for name, wanted in sizes.items():
+        found = getattr(calibration, name)
+        if wanted not in (None, found):
+            option = f"--{name.replace('_', '-')}"
+            raise CalibrationError(
+                f"the ready tokens in {directory} have {name} {found}, but {option} asks for {wanted}: "
+                f"leave {option} out, or give a text source"
+            )
+    # Token ids of another model's tokenizer fit the vocabulary by chance, and mean nothing.
+    recorded = calibration.manifest.get("tokenizer_fingerprint")
+    tokenizer = tokenizer_loader() if recorded else None
+    if tokenizer is not None and (own := tokenizer_fingerprint(tokenizer)) != recorded:
+        raise CalibrationError(
+            f"calibration in {directory} was made with another tokenizer ({short(recorded)}, the model's is "
+            f"{short(own)}): run icsearch calibrate for this model, or delete {directory / MANIFEST_FILE} to use "
+            f"the tokens as they are"
+        )
+    check(calibration, limits)
+    return calibration
 
 
 def _copy(calibration: Calibration, directory: Path, cache_dir: Path, rebuild: bool) -> bool:
@@ -121,20 +140,6 @@ def cache_key(source: TextSource, tokenizer: str, seq_len: int, num_sequences: i
     }
 
 
-def _from_cache(cache_dir: Path, key: Mapping[str, Any], make: Callable[[], Calibration]) -> tuple[Calibration, bool]:
-    """The batches of a cache, and True; those of a damaged one made again, and False. Raises CalibrationError.
-
-    What cannot be read is replaced only where the other file says that it was the same.
-    """
-    try:
-        return _cached(cache_dir, key), True
-    except DamagedCacheError:
-        made = make()
-        if _fingerprint_left(cache_dir) != made.fingerprint:
-            raise
-        return made, False
-
-
 def _fingerprint_left(cache_dir: Path) -> object:
     """The fingerprint that a damaged cache was of, by its manifest or else by its tokens; None by neither."""
     with contextlib.suppress(DamagedCacheError):
@@ -162,21 +167,6 @@ def _cached(cache_dir: Path, key: Mapping[str, Any]) -> Calibration:
             f"repeat the options, or start over with --fresh"
         )
     return calibration
-
-
-def _check_same_tokenizer(calibration: Calibration, load_tokenizer: Callable[[], Tokenizer], directory: Path) -> None:
-    """Token ids of another model's tokenizer fit the vocabulary by chance, and mean nothing."""
-    recorded = calibration.manifest.get("tokenizer_fingerprint")
-    tokenizer = load_tokenizer() if recorded else None
-    if tokenizer is None:
-        return
-    found = tokenizer_fingerprint(tokenizer)
-    if found != recorded:
-        raise CalibrationError(
-            f"calibration in {directory} was made with another tokenizer ({short(recorded)}, the model's is "
-            f"{short(found)}): run icsearch calibrate for this model, or delete {directory / MANIFEST_FILE} to use "
-            f"the tokens as they are"
-        )
 
 
 def save(calibration: Calibration, directory: Path) -> None:

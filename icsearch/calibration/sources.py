@@ -4,7 +4,7 @@
     FILE.txt                      one document per file, unless lines ``<|endoftext|>`` separate several
     FILE.jsonl, FILE.parquet      the field or column ``text``, one document per line or row
     hf:NAME[:CONFIG][:SPLIT]      a dataset of the hub or a local folder, through `datasets`, streamed
-    DIRECTORY                     ready tokens: calibration.safetensors (see icsearch.calibration)
+    DIRECTORY                     ready tokens: calibration.safetensors (see calibration/cache.py)
 
 Why a .txt file is one document: a search for layers that can share their selection needs far dependencies,
 and splitting at blank lines would cut every text into paragraphs. Form feeds are page breaks in text taken
@@ -101,7 +101,28 @@ def parse_source(text: str) -> Source:
         return _parse_hub(text)
     path = typed_path(text, CalibrationError)
     with _file_errors(path):
-        return _parse_directory(text, path) if path.is_dir() else _parse_file(text, path)
+        if path.is_dir():
+            if (path / TOKENS_FILE).is_file():
+                return ReadyTokens(text, path)
+            if (path / MANIFEST_FILE).is_file():
+                raise CalibrationError(
+                    f"{path} is unfinished, it has no {TOKENS_FILE}: run icsearch calibrate there again"
+                )
+            raise CalibrationError(
+                f"directory {path} has no {TOKENS_FILE}: expected {EXPECTED} (a dataset folder: hf:{text})"
+            )
+        if not path.exists():
+            raise CalibrationError(f"no file {text}: expected {EXPECTED}")
+        kind = FILE_KINDS.get(path.suffix.lower())
+        if kind is None:
+            raise CalibrationError(
+                f"{text} has the extension {path.suffix or '(none)'}: expected .txt, .jsonl or .parquet"
+            )
+        if not path.is_file():
+            raise CalibrationError(f"{text} is no regular file: expected {EXPECTED}")
+        if path.stat().st_size == 0:
+            raise CalibrationError(f"{text} is empty: expected text in it")
+        return kind(text=text, path=path)
 
 
 def _parse_hub(text: str) -> TextSource:
@@ -127,27 +148,6 @@ def hub_parts(text: str) -> tuple[str, str | None, str | None]:
         rest = ["", *rest]
     config, split = (*rest, "", "")[:2]
     return name, config or None, split or None
-
-
-def _parse_directory(text: str, path: Path) -> ReadyTokens:
-    if (path / TOKENS_FILE).is_file():
-        return ReadyTokens(text, path)
-    if (path / MANIFEST_FILE).is_file():
-        raise CalibrationError(f"{path} is unfinished, it has no {TOKENS_FILE}: run icsearch calibrate there again")
-    raise CalibrationError(f"directory {path} has no {TOKENS_FILE}: expected {EXPECTED} (a dataset folder: hf:{text})")
-
-
-def _parse_file(text: str, path: Path) -> TextSource:
-    if not path.exists():
-        raise CalibrationError(f"no file {text}: expected {EXPECTED}")
-    kind = FILE_KINDS.get(path.suffix.lower())
-    if kind is None:
-        raise CalibrationError(f"{text} has the extension {path.suffix or '(none)'}: expected .txt, .jsonl or .parquet")
-    if not path.is_file():
-        raise CalibrationError(f"{text} is no regular file: expected {EXPECTED}")
-    if path.stat().st_size == 0:
-        raise CalibrationError(f"{text} is empty: expected text in it")
-    return kind(text=text, path=path)
 
 
 @dataclass
@@ -192,25 +192,20 @@ class TextFile(FileSource):
 
     def read(self) -> Iterator[str]:
         lines: list[str] = []
-        chars = 0
-        for line in self._lines():
-            if line.strip() == SEPARATOR or chars + len(line) > MAX_DOCUMENT_CHARS:
-                yield "".join(lines)
-                lines, chars = [], 0
-            if line.strip() != SEPARATOR:
-                lines.append(line)
-                chars += len(line)
-        yield "".join(lines)
-
-    def _lines(self) -> Iterator[str]:
-        """Lines (or pieces of very long ones) as text, with line ends as \\n."""
+        chars, number = 0, 1
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        number = 1
         with _file_errors(self.path), self.path.open("rb") as file:
-            while raw := file.readline(CHUNK_BYTES):
-                yield _decoded(decoder, raw, self.path, number).replace("\r\n", "\n")
+            while raw := file.readline(CHUNK_BYTES):  # a line, or a piece of a very long one
+                line = _decoded(decoder, raw, self.path, number).replace("\r\n", "\n")
                 number += raw.endswith(b"\n")
+                if line.strip() == SEPARATOR or chars + len(line) > MAX_DOCUMENT_CHARS:
+                    yield "".join(lines)
+                    lines, chars = [], 0
+                if line.strip() != SEPARATOR:
+                    lines.append(line)
+                    chars += len(line)
         _decoded(decoder, b"", self.path, number, final=True)
+        yield "".join(lines)
 
 
 @dataclass
@@ -333,21 +328,19 @@ class HubDataset(TextSource):
 
         folder = self.folder
         if folder is not None and any((folder / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
-            return self._of_saved(datasets.load_from_disk(str(folder)))
+            # What save_to_disk wrote holds either one unnamed split or a dictionary of them.
+            saved: Any = datasets.load_from_disk(str(folder))
+            available = list(saved) if isinstance(saved, dict) else []
+            if self.config or (self.split and not available):
+                raise ValueError("the folder was written by save_to_disk and has no such configuration or split")
+            if available and self._split not in available:
+                raise ValueError(f"no split {self._split}, available splits: {available}")
+            chosen: Iterable[dict[str, Any]] = saved[self._split] if available else saved
+            return chosen
         builder = datasets.load_dataset_builder(str(folder or self.name), name=self.config)
         self.revision = None if folder else builder.hash
         stream: Iterable[dict[str, Any]] = builder.as_streaming_dataset(split=self._split)
         return stream
-
-    def _of_saved(self, saved: Any) -> Iterable[dict[str, Any]]:
-        """The split of a `save_to_disk` folder, which holds either one unnamed split or a dictionary of them."""
-        available = list(saved) if isinstance(saved, dict) else []
-        if self.config or (self.split and not available):
-            raise ValueError("the folder was written by save_to_disk and has no such configuration or split")
-        if available and self._split not in available:
-            raise ValueError(f"no split {self._split}, available splits: {available}")
-        chosen: Iterable[dict[str, Any]] = saved[self._split] if available else saved
-        return chosen
 
 
 def shuffled(documents: Iterable[str], seed: int, max_documents: int, max_chars: int) -> Iterator[str]:
