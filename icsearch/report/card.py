@@ -32,9 +32,22 @@ _MODEL, _DATASET = re.compile(rf"{_NAME}/{_NAME}"), re.compile(rf"({_NAME}/)?{_N
 
 def render_card(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
     """Markdown with the metadata in front. Searches first, evaluations behind them."""
-    model = card_model(runs, evaluations)
-    name = hub_id(model)
-    link = f"[{name}](https://huggingface.co/{name})" if name else f"`{last_part(model)}`"
+    from huggingface_hub import ModelCardData
+
+    models = [*(view.document.get("model") or {} for view in evaluations), *(view.start["model"] for view in runs)]
+    model: Mapping[str, Any] = next(filter(hub_id, models), models[0])  # one by which the hub delivered it, if any did
+    name, title = hub_id(model), Path(model.get("name_or_path") or "").name or "model"
+    # Written by huggingface_hub, so that it is what the hub accepts. `base_model` is there where the hub delivered the
+    # checkpoint: a path says nothing to others.
+    metadata = ModelCardData(
+        base_model=name,
+        library_name="transformers",
+        tags=list(TAGS),
+        model_name=f"{title} with shared indexers",
+        eval_results=[*_results(runs, evaluations)],
+    )
+    yaml = str(metadata.to_yaml(line_break="\n")).rstrip()
+    link = f"[{name}](https://huggingface.co/{name})" if name else f"`{title}`"
     lead = (
         "# Shared indexers\n\n"
         f"Patterns for {link}: a layer marked F runs its indexer, one marked S reuses the selection of the nearest F "
@@ -42,18 +55,28 @@ def render_card(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str
         "standard error paired over sequences, measured with icsearch."
     )
     sections = [*(_run_section(view) for view in runs), *(_eval_section(view) for view in evaluations)]
-    return "\n\n".join([f"---\n{card_yaml(runs, evaluations)}\n---", lead, *sections]) + "\n"
+    return "\n\n".join([f"---\n{yaml}\n---", lead, *sections]) + "\n"
 
 
 def _run_section(view: RunView) -> str:
     rows = [("the model as it is", view.points[0].full, view.points[0].loss, "")]
     rows.append(("searched", view.final.full, view.final.loss, numbers.difference(view.final.difference)))
     rows += [
-        (reference.label, len(reference.pattern.full_layers), reference.loss, numbers.difference(reference.difference))
+        (reference.label, reference.full, reference.loss, numbers.difference(reference.difference))
         for reference in view.references
     ]
-    batches = view.start["calibration"]
+    start, options, model, batches = view.start, view.start["options"], view.start["model"], view.start["calibration"]
     source = dataset_of(batches, view.model_name)["dataset_name"]
+    environment = start.get("environment") or {}
+    commit = f"revision {model['revision'][:16]}, " if model.get("revision") else ""  # the hub's
+    facts = {
+        "method": f"{options['method']}, {options.get('strategy')}, by {options.get('objective')}",
+        "layers": f"{len(start['layer_indices'])} with an indexer, of {start['decoder_layers']}",
+        "checkpoint": f"{model.get('model_type')}, {commit}fingerprint {str(model.get('fingerprint'))[:16]}",
+        "calibration": f"fingerprint {str(batches.get('fingerprint'))[:16]}",
+        "computed in": f"{options.get('dtype')} on {options.get('device')}, torch {environment.get('torch')}, "
+        f"transformers {environment.get('transformers')}, icsearch {start['icsearch_version']}",
+    }
     return "\n\n".join(
         [
             f"## {view.final.full} of {view.num_layers} layers keep their indexer",
@@ -67,7 +90,7 @@ def _run_section(view: RunView) -> str:
             f"In-sample: measured on the {batches.get('num_sequences')} x {batches.get('seq_len')} tokens of {source} "
             "that were searched on.",
             *serving(results.pattern_file(view.record)),
-            _provenance(view),
+            _table(("searched with", ""), facts.items()),
         ]
     )
 
@@ -75,21 +98,6 @@ def _run_section(view: RunView) -> str:
 def _cautions(notes: Sequence[str]) -> list[str]:
     """One line beside the results where guessing has a lower loss than the model."""
     return [f"**Caution**: {caution}." for caution in split_notes(notes)[0]]
-
-
-def _provenance(view: RunView) -> str:
-    start, options, model = view.start, view.start["options"], view.start["model"]
-    environment = start.get("environment") or {}
-    commit = f"revision {model['revision'][:16]}, " if model.get("revision") else ""  # the hub's
-    facts = {
-        "method": f"{options['method']}, {options.get('strategy')}, by {options.get('objective')}",
-        "layers": f"{len(start['layer_indices'])} with an indexer, of {start['decoder_layers']}",
-        "checkpoint": f"{model.get('model_type')}, {commit}fingerprint {str(model.get('fingerprint'))[:16]}",
-        "calibration": f"fingerprint {str(start['calibration'].get('fingerprint'))[:16]}",
-        "computed in": f"{options.get('dtype')} on {options.get('device')}, torch {environment.get('torch')}, "
-        f"transformers {environment.get('transformers')}, icsearch {start['icsearch_version']}",
-    }
-    return _table(("searched with", ""), facts.items())
 
 
 def _eval_section(view: EvalView) -> str:
@@ -121,7 +129,7 @@ def _eval_cells(row: EvalRow, tasks: Sequence[tuple[str, str]]) -> tuple[str, ..
         numbers.loss(row.loss),
         "" if row.is_baseline else numbers.difference(row.difference),
         f"{row.perplexity:.4g}",
-        "" if row.is_baseline else numbers.with_error(row.kl.delta, row.kl.std_err, sign=False),
+        "" if row.is_baseline else numbers.difference(row.kl, sign=False),
         numbers.percent(row.top1_agreement),
         *("" if accuracy is None else numbers.percent(accuracy.share) for accuracy in accuracies),
     )
@@ -135,30 +143,6 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # --- the hub's metadata -----------------------------------------------------------------------------------------------
 
 
-def card_yaml(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> str:
-    """The YAML of a card, written by huggingface_hub, so that it is what the hub accepts.
-
-    `base_model` is there where the hub delivered the checkpoint: a path says nothing to others.
-    """
-    from huggingface_hub import ModelCardData
-
-    model = card_model(runs, evaluations)
-    card = ModelCardData(
-        base_model=hub_id(model),
-        library_name="transformers",
-        tags=list(TAGS),
-        model_name=f"{last_part(model)} with shared indexers",
-        eval_results=[*_results(runs, evaluations)],
-    )
-    return str(card.to_yaml(line_break="\n")).rstrip()
-
-
-def card_model(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> Mapping[str, Any]:
-    """The checkpoint of a card, as a run or an evaluation names it: one by which the hub delivered it, if any did."""
-    models = [*(view.document.get("model") or {} for view in evaluations), *(view.start["model"] for view in runs)]
-    return next(filter(hub_id, models), models[0])
-
-
 def hub_id(model: Mapping[str, Any]) -> str | None:
     """The model's name on the hub; None for a path, and where nothing says that the hub delivered it.
 
@@ -166,11 +150,6 @@ def hub_id(model: Mapping[str, Any]) -> str | None:
     """
     name = str(model.get("name_or_path"))
     return name if model.get("revision") and _MODEL.fullmatch(name) else None
-
-
-def last_part(model: Mapping[str, Any]) -> str:
-    """The model's name without the directories in front of it."""
-    return Path(model.get("name_or_path") or "").name or "model"
 
 
 def dataset_of(calibration: Mapping[str, Any], model: str) -> dict[str, Any]:
@@ -236,7 +215,13 @@ def serving(file: PatternFile) -> list[str]:
         ]
     others = ", ".join(f"{other.title} (`{other.engine}`)" for other in exports[ENGINES_SHOWN:])
     also = f"Also known to take it: {others}; `icsearch export pattern.json --engine NAME` says how."
-    return [*map(_settings, exports[:ENGINES_SHOWN]), *([also] if others else [])]
+    told = []
+    for served in exports[:ENGINES_SHOWN]:
+        told.append(f"With {served.title}, {served.how}:\n\n```\n{served.text}\n```")
+        if served.warnings:
+            told.append(f"Warnings of `icsearch export pattern.json --engine {served.engine}`:")
+            told.append("\n".join(f"- {warning}" for warning in served.warnings))
+    return [*told, *([also] if others else [])]
 
 
 def _exports(file: PatternFile, model_type: str | None) -> list[Export]:
@@ -255,11 +240,3 @@ def _exports(file: PatternFile, model_type: str | None) -> list[Export]:
     if refusal is not None and not exports:
         raise refusal
     return exports
-
-
-def _settings(served: Export) -> str:
-    text = f"With {served.title}, {served.how}:\n\n```\n{served.text}\n```"
-    if not served.warnings:
-        return text
-    warnings = "\n".join(f"- {warning}" for warning in served.warnings)
-    return f"{text}\n\nWarnings of `icsearch export pattern.json --engine {served.engine}`:\n\n{warnings}"

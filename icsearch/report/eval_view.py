@@ -8,6 +8,7 @@ from typing import Any
 
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
+from icsearch.report.view import Counted
 
 WAYS = ("forced", "generated")
 
@@ -31,7 +32,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class EvalRow:
+class EvalRow(Counted):
     """One pattern. `overlap`: by S layer, the share of its borrowed selection that its own indexer would choose."""
 
     name: str
@@ -48,14 +49,6 @@ class EvalRow:
     overlap: dict[int, float]
     tasks: dict[tuple[str, str], Accuracy]
     verdict: str
-
-    @property
-    def full(self) -> int:
-        return len(self.pattern.full_layers)
-
-    @property
-    def shared(self) -> int:
-        return len(self.pattern.shared_layers)
 
     @property
     def is_baseline(self) -> bool:

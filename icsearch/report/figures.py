@@ -220,9 +220,7 @@ def curve(views: Sequence[RunView], size: tuple[float, float] = CHART) -> Figure
     axes.set_ylim(low, low + (high - low) / (1 - min(EDGE_LINE * above, 0.5)))
     x_high = 100.0
     if alone:
-        x_high = 0.5 + max(
-            [1, *(p.shared for p in alone.points), *(len(r.pattern.shared_layers) for r in alone.references)]
-        )
+        x_high = 0.5 + max([1, *(p.shared for p in alone.points), *(r.shared for r in alone.references)])
         base = f" ({numbers.loss(alone.points[0].loss)})" if alone.points else ""
         state = "" if alone.record.finished else " (unfinished)"
         axes.set_title(f"{_plain(alone.model_name, round(6 * size[0]))}: loss above baseline{base}{state}", fontsize=10)
@@ -310,13 +308,13 @@ def _kink(axes: Axes, view: RunView) -> None:
 
 def _references(axes: Axes, view: RunView, x_scale: float, high: float, colour: str | None) -> None:
     """Diamonds for uniform patterns, triangles at the edge for those above `high`; named where no `colour` is given."""
-    uniform = sorted(view.references, key=lambda reference: len(reference.pattern.shared_layers))
-    xs = {reference.name: len(reference.pattern.shared_layers) * x_scale for reference in uniform}
+    uniform = sorted(view.references, key=lambda reference: reference.shared)
+    xs = {reference.label: reference.shared * x_scale for reference in uniform}
     inside = [reference for reference in uniform if reference.difference.delta <= high]
     outside = [reference for reference in uniform if reference.difference.delta > high]
     if uniform:
         axes.errorbar(
-            [xs[reference.name] for reference in inside],
+            [xs[reference.label] for reference in inside],
             [reference.difference.delta for reference in inside],
             yerr=[numbers.finite(reference.difference.std_err) for reference in inside],
             color=colour or PALETTE["uniform"],
@@ -329,7 +327,7 @@ def _references(axes: Axes, view: RunView, x_scale: float, high: float, colour: 
         )
     bottom, top = axes.get_ylim()
     for reference in uniform:
-        x, y, text, up = xs[reference.name], reference.difference.delta, reference.label, 6
+        x, y, text, up = xs[reference.label], reference.difference.delta, reference.label, 6
         if reference in outside:  # with its value, since no axis says it; labels stand below each other
             y = top if colour else top - (outside.index(reference) + 0.5) * EDGE_LINE * (top - bottom)
             text, up = f"{text}: {numbers.difference(reference.difference)}", 0

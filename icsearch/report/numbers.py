@@ -24,9 +24,9 @@ def with_error(delta: float, std_err: float, sign: bool = True) -> str:
     return f"{number} ± {std_err:.{decimals}f}" if math.isfinite(std_err) else number
 
 
-def difference(value: Difference) -> str:
-    """A signed difference with its standard error."""
-    return with_error(value.delta, value.std_err)
+def difference(value: Difference | None, sign: bool = True) -> str:
+    """A difference with its standard error; a dash where there is none."""
+    return "–" if value is None else with_error(value.delta, value.std_err, sign)
 
 
 def compact(value: float) -> str:

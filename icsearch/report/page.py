@@ -20,7 +20,6 @@ from icsearch.runs import results
 from icsearch.runs.results import split_notes
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from matplotlib.figure import Figure
 
 TIES_SHOWN = 8
@@ -101,34 +100,16 @@ class Section:
 
 def render_page(views: Sequence[RunView], evaluations: Sequence[EvalView] = ()) -> str:
     """The whole page: the evaluations, then the runs; several runs are compared before their own sections."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     evaluated = [eval_section(view, number) for number, view in enumerate(evaluations, start=1)]
     sections = [run_section(view, number) for number, view in enumerate(views, start=1)]
     several = len(views) > 1
     counted = [numbers.plural(len(part), what) for part, what in ((evaluated, "evaluation"), (sections, "run")) if part]
     title = " and ".join(counted) if evaluated else f"{len(views)} runs compared"
-    if len(sections) + len(evaluated) == 1:
+    alone = len(sections) + len(evaluated) == 1
+    if alone:
         title = (sections or evaluated)[0].view.model_name
-    return (
-        _environment()
-        .get_template("report.html")
-        .render(
-            sections=sections,
-            evaluations=evaluated,
-            title=title,
-            palette=figures.PALETTE,
-            alone=len(sections) + len(evaluated) == 1,
-            comparison=comparison_table(views) if several else None,
-            comparison_figures=_charts("runs", "Loss curves of the runs", partial(figures.curve, views))
-            if several
-            else (),
-            comparison_notes=sentences.comparison_notes(views) if several else [],
-        )
-    )
-
-
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     # Every string of a journal is somebody's input: autoescape is on for all templates, whatever their ending.
     environment = Environment(
         loader=PackageLoader("icsearch.report", "templates"),
@@ -139,7 +120,16 @@ def _environment() -> Environment:
     )
     environment.filters |= {"minus": minus, "counted": numbers.plural, "loss": numbers.loss}
     environment.globals["say"] = sentences
-    return environment
+    return environment.get_template("report.html").render(
+        sections=sections,
+        evaluations=evaluated,
+        title=title,
+        palette=figures.PALETTE,
+        alone=alone,
+        comparison=comparison_table(views) if several else None,
+        comparison_figures=_charts("runs", "Loss curves of the runs", partial(figures.curve, views)) if several else (),
+        comparison_notes=sentences.comparison_notes(views) if several else [],
+    )
 
 
 def minus(text: str) -> str:
@@ -164,8 +154,10 @@ def _difference_tile(label: str, text: str) -> Tile:
     return Tile(label, value, f"± {error}" if error else "no error: one sequence")
 
 
-def provenance(groups: Sequence[tuple[str, Mapping[str, Any]]]) -> Provenance:
-    """Every group that says something, as text."""
+def provenance(own: tuple[str, Mapping[str, Any]], document: Mapping[str, Any]) -> Provenance:
+    """The title and facts of a section, then the groups of its document that say something, as text."""
+    names = ("model", "calibration", "options", "environment")
+    groups = [own, *((name.capitalize(), document.get(name)) for name in names)]
     return tuple(
         (title, tuple((key.replace("_", " "), _plain(value)) for key, value in group.items()))
         for title, group in groups
@@ -185,11 +177,6 @@ def _plain(value: Any) -> str:
             items = [*items[:2], f"… ({len(items)} in all)"]
         return ", ".join(items)
     return json.dumps(value) if isinstance(value, Mapping) else str(value)
-
-
-def _where_from(own: tuple[str, dict[str, Any]], document: Mapping[str, Any]) -> Provenance:
-    groups = ("model", "calibration", "options", "environment")
-    return provenance([own, *((name.capitalize(), document.get(name) or {}) for name in groups)])
 
 
 def _charts(name: str, title: str, draw: Callable[[tuple[float, float]], Figure]) -> tuple[str, ...]:
@@ -296,10 +283,10 @@ def _reference_table(view: RunView) -> Table:
         rows.append(
             (
                 reference.label,
-                str(len(reference.pattern.full_layers)),
+                str(reference.full),
                 numbers.difference(reference.difference),
                 numbers.difference(searched.difference) if searched else "–",
-                numbers.difference(saved) if saved else "–",
+                numbers.difference(saved),
                 numbers.percent(reference.avoided) if reference.avoided is not None else "–",
             )
         )
@@ -312,11 +299,11 @@ def _prediction_table(view: RunView) -> Table:
     rows = [
         (
             row.name,
-            str(len(row.pattern.full_layers)),
+            str(row.full),
             "–" if row.similarity is None else f"{row.similarity:.4f}",
             "–" if row.mean is None else f"{row.mean:.4f}",
             numbers.loss(row.loss),
-            numbers.difference(row.difference) if row.difference else "–",
+            numbers.difference(row.difference),
         )
         for row in predictions(view)
     ]
@@ -330,7 +317,7 @@ def _set_table(refined: Refined) -> Table:
             str(row.sequences),
             numbers.loss(row.before),
             numbers.loss(row.after),
-            numbers.difference(row.change) if row.change else "–",
+            numbers.difference(row.change),
         )
         for row in refined.sets
     ]
@@ -370,7 +357,7 @@ def _step_table(view: RunView) -> Table:
     """The flips in the order of the search."""
     rows: list[Row] = []
     for point, layer in zip(view.steps, _order(view), strict=True):
-        kl = [numbers.with_error(point.kl.delta, point.kl.std_err, sign=False)] if point.kl else []
+        kl = [numbers.difference(point.kl, sign=False)] if point.kl else []
         ties = len(view.record.commits[point.step - 1].ties)
         rows.append(
             (
@@ -400,7 +387,7 @@ def _order(view: RunView) -> tuple[Cell, ...]:
             str(point.layer) if point.layer == point.decoder_layer else f"{point.layer} (decoder {point.decoder_layer})"
         )
         css = scale.css_class(cost.delta) if cost else "h0"
-        cells.append(Cell(name, css=css, title=numbers.difference(cost) if cost else "–"))
+        cells.append(Cell(name, css=css, title=numbers.difference(cost)))
     return tuple(cells)
 
 
@@ -453,7 +440,7 @@ def _run_provenance(view: RunView) -> Provenance:
         "decoder layers": start.get("decoder_layers"),
         "counted tokens": numbers.count(sum(view.record.tokens)),
     }
-    return _where_from(("Run", run), start)
+    return provenance(("Run", run), start)
 
 
 def comparison_table(views: Sequence[RunView]) -> Table:
@@ -640,4 +627,4 @@ def _eval_provenance(view: EvalView) -> Provenance:
         told["layer evaluations"] = numbers.count(cost["layer_evaluations"])
     if "seconds" in cost:
         told["time spent measuring"] = numbers.duration(cost["seconds"])
-    return _where_from(("Evaluation", told), view.document)
+    return provenance(("Evaluation", told), view.document)

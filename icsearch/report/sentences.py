@@ -80,7 +80,7 @@ def headline(view: RunView) -> str:
         change = f"that is {baseline} nats per token"
     sentences = [f"{lead}{kept(final.full, view.num_layers)}; {change}."]
     if final.kl is not None:
-        amount = numbers.with_error(final.kl.delta, final.kl.std_err, sign=False)
+        amount = numbers.difference(final.kl, sign=False)
         sentences.append(f"Chosen by the KL to {view.baseline_name}, which comes to {amount} nats per token.")
     reference = view.same_retention
     if reference is not None and reference.pattern != final.pattern:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from icsearch.core.pattern import Pattern
 from icsearch.report import numbers, sentences
 from icsearch.report.eval_view import WAYS, EvalRow, EvalView, view_eval
-from icsearch.report.view import Refined, RunView, view_run
+from icsearch.report.view import RunView, view_run
 from icsearch.runs.record import RunRecord
 
 if TYPE_CHECKING:
@@ -56,7 +56,15 @@ def summary_table(record: RunRecord) -> RenderableType:
         parts += [strip, Text(), _losses(view), Text()]
     if view.refinement is not None:
         told = sentences.refinement_sentence(view, view.refinement)
-        parts += [_refinement(view.refinement), Text(told), Text()]
+        swaps = _table("swaps", "before", "after", "change")
+        for row in view.refinement.sets:
+            swaps.add_row(
+                f"all, {row.name}", numbers.loss(row.before), numbers.loss(row.after), numbers.difference(row.change)
+            )
+        for number, swap in enumerate(view.refinement.made, start=1):
+            change = f"{numbers.difference(swap.change)}, held out {numbers.difference(swap.heldout)}"
+            swaps.add_row(f"{number}: layer {swap.trial.from_layer} to {swap.trial.to_layer}", "", "", change)
+        parts += [swaps, Text(told), Text()]
     if view.steps:
         parts.append(_steps(view))
     if view.kink is not None:
@@ -80,21 +88,9 @@ def _losses(view: RunView) -> Table:
         table.add_row(name, str(point.full), numbers.loss(point.loss), delta)
     for reference in view.references:
         same = " (as many F)" if reference is view.same_retention else ""
-        full = str(len(reference.pattern.full_layers))
+        full = str(reference.full)
         delta = numbers.difference(reference.difference)
         table.add_row(f"{reference.label}{same}", full, numbers.loss(reference.loss), delta)
-    return table
-
-
-def _refinement(refined: Refined) -> Table:
-    """Before and after on both sets, then the swaps."""
-    table = _table("swaps", "before", "after", "change")
-    for row in refined.sets:
-        change = numbers.difference(row.change) if row.change else "–"
-        table.add_row(f"all, {row.name}", numbers.loss(row.before), numbers.loss(row.after), change)
-    for number, swap in enumerate(refined.made, start=1):
-        change = f"{numbers.difference(swap.change)}, held out {numbers.difference(swap.heldout)}"
-        table.add_row(f"{number}: layer {swap.trial.from_layer} to {swap.trial.to_layer}", "", "", change)
     return table
 
 
@@ -145,7 +141,16 @@ def eval_table(document: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     view = view_eval(document)
-    parts: list[RenderableType] = [Text(sentences.eval_headline(view)), Text(), _patterns(view)]
+    patterns = _table("pattern", "F", "loss", "delta ± std_err", "KL", "top-1", "verdict", gap=0)
+    for row in view.rows:
+        compared = [
+            numbers.difference(row.difference),
+            numbers.compact(row.kl.delta),
+            f"{100 * row.top1_agreement:.1f}%",
+        ]
+        cells = ["", "", ""] if row.is_baseline else compared
+        patterns.add_row(_name(row), str(row.full), numbers.loss(row.loss), *cells, short_verdict(row.verdict))
+    parts: list[RenderableType] = [Text(sentences.eval_headline(view)), Text(), patterns]
     if view.task_columns:
         parts += [Text(), _tasks(view)]
     if view.gaps:
@@ -167,19 +172,6 @@ def short_verdict(verdict: str) -> str:
     """The verdict in two or three words: ``clear loss``, ``no loss seen``."""
     head = re.split(r"[:,]| than | says ", verdict, maxsplit=1)[0]
     return re.sub(r"^(a|the) | model$", "", head).replace("measurable", "small")
-
-
-def _patterns(view: EvalView) -> Table:
-    table = _table("pattern", "F", "loss", "delta ± std_err", "KL", "top-1", "verdict", gap=0)
-    for row in view.rows:
-        compared = [
-            numbers.difference(row.difference),
-            numbers.compact(row.kl.delta),
-            f"{100 * row.top1_agreement:.1f}%",
-        ]
-        cells = ["", "", ""] if row.is_baseline else compared
-        table.add_row(_name(row), str(row.full), numbers.loss(row.loss), *cells, short_verdict(row.verdict))
-    return table
 
 
 def _tasks(view: EvalView) -> Table:

@@ -16,8 +16,22 @@ from icsearch.runs.refinement import Refinement, Trial
 SIMILARITY_METHOD = "dp-baseline"  # chooses a whole pattern: no steps, no candidates
 
 
+class Counted:
+    """What a pattern keeps, for all that have one."""
+
+    pattern: Pattern
+
+    @property
+    def full(self) -> int:
+        return len(self.pattern.full_layers)
+
+    @property
+    def shared(self) -> int:
+        return len(self.pattern.shared_layers)
+
+
 @dataclass(frozen=True)
-class Point:
+class Point(Counted):
     """A pattern on the loss curve. Step 0 is the baseline, without a layer. Losses in nats per token.
 
     A similarity baseline has one step, its pattern, and it has no layer either.
@@ -31,29 +45,17 @@ class Point:
     difference: Difference  # to the baseline
     kl: Difference | None = None  # mean KL to the baseline's predictions, where the search went by it
 
-    @property
-    def full(self) -> int:
-        return len(self.pattern.full_layers)
-
-    @property
-    def shared(self) -> int:
-        return len(self.pattern.shared_layers)
-
 
 @dataclass(frozen=True)
-class Reference:
+class Reference(Counted):
     """A uniform pattern scored on the same batches, and the searched pattern with as many F layers, where it exists."""
 
-    name: str
+    label: str
     pattern: Pattern
     loss: float
     difference: Difference  # to the baseline
     searched: Point | None
     searched_minus_uniform: Difference | None
-
-    @property
-    def label(self) -> str:
-        return self.name.replace(":", " ")
 
     @property
     def avoided(self) -> float | None:
@@ -115,7 +117,7 @@ class Refined:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class Prediction(Counted):
     """The summed similarity of a pattern beside its loss; without a similarity for the baseline, which borrows none."""
 
     name: str
@@ -127,8 +129,7 @@ class Prediction:
     @property
     def mean(self) -> float | None:
         """Similarity of an S layer on average."""
-        shared = len(self.pattern.shared_layers)
-        return self.similarity / shared if self.similarity is not None and shared else None
+        return self.similarity / self.shared if self.similarity is not None and self.shared else None
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,18 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
     """Compute the numbers of a report. `name` tells runs apart where a page shows several."""
     by_similarity = record.start["options"]["method"] == SIMILARITY_METHOD
     points = _points(record, by_similarity)
-    refined = _refined_point(record, points)
+    refined = None
+    if points and record.refinement is not None and record.refinement.swaps:  # on the step of the last flip
+        letters = record.pattern.letters
+        refined = replace(
+            points[-1],
+            layer=None,
+            decoder_layer=None,
+            pattern=record.pattern,
+            loss=record.loss(letters),
+            difference=record.difference(letters),
+            kl=record.mean_kl(letters),
+        )
     kink = None  # looked for only where the curve's end is above the baseline by more than two standard errors
     if points and points[-1].difference.delta > 2 * points[-1].difference.std_err:
         kink = find_kink([float(p.shared) for p in points], [p.difference.delta for p in points])
@@ -241,22 +253,6 @@ def _points(record: RunRecord, by_similarity: bool) -> tuple[Point, ...]:
         difference, kl = Difference(step.delta, step.std_err), record.mean_kl(step.pattern)
         points.append(Point(step.step, step.layer, decoder_layer, Pattern(step.pattern), step.loss, difference, kl))
     return tuple(points)
-
-
-def _refined_point(record: RunRecord, points: tuple[Point, ...]) -> Point | None:
-    """The pattern behind the last swap, on the step of the last flip; None where no swap was made."""
-    if not points or record.refinement is None or not record.refinement.swaps:
-        return None
-    letters = record.pattern.letters
-    return replace(
-        points[-1],
-        layer=None,
-        decoder_layer=None,
-        pattern=record.pattern,
-        loss=record.loss(letters),
-        difference=record.difference(letters),
-        kl=record.mean_kl(letters),
-    )
 
 
 def _refinement(record: RunRecord) -> Refined | None:
@@ -312,10 +308,11 @@ def _references(record: RunRecord, points: tuple[Point, ...], refined: Point | N
     for name, letters in record.references.items():
         if not points or not record.nll.is_complete(letters) or letters in found:
             continue
-        searched = by_full.get(len(Pattern(letters).full_layers))
+        pattern = Pattern(letters)
+        searched = by_full.get(len(pattern.full_layers))
         saved = record.difference(searched.pattern.letters, letters) if searched else None
         difference = record.difference(letters)
-        found[letters] = Reference(name, Pattern(letters), record.loss(letters), difference, searched, saved)
+        found[letters] = Reference(name.replace(":", " "), pattern, record.loss(letters), difference, searched, saved)
     return tuple(found.values())
 
 

@@ -167,16 +167,16 @@ def test_the_costs_of_the_steps_add_up_to_the_cost_of_the_pattern(small: RunView
 
 
 def test_references_are_paired_with_the_searched_pattern_of_their_size(small: RunView) -> None:
-    by_name = {reference.name: reference for reference in small.references}
-    assert list(by_name) == ["uniform:1/2", "uniform:1/4", "uniform:1/8"]
-    quarter = by_name["uniform:1/4"]
+    by_name = {reference.label: reference for reference in small.references}
+    assert list(by_name) == ["uniform 1/2", "uniform 1/4", "uniform 1/8"]
+    quarter = by_name["uniform 1/4"]
     assert small.same_retention is quarter
     assert quarter.searched is small.final
     assert quarter.avoided is not None
     assert 0 < quarter.avoided < 1
     assert quarter.searched_minus_uniform is not None
     assert quarter.searched_minus_uniform.delta < 0
-    assert by_name["uniform:1/8"].searched is None
+    assert by_name["uniform 1/8"].searched is None
 
 
 def test_ties_are_those_of_the_journal(small: RunView) -> None:
@@ -737,8 +737,8 @@ def test_block_wise_runs_name_their_tie_rule(small: RunView) -> None:
 
 def test_long_lists_of_where_it_comes_from_are_cut() -> None:
     digests, layers = [f"{number:016x}" for number in range(24)], list(range(0, 78, 4))
-    ((_, rows),) = provenance([("Calibration", {"sequences": digests, "keep_full": layers})])
+    ((_, rows),) = provenance(("Calibration", {"sequences": digests, "keep_full": layers}), {})
     assert dict(rows)["sequences"] == f"{digests[0]}, {digests[1]}, … (24 in all)"
-    ((_, one),) = provenance([("Options", {"patterns": [["full", "F" * 300]]})])
+    ((_, one),) = provenance(("Options", {"patterns": [["full", "F" * 300]]}), {})
     assert dict(one)["patterns"] == str(["full", "F" * 300])
     assert dict(rows)["keep full"] == ", ".join(map(str, layers))  # what somebody chose is there whole
