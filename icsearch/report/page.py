@@ -62,10 +62,6 @@ class Table:
     texts: tuple[str, ...]
     css: str
 
-    @property
-    def rows(self) -> list[tuple[Cell, ...]]:
-        return [row for _, rows in self.groups for row in rows]
-
 
 def make_table(
     heads: Sequence[str], groups: Mapping[str, Iterable[Row]], texts: Sequence[str] = ("pattern",), css: str = ""
@@ -193,7 +189,9 @@ def run_section(view: RunView, number: int) -> Section:
     """Everything that the page says about one run."""
     cautions, notes = split_notes(view.record.notes)
     exports, export_error = _exports(view)
-    name = f"run-{number}"
+    if view.record.start["options"].get("kernels") == "blockwise":
+        notes = (*notes, sentences.BLOCKWISE_KERNELS)
+    name, order = f"run-{number}", _order(view)
     drawn: dict[str, tuple[str, ...]] = {"curve": (), "heat": (), "similarity": ()}
     if view.points and not view.by_similarity:
         drawn["curve"] = _charts(f"{name}-curve", "Loss curve", partial(figures.curve, [view]))
@@ -226,15 +224,15 @@ def run_section(view: RunView, number: int) -> Section:
             "made": _swap_table(view.refinement.made) if view.refinement else None,
             "refused": _swap_table(view.refinement.refused) if view.refinement else None,
             "heat": _heat_table(view) if view.cells else None,
-            "steps": _step_table(view) if view.steps else None,
+            "steps": _step_table(view, order) if view.steps else None,
             "ties": _tie_table(view) if view.ties else None,
             "cost": _cost_table(view),
         },
         drawn,
-        (*notes, *sentences.arithmetic_note(view.record)),
+        notes,
         _run_provenance(view),
         strip=strip(view),
-        order=_order(view),
+        order=order,
         exports=exports,
         export_error=export_error,
         noise=numbers.compact(figures.run_scale(view).noise),
@@ -277,19 +275,17 @@ def _run_tiles(view: RunView) -> list[Tile]:
 
 def _reference_table(view: RunView) -> Table:
     """Searched against uniform at one number of F layers; a dash where the run has no such pattern."""
-    rows = []
-    for reference in view.references:
-        searched, saved = reference.searched, reference.searched_minus_uniform
-        rows.append(
-            (
-                reference.label,
-                str(reference.full),
-                numbers.difference(reference.difference),
-                numbers.difference(searched.difference) if searched else "–",
-                numbers.difference(saved),
-                numbers.percent(reference.avoided) if reference.avoided is not None else "–",
-            )
+    rows = [
+        (
+            reference.label,
+            str(reference.full),
+            numbers.difference(reference.difference),
+            numbers.difference(reference.searched.difference if reference.searched else None),
+            numbers.difference(reference.searched_minus_uniform),
+            numbers.percent(reference.avoided) if reference.avoided is not None else "–",
         )
+        for reference in view.references
+    ]
     heads = ("pattern", "F layers", "uniform", "searched", "searched − uniform", "cost avoided")
     return make_table(heads, {"": rows})
 
@@ -353,10 +349,10 @@ def _heat_table(view: RunView) -> Table:
     return make_table(("step", *map(str, range(view.num_layers))), {"": rows}, css="dense")
 
 
-def _step_table(view: RunView) -> Table:
+def _step_table(view: RunView, order: Sequence[Cell]) -> Table:
     """The flips in the order of the search."""
     rows: list[Row] = []
-    for point, layer in zip(view.steps, _order(view), strict=True):
+    for point, layer in zip(view.steps, order, strict=True):
         kl = [numbers.difference(point.kl, sign=False)] if point.kl else []
         ties = len(view.record.commits[point.step - 1].ties)
         rows.append(
@@ -458,8 +454,8 @@ def comparison_table(views: Sequence[RunView]) -> Table:
                 method + (", by KL" if view.record.by_kl else ""),
                 f"{final.full if final else '–'} of {view.num_layers}",
                 numbers.loss(view.points[0].loss) if final else "–",
-                numbers.difference(final.difference) if final else "–",
-                numbers.difference(uniform.difference) if uniform else "–",
+                numbers.difference(final.difference if final else None),
+                numbers.difference(uniform.difference if uniform else None),
                 Cell("finished") if view.record.finished else Cell("", badges=("unfinished",)),
             )
         )

@@ -24,6 +24,11 @@ FOUND_ELSEWHERE = "found on another model, or on other weights of this one"
 NOT_KNOWN = f"not known: too few tokens to exclude a loss of {CLEAR_LOSS:g} or more"
 UNIFORM = "The uniform pattern with as many F layers"
 EXACT = "Exact: these are the choices of Algorithm 1 on these sequences; of equal ones, the smaller layer."
+BLOCKWISE_KERNELS = (
+    "Block-wise kernels: of equal index scores the earliest token is chosen. The top-k of transformers chooses "
+    "among them by shape, so losses by --kernels reference differ a little (on the demo checkpoint at 2048 tokens, "
+    "0.24% of the queries have such a tie; it moved the loss by 0.002; benchmarks/kernels.py)."
+)
 KINK_METHOD = (
     "How the kink is found: two straight lines that meet at a step are fitted to the curve by least squares, for each "
     "step with at least three points on either side, and the best fit is taken. It is marked only where the Bayesian "
@@ -150,17 +155,6 @@ def weights_sentence(record: RunRecord) -> str:
         return in_all
     multiple = f", {a_step / checkpoint:.2f} times the checkpoint" if checkpoint else ""
     return f"{format_bytes(a_step)} a step{multiple}; {in_all}"
-
-
-def arithmetic_note(record: RunRecord) -> tuple[str, ...]:
-    """How runs with our arithmetic break ties among tokens; nothing for others."""
-    if record.start["options"].get("kernels") != "blockwise":
-        return ()
-    return (
-        "Block-wise kernels: of equal index scores the earliest token is chosen. The top-k of transformers chooses "
-        "among them by shape, so losses by --kernels reference differ a little (on the demo checkpoint at 2048 tokens, "
-        "0.24% of the queries have such a tie; it moved the loss by 0.002; benchmarks/kernels.py).",
-    )
 
 
 def similarity_reading(view: RunView) -> tuple[str, ...]:

@@ -138,6 +138,7 @@ class RunView:
 
     name: str
     record: RunRecord
+    by_similarity: bool  # the pattern was chosen as a whole, not flip by flip
     points: tuple[Point, ...]
     references: tuple[Reference, ...]
     cells: tuple[Cell, ...]
@@ -149,11 +150,6 @@ class RunView:
     @property
     def start(self) -> dict[str, Any]:
         return self.record.start
-
-    @property
-    def by_similarity(self) -> bool:
-        """Whether the pattern was chosen as a whole, by similarity, and not flip by flip."""
-        return bool(self.start["options"]["method"] == SIMILARITY_METHOD)
 
     @property
     def too_few_for_kink(self) -> bool:
@@ -200,8 +196,6 @@ class RunView:
     @property
     def same_retention(self) -> Reference | None:
         """The uniform pattern with exactly as many F layers as the pattern reached, if one was scored."""
-        if not self.points:
-            return None
         return next((r for r in self.references if r.searched is self.final), None)
 
 
@@ -227,10 +221,23 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
     return RunView(
         name=name,
         record=record,
+        by_similarity=by_similarity,
         points=points,
         references=_references(record, points, refined),
         cells=_cells(record) if points and not by_similarity else (),
-        ties=_ties(record),
+        ties=tuple(
+            Tie(
+                commit.step,
+                commit.layer,
+                tuple(
+                    (candidate.layer, record.objective.difference(candidate.pattern, commit.pattern))
+                    for candidate in record.candidates(commit.step)
+                    if candidate.layer in commit.ties
+                ),
+            )
+            for commit in record.commits
+            if commit.ties
+        ),
         kink=kink,
         refined=refined,
         refinement=_refinement(record),
@@ -328,21 +335,6 @@ def _cells(record: RunRecord) -> tuple[Cell, ...]:
             tied = commit is not None and candidate.layer in commit.ties
             cells.append(Cell(step, candidate.layer, cost, committed, tied))
     return tuple(cells)
-
-
-def _ties(record: RunRecord) -> tuple[Tie, ...]:
-    found = []
-    for commit in record.commits:
-        if not commit.ties:
-            continue
-        patterns = {c.layer: c.pattern for c in record.candidates(commit.step)}
-        others = tuple(
-            (layer, record.objective.difference(patterns[layer], commit.pattern))
-            for layer in commit.ties
-            if layer in patterns
-        )
-        found.append(Tie(commit.step, commit.layer, others))
-    return tuple(found)
 
 
 # --- where the curve bends --------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import HOSTILE, Page, console_messages, corners, needs_browser, texts, xdata
+from test_report import HOSTILE, Page, console_messages, corners, needs_browser, rows_of, texts, xdata
 
 from eval_fixtures import MadeUpEval, dp_events, dp_record, made_up_document, triangles
 from icsearch.core.errors import IcsearchError
@@ -289,15 +289,15 @@ def test_badges_stand_on_every_row_that_needs_them(view: EvalView) -> None:
     for name in ("patterns", "gaps", "positions"):
         table = tables[name]
         assert table is not None
-        assert [row[0].badges for row in table.rows if row[0].text == "greedy run @1/4"] == [("in-sample",)]
-        assert sum(len(row[0].badges) for row in table.rows) <= 2
+        assert [row[0].badges for row in rows_of(table) if row[0].text == "greedy run @1/4"] == [("in-sample",)]
+        assert sum(len(row[0].badges) for row in rows_of(table)) <= 2
     assert any("In-sample: greedy run @1/4." in warning for warning in eval_warnings(view))
 
 
 def test_gap_bars_stay_on_their_scale(view: EvalView) -> None:
     table = eval_section(view, 1).tables["gaps"]
     assert table is not None
-    for *_, closed in table.rows:
+    for *_, closed in rows_of(table):
         assert closed.bar is not None and 0 <= closed.bar <= 100
         assert (closed.css == "uniform") == closed.text.startswith("-")
         if closed.whisker:
@@ -309,7 +309,7 @@ def test_positions_have_a_bar_each(view: EvalView) -> None:
     table = eval_section(view, 1).tables["positions"]
     assert table is not None
     assert table.heads[1:] == ("tokens 0–255", "tokens 256–511", "tokens 512–1023", "tokens 1024–2047")
-    for _, *cells in table.rows:
+    for _, *cells in rows_of(table):
         bars = [cell.bar or 0.0 for cell in cells]
         assert bars[0] == 0
         assert all(0 <= bar <= 100 for bar in bars)
@@ -329,9 +329,9 @@ def test_measured_ratios_by_phase_and_length(document: dict[str, Any]) -> None:
     table = measured_table(document["measured"])
     assert table is not None
     assert table.heads[1:] == ("prefill, 512", "prefill, 2,048", "decode, 512", "decode, 2,048")
-    assert all(cell.text.endswith("×") for row in table.rows for cell in row[1:])
+    assert all(cell.text.endswith("×") for row in rows_of(table) for cell in row[1:])
     assert measured_table([]) is None
-    (sparse,) = (measured_table(document["measured"][:1]) or table).rows
+    (sparse,) = rows_of(measured_table(document["measured"][:1]) or table)
     assert len(sparse) == 2
 
 
@@ -566,8 +566,8 @@ def test_predicted_sum_is_that_of_the_dynamic_program() -> None:
 def test_section_sets_prediction_beside_the_loss() -> None:
     view = view_run(dp_record(MadeUpRun()))
     table, pictures = run_section(view, 1).tables["predictions"], run_section(view, 1).figures["similarity"]
-    assert table is not None and len(table.rows) == 5 and len(pictures) == 2
-    assert [row[0].text for row in table.rows][:2] == ["the all-F baseline", "chosen by similarity"]
+    assert table is not None and len(rows_of(table)) == 5 and len(pictures) == 2
+    assert [row[0].text for row in rows_of(table)][:2] == ["the all-F baseline", "chosen by similarity"]
     assert [row.similarity is None for row in predictions(view)] == [True, False, False, False, False]
     reading = similarity_reading(view)
     assert "12 S layers" in reading[0]
