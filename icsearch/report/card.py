@@ -18,7 +18,7 @@ from icsearch.engines.engine import ExportError
 from icsearch.engines.export import Export, export
 from icsearch.engines.table import ENGINES
 from icsearch.report import numbers
-from icsearch.report.eval_view import EvalRow, EvalView
+from icsearch.report.eval_view import EvalView
 from icsearch.report.sentences import IN_SAMPLE, headline
 from icsearch.report.view import RunView
 from icsearch.runs import results
@@ -106,6 +106,17 @@ def _eval_section(view: EvalView) -> str:
     in_sample = any(row.in_sample for row in view.rows)
     columns = ("pattern", "F layers", "loss", "above the model as it is", "perplexity", "KL", "top-1 agreement")
     tasks = [column for column in view.task_columns if column[1] == "generated"]
+    rows = []
+    for row in view.rows:
+        marks = (f" ({IN_SAMPLE})" if row.in_sample else "") + (" (of another model)" if row.foreign else "")
+        compared = [
+            "" if row.is_baseline else numbers.difference(row.difference),
+            f"{row.perplexity:.4g}",
+            "" if row.is_baseline else numbers.difference(row.kl, sign=False),
+            numbers.percent(row.top1_agreement),
+        ]
+        accuracies = [numbers.percent(row.tasks[column].share) if column in row.tasks else "" for column in tasks]
+        rows.append([row.name + marks, str(row.full), numbers.loss(row.loss), *compared, *accuracies])
     return "\n\n".join(
         [
             "## Evaluation",
@@ -114,24 +125,10 @@ def _eval_section(view: EvalView) -> str:
             *_cautions(view.document.get("notes") or ()),
             _table(
                 (*columns, *(f"{kind.replace('_', ' ')}" for kind, _ in tasks)),
-                (_eval_cells(row, tasks) for row in view.rows),
+                rows,
             ),
             "\n".join(f"- {row.name}: `{row.pattern}`: {row.verdict}" for row in view.rows if not row.is_baseline),
         ]
-    )
-
-
-def _eval_cells(row: EvalRow, tasks: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    accuracies = [row.tasks.get(column) for column in tasks]
-    return (
-        row.name + (f" ({IN_SAMPLE})" if row.in_sample else "") + (" (of another model)" if row.foreign else ""),
-        str(row.full),
-        numbers.loss(row.loss),
-        "" if row.is_baseline else numbers.difference(row.difference),
-        f"{row.perplexity:.4g}",
-        "" if row.is_baseline else numbers.difference(row.kl, sign=False),
-        numbers.percent(row.top1_agreement),
-        *("" if accuracy is None else numbers.percent(accuracy.share) for accuracy in accuracies),
     )
 
 

@@ -472,6 +472,12 @@ def eval_section(view: EvalView, number: int) -> Section:
     strips = figures.svg(
         figures.strips(view), f"eval-{number}-strips", "heat", "Patterns, layer by layer", "The letters stand below."
     )
+    cost = view.document.get("cost") or {}
+    told = {"icsearch": view.document.get("icsearch_version"), "layers with an indexer": view.num_layers}
+    if "layer_evaluations" in cost:
+        told["layer evaluations"] = numbers.count(cost["layer_evaluations"])
+    if "seconds" in cost:
+        told["time spent measuring"] = numbers.duration(cost["seconds"])
     return Section(
         view,
         number,
@@ -490,7 +496,7 @@ def eval_section(view: EvalView, number: int) -> Section:
             "strips": (strips,),
         },
         notes,
-        _eval_provenance(view),
+        provenance(("Evaluation", told), view.document),
         noise=numbers.compact(figures.eval_scale(view).noise),
     )
 
@@ -614,13 +620,3 @@ def measured_table(measured: Sequence[Mapping[str, Any]]) -> Table | None:
         rows.append((Cell(name, css="name"), *cells))
     heads = ("pattern", *(f"{PHASES[phase]}, {numbers.count(length)}" for phase, length in columns))
     return make_table(heads, {"": rows})
-
-
-def _eval_provenance(view: EvalView) -> Provenance:
-    cost = view.document.get("cost") or {}
-    told = {"icsearch": view.document.get("icsearch_version"), "layers with an indexer": view.num_layers}
-    if "layer_evaluations" in cost:
-        told["layer evaluations"] = numbers.count(cost["layer_evaluations"])
-    if "seconds" in cost:
-        told["time spent measuring"] = numbers.duration(cost["seconds"])
-    return provenance(("Evaluation", told), view.document)
