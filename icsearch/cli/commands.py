@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from icsearch.engines.native import NativeCheckpoint
 
 RESULTS = "pattern.json, curve.csv, curve.png, report.html"
+BASELINE_RESULTS = f"{RESULTS}, similarity.npz, similarity.json"
 
 
 def calibrate(request: CachedCalibrationRequest) -> None:
@@ -67,7 +68,7 @@ def dp_baseline(context: typer.Context, request: BaselineRequest, session: Sessi
         from icsearch.report.write import write_results
 
         record = dp_baseline(request, progress, write_results, world)
-    print_result(summary_table(record), f"{request.out / RESULTS}")
+    print_result(summary_table(record), f"{request.out / BASELINE_RESULTS}")
 
 
 def evaluate(context: typer.Context, request: EvalRequest, session: Session) -> None:

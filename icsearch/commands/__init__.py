@@ -1,1 +1,2 @@
-"""A request in, a result out: what each command does, without its options and its printing."""
+"""A request in, a result out: what each command does, without its printing. `import`, `report` and
+`calibrate` are one call of a lower room each, made by `cli.commands`."""

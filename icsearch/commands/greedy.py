@@ -26,7 +26,7 @@ from icsearch.runs.directory import part_of
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Progress, run_refinement, run_search
-from icsearch.search.protocol import Strategy, Task
+from icsearch.search.protocol import SearchTask, Strategy
 from icsearch.search.registry import make_strategy
 from icsearch.sweep.distributed.launch import HELDOUT, check_device, grids
 from icsearch.sweep.states import Keeping
@@ -77,7 +77,7 @@ def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Eve
 def strategy_of(record: RunRecord) -> Strategy:
     """The strategy of a run, at its beginning."""
     options = record.start["options"]
-    task = Task(
+    task = SearchTask(
         start=record.start_pattern,
         keep_full=frozenset(options["keep_full"]),
         num_shared=options["num_shared"],

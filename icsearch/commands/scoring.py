@@ -1,4 +1,4 @@
-"""The scorer of a run: weights loaded, on one process or several, and sweeps that answer the search."""
+"""From a request to sweeps: the directory opened and locked, weights loaded by one process or several, the scorer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: what a killed run or a full disk leaves behind can always be read."""
+"""Files that are whole or not there, also after a kill or on a full disk; paths as typed, and those of the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes and names in words: bytes, what was probably meant, the first line of another library's error."""
+"""Sizes and names in words, what was probably meant, and the first line of another library's error."""
 
 from __future__ import annotations
 

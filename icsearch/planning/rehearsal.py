@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from icsearch.core.pattern import Pattern, references
-from icsearch.search.protocol import Strategy, Task
+from icsearch.search.protocol import SearchTask, Strategy
 from icsearch.search.registry import make_strategy
 from icsearch.sweep.states import Keeping, LayerRuns, Rehearsal
 
@@ -118,5 +118,5 @@ class Workload:
 
     def _strategy(self, name: str) -> Strategy:
         kept = frozenset(range(len(self.start))) - self.flippable
-        task = Task(self.start, kept, self.num_shared, self.stages, self._tokens)
+        task = SearchTask(self.start, kept, self.num_shared, self.stages, self._tokens)
         return make_strategy(task, name)

@@ -22,7 +22,7 @@ PATTERN_WIDTH = 23  # a longer pattern shows the letters around the flip
 KL_PATTERN_WIDTH = 18  # beside the column that a search by KL has more
 NAME_WIDTH = 18
 FULL_STYLE, SHARED_STYLE, FLIP_STYLE = "bold white on dark_blue", "dim", "bold yellow"
-IN_SAMPLE, FOREIGN = "*", "†"
+IN_SAMPLE_MARK, FOREIGN_MARK = "*", "†"
 TEXTS = ("pattern", "swaps", "against", "verdict")  # columns that are no numbers
 
 
@@ -161,8 +161,8 @@ def eval_table(document: dict[str, Any]) -> RenderableType:
         parts += [Text(), gaps]
     notes = {
         sentences.NOT_KNOWN: any(sentences.NOT_KNOWN.startswith(short_verdict(row.verdict)) for row in view.rows),
-        f"{IN_SAMPLE} {sentences.IN_SAMPLE}: {sentences.SEARCHED_HERE}": any(row.in_sample for row in view.rows),
-        f"{FOREIGN} {sentences.FOUND_ELSEWHERE}": any(row.foreign for row in view.rows),
+        f"{IN_SAMPLE_MARK} {sentences.IN_SAMPLE}: {sentences.SEARCHED_HERE}": any(row.in_sample for row in view.rows),
+        f"{FOREIGN_MARK} {sentences.FOUND_ELSEWHERE}": any(row.foreign for row in view.rows),
     }
     parts += [Text(note, style="dim") for note, told in notes.items() if told]
     return Group(*parts)
@@ -191,5 +191,5 @@ def _tasks(view: EvalView) -> Table:
 
 
 def _name(row: EvalRow) -> str:
-    marks = (IN_SAMPLE if row.in_sample else "") + (FOREIGN if row.foreign else "")
+    marks = (IN_SAMPLE_MARK if row.in_sample else "") + (FOREIGN_MARK if row.foreign else "")
     return f"{numbers.shortened(row.name, NAME_WIDTH - len(marks))}{marks}"

@@ -67,7 +67,7 @@ class Reference(Counted):
 
 
 @dataclass(frozen=True)
-class Cell:
+class CandidateCost:
     """One candidate of one step: the objective (loss or KL) with this layer shared too, minus that before the step."""
 
     step: int
@@ -141,7 +141,7 @@ class RunView:
     by_similarity: bool  # the pattern was chosen as a whole, not flip by flip
     points: tuple[Point, ...]
     references: tuple[Reference, ...]
-    cells: tuple[Cell, ...]
+    cells: tuple[CandidateCost, ...]
     ties: tuple[Tie, ...]
     kink: Kink | None
     refined: Point | None = None  # the pattern behind the swaps of a refinement, where there are any
@@ -323,7 +323,7 @@ def _references(record: RunRecord, points: tuple[Point, ...], refined: Point | N
     return tuple(found.values())
 
 
-def _cells(record: RunRecord) -> tuple[Cell, ...]:
+def _cells(record: RunRecord) -> tuple[CandidateCost, ...]:
     commits = {commit.step: commit for commit in record.commits}
     cells = []
     for step in sorted(step for step in record.asked if 0 < step <= len(record.commits) + 1):
@@ -333,7 +333,7 @@ def _cells(record: RunRecord) -> tuple[Cell, ...]:
             cost = record.objective.difference(candidate.pattern, before)
             committed = commit is not None and commit.layer == candidate.layer
             tied = commit is not None and candidate.layer in commit.ties
-            cells.append(Cell(step, candidate.layer, cost, committed, tied))
+            cells.append(CandidateCost(step, candidate.layer, cost, committed, tied))
     return tuple(cells)
 
 

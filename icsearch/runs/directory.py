@@ -47,7 +47,7 @@ os.register_at_fork(after_in_child=_give_up_locks)  # once: what is registered s
 
 
 class RunDirectory:
-    """The journal of one search and its results."""
+    """The journal of one search or evaluation, and its results."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

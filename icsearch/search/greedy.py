@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from icsearch.core.statistics import mean_loss, paired_difference
 from icsearch.runs.record import Choice
-from icsearch.search.protocol import Task
+from icsearch.search.protocol import SearchTask
 
 
 def split_stages(num_layers: int, stages: int) -> tuple[range, ...]:
@@ -27,7 +27,7 @@ class Greedy:
     stage can start on its own selection.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: SearchTask) -> None:
         self.pattern = task.start
         self._blocks = split_stages(len(task.start), task.stages)
         self._stay_full = task.keep_full | {block.start for block in self._blocks}

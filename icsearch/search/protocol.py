@@ -11,7 +11,7 @@ from icsearch.runs.record import Choice
 
 
 @dataclass(frozen=True)
-class Task:
+class SearchTask:
     """What is searched: K = `num_shared` flips of `start`, of layers outside of `keep_full`, in so many `stages`.
 
     `tokens` are the counted tokens of each sequence.

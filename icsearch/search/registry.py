@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from icsearch.search.greedy import Greedy
-from icsearch.search.protocol import Strategy, Task
+from icsearch.search.protocol import SearchTask, Strategy
 
 EXACT = "exact"
-STRATEGIES: dict[str, Callable[[Task], Strategy]] = {EXACT: Greedy}
+STRATEGIES: dict[str, Callable[[SearchTask], Strategy]] = {EXACT: Greedy}
 
 
-def make_strategy(task: Task, name: str = EXACT) -> Strategy:
+def make_strategy(task: SearchTask, name: str = EXACT) -> Strategy:
     """The strategy of that name, at its beginning."""
     return STRATEGIES[name](task)

@@ -34,7 +34,7 @@ SmallSelection = tuple[torch.Tensor, torch.dtype]
 
 
 @dataclass
-class SimilaritySums:
+class BatchSimilarity:
     """Sums over all choosing queries of one batch."""
 
     cosine: Triangle = field(default_factory=list)
@@ -52,7 +52,7 @@ class _Pass:
     states: torch.Tensor
     store: SelectionStore
     earlier: list[SmallSelection] = field(default_factory=list)
-    sums: SimilaritySums = field(default_factory=SimilaritySums)
+    sums: BatchSimilarity = field(default_factory=BatchSimilarity)
 
 
 class SimilaritySweep:
@@ -67,7 +67,7 @@ class SimilaritySweep:
     @torch.inference_mode()
     def run(
         self, wave: Sequence[Batch], on_layer: Callable[[int], None] = lambda layer_sequences: None
-    ) -> list[SimilaritySums]:
+    ) -> list[BatchSimilarity]:
         """Both triangles' sums for each batch, in one pass over the layers.
 
         Raises IcsearchError where a similarity is not finite.

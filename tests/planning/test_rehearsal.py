@@ -9,7 +9,7 @@ import pytest
 
 from icsearch.core.pattern import Pattern
 from icsearch.planning.rehearsal import Workload, layer_evaluations, preview, rehearsed
-from icsearch.search.protocol import Task
+from icsearch.search.protocol import SearchTask
 from icsearch.search.registry import STRATEGIES, make_strategy
 from icsearch.sweep.states import Rehearsal
 
@@ -24,7 +24,7 @@ def workload(stages: int = 1) -> Workload:
 
 def strategy(name: str, stages: int):  # type: ignore[no-untyped-def]
     tokens = (7,) * SEQUENCES
-    task = Task(Pattern.full(LAYERS), frozenset(), FLIPS, stages, tokens)
+    task = SearchTask(Pattern.full(LAYERS), frozenset(), FLIPS, stages, tokens)
     return make_strategy(task, name)
 
 
@@ -70,8 +70,8 @@ def test_runs_move_from_full_to_shared_as_flips_are_made() -> None:
     assert shares[0] < shares[-1]
 
 
-def task(num_layers: int, flips: int, stages: int = 1) -> Task:
-    return Task(Pattern.full(num_layers), frozenset(), flips, stages, TOKENS)
+def task(num_layers: int, flips: int, stages: int = 1) -> SearchTask:
+    return SearchTask(Pattern.full(num_layers), frozenset(), flips, stages, TOKENS)
 
 
 def tree_nodes(patterns: list[Pattern]) -> int:

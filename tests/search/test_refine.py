@@ -25,7 +25,7 @@ from icsearch.runs.journal import JOURNAL_FORMAT, Event, Journal
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import cost, pattern_file
 from icsearch.search.loop import Scores, Scoring, make_swaps, run_refinement, run_search
-from icsearch.search.protocol import Strategy, Task
+from icsearch.search.protocol import SearchTask, Strategy
 from icsearch.search.registry import make_strategy
 
 LAYERS, TOKENS, HELDOUT, FLIPS = 8, [10] * 5, [10, 12, 9], 5
@@ -123,7 +123,7 @@ def start_event(stages: int = 1, keep_full: tuple[int, ...] = (), native: tuple[
 def strategy(start: Event) -> Strategy:
     options = start["options"]
     return make_strategy(
-        Task(
+        SearchTask(
             start=Pattern(start["start_pattern"]),
             keep_full=frozenset(options["keep_full"]),
             num_shared=options["num_shared"],

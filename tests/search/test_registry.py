@@ -18,7 +18,7 @@ from icsearch.report.view import view_run
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import Choice, load_run
 from icsearch.search.loop import Scoring, run_search
-from icsearch.search.protocol import Task
+from icsearch.search.protocol import SearchTask
 from icsearch.search.registry import STRATEGIES, make_strategy
 from plan_fixtures import plan_request
 from run_fixtures import MadeUpRun, events
@@ -27,7 +27,7 @@ from run_fixtures import MadeUpRun, events
 class LastFirst:
     """Flips the last layers, whatever they cost: two are scored in each step."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: SearchTask) -> None:
         self.pattern = task.start
         self._left, self._step = task.num_shared, 0
 
@@ -50,7 +50,7 @@ def test_it_is_searched_by_journaled_and_reported(last_first: str, tmp_path: Pat
     journal = Journal(tmp_path / "journal.jsonl")
     start = {**events(MadeUpRun())[0], **START, "options": {**START["options"], "strategy": last_first}}
     journal.append({**start, "num_layers": LAYERS, "blocks": [[0, LAYERS]]})
-    task = Task(Pattern.full(LAYERS), frozenset(), 3, 1, tuple(START["tokens"]))
+    task = SearchTask(Pattern.full(LAYERS), frozenset(), 3, 1, tuple(START["tokens"]))
     run_search(Scoring(journal, load_run(tmp_path), MadeUp(), Quiet()), make_strategy(task, last_first))
     record = load_run(tmp_path)
     assert record.finished

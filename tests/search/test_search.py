@@ -16,7 +16,7 @@ from icsearch.runs.journal import JOURNAL_FORMAT, Event, Journal
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import cost, pattern_file
 from icsearch.search.loop import Progress, Scores, Scoring, run_search
-from icsearch.search.protocol import Strategy, Task
+from icsearch.search.protocol import SearchTask, Strategy
 from icsearch.search.registry import make_strategy
 
 LAYERS, SEQUENCES, FLIPS = 6, 5, 3
@@ -75,9 +75,9 @@ def made_up_nll(pattern: Pattern, sequence: int) -> float:
     return 20 + random.Random(f"{pattern}:{sequence}").random() + len(pattern.shared_layers)
 
 
-def task(stages: int = 1) -> Task:
+def task(stages: int = 1) -> SearchTask:
     tokens = tuple(START["tokens"])
-    return Task(Pattern.full(LAYERS), frozenset(), FLIPS, stages, tokens)
+    return SearchTask(Pattern.full(LAYERS), frozenset(), FLIPS, stages, tokens)
 
 
 def exact() -> Strategy:
@@ -216,7 +216,7 @@ def long_run(
         journal.append(LONG_START)
     record = RunRecord.replay(journal.events())
     tokens = tuple(LONG_START["tokens"])
-    task = Task(Pattern.full(DEEP), frozenset(), FAR, stages, tokens)
+    task = SearchTask(Pattern.full(DEEP), frozenset(), FAR, stages, tokens)
     strategy = make_strategy(task)
     return run_search(Scoring(journal, record, scorer, listener or Quiet()), strategy)
 

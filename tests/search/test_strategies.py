@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from icsearch.core.pattern import Pattern
 from icsearch.search.greedy import split_stages
-from icsearch.search.protocol import Strategy, Task
+from icsearch.search.protocol import SearchTask, Strategy
 from icsearch.search.registry import make_strategy
 
 Loss = Callable[[Pattern], float]
@@ -26,8 +26,8 @@ def made_up(seed: int) -> Loss:
 
 def task(
     start: Pattern, flips: int, *, stages: int = 1, keep: frozenset[int] = frozenset(), sequences: int = 3
-) -> Task:
-    return Task(start, keep, flips, stages, (10,) * sequences)
+) -> SearchTask:
+    return SearchTask(start, keep, flips, stages, (10,) * sequences)
 
 
 def play(strategy: Strategy, loss: Loss) -> list[Pattern]:

@@ -1,4 +1,4 @@
-"""The processes of a run as a launcher started them, and what each of them does. No torch here.
+"""The processes of a run as a launcher started them, the layers of each, and the names of their jobs. No torch here.
 
 torchrun and accelerate tell each process its number (rank) and how many there are. A run arranges them as a grid:
 data ranks score other sequences with the same layers, pipeline ranks have other layers of the same sequences.
