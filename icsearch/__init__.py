@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from icsearch.core import __version__
+
 if TYPE_CHECKING:
     from icsearch.api import (
         apply_pattern,
@@ -35,8 +37,6 @@ __all__ = [
     "load_pattern_file",
     "restore",
 ]
-__version__ = "0.2.0"
-
 _PLACES = {
     "IcsearchError": "core.errors",
     "Pattern": "core.pattern",

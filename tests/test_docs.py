@@ -15,7 +15,7 @@ from doc_pages import FOLDER_PAGES, PAGES, ROOT, Block, Command, anchors, blocks
 from icsearch.cli import app
 
 # Pages whose commands take no more than some 5 seconds; the others are run by make test-all.
-QUICK = {"engines.md", "formats.md", "python-api.md"}
+QUICK = {"engines.md", "formats.md"}
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 ALL_NAMES = [*NAMES, *(str(page.relative_to(ROOT)) for page in FOLDER_PAGES)]
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from icsearch import __version__
 from icsearch.calibration.sources import TOKENS_FILE, TextSource
+from icsearch.core import __version__
 from icsearch.core.errors import CalibrationError
 
 CALIBRATION_FORMAT = "icsearch.calibration/1"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from icsearch import __version__
 from icsearch.cli import commands
 from icsearch.cli.config import PREFIX, check_variables, use_config
 from icsearch.cli.options import Group, add
+from icsearch.core import __version__
 from icsearch.core.endings import run_to_its_end
 from icsearch.sweep.distributed.launch import read_launch
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from icsearch import __version__
 from icsearch.calibration import cache
 from icsearch.calibration.batches import Calibration, Limits, check_heldout
 from icsearch.commands.requests import (
@@ -21,6 +20,7 @@ from icsearch.commands.requests import (
     PatternRequest,
     RunRequest,
 )
+from icsearch.core import __version__
 from icsearch.core.errors import ModelError
 from icsearch.core.pattern import references
 from icsearch.model.checkpoint import Checkpoint, fingerprint, open_checkpoint

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from icsearch import __version__
+from icsearch.core import __version__
 from icsearch.core.text import format_bytes
 from icsearch.model.shape import CPU, RESIDENT
 from icsearch.planning.forecast import SECONDS_AN_HOUR, Forecast, Placement, Plan

@@ -441,6 +441,7 @@ def test_the_report_says_what_was_tried(tmp_path: Path, wanted: Callable[[RunRec
         assert "so the pattern is the search's" in page.replace("&#39;", "'")
 
 
+@pytest.mark.slow
 def test_an_unfinished_refinement_can_be_reported(tmp_path: Path) -> None:
     _, seed = interesting(tmp_path, swapped_and_refused)
     events = Journal(tmp_path / f"seed{seed}").events()
