@@ -25,7 +25,7 @@ from icsearch.planning.rehearsal import layer_evaluations, rehearsed
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Scores, Scoring, run_search
-from icsearch.search.protocol import Task
+from icsearch.search.protocol import SearchTask
 from icsearch.search.registry import make_strategy
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
 from icsearch.sweep.states import Keeping, StateStore
@@ -177,7 +177,7 @@ def test_the_rehearsed_search_is_the_dearest(flips: int) -> None:
         return runs
 
     tokens = (10, 11)
-    task = Task(Pattern.full(6), frozenset(), flips, 1, tokens)
+    task = SearchTask(Pattern.full(6), frozenset(), flips, 1, tokens)
     most = layer_evaluations(rehearsed(lambda: make_strategy(task), tokens, [], keeping(), 100))
     assert most == taken(min)
     found = {taken(random.Random(seed).choice) for seed in range(100)}
@@ -235,7 +235,7 @@ def search(path: Path, scorer: SweepScorer, stages: int = 1, flips: int = 5, ref
     if not journal.exists():
         journal.append(start)
     record = RunRecord.replay(journal.events())
-    task = Task(Pattern.full(6), frozenset(), flips, stages, tuple(record.tokens))
+    task = SearchTask(Pattern.full(6), frozenset(), flips, stages, tuple(record.tokens))
     return run_search(Scoring(journal, record, scorer, Quiet()), make_strategy(task))
 
 
