@@ -31,7 +31,7 @@ from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import pattern_file
 from icsearch.search.loop import Scoring, run_search
-from icsearch.search.protocol import Task
+from icsearch.search.protocol import SearchTask
 from icsearch.search.registry import make_strategy
 from icsearch.sweep.branches import Batch, BranchState, cut_batches
 from icsearch.sweep.measures import naive_measures
@@ -149,7 +149,7 @@ def search(path: Path, scorer: Any, strategy: str = "exact") -> RunRecord:
     if not journal.exists():
         journal.append(start_event())
     record = RunRecord.replay(journal.events())
-    task = Task(Pattern.full(6), frozenset(), 3, 1, tuple(record.tokens))
+    task = SearchTask(Pattern.full(6), frozenset(), 3, 1, tuple(record.tokens))
     return run_search(Scoring(journal, record, scorer, Quiet()), make_strategy(task))
 
 
@@ -205,7 +205,7 @@ def test_a_search_by_loss_has_no_kl(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     journal.append(START)
     record = RunRecord.replay([START])
-    task = Task(Pattern.full(6), frozenset(), 3, 1, tuple(record.tokens))
+    task = SearchTask(Pattern.full(6), frozenset(), 3, 1, tuple(record.tokens))
     run_search(Scoring(journal, record, MadeUp(), Quiet()), make_strategy(task))
     assert record.kl == {}
     assert record.mean_kl(record.pattern.letters) is None
