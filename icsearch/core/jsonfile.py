@@ -44,7 +44,7 @@ def read_object(
     except RecursionError:
         wrong = f"{path} is nested too deeply"
     except AmbiguityError as problem:
-        wrong = f"{path} {problem}"
+        wrong = f"{path} has {problem} twice"
     except ValueError as problem:  # not UTF-8, not JSON, a number of 5000 digits
         wrong = f"{path} is not JSON ({problem})"
     if not wrong and version not in (None, document.get("format")):
@@ -55,7 +55,7 @@ def read_object(
 
 
 class AmbiguityError(ValueError):
-    """An object that says a thing twice: readers differ in which one they take."""
+    """An object that says a thing twice, this one: readers differ in which value they take."""
 
 
 def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise AmbiguityError(f"has {shown(next(name for name in names if names.count(name) > 1))} twice")
+        raise AmbiguityError(shown(next(name for name in names if names.count(name) > 1)))
     return found
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from icsearch.core.errors import ModelError
-from icsearch.core.jsonfile import list_of, shown, whole
+from icsearch.core.jsonfile import AmbiguityError, list_of, shown, unambiguous, whole
 
 LENGTH_BYTES = 8  # of the header's length, at the beginning of a file
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -119,26 +119,17 @@ def make_header(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
 
 def _parse_json(text: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        document = json.loads(text.decode(), object_pairs_hook=unambiguous)
         json.dumps(document, ensure_ascii=False).encode()  # half of a surrogate pair is no name
     except RecursionError:
         raise HeaderError("its header is nested too deeply") from None
-    except HeaderError:
-        raise
+    except AmbiguityError as error:
+        raise HeaderError(f"{error} comes twice in its header") from None
     except ValueError as error:  # not UTF-8, not JSON, a number of 5000 digits
         raise HeaderError(f"its header is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise HeaderError("its header is no JSON object")
     return document
-
-
-def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise HeaderError(f"{shown(twice)} comes twice in its header")
-    return fields
 
 
 def _entry(name: str, value: Any, begin: int) -> Entry:

@@ -90,10 +90,12 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
             "expected a DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa, whose decoder layers "
             "have a module `indexer` that returns a selection"
         )
-    with _named(checkpoint):
+    try:
         check_one_each(skeleton.layer_indices)
         selection, (heads, head_dim) = read_form(indexer), index_heads(indexer)
-    with _readable(checkpoint):
+    except ModelError as error:
+        raise ModelError(f"{checkpoint.name} cannot be searched: {error}") from None
+    try:
         every = layer_configs(skeleton.config)
         distinct = {id(every[index]): every[index] for index in skeleton.layer_indices}.values()
         # Sizes first: they refuse numbers that are no counts, on which no indexer can be tried.
@@ -106,6 +108,11 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
             "streams": streams(every[0]),
             "left_numbers": max(numbers_handed_on(layer) for layer in every),
         }
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{checkpoint.name} cannot be searched: its config does not say what a search needs to know of each layer "
+            f"({first_line(error)}); check it against the model that it belongs to"
+        ) from error
     largest = max(sizes, key=lambda shape: shape.projection_weights, default=None)
     known = largest is not None and scores_alike(indexer)
     return Layout(
@@ -126,27 +133,6 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
         sizes=largest if known else None,
         backbone=Backbone.of_model(len(skeleton.layers), skeleton.layer_indices, checkpoint.config),
     )
-
-
-@contextlib.contextmanager
-def _named(checkpoint: Checkpoint) -> Iterator[None]:
-    """Within the block, what speaks against searching a model names its checkpoint."""
-    try:
-        yield
-    except ModelError as error:
-        raise ModelError(f"{checkpoint.name} cannot be searched: {error}") from None
-
-
-@contextlib.contextmanager
-def _readable(checkpoint: Checkpoint) -> Iterator[None]:
-    """Within the block, what fails in another library's config is told of the checkpoint."""
-    try:
-        yield
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{checkpoint.name} cannot be searched: its config does not say what a search needs to know of each layer "
-            f"({first_line(error)}); check it against the model that it belongs to"
-        ) from error
 
 
 @contextlib.contextmanager

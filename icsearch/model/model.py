@@ -133,9 +133,9 @@ class DsaModel:
         self.config = model.config.get_text_config()
         self.decoder = model.get_decoder()
         self.layers = decoder_layers(model)
-        self._ending = Ending(model, self.layers)
         self._checked = False  # that layers stand alone
-        self.lm_head = self._ending.head
+        ending = Ending(model, self.layers)
+        self.lm_head, self.final_norm = ending.head, ending.norm
         self.weights = weights or LayerWeights(range(len(self.layers)))
         self.held = self.weights.held  # the decoder layers that this process has
         self.device = device or next(model.parameters()).device
@@ -294,13 +294,6 @@ class DsaModel:
                 f"of {self.config.model_type} that fits its code; mend config.json (--debug shows where it ends)"
             ) from error
         return output[0] if isinstance(output, tuple) else output
-
-    def final_norm(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What lies between the last decoder layer and the LM head: the norm, and where there are streams their head.
-
-        Raises ModelError where the model itself does something else there.
-        """
-        return self._ending.norm(hidden_states)
 
 
 def indexer_owners(model: Any) -> list[tuple[int, nn.Module]]:

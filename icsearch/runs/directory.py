@@ -88,9 +88,10 @@ class RunDirectory:
             if not _acquire(lock):
                 lock.close()
                 raise JournalError(f"another icsearch is running in {self.path}: wait for it, or give another --out")
-            if _is_at(lock, path):
-                _held.add(lock)
-                return lock
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    _held.add(lock)
+                    return lock
             lock.close()
 
     def existing(self) -> list[Event]:
@@ -133,14 +134,6 @@ def _acquire(file: TextIO) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether the open file is the one that lies at the path now."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def part_of(existing: Sequence[Event], part: str) -> dict[str, Any]:

@@ -189,10 +189,10 @@ class RunRecord:
         kind = event.get("event")
         if not self.start:
             check_run_start(event)
-        elif _is_heldout(event):
+        elif (own := _of_heldout(event)) is not None:
             if self.heldout is None:
                 raise FieldError(f"losses of set {HELDOUT_SET}, but the run has no held-out sequences")
-            self.heldout.check(_as_own(event))
+            self.heldout.check(own)
         else:
             check_event(event, self._fields)
             if kind == "losses":
@@ -243,8 +243,8 @@ class RunRecord:
             if (held := event.get("refine_on")) is not None:
                 self.heldout = RunRecord()
                 self.heldout.apply({**event, "tokens": held["tokens"], "calibration": held, "refine_on": None})
-        elif self.heldout is not None and _is_heldout(event):
-            self.heldout.apply(_as_own(event))
+        elif self.heldout is not None and (own := _of_heldout(event)) is not None:
+            self.heldout.apply(own)
             self._add_cost(event, REFINING)
         elif kind == "losses":
             self._apply_losses(event)
@@ -382,13 +382,10 @@ class RunRecord:
         ]
 
 
-def _is_heldout(event: Event) -> bool:
-    return bool(event.get("event") == "losses" and event.get("set") == HELDOUT_SET)
-
-
-def _as_own(event: Event) -> Event:
-    """Losses of held-out sequences as the record of these has them."""
-    return {**event, "set": None, "step": 0}
+def _of_heldout(event: Event) -> Event | None:
+    """Losses of held-out sequences as the record of these has them; None for what is no such event."""
+    held = event.get("event") == "losses" and event.get("set") == HELDOUT_SET
+    return {**event, "set": None, "step": 0} if held else None
 
 
 def why_no_pattern(directory: Path) -> str:

@@ -36,11 +36,11 @@ class Greedy:
 
     def ask(self) -> tuple[int, ...]:
         for _ in self._blocks if self._step <= self._steps else ():
-            block = self._blocks[self._turn]
+            block = self._blocks[self._turn % len(self._blocks)]
             layers = (layer for layer in block if self.pattern.is_full(layer) and layer not in self._stay_full)
             if candidates := tuple(layers):
                 return candidates
-            self._pass_turn()
+            self._turn += 1
         return ()
 
     def tell(self, sums: Mapping[int, Sequence[float]]) -> Choice:
@@ -58,8 +58,5 @@ class Greedy:
             ),
         )
         self._step += 1
-        self._pass_turn()
+        self._turn += 1
         return choice
-
-    def _pass_turn(self) -> None:
-        self._turn = (self._turn + 1) % len(self._blocks)

@@ -89,11 +89,10 @@ def read_form(indexer: Any) -> SelectionForm:
 
 def index_heads(indexer: Any) -> tuple[int, int]:
     """(heads, their dimension) of an indexer, 0 where it does not tell: estimates of memory follow from them."""
-    return _first(indexer, _HEADS), _first(indexer, _HEAD_DIM)
-
-
-def _first(indexer: Any, names: tuple[str, ...]) -> int:
-    return next((_count(indexer, name) for name in names if hasattr(indexer, name)), 0)
+    heads, dimension = (
+        next((_count(indexer, name) for name in names if hasattr(indexer, name)), 0) for names in (_HEADS, _HEAD_DIM)
+    )
+    return heads, dimension
 
 
 def _count(indexer: Any, name: str) -> int:

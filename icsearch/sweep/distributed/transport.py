@@ -6,6 +6,7 @@ is announced through the store; the tensors follow by isend. A selection that br
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class Transport:
         self._device = device
         self._between = device if direct else torch.device("cpu")
         self._sent: deque[tuple[str, list[Any], list[torch.Tensor]]] = deque()
-        self._tags = {"to": 0, "from": 0}
+        self._tags_sent, self._tags_received = itertools.count(), itertools.count()
 
     def send(self, item: int, packet: Packet) -> None:
         """Hand a packet on; waits while there are too many that the next process has not taken."""
@@ -56,7 +57,7 @@ class Transport:
             self._wait(works, to)
         self._world.post(f"branches/{to}/{item}", header)
         tensors = [tensor.to(self._between).contiguous() for tensor in tensors]
-        works = [distributed.isend(tensor, to, tag=self._tag("to")) for tensor in tensors]
+        works = [distributed.isend(tensor, to, tag=next(self._tags_sent) % TAGS) for tensor in tensors]
         self._sent.append((f"taken/{to}/{item}", works, tensors))
 
     def receive(self, item: int) -> Packet:
@@ -67,13 +68,11 @@ class Transport:
             torch.empty(shape, dtype=getattr(torch, dtype), device=self._between) for shape, dtype in header["tensors"]
         ]
         with self._world.heartbeat.waiting(f"branches from rank {source}"):
-            self._wait([distributed.irecv(tensor, source, tag=self._tag("from")) for tensor in tensors], source)
+            self._wait(
+                [distributed.irecv(tensor, source, tag=next(self._tags_received) % TAGS) for tensor in tensors], source
+            )
         self._world.post(f"taken/{here}/{item}", True)
         return _unpack(header, [tensor.to(self._device) for tensor in tensors])
-
-    def _tag(self, direction: str) -> int:
-        self._tags[direction] = (self._tags[direction] + 1) % TAGS
-        return self._tags[direction]
 
     def _wait(self, works: list[Any], rank: int) -> None:
         try:
