@@ -129,21 +129,81 @@ class Blockwise:
         rope, rest = states.split([indexer.qk_rope_head_dim, indexer.head_dim - indexer.qk_rope_head_dim], dim=-1)
         return torch.cat([self.rotate(rope, *angles), rest], dim=-1)
 
-    def core(self, owner: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Core:
-        """Core attention over compressed keys [B, 1, S, L] and their RoPE part [B, 1, S, R], which come as value."""
-        heads, length, latent, rope = query.shape[1], query.shape[2], key.shape[-1], value.shape[-1]
-        no_rope, value_dim = query.shape[-1] - rope, owner.v_head_dim
 
-        def core(selection: torch.Tensor) -> torch.Tensor:
-            topk = selection.shape[-1]
-            if not shape.gathering_pays(length, topk, heads, query.shape[-1], value_dim, latent, rope):
-                keys, values = type(owner).expand_kv(owner, key, value)
-                return ops.dense_attention(query, keys, values, selection, scaling, self.block_elements)
-            latents = torch.cat([key, value], dim=-1).squeeze(1)  # [B, S, L + R]
-            up_key, up_value = owner.kv_b_proj.weight.view(heads, -1, latent).split([no_rope, value_dim], dim=1)
-            return ops.gather_attention(query, latents, selection, up_key, up_value, scaling, self.block_elements)
+@dataclass(frozen=True)
+class LatentAttention:
+    """Core attention of one layer over compressed latents, under any selection.
 
-        return core
+    query [B, H, S, N + R]; latents [B, 1, S, L] and the RoPE part of keys [B, 1, S, R], as `expand_kv` is called with.
+    """
+
+    blockwise: Blockwise
+    owner: Any
+    query: torch.Tensor
+    latents: torch.Tensor
+    rope_keys: torch.Tensor
+    scaling: float
+
+    def __call__(self, selection: torch.Tensor) -> torch.Tensor:
+        """[B, S, H, V] under a selection int [B, S, k]."""
+        elements = self.blockwise.block_elements
+        if self._gathers(selection):
+            rows = self._rows(self.latents, self.rope_keys)
+            return ops.gather_attention(self.query, rows, selection, *self._up_projections, self.scaling, elements)
+        keys, values = self._expanded(self.latents, self.rope_keys)
+        return ops.dense_attention(self.query, keys, values, selection, self.scaling, elements)
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What gradients are taken of: query, latents, RoPE part of keys."""
+        return self.query, self.latents, self.rope_keys
+
+    def pull_back(
+        self, selection: torch.Tensor, cotangents: Sequence[torch.Tensor]
+    ) -> list[tuple[torch.Tensor, ...]]:
+        """For each cotangent [B, S, H, V], the gradients of `inputs`; each block of queries is computed once."""
+        elements, gathers = self.blockwise.block_elements, self._gathers(selection)
+        latents, rope_keys = (tensor.detach().requires_grad_() for tensor in (self.latents, self.rope_keys))
+        with torch.enable_grad():
+            made = (self._rows(latents, rope_keys),) if gathers else self._expanded(latents, rope_keys)
+
+        def gather(part: torch.Tensor, rows: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            return ops.gather_block(
+                part, rows, selection[:, first:last], first, *self._up_projections, self.scaling
+            )
+
+        def dense(part: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            return ops.dense_block(part, keys, values, selection[:, first:last], first, self.scaling)
+
+        ranges = ops.gather_blocks(made[0], selection, elements) if gathers else ops.dense_blocks(selection, elements)
+        pulled = ops.pull_back(
+            gather if gathers else dense,
+            self.query,
+            [tensor.detach() for tensor in made],
+            # a selection may name tokens behind the query, up to its own length
+            [(first, last, max(last, selection.shape[-1]) if gathers else last) for first, last in ranges],
+            cotangents,
+        )
+        return [(of_query, *ops.gradients(made, (latents, rope_keys), rest)) for of_query, *rest in pulled]
+
+    def _gathers(self, selection: torch.Tensor) -> bool:
+        heads, length, key_dim = self.query.shape[1:]
+        sizes = (key_dim, self.owner.v_head_dim, self.latents.shape[-1], self.rope_keys.shape[-1])
+        return shape.gathering_pays(length, selection.shape[-1], heads, *sizes)
+
+    def _rows(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> torch.Tensor:
+        return torch.cat([latents, rope_keys], dim=-1).squeeze(1)  # [B, S, L + R]
+
+    def _expanded(self, latents: torch.Tensor, rope_keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return type(self.owner).expand_kv(self.owner, latents, rope_keys)
+
+    @property
+    def _up_projections(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[H, N, L] and [H, V, L], the halves of kv_b_proj."""
+        heads, latent, value_dim = self.query.shape[1], self.latents.shape[-1], self.owner.v_head_dim
+        no_rope = self.query.shape[-1] - self.rope_keys.shape[-1]
+        up_key, up_value = self.owner.kv_b_proj.weight.view(heads, -1, latent).split([no_rope, value_dim], dim=1)
+        return up_key, up_value
 
 
 @contextlib.contextmanager
@@ -165,10 +225,14 @@ def attending(config: Any, owners: Sequence[Any], blockwise: Blockwise, observer
             )
         if window is not None:
             return ops.window_attention(query, key, value, window, scaling), None
-        core = blockwise.core(owner, query, key, value, scaling)
-        output = core(indices)
-        if observer is not None:
-            observer(output, indices, core)
+        core = LatentAttention(blockwise, owner, query, key, value, scaling)
+        if observer is None:
+            return core(indices), None
+        with torch.no_grad():
+            output = core(indices)
+        if torch.is_grad_enabled():  # a leaf: what comes back to it, `LatentAttention.pull_back` takes on by blocks
+            output.requires_grad_()
+        observer(output, indices, core)
         return output, None
 
     own = config._attn_implementation

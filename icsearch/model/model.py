@@ -56,8 +56,11 @@ class LayerWeights:
         self.bytes_read = bytes_read  # of weights so far, from the checkpoint or from CPU memory
 
     @contextlib.contextmanager
-    def holding(self, index: int) -> Iterator[None]:
-        """Within the block, this decoder layer is on the device. Raises IndexError where another process has it."""
+    def holding(self, index: int, back: bool = False) -> Iterator[None]:
+        """Within the block, this decoder layer is on the device. Raises IndexError where another process has it.
+
+        Layers are meant to be taken in order, or with `back` in the opposite one.
+        """
         self._check(index)
         yield
 
@@ -86,10 +89,10 @@ class StreamedWeights(LayerWeights):
         self._here: int | None = None
 
     @contextlib.contextmanager
-    def holding(self, index: int) -> Iterator[None]:
+    def holding(self, index: int, back: bool = False) -> Iterator[None]:
         """As of any weights. What reading the layer raises, this raises; a block within one for the same layer is free.
 
-        Layers are meant to be taken in order: the one behind is being fetched, if it is ours.
+        The layer that is meant to be next is being fetched, if it is ours.
         """
         self._check(index)
         if index == self._here:
@@ -105,8 +108,9 @@ class StreamedWeights(LayerWeights):
             coming = self._thread.submit(self._fetch, index) if ahead is None else ahead[1]
             self.bytes_read += coming.result()
             self._here = index
-            if index + 1 in self.held:
-                self._ahead = index + 1, self._thread.submit(self._fetch, index + 1)
+            coming_next = index - 1 if back else index + 1
+            if coming_next in self.held:
+                self._ahead = coming_next, self._thread.submit(self._fetch, coming_next)
             yield
         finally:
             self._here = None
@@ -165,9 +169,9 @@ class DsaModel:
         indexers = [slot.inner for slot in self.slots if slot.inner is not None]
         return next((indexer for indexer in indexers if turns(indexer)), next(iter(indexers), None))
 
-    def holding(self, index: int) -> contextlib.AbstractContextManager[None]:
+    def holding(self, index: int, back: bool = False) -> contextlib.AbstractContextManager[None]:
         """Within the block, the weights of this decoder layer are on the device: `run_layer` wants them there."""
-        return self.weights.holding(index)
+        return self.weights.holding(index, back)
 
     @property
     def start_pattern(self) -> Pattern:

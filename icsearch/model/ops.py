@@ -1,4 +1,4 @@
-"""DSA arithmetic by blocks of queries: the indexer's selection, and attention over it. Forward only, pure functions.
+"""DSA arithmetic by blocks of queries: the indexer's selection, attention over it, and its gradients. Pure functions.
 
 The reference modules of transformers hold scores of every query, head and key at once and attend densely behind a
 mask. Here a block of queries sees its causal prefix only, and memory is O(block x T). How many queries make a block
@@ -13,7 +13,7 @@ get scores a rounding apart where a product has another shape.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch.nn import functional
@@ -150,22 +150,91 @@ def gather_attention(
     Returns [B, S, H, V]. Scores and softmax are float32.
     """
     batch, heads, length, _ = query.shape
-    _, no_rope, latent = up_key.shape
-    topk, width = selection.shape[-1], latents.shape[-1]
     output = query.new_empty(batch, length, heads, up_value.shape[1])
+    for first, last in gather_blocks(latents, selection, block_elements):
+        chosen = selection[:, first:last]
+        output[:, first:last] = gather_block(query[:, :, first:last], latents, chosen, first, up_key, up_value, scaling)
+    return output
+
+
+def gather_blocks(latents: torch.Tensor, selection: torch.Tensor, block_elements: int) -> Iterator[tuple[int, int]]:
+    """The queries [first, last) of each block of `gather_attention`."""
+    batch, length, topk = selection.shape
+    return blocks(0, length, block_size(batch * topk * latents.shape[-1], block_elements))
+
+
+def gather_block(
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    selection: torch.Tensor,
+    first: int,
+    up_key: torch.Tensor,
+    up_value: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """`gather_attention` of the b queries from `first` on: query [B, H, b, N + R], selection [B, b, k].
+
+    Latents may end behind the last token that is selected. Returns [B, b, H, V].
+    """
+    batch, heads, count, _ = query.shape
+    _, no_rope, latent = up_key.shape
+    topk, length, width = selection.shape[-1], *latents.shape[1:]
+    chosen = selection.long()
     rows = latents.reshape(batch * length, width)
     offsets = torch.arange(batch, device=query.device).view(batch, 1, 1) * length
-    for first, last in blocks(0, length, block_size(batch * topk * width, block_elements)):
-        part, chosen = query[:, :, first:last], selection[:, first:last].long()  # [B, H, b, N + R], [B, b, k]
-        absorbed = torch.cat([part[..., :no_rope] @ up_key, part[..., no_rope:]], dim=-1)  # [B, H, b, L + R]
-        gathered = rows.index_select(0, (chosen + offsets).flatten()).view(-1, topk, width)  # [B*b, k, L + R]
-        scores = torch.bmm(_by_query(absorbed).float(), gathered.float().transpose(1, 2)).mul_(scaling)  # [B*b, H, k]
-        future = chosen > torch.arange(first, last, device=query.device).view(1, -1, 1)
-        scores.masked_fill_(future.view(-1, 1, topk), float("-inf"))
-        weights = scores.softmax(dim=-1).to(query.dtype)
-        mixed = torch.bmm(weights, gathered[..., :latent]).view(batch, last - first, heads, latent)
-        output[:, first:last] = (mixed.transpose(1, 2) @ up_value.transpose(1, 2)).transpose(1, 2)
-    return output
+    absorbed = torch.cat([query[..., :no_rope] @ up_key, query[..., no_rope:]], dim=-1)  # [B, H, b, L + R]
+    gathered = rows.index_select(0, (chosen + offsets).flatten()).view(-1, topk, width)  # [B*b, k, L + R]
+    scores = torch.bmm(_by_query(absorbed).float(), gathered.float().transpose(1, 2)).mul_(scaling)  # [B*b, H, k]
+    future = chosen > torch.arange(first, first + count, device=query.device).view(1, -1, 1)
+    scores.masked_fill_(future.view(-1, 1, topk), float("-inf"))
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    mixed = torch.bmm(weights, gathered[..., :latent]).view(batch, count, heads, latent)
+    return (mixed.transpose(1, 2) @ up_value.transpose(1, 2)).transpose(1, 2)
+
+
+def pull_back(
+    block: Callable[..., torch.Tensor],
+    query: torch.Tensor,
+    seen: Sequence[torch.Tensor],
+    ranges: Iterable[tuple[int, int, int]],
+    cotangents: Sequence[torch.Tensor],
+) -> list[list[torch.Tensor]]:
+    """Gradients of attention that is computed by blocks, for each cotangent [B, S, H, V]: of the query, and of `seen`.
+
+    query [B, H, S, Q]; seen [..., S, W]; `block(query part, *seen parts, first, last)` is [B, b, H, V]. Each range is
+    (first, last, stop): its queries, and where the tokens that they see end. A block's graph is let go of before the
+    next one; sums over blocks are float32.
+    """
+    found = [[torch.zeros_like(each, dtype=torch.float32) for each in (query, *seen)] for _ in cotangents]
+    for first, last, stop in ranges:
+        part, *parts = (
+            each.detach().requires_grad_() for each in (query[:, :, first:last], *(s.narrow(-2, 0, stop) for s in seen))
+        )
+        with torch.enable_grad():
+            output = block(part, *parts, first, last)
+        for cotangent, (of_query, *of_seen) in zip(cotangents, found, strict=True):
+            gradient, *others = torch.autograd.grad(
+                output, (part, *parts), cotangent[:, first:last], retain_graph=cotangent is not cotangents[-1]
+            )
+            of_query[:, :, first:last] = gradient
+            for total, other in zip(of_seen, others, strict=True):
+                total.narrow(-2, 0, stop).add_(other)
+    return [[each.to(query.dtype) for each in gradients] for gradients in found]
+
+
+def gradients(
+    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What comes back to the inputs, zeros where nothing does; the graph stays for other cotangents.
+
+    RuntimeError where no output has a gradient.
+    """
+    pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
+    if not pairs:
+        raise RuntimeError("its outputs do not require grad")
+    ends, grads = zip(*pairs, strict=True)
+    found = torch.autograd.grad(ends, inputs, grads, retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(tensor) if grad is None else grad for tensor, grad in zip(inputs, found, strict=True)]
 
 
 def _by_query(states: torch.Tensor) -> torch.Tensor:
@@ -188,12 +257,29 @@ def dense_attention(
     """
     batch, heads, length, _ = query.shape
     output = query.new_empty(batch, length, heads, value.shape[-1])
-    for first, last in blocks(0, length, block_size(batch * length, block_elements)):
-        mask = _block_mask(selection[:, first:last], first, last)
-        prefix = (key[:, :, :last], value[:, :, :last])
-        attended = functional.scaled_dot_product_attention(query[:, :, first:last], *prefix, mask, scale=scaling)
-        output[:, first:last] = attended.transpose(1, 2)
+    for first, last in dense_blocks(selection, block_elements):
+        seen = (key[:, :, :last], value[:, :, :last])
+        output[:, first:last] = dense_block(query[:, :, first:last], *seen, selection[:, first:last], first, scaling)
     return output
+
+
+def dense_blocks(selection: torch.Tensor, block_elements: int) -> Iterator[tuple[int, int]]:
+    """The queries [first, last) of each block of `dense_attention`."""
+    batch, length, _ = selection.shape
+    return blocks(0, length, block_size(batch * length, block_elements))
+
+
+def dense_block(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    selection: torch.Tensor,
+    first: int,
+    scaling: float,
+) -> torch.Tensor:
+    """`dense_attention` of the b queries from `first` on to the keys up to the last of them: [B, b, H, V]."""
+    mask = _block_mask(selection, first, first + query.shape[2])
+    return functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling).transpose(1, 2)
 
 
 def window_attention(

@@ -26,12 +26,13 @@ class SelectionStore:
     # Where set, S layers run their own indexer beside, and this hears (position, borrowed, own selection).
     probe: Callable[[int, Any, Any], None] | None = None
     source: int | None = None  # position of the layer that made the selection; None where that is not known
+    replayed: bool = False  # a layer that ran before runs again: it gets the selection back that it made or borrowed
     # What else layers hand on to later ones, by the name of their argument: see `families.calls`.
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def check_made_by(self, position: int) -> None:
         """Raise ModelError where a layer ran as F and made no selection: then no S layer could take it over."""
-        if not self.pattern.is_full(position):
+        if self.replayed or not self.pattern.is_full(position):
             return
         if self.source != position:
             raise ModelError(
@@ -67,6 +68,8 @@ class IndexerSlot(nn.Module):
         """The selection for this layer: computed if F, the store's if S."""
         if self.store is None:
             return self._compute(args, kwargs)
+        if self.store.replayed:
+            return self.store.selection
         if self.store.pattern.is_full(self.position):
             self.store.selection, self.store.source = self._compute(args, kwargs), self.position
             return self.store.selection

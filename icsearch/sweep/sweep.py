@@ -71,10 +71,13 @@ class SweepScorer:
 
 
 @contextlib.contextmanager
-def computing() -> Iterator[None]:
-    """Around what runs layers: no gradients, and memory that runs out is an error that names the options to change."""
+def computing(mode: Callable[[], contextlib.AbstractContextManager[object]] = torch.inference_mode) -> Iterator[None]:
+    """Around what runs layers: no gradients, and memory that runs out is an error that names the options to change.
+
+    `torch.no_grad` as the mode where gradients are taken within.
+    """
     try:
-        with torch.inference_mode():
+        with mode():
             yield
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):

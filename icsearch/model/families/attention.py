@@ -42,7 +42,7 @@ def run_observed(
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     hook = module.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
     try:
-        with _heard(config) as outputs:
+        with heard(config) as outputs:
             result = run()
     finally:
         hook.remove()
@@ -57,7 +57,7 @@ def run_observed(
         # This layer is S, unless it is the first, and reads the selection.
         before, slot.store = slot.store, SelectionStore(Pattern(FULL + SHARED * slot.position), selection)
         try:
-            with _heard(config) as again:
+            with heard(config) as again:
                 module(*args, **kwargs)
         finally:
             slot.store = before
@@ -68,7 +68,7 @@ def run_observed(
 
 
 @contextlib.contextmanager
-def _heard(config: Any) -> Iterator[list[torch.Tensor]]:
+def heard(config: Any) -> Iterator[list[torch.Tensor]]:
     """Within the block, the list gets what each call of the model's attention function returns."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 

@@ -1,0 +1,106 @@
+"""One decoder layer differentiated by its entry and by its core attention, for many cotangents at once.
+
+A layer runs again from the states at its entry, under the selection that it had, and only activations get gradients:
+weights have none (`loading.load`), and a selection is discrete. There is never a graph of more than this one layer, and
+with the block-wise arithmetic never one of attention as a whole: its output is a leaf there, and what comes back to it
+goes on to queries and latents by blocks of queries (`ops.pull_back`), all cotangents through one recomputation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from icsearch.core.errors import ModelError
+from icsearch.core.text import first_line
+from icsearch.model import ops
+from icsearch.model.families.attention import Core
+from icsearch.model.families.calls import LayerCall, hand_on, map_tensors, take_up, tensors_of
+from icsearch.model.kernels import LatentAttention
+from icsearch.model.model import DsaModel
+from icsearch.model.slot import SelectionStore
+
+# Of one cotangent of what a layer returns: gradients of the hidden states at its entry, and of what earlier layers
+# handed on to it (latents, in families whose layers share them), in the order of `tensors_of`.
+Cotangent = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class DifferentiatedLayer:
+    """What `differentiate` finds of one layer.
+
+    `entry[r]` is the r-th cotangent taken back to the layer's entry, `attention[r]` to its core attention [B, T, H, V].
+    `output` is that attention, and `core` computes it under other selections; all three are of a DSA layer alone.
+    """
+
+    entry: list[Cotangent]
+    attention: list[torch.Tensor]
+    output: torch.Tensor | None = None
+    core: Core | None = None
+
+
+def floating(states: torch.Tensor, handed: Any) -> list[torch.Tensor]:
+    """The tensors of a state that have gradients: hidden states, and what else is no selection."""
+    return [states, *(tensor for tensor in tensors_of(handed) if tensor.is_floating_point())]
+
+
+def differentiate(
+    dsa: DsaModel,
+    index: int,
+    states: torch.Tensor,
+    handed: Any,
+    selection: Any,
+    call: LayerCall,
+    cotangents: Sequence[Cotangent],
+) -> DifferentiatedLayer:
+    """Run a decoder layer again from its entry, under the `selection` that it had, and take cotangents back through it.
+
+    `states` [B, T, D] and `handed` are what it ran from (`families.calls.hand_on`); each cotangent is like `floating`
+    of what it returned. Raises ModelError in a family whose layers cannot be differentiated.
+    """
+    heard: list[tuple[torch.Tensor, Core]] = []
+    with torch.enable_grad():
+        states, handed = (map_tensors(each, _leaf) for each in (states, handed))
+        entry = floating(states, handed)
+        store = take_up(SelectionStore(dsa.start_pattern, replayed=True), handed)
+        store.selection = selection
+        with _differentiable(dsa, index), dsa.observed(lambda output, _, core: heard.append((output, core))):
+            output = dsa.run_layer(index, states, call, store)
+        returned = floating(output, hand_on(store, handed))
+    attended = [attention for attention, _ in heard]
+    with _differentiable(dsa, index):
+        found = [ops.gradients(returned, [*entry, *attended], cotangent) for cotangent in cotangents]
+    attention = [gradients.pop() for gradients in found] if attended else []
+    if not heard:
+        return DifferentiatedLayer(found, attention)
+    ((own, core),) = heard
+    if isinstance(core, LatentAttention):  # its output was a leaf: the rest of the way to the entry
+        rest = [ops.gradients(core.inputs, entry, pulled) for pulled in core.pull_back(selection, attention)]
+        found = [[a + b for a, b in zip(*both, strict=True)] for both in zip(found, rest, strict=True)]
+        own = own.detach()
+    else:  # the attention function may have another kernel where gradients are wanted
+        with torch.no_grad():
+            own = core(selection)
+    return DifferentiatedLayer(found, attention, own, core)
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+@contextlib.contextmanager
+def _differentiable(dsa: DsaModel, index: int) -> Iterator[None]:
+    """Within the block, an operation without a derivative is an error that names the layer and what is missing."""
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(word in str(error) for word in ("derivative", "autograd", "require grad")):
+            raise
+        raise ModelError(
+            f"decoder layer {index} of this {dsa.config.model_type} model cannot be differentiated "
+            f"({first_line(error)}): expected modules that autograd can follow; search with greedy instead"
+        ) from error
