@@ -14,15 +14,16 @@ from icsearch.commands import tasks
 from icsearch.commands.requests import EvalRequest
 from icsearch.commands.scoring import Loaded, count_in_sweeps, load, opened
 from icsearch.commands.setup import Inputs, run_options, start_event
-from icsearch.commands.specs import NamedPattern, Target, resolve_specs
+from icsearch.commands.specs import Target, resolve_specs
 from icsearch.core.errors import IcsearchError, ModelError
+from icsearch.core.jsonfile import write_object
 from icsearch.core.pattern import Pattern
 from icsearch.model.loading import load_tokenizer
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import ModelShape
 from icsearch.planning.rows import model_rows, process_rows, weight_rows
 from icsearch.planning.work import cost_rows
-from icsearch.runs.evaluation import EvalRecord, save_eval
+from icsearch.runs.evaluation import EvalRecord
 from icsearch.runs.journal import Event
 from icsearch.runs.results import guessing_notes
 from icsearch.search.loop import Progress, Run
@@ -70,7 +71,8 @@ def evaluate(
             _check_whole_forwards(request, loaded)
             record = EvalRecord.replay(here.run.open(here.start, here.existing))
             _measure(request, here.inputs, loaded, questions, Run(here.run.journal, record, listener))
-        document = save_eval(request.out / "eval.json", record)
+        document = record.to_json()
+        write_object(request.out / "eval.json", document)
         publish(request.out, document)
         return document
 
@@ -95,9 +97,11 @@ def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event
         layout.backbone,
     )
     named = resolve_specs(request.patterns, target, request.retentions, request.force)
-    start["patterns"] = [_describe(pattern) for pattern in named]
+    start["patterns"] = [{**asdict(pattern), "pattern": pattern.pattern.letters} for pattern in named]
+    for described in start["patterns"]:
+        del described["notes"]  # they become the evaluation's
     start["options"] |= {
-        "patterns": [list(_describe(pattern).values()) for pattern in named],
+        "patterns": [list(described.values()) for described in start["patterns"]],
         "tasks": request.tasks,
         "task_length": task_length(request, inputs) if request.tasks else None,
         "contexts": list(request.contexts),
@@ -105,11 +109,6 @@ def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event
         "lm_eval": list(request.lm_eval),
     }
     return start
-
-
-def _describe(named: NamedPattern) -> dict[str, Any]:
-    described = {**asdict(named), "pattern": named.pattern.letters}
-    return {name: value for name, value in described.items() if name != "notes"}
 
 
 def task_length(request: EvalRequest, inputs: Inputs) -> int:

@@ -16,34 +16,23 @@ from icsearch.core.statistics import mean_loss
 from icsearch.report import numbers
 from icsearch.runs.record import RunRecord
 from icsearch.runs.refinement import HELDOUT_SET
+from icsearch.search.loop import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
 OnStep = Callable[[Step], object]
 
 
-class Quiet:
-    """Hears everything and says nothing; hands each committed flip on to `on_step`."""
+class Quiet(Progress):
+    """Says nothing; hands each committed flip on to `on_step`."""
 
     def __init__(self, on_step: OnStep | None = None) -> None:
         self._on_step = on_step
 
     def opening(self, text: str) -> None: ...
 
-    def info(self, text: str) -> None: ...
-
-    def planned(self, rows: Sequence[tuple[str, str]], layer_sequences: int, done: int) -> None: ...
-
-    def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None: ...
-
-    def layer_done(self, layer_sequences: int) -> None: ...
-
-    def losses_known(self, record: RunRecord, step: int | str) -> None: ...
-
     def committed(self, record: RunRecord) -> None:
         if self._on_step is not None:
             self._on_step(record.steps()[-1])
-
-    def tried(self, record: RunRecord) -> None: ...
 
     def close(self) -> None: ...
 

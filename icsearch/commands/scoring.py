@@ -128,6 +128,9 @@ def load(request: RunRequest, here: Opened, world: World | None, wanted: Sequenc
         coordinator = Coordinator(world, memory.grid, worker)
     if memory.offload.streamed:  # where the losses come from, where it is not the usual: no bits follow from it
         notes.append(f"weights were streamed layer by layer (--offload {where}): the same bits")
+    if left_out := dsa.weights.left_out:
+        what = f"layers {', '.join(map(str, left_out))}" if len(left_out) > 1 else f"layer {left_out[0]}"
+        notes.append(f"{what} of the checkpoint, for multi-token prediction, left out")
     rate = read_rate(inputs.source.shards) if where == DISK else None
     return Loaded(dsa, batches[CALIBRATION], memory, batches.get(HELDOUT, []), coordinator, tuple(notes), rate)
 
@@ -141,7 +144,8 @@ def make_scoring(
     """
     scoring = Scoring(here.run.journal, record, make_scorer(here, record, loaded, CALIBRATION, kept), listener)
     changed = environment_notes(here.existing, here.start)
-    scoring.note([*changed, *loaded.notes, *(text for _, text in stage_rows(here.start))])
+    scoring.note([*changed, *loaded.notes], tell=True)
+    scoring.note([text for _, text in stage_rows(here.start)])  # the plan says so too
     return scoring
 
 

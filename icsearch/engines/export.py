@@ -32,7 +32,7 @@ from icsearch.engines.pipeline import (
     stages_on_shared,
     usual_sizes_on_shared,
 )
-from icsearch.engines.table import TRANSFORMERS, find_engine
+from icsearch.engines.table import ENGINES, TRANSFORMERS, find_engine
 from icsearch.model.config import COMMON, family, load_config, read_backbone
 
 
@@ -105,6 +105,24 @@ def export(
         settings=settings,
         warnings=(*stage_warnings, *_warnings(target, pattern, pattern_file, letters, serving is not None)),
     )
+
+
+def exports_of_type(file: PatternFile) -> tuple[list[Export], dict[str, str]]:
+    """What each engine that serves models of the file's type is given, those first that take a flag.
+
+    Behind them, by their titles, why others cannot be given this pattern, as Megatron's two numbers give few. Raises
+    ExportError where none of them can: then something is wrong with the run.
+    """
+    known = [engine for engine in ENGINES.values() if engine.serves(file.model.get("model_type"))]
+    exports, refused = [], {}
+    for engine in sorted(known, key=lambda engine: engine.writes is not None):
+        try:
+            exports.append(export(file, engine.name))
+        except ExportError as error:
+            refused[engine.title] = str(error)
+    if refused and not exports:
+        raise ExportError("; ".join(dict.fromkeys(refused.values())))
+    return exports, refused
 
 
 def _check(pattern: Pattern, model: Mapping[str, Any]) -> None:

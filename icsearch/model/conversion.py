@@ -92,12 +92,14 @@ def layer_prefix(model: Any) -> str:
     return next(f"{name}." for name, module in model.named_modules() if module is layers)
 
 
-def check_rehearsed(checkpoint: Checkpoint, model: Any, info: Any) -> set[str]:
+def check_rehearsed(checkpoint: Checkpoint, model: Any, info: Any) -> tuple[set[str], list[int]]:
     """Refuse what transformers only warns of: it fills missing weights at random. Raises ModelError.
 
-    Returns the parameters that the checkpoint does not hold because they are tied to others.
+    Returns the parameters that the checkpoint does not hold because they are tied to others, and its layers of
+    multi-token prediction, which are left out.
     """
-    tied = set(info.missing_keys)
+    tied, config = set(info.missing_keys), model.config.get_text_config()
+    predicting = _prediction_layers(config.num_hidden_layers, checkpoint, info.unexpected_keys)
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)  # takes tied ones from the missing
     model._adjust_missing_and_unexpected_keys(info)  # and what the family says is no loss
     if info.conversion_errors:
@@ -114,13 +116,18 @@ def check_rehearsed(checkpoint: Checkpoint, model: Any, info: Any) -> set[str]:
             f"{len(missing)} tensors that config.json calls for are not in the weights of {checkpoint.name}, such as "
             f"{missing[0]}: use the config that belongs to these weights, or download the missing shard"
         )
-    unused = _unused(model.config.get_text_config(), checkpoint, info.unexpected_keys)
-    if unexpected := sorted(set(info.unexpected_keys) - unused):
+    native = native_types(config)
+    unexpected = []
+    for name in sorted(info.unexpected_keys):
+        layer, part = _of_layer(name)
+        if layer not in predicting and not ("indexer." in part and native.get(layer) == "shared"):
+            unexpected.append(name)
+    if unexpected:
         raise ModelError(
             f"{len(unexpected)} tensors of {checkpoint.name} have no place in the model that config.json describes, "
             f"such as {unexpected[0]}: use the config that belongs to these weights"
         )
-    return tied
+    return tied, predicting
 
 
 def _reason(text: str) -> str:
@@ -133,21 +140,20 @@ _LAYER = re.compile(r"(?:.*?\.)?layers\.(\d{1,6})\.(.+)")
 _OF_PREDICTION = ("eh_proj.", "enorm.", "hnorm.")  # what a layer of multi-token prediction alone has
 
 
-def _unused(config: Any, checkpoint: Checkpoint, names: Iterable[str]) -> set[str]:
-    """Of these tensors those that a whole checkpoint may carry unused: MTP layers, indexers of native S layers.
+def _of_layer(name: str) -> tuple[int, str]:
+    """The decoder layer that a tensor is of, and its name in there; -1 for none."""
+    match = _LAYER.fullmatch(name)
+    return (int(match[1]), match[2]) if match else (-1, "")
 
-    An MTP layer is one behind the last that the config counts as such, or whose tensors show it.
+
+def _prediction_layers(layers: int, checkpoint: Checkpoint, names: Iterable[str]) -> list[int]:
+    """The layers of multi-token prediction among these tensors, which have no place behind so many decoder layers.
+
+    That is one which the config counts as such, or whose tensors show it.
     """
-    layers, native = config.num_hidden_layers, native_types(config)
-    keys = language_config(checkpoint.config, f"config.json of {checkpoint.name}")
-    parts = {name: (int(match[1]), match[2]) for name in names if (match := _LAYER.fullmatch(name))}
-    shown = {layer for layer, part in parts.values() if layer >= layers and part.startswith(_OF_PREDICTION)}
-    predicting = shown | set(range(layers, layers + mtp_layers(keys)))
-    return {
-        name
-        for name, (layer, part) in parts.items()
-        if layer in predicting or ("indexer." in part and native.get(layer) == "shared")
-    }
+    counted = layers + mtp_layers(language_config(checkpoint.config, f"config.json of {checkpoint.name}"))
+    behind = [(layer, part) for layer, part in map(_of_layer, names) if layer >= layers]
+    return sorted({layer for layer, part in behind if layer < counted or part.startswith(_OF_PREDICTION)})
 
 
 def check_finite(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor]) -> None:

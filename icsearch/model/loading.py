@@ -34,20 +34,21 @@ class Reader:
         self._checkpoint = checkpoint
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._shards = Shards(checkpoint.shards)
+        self.shards = Shards(checkpoint.shards)
         quantizer = make_quantizer(checkpoint)
         if quantizer is None:
-            check_none_quantised(checkpoint, self._shards)
+            check_none_quantised(checkpoint, self.shards)
         self._conversion = Conversion(model, dtype, quantizer)
-        self._tied = check_rehearsed(checkpoint, model, self._conversion.rehearse(self._shards))
+        rehearsed = self._conversion.rehearse(self.shards)
+        self._tied, self.left_out = check_rehearsed(checkpoint, model, rehearsed)
         self._of_layer: list[list[str]] = [[] for _ in self.layers]  # the tensors that make each layer
         self._outside: dict[str, str] = {}  # the others that are of use, with the parameter of each
         self._known_finite: set[int] = set()
         self._in_cpu_memory: dict[int, dict[str, torch.Tensor]] = {}
         prefix, parameters = layer_prefix(model), set(model.state_dict())
         floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
-        for name, target in self._conversion.targets(self._shards).items():
-            stored = self._shards[name].get_dtype()
+        for name, target in self._conversion.targets(self.shards).items():
+            stored = self.shards[name].get_dtype()
             if quantizer is None and target in floating and stored.startswith(("I", "U", "BOOL")):
                 raise ModelError(  # some quantisations are nothing but whole numbers in place of weights
                     f"tensor {name} of {checkpoint.name} is {stored}: expected floating-point weights, as "
@@ -60,22 +61,17 @@ class Reader:
             else:
                 self._outside[name] = target
 
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of weights read from the shards so far."""
-        return self._shards.bytes_read
-
     def read_layer(self, index: int) -> int:
         """Read one decoder layer's weights, and bring them to the device; returns the bytes that were read."""
-        before = self._shards.bytes_read
+        before = self.shards.bytes_read
         self._read(index)
         with self._beside():
             self.layers[index].to(self._device)
-        return self._shards.bytes_read - before
+        return self.shards.bytes_read - before
 
     def _read(self, index: int) -> None:
         """Read one decoder layer's weights; the first time, look whether all are finite."""
-        self._conversion.fill({name: self._shards[name] for name in self._of_layer[index]})
+        self._conversion.fill({name: self.shards[name] for name in self._of_layer[index]})
         if index not in self._known_finite:
             check_finite(self._checkpoint, self.layers[index].state_dict(prefix=f"{layer_prefix(self.model)}{index}."))
             self._known_finite.add(index)
@@ -128,7 +124,7 @@ class Reader:
         }
         unwanted = tuple(f"{path}." for path, module in self.model.named_modules() if not wanted.get(module, True))
         names = [name for name, target in self._outside.items() if not target.startswith(unwanted)]
-        self._conversion.fill({name: self._shards[name] for name in names})
+        self._conversion.fill({name: self.shards[name] for name in names})
         if first or last:
             self.model.tie_weights(missing_keys=set(self._tied), recompute_mapping=False)
         here = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
@@ -170,7 +166,8 @@ def load(
             else:
                 for index in held:
                     reader.read_layer(index)
-                weights = LayerWeights(held, reader.bytes_read)
+                weights = LayerWeights(held, reader.shards.bytes_read)
+            weights.left_out = reader.left_out
             return DsaModel(model, block_elements, weights, place)
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):

@@ -54,6 +54,7 @@ class LayerWeights:
     def __init__(self, held: range, bytes_read: int = 0) -> None:
         self.held = held
         self.bytes_read = bytes_read  # of weights so far, from the checkpoint or from CPU memory
+        self.left_out: list[int] = []  # layers of multi-token prediction, which no process has
 
     @contextlib.contextmanager
     def holding(self, index: int, back: bool = False) -> Iterator[None]:

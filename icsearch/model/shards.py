@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from icsearch.model.header import Entry, HeaderError, damaged, header_of
 OF_SCALES = {"F8_E8M0": torch.float8_e8m0fnu}
 
 
-class Shards(Mapping[str, "StoredTensor"]):
+class Shards(dict[str, "StoredTensor"]):
     """All tensors of a checkpoint by name, none of them read yet; `bytes_read` counts what has been."""
 
     def __init__(self, paths: Iterable[Path]) -> None:
+        super().__init__()
         self.bytes_read = 0
         self._lock = threading.Lock()  # transformers reads in several threads
-        self._stored: dict[str, StoredTensor] = {}
         for path in paths:
             try:
                 with open(path, "rb") as file:
@@ -41,21 +41,12 @@ class Shards(Mapping[str, "StoredTensor"]):
             except HeaderError as error:
                 raise damaged(path, error) from None
             for entry in header.entries:
-                if (known := self._stored.get(entry.name)) is not None:
+                if (known := self.get(entry.name)) is not None:
                     raise ModelError(
                         f"tensor {entry.name} is in two shards, {known.shard.path.name} and {path.name} of "
                         f"{path.parent}: expected it once; download the checkpoint again"
                     )
-                self._stored[entry.name] = StoredTensor(entry, shard, self)
-
-    def __getitem__(self, name: str) -> StoredTensor:
-        return self._stored[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
+                self[entry.name] = StoredTensor(entry, shard, self)
 
     def count(self, size: int) -> None:
         """Take note of so many bytes that were read."""

@@ -85,7 +85,6 @@ def prefill_work(shape: ModelShape, pattern: Pattern, length: int, widths: Width
 
 def decode_work(shape: ModelShape, pattern: Pattern, context: int, widths: Widths | None = None) -> Breakdown:
     """Work of one new token that sees `context` tokens, itself included; one sequence."""
-    _check_context(context)
     return _of_pattern(shape, pattern, _Pass(1, context, context, min(shape.index_topk, context)), widths)
 
 
@@ -99,15 +98,9 @@ def layer_work(shape: ModelShape, index: int, full: bool, length: int, widths: W
 
 
 def _prefill(shape: ModelShape, length: int) -> _Pass:
-    _check_context(length)
     short = min(length, shape.index_topk)
     selected = short * (short + 1) // 2 + (length - short) * shape.index_topk
     return _Pass(length, length, length * (length + 1) // 2, selected)
-
-
-def _check_context(length: int) -> None:
-    if length < 1:
-        raise ModelError(f"context length {length} is out of range: give a number of tokens of at least 1")
 
 
 def _of_pattern(shape: ModelShape, pattern: Pattern, one: _Pass, widths: Widths | None) -> Breakdown:
@@ -123,6 +116,8 @@ def _count(
     shape: ModelShape, one: _Pass, widths: Widths, full: int, dsa: int, dense: int, sparse: int, heads: int
 ) -> Breakdown:
     """Of so many indexers, layers with core attention, layers with a dense MLP and with experts, and LM heads."""
+    if one.keys < 1:
+        raise ModelError(f"context length {one.keys} is out of range: give a number of tokens of at least 1")
     per_score = 2 * shape.index_heads * (shape.index_head_dim + 1)
     per_selected = 2 * shape.heads * (shape.latent + shape.kv_lora_rank)
     keys = shape.index_head_dim * widths.index_keys  # bytes of a token's index key

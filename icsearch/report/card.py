@@ -14,18 +14,15 @@ from typing import Any
 
 from icsearch.calibration.sources import hub_parts
 from icsearch.core.pattern_file import PatternFile
-from icsearch.engines.engine import ExportError
-from icsearch.engines.export import Export, export
-from icsearch.engines.table import ENGINES
+from icsearch.engines.export import exports_of_type
 from icsearch.report import numbers
 from icsearch.report.eval_view import EvalView
-from icsearch.report.sentences import IN_SAMPLE, headline
+from icsearch.report.sentences import ENGINES_SHOWN, IN_SAMPLE, headline, no_engine
 from icsearch.report.view import RunView
 from icsearch.runs import results
 from icsearch.runs.results import split_notes
 
 TAGS = ("icsearch", "indexcache", "deepseek-sparse-attention")
-ENGINES_SHOWN = 2  # engines whose settings are written out; the others are named
 _NAME = r"[\w-][\w.-]*"
 _MODEL, _DATASET = re.compile(rf"{_NAME}/{_NAME}"), re.compile(rf"({_NAME}/)?{_NAME}")
 
@@ -202,14 +199,9 @@ def serving(file: PatternFile) -> list[str]:
     Where no engine is known, one sentence that says so and names the way in Python. Raises ExportError for a run whose
     pattern does not fit its own model.
     """
-    model_type = file.model.get("model_type")
-    exports = _exports(file, model_type)
+    exports, _ = exports_of_type(file)
     if not exports:
-        models = f"`{model_type}` models" if model_type else "a model of a type that the run does not say"
-        return [
-            f"No engine is known to take a pattern for {models}; in Python, `icsearch.load(MODEL, PATTERN)` gives the "
-            "transformers model that runs it."
-        ]
+        return [no_engine(file.model.get("model_type"))]
     others = ", ".join(f"{other.title} (`{other.engine}`)" for other in exports[ENGINES_SHOWN:])
     also = f"Also known to take it: {others}; `icsearch export pattern.json --engine NAME` says how."
     told = []
@@ -219,21 +211,3 @@ def serving(file: PatternFile) -> list[str]:
             told.append(f"Warnings of `icsearch export pattern.json --engine {served.engine}`:")
             told.append("\n".join(f"- {warning}" for warning in served.warnings))
     return [*told, *([also] if others else [])]
-
-
-def _exports(file: PatternFile, model_type: str | None) -> list[Export]:
-    """What each engine that serves models of this type is given, those first that take a flag.
-
-    One that cannot express this pattern is left out, as Megatron's two numbers give few. Raises ExportError where none
-    of them can: then something is wrong with the run.
-    """
-    known = [engine for engine in ENGINES.values() if engine.serves(model_type)]
-    exports, refusal = [], None
-    for engine in sorted(known, key=lambda one: one.writes is not None):
-        try:
-            exports.append(export(file, engine.name))
-        except ExportError as error:
-            refusal = error
-    if refusal is not None and not exports:
-        raise refusal
-    return exports

@@ -6,13 +6,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from icsearch.core.errors import IcsearchError
 from icsearch.core.statistics import Difference
-from icsearch.engines.export import Export, export
+from icsearch.engines.engine import ExportError
+from icsearch.engines.export import Export, exports_of_type
 from icsearch.report import figures, numbers, sentences
 from icsearch.report.eval_view import EvalRow, EvalView, Gap
 from icsearch.report.view import Refined, RunView, Swap, predictions
@@ -90,6 +90,7 @@ class Section:
     strip: tuple[tuple[str, tuple[Cell, ...]], ...] = ()
     order: tuple[Cell, ...] = ()
     exports: tuple[Export, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)  # by the engine's title, why it cannot be given the pattern
     export_error: str = ""
     noise: str = ""
 
@@ -188,7 +189,7 @@ def _charts(name: str, title: str, draw: Callable[[tuple[float, float]], Figure]
 def run_section(view: RunView, number: int) -> Section:
     """Everything that the page says about one run."""
     cautions, notes = split_notes(view.record.notes)
-    exports, export_error = _exports(view)
+    exports, refused, export_error = _exports(view)
     if view.record.start["options"].get("kernels") == "blockwise":
         notes = (*notes, sentences.BLOCKWISE_KERNELS)
     name, order = f"run-{number}", _order(view)
@@ -234,6 +235,7 @@ def run_section(view: RunView, number: int) -> Section:
         strip=strip(view),
         order=order,
         exports=exports,
+        refused=refused,
         export_error=export_error,
         noise=numbers.compact(figures.run_scale(view).noise),
     )
@@ -397,17 +399,16 @@ def _tie_table(view: RunView) -> Table:
     return make_table(("step", "committed", others), {"": rows}, texts=[others])
 
 
-def _exports(view: RunView) -> tuple[tuple[Export, ...], str]:
-    """What engines are given, and why one of them cannot be given this pattern."""
+def _exports(view: RunView) -> tuple[tuple[Export, ...], dict[str, str], str]:
+    """What engines are given, which cannot be given this pattern and why, and what is said where none can."""
     if not view.points:
-        return (), ""
-    exports, refusals = [], []
-    for name in ("vllm", "sglang", "transformers"):
-        try:
-            exports.append(export(results.pattern_file(view.record), name))
-        except IcsearchError as error:
-            refusals.append(str(error))
-    return tuple(exports), "; ".join(dict.fromkeys(refusals))
+        return (), {}, ""
+    try:
+        exports, refused = exports_of_type(results.pattern_file(view.record))
+    except ExportError as error:
+        return (), {}, str(error)
+    unknown = sentences.no_engine(view.start["model"].get("model_type")).replace("`", "")
+    return tuple(exports), refused, "" if exports else unknown
 
 
 def _cost_table(view: RunView) -> Table:

@@ -22,6 +22,7 @@ IN_SAMPLE, FOREIGN = "in-sample", "other model"
 SEARCHED_HERE = "searched on these very batches"
 FOUND_ELSEWHERE = "found on another model, or on other weights of this one"
 NOT_KNOWN = f"not known: too few tokens to exclude a loss of {CLEAR_LOSS:g} or more"
+ENGINES_SHOWN = 2  # engines whose settings are written out; of the others a card has the names, a page what is folded
 UNIFORM = "The uniform pattern with as many F layers"
 EXACT = "Exact: these are the choices of Algorithm 1 on these sequences; of equal ones, the smaller layer."
 BLOCKWISE_KERNELS = (
@@ -65,6 +66,15 @@ def uniform_change(cost: Difference, baseline: str, measurable: bool) -> str:
         return f"{UNIFORM} costs nothing measurable ({numbers.difference(cost)})"
     verb = "costs" if cost.delta > 0 else "changes the loss by"  # one sequence: no error to hold it to
     return f"{UNIFORM} {verb} {numbers.difference(cost)}"
+
+
+def no_engine(model_type: str | None) -> str:
+    """Where no engine is known to share in models of a type: that, and the way in Python."""
+    models = f"`{model_type}` models" if model_type else "a model of a type that the run does not say"
+    return (
+        f"No engine is known to take a pattern for {models}; in Python, `icsearch.load(MODEL, PATTERN)` gives the "
+        "transformers model that runs it."
+    )
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

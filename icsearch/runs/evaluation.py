@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from icsearch.core.errors import IcsearchError, JournalError
-from icsearch.core.jsonfile import FieldError, read_object, write_object
+from icsearch.core.jsonfile import FieldError, read_object
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference, mean_loss, paired_difference, wilson_interval
-from icsearch.runs.journal import Event, apply_all
+from icsearch.runs.journal import Event, Record
 from icsearch.runs.schema import WAYS, check_document, check_eval_start, check_later
 
 EVAL_FORMAT = "icsearch.eval/1"
@@ -36,8 +36,8 @@ class SequenceMeasures:
 
 
 @dataclass
-class EvalRecord:
-    """The state of an evaluation. It changes by `apply` alone, so that live and resumed ones share one path."""
+class EvalRecord(Record):
+    """The state of an evaluation."""
 
     start: Event = field(default_factory=dict)
     measures: dict[str, dict[int, SequenceMeasures]] = field(default_factory=dict)
@@ -49,15 +49,7 @@ class EvalRecord:
     weight_bytes: int = 0
     finished: bool = False
 
-    @classmethod
-    def replay(cls, events: Iterable[Event]) -> EvalRecord:
-        """As that of a run."""
-        record = cls()
-        apply_all(events, record.apply)
-        return record
-
     def check(self, event: Event) -> None:
-        """Raise FieldError where an event is none of this evaluation."""
         if not self.start:
             check_eval_start(event)
             return
@@ -68,7 +60,6 @@ class EvalRecord:
                 raise FieldError(f"overlap of {letters} has other layers than before")
 
     def apply(self, event: Event) -> None:
-        """Take one event in; raises as `check` does, and then changes nothing."""
         self.check(event)
         kind = event["event"]
         if kind == "start":
@@ -100,11 +91,6 @@ class EvalRecord:
         self.layer_sequences += event["layer_sequences"]
         self.seconds += event["seconds"]
         self.weight_bytes += event.get("weight_bytes") or 0
-
-    @property
-    def tokens(self) -> list[int]:
-        """Counted tokens of each sequence."""
-        return list(self.start["tokens"])
 
     def of(self, letters: str) -> list[SequenceMeasures]:
         """All sequences' measures in order; raises JournalError where some are missing."""
@@ -272,11 +258,4 @@ def load_eval(path: Path) -> dict[str, Any]:
         check_document(document)
     except FieldError as error:
         raise IcsearchError(f"{path} is damaged ({error}): {advice}") from None
-    return document
-
-
-def save_eval(path: Path, record: EvalRecord) -> dict[str, Any]:
-    """Write eval.json whole or not at all, and return its content."""
-    document = record.to_json()
-    write_object(path, document)
     return document

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from icsearch.core.errors import JournalError, PatternError
 from icsearch.core.files import naming
@@ -19,6 +20,7 @@ from icsearch.core.jsonfile import unambiguous
 
 JOURNAL_FORMAT = "icsearch.journal/1"
 Event = dict[str, Any]
+RecordT = TypeVar("RecordT", bound="Record")
 
 
 class Journal:
@@ -103,6 +105,33 @@ def apply_all(events: Iterable[Event], apply: Callable[[Event], None]) -> None:
             raise JournalError(
                 f"journal line {number} is damaged ({error}): restore the file, or start over with --fresh"
             ) from None
+
+
+class Record(ABC):
+    """What a journal says, replayed. It changes by `apply` alone, so that live and resumed runs share one path."""
+
+    start: Event
+    notes: list[str]
+
+    @classmethod
+    def replay(cls: type[RecordT], events: Iterable[Event]) -> RecordT:
+        """The state behind these events; raises JournalError, with the line, where one does not fit."""
+        record = cls()
+        apply_all(events, record.apply)
+        return record
+
+    @abstractmethod
+    def check(self, event: Event) -> None:
+        """Raise ValueError or PatternError where the event does not fit what is before it."""
+
+    @abstractmethod
+    def apply(self, event: Event) -> None:
+        """Take one event in; raises as `check` does, and then changes nothing."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """Counted tokens of each sequence."""
+        return list(self.start["tokens"])
 
 
 def _unreadable(path: Path, error: OSError | ValueError) -> JournalError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from icsearch.core.jsonfile import FieldError, Kind
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import Step
 from icsearch.core.statistics import Difference, mean_loss, paired_difference
-from icsearch.runs.journal import Event, Journal, apply_all
+from icsearch.runs.journal import Event, Journal, Record
 from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, OUTCOMES, Refinement
 from icsearch.runs.schema import check_event, check_run_start, event_fields
 
@@ -60,7 +60,7 @@ class Candidate:
     difference: Difference
 
 
-class LossTable(Mapping[str, Mapping[int, float]]):
+class LossTable(dict[str, dict[int, float]]):
     """`table[letters][sequence]` is the NLL or the KL of one sequence, summed over its counted tokens, in nats.
 
     `tokens` are the counted tokens of each sequence. What is asked of a pattern that was not scored on the sequences
@@ -68,34 +68,22 @@ class LossTable(Mapping[str, Mapping[int, float]]):
     """
 
     def __init__(self, tokens: Sequence[int] = ()) -> None:
+        super().__init__()
         self._tokens = tuple(tokens)
-        self._sums: dict[str, dict[int, float]] = {}
-
-    def __getitem__(self, letters: str) -> Mapping[int, float]:
-        return self._sums[letters]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sums)
-
-    def __len__(self) -> int:
-        return len(self._sums)
-
-    def __repr__(self) -> str:
-        return f"LossTable({self._sums!r})"
 
     def add(self, letters: str, first: int, sums: Sequence[float]) -> None:
         """Take in the sums of the sequences from `first` on."""
-        self._sums.setdefault(letters, {}).update(enumerate(sums, start=first))
+        self.setdefault(letters, {}).update(enumerate(sums, start=first))
 
     def is_complete(self, letters: str) -> bool:
         """Whether the pattern was scored on every sequence."""
-        return len(self._sums.get(letters, ())) == len(self._tokens)
+        return len(self.get(letters, ())) == len(self._tokens)
 
     def sums(self, letters: str) -> list[float]:
         """The sums of all sequences, in order."""
         if not self.is_complete(letters):
             raise JournalError(f"the journal has no complete loss of {letters}: continue the run first")
-        known = self._sums[letters]
+        known = self[letters]
         return [known[sequence] for sequence in range(len(self._tokens))]
 
     def loss(self, letters: str) -> float:
@@ -151,8 +139,8 @@ REFINING = -1  # stands for a step in `asked`: what a refinement scored on the c
 
 
 @dataclass
-class RunRecord:
-    """The state of a run. It changes by `apply` alone, so live and resumed runs share one path.
+class RunRecord(Record):
+    """The state of a run.
 
     `nll` holds the losses, and `kl` the KL to the start pattern where the objective is the KL; `asked[step]` lists the
     patterns scored in a step (step 0: the start pattern and the uniform references), and `scored[step]` counts them
@@ -177,15 +165,7 @@ class RunRecord:
     finished: bool = False
     _fields: dict[str, dict[str, Kind]] = field(default_factory=dict, repr=False)
 
-    @classmethod
-    def replay(cls, events: Iterable[Event]) -> RunRecord:
-        """The state behind these events; raises JournalError, with the line, where one does not fit."""
-        record = cls()
-        apply_all(events, record.apply)
-        return record
-
     def check(self, event: Event) -> None:
-        """Raise ValueError or PatternError where the event does not fit what is before it."""
         kind = event.get("event")
         if not self.start:
             check_run_start(event)
@@ -234,7 +214,6 @@ class RunRecord:
                 raise FieldError(f"a swap to {after}, which does not gain on both sets")
 
     def apply(self, event: Event) -> None:
-        """Take one event in; raises as `check` does, and then changes nothing."""
         self.check(event)
         kind = event["event"]
         if not self.start:
@@ -293,11 +272,6 @@ class RunRecord:
     def objective(self) -> LossTable:
         """What the search goes by: the loss, or the KL."""
         return self.kl if self.by_kl else self.nll
-
-    @property
-    def tokens(self) -> list[int]:
-        """Counted tokens of each calibration sequence."""
-        return list(self.start["tokens"])
 
     @property
     def start_pattern(self) -> Pattern:

@@ -9,12 +9,12 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol
 
 from icsearch.core.errors import JournalError, OutOfMemoryError, PatternError
 from icsearch.core.pattern import Pattern
 from icsearch.core.text import shrunk_note
-from icsearch.runs.journal import Event, Journal
+from icsearch.runs.journal import Event, Journal, RecordT
 from icsearch.runs.record import RunRecord
 from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, Refinement
 from icsearch.search.protocol import Strategy
@@ -63,8 +63,8 @@ class Scorer(Protocol):
         """Plan for less, after memory ran out over so many patterns; False where the plan cannot be smaller."""
 
 
-class Progress(Protocol):
-    """Hears what a run is about to do, and how far it is. It changes nothing."""
+class Progress:
+    """Hears what a run is about to do, and how far it is, and changes nothing. This one keeps silent."""
 
     def info(self, text: str) -> None: ...
 
@@ -79,21 +79,6 @@ class Progress(Protocol):
     def committed(self, record: RunRecord) -> None: ...
 
     def tried(self, record: RunRecord) -> None: ...
-
-
-class Record(Protocol):
-    """What a journal says, replayed: of a run, or of an evaluation."""
-
-    notes: list[str]
-
-    def check(self, event: Event) -> None:
-        """Raise ValueError or PatternError where the event does not fit what is before it."""
-
-    def apply(self, event: Event) -> None:
-        """Take in an event that fits."""
-
-
-RecordT = TypeVar("RecordT", bound=Record)
 
 
 class Run(Generic[RecordT]):
@@ -259,7 +244,11 @@ def run_refinement(scoring: Scoring, heldout: Scorer) -> None:
     record = scoring.record
     sets = {False: scoring.of(CALIBRATION_SET), True: scoring.of(HELDOUT_SET, heldout)}
     if record.refinement is None:
-        costs = sharing_costs(record)
+        costs = {  # of sharing each layer when the search last looked at it, in nats per token
+            candidate.layer: record.objective.difference(candidate.pattern, record.before(commit.step).letters).delta
+            for commit in record.commits
+            for candidate in record.candidates(commit.step)
+        }
         event = {"event": "refine", "pattern": record.searched.letters}
         scoring.append({**event, "costs": [costs.get(layer) for layer in range(len(record.start_pattern))]})
     if record.refinement is None or record.heldout is None:
@@ -289,16 +278,6 @@ def make_swaps(record: RunRecord, refinement: Refinement) -> Swaps:
         heldout_tokens=record.heldout.tokens if record.heldout else (),
         costs={layer: cost for layer, cost in enumerate(refinement.costs) if cost is not None},
     )
-
-
-def sharing_costs(record: RunRecord) -> dict[int, float]:
-    """What sharing each layer cost when the search last looked at it, in nats per token, as far as it is known."""
-    costs = {}
-    for commit in record.commits:
-        before = record.before(commit.step).letters
-        for candidate in record.candidates(commit.step):
-            costs[candidate.layer] = record.objective.difference(candidate.pattern, before).delta
-    return costs
 
 
 def event_of(outcome: Outcome) -> Event:

@@ -14,12 +14,13 @@ from test_sweep import random_batches
 
 from icsearch.commands.progress import Quiet
 from icsearch.core.errors import IcsearchError, JournalError
+from icsearch.core.jsonfile import write_object
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
 from icsearch.model import loading, model
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.slot import SelectionStore
-from icsearch.runs.evaluation import EvalRecord, load_eval, save_eval, verdict
+from icsearch.runs.evaluation import EvalRecord, load_eval, verdict
 from icsearch.runs.journal import Event
 from icsearch.search.loop import Run
 from icsearch.sweep.branches import cut_waves
@@ -154,7 +155,8 @@ def test_resumed_behind_any_event(dsa: model.DsaModel, per_wave: int) -> None:
 
 def test_rows_and_file(dsa: model.DsaModel, tmp_path: Path) -> None:
     record = evaluated(dsa)
-    document = save_eval(tmp_path / "eval.json", record)
+    document = record.to_json()
+    write_object(tmp_path / "eval.json", document)
     assert load_eval(tmp_path / "eval.json") == document
     rows = document["rows"]
     assert rows[0]["name"] == "full"

@@ -11,15 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from icsearch.cli import app
 from icsearch.core.errors import ModelError
 from icsearch.core.pattern import Pattern
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.config import MTP_KEYS, read_backbone
 from icsearch.model.loading import load
+from icsearch.runs.record import load_run
 from icsearch.sweep.branches import cut_batches
 from icsearch.sweep.sweep import naive_nll
 
 LAYERS = 6
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -60,6 +63,16 @@ def test_by_their_own_tensors(glm_checkpoint: Path, one_more: Path, counts: dict
     predicting(one_more)
     count(one_more, **counts)
     assert loss(one_more) == loss(glm_checkpoint)
+
+
+def test_a_run_notes_what_it_left_out(one_more: Path, tokens: Path, tmp_path: Path, capsys: Capture) -> None:
+    predicting(one_more)
+    count(one_more)
+    fixed = ["--calibration", str(tokens), "--num-shared", "1", "--batch-size", "2", "--out", str(tmp_path / "run")]
+    assert app._run(["greedy", str(one_more), *fixed], debug=False) == 0
+    note = f"layer {LAYERS} of the checkpoint, for multi-token prediction, left out"
+    assert capsys.readouterr().err.splitlines().count(note) == 1
+    assert load_run(tmp_path / "run").notes.count(note) == 1
 
 
 @pytest.mark.parametrize("key", MTP_KEYS)

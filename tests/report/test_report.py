@@ -27,12 +27,13 @@ from icsearch.core.errors import JournalError
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import load_pattern_file
 from icsearch.core.statistics import Difference
+from icsearch.engines.table import ENGINES
 from icsearch.report import figures, numbers
 from icsearch.report.page import Cell, Table, minus, provenance, render_page, run_section, strip
 from icsearch.report.sentences import headline, kink_sentence
 from icsearch.report.terminal import summary_table
 from icsearch.report.view import RunView, find_kink, view_run
-from icsearch.report.write import CSV_COLUMNS, ReportError, curve_csv, write_report, write_results
+from icsearch.report.write import CSV_COLUMNS, ReportError, curve_csv, model_card, write_report, write_results
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
 from icsearch.runs.results import guessing_notes
@@ -475,7 +476,19 @@ def test_an_engine_that_cannot_be_given_the_pattern_hides_no_other(tmp_path: Pat
     write_report([tmp_path / "run"], tmp_path / "all.html")
     page = (tmp_path / "all.html").read_text(encoding="utf-8")
     assert page.count("vLLM reads no letters for MiniMax M3") == 1
-    assert "<h4>SGLang</h4>" in page and "<h4>vLLM</h4>" not in page
+    assert "<h4>ATOM</h4>" in page and "<h4>vLLM</h4>" not in page
+    assert "<h4>SGLang</h4>" not in page  # it is told by other means, as the table of engines says
+
+
+@pytest.mark.parametrize("model_type", ["glm_moe_dsa", "hy_v4", "axk2"])
+def test_a_page_and_a_card_name_the_same_engines(model_type: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", MadeUpRun(model_type=model_type))
+    write_report([tmp_path / "run"], tmp_path / "all.html")
+    page, card = (tmp_path / "all.html").read_text(encoding="utf-8"), model_card([tmp_path / "run"])
+    assert re.findall(r"<h4>([^<]+)</h4>\s*<p class", page) == re.findall("^With ([^,]+),", card, re.MULTILINE)
+    folded = [engine for engine in ENGINES.values() if f"<summary>{engine.title}</summary>" in page]
+    assert {engine.name for engine in folded} == set(re.findall(r"\(`([\w-]+)`\)", card))
+    assert ("No engine is known" in page) is ("No engine is known" in card) is (model_type == "axk2")
 
 
 def test_a_page_of_ours_is_replaced_and_nothing_else(tmp_path: Path) -> None:
