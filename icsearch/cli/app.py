@@ -45,6 +45,7 @@ def root(
 SEARCHING, EVALUATING, SERVING = "Search", "Evaluate", "Serve"
 add(app, "calibrate", commands.calibrate, SEARCHING, ["choosing", "families"], ["model", "source"])
 add(app, "plan", commands.plan, SEARCHING, ["any-size", "strategies"])
+add(app, "fisher", commands.fisher, SEARCHING, ["method", "choosing", "any-size"])
 add(app, "greedy", commands.greedy, SEARCHING, ["strategies", "choosing", "any-size"])
 add(app, "dp-baseline", commands.dp_baseline, SEARCHING, ["method", "any-size"])
 add(app, "eval", commands.evaluate, EVALUATING, ["choosing", "method"])

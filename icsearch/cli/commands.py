@@ -17,6 +17,7 @@ from icsearch.commands.requests import (
     CachedCalibrationRequest,
     EvalRequest,
     ExportRequest,
+    FisherRequest,
     GreedyRequest,
     ImportRequest,
     PlanRequest,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from icsearch.engines.native import NativeCheckpoint
 
 RESULTS = "pattern.json, curve.csv, curve.png, report.html"
+FISHER_RESULTS = f"{RESULTS}, fisher.npz, fisher.json"
 BASELINE_RESULTS = f"{RESULTS}, similarity.npz, similarity.json"
 
 
@@ -41,6 +43,20 @@ def calibrate(request: CachedCalibrationRequest) -> None:
     state = "already there, reused" if hit else "written"
     size = f"{batches.num_sequences} x {batches.seq_len} tokens"
     typer.echo(f"{request.out}: {size}, {state} (fingerprint {batches.fingerprint[:12]})")
+
+
+def fisher(context: typer.Context, request: FisherRequest, session: Session) -> None:
+    """Find the layers whose indexer is missed least, in a few passes.
+
+    Every flip is priced by gradients, to second order; what is proposed is measured. For Algorithm 1 itself: greedy.
+    """
+    with running(context, request, session) as (progress, world):
+        from icsearch.commands.fisher import fisher
+        from icsearch.report.terminal import summary_table
+        from icsearch.report.write import write_results
+
+        record = fisher(request, progress, write_results, world)
+    print_result(summary_table(record), f"{request.out / FISHER_RESULTS}")
 
 
 def greedy(context: typer.Context, request: GreedyRequest, session: Session) -> None:

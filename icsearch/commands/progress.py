@@ -15,7 +15,7 @@ from icsearch.core.pattern_file import Step
 from icsearch.core.statistics import mean_loss
 from icsearch.report import numbers
 from icsearch.runs.record import RunRecord
-from icsearch.runs.refinement import HELDOUT_SET
+from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET
 from icsearch.search.loop import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -62,7 +62,7 @@ class Plain(Quiet):
     def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
         if step != self._step:  # swaps are scored in rounds, and a smaller plan begins to score again
-            self.info(f"{_step_name(step)}: scoring {numbers.plural(patterns, 'pattern')}")
+            self.info(_step_name(step) + (f": scoring {numbers.plural(patterns, 'pattern')}" if patterns else ""))
         self._step = step
 
     def layer_done(self, layer_sequences: int) -> None:
@@ -124,7 +124,7 @@ class Live(Plain):
             self._progress.start()
         else:
             self._progress.remove_task(self._task)
-        description = f"{_step_name(step)} · {numbers.plural(patterns, 'pattern')}"
+        description = _step_name(step) + (f" · {numbers.plural(patterns, 'pattern')}" if patterns else "")
         self._task = self._progress.add_task(description, total=layer_sequences, note="")
 
     def layer_done(self, layer_sequences: int) -> None:
@@ -197,9 +197,11 @@ def commit_line(record: RunRecord) -> str:
 
 def best_so_far(record: RunRecord, step: int | str) -> str:
     """The leader of a step, on what all of its patterns have been scored on, but those of a sweep to come."""
+    if isinstance(step, str) and record.refinement is not None:
+        return f"{numbers.plural(len(record.refinement.swaps), 'swap')} made"
     if isinstance(step, str):
-        made = len(record.refinement.swaps) if record.refinement else 0
-        return f"{numbers.plural(made, 'swap')} made"
+        done = min(map(len, record.nll.values()))
+        return f"{done} of {len(record.tokens)} sequences"
     patterns = record.asked[step]
     if step:
         furthest = max(len(record.nll[letters]) for letters in patterns)
@@ -220,5 +222,5 @@ def best_so_far(record: RunRecord, step: int | str) -> str:
 
 def _step_name(step: int | str) -> str:
     if isinstance(step, str):
-        return "held-out sequences" if step == HELDOUT_SET else "swaps"
+        return {HELDOUT_SET: "held-out sequences", CALIBRATION_SET: "swaps"}.get(step, step)
     return f"step {step}" if step else "baseline"

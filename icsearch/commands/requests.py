@@ -49,6 +49,7 @@ AUTO = "auto"
 OFFLOADS = (AUTO, RESIDENT, CPU, DISK)
 MIN_BLOCK_ELEMENTS = 2**10
 # More than any run has use for. What a library makes of far more is a crash, or work without end.
+MOST_DRAWS, MOST_FINALISTS = 2**10, 2**12
 MOST, MOST_THREADS, MOST_TASKS, MOST_NUMBERS = 2**31 - 1, 1024, 10**6, 2**40
 REFINEMENTS = ("swaps",)
 DEMO_HELDOUT = {"demo": "demo:heldout", "demo:calibration": "demo:heldout"}  # what is held out of the built-in corpus
@@ -273,8 +274,8 @@ class PatternRequest(ShareRequest, RunRequest):
 
 
 @dataclass(frozen=True)
-class GreedyRequest(PatternRequest):
-    """Everything that a greedy search can be asked."""
+class SearchRequest(PatternRequest):
+    """What searches by losses have in common: greedy's, and the one on the second-order table."""
 
     stages: Annotated[
         int | None, Option("Blocks searched in turn; each begins with F", SEARCH, "P", default="as --pp")
@@ -282,7 +283,6 @@ class GreedyRequest(PatternRequest):
     objective: Annotated[str, Option("lm-loss, or kl (to the all-F model)", SEARCH, "NAME", choices=OBJECTIVES)] = (
         "lm-loss"
     )
-    strategy: Annotated[str, Option("How candidates are scored", SEARCH, "NAME", choices=STRATEGIES)] = EXACT
     refine: Annotated[
         str | None, Option("Then move single indexers while it helps", SEARCH, "swaps", choices=REFINEMENTS)
     ] = None
@@ -323,6 +323,38 @@ class GreedyRequest(PatternRequest):
         if self.refine is None:
             return None
         return self.refine_on or DEMO_HELDOUT.get(self.calibration.source)
+
+
+@dataclass(frozen=True)
+class GreedyRequest(SearchRequest):
+    """Everything that a greedy search can be asked."""
+
+    strategy: Annotated[str, Option("How candidates are scored", SEARCH, "NAME", choices=STRATEGIES)] = EXACT
+
+
+@dataclass(frozen=True)
+class FisherRequest(SearchRequest):
+    """Everything that a search on the second-order table can be asked. `table`: a fisher.npz to use again."""
+
+    stages: Stages = None
+    draws: Annotated[
+        int | None, Option("Label draws a sequence", SEARCH, "R", default="4, or the table's", least=1, most=MOST_DRAWS)
+    ] = None
+    finalists: Annotated[int, Option("Patterns measured a round", SEARCH, "M", least=1, most=MOST_FINALISTS)] = 8
+    rounds: Annotated[int, Option("Rounds at most; they end when one helps no more", SEARCH, "N", least=1)] = 4
+    table: Annotated[Path | None, Option("That of an earlier run on the same batches", SEARCH, "FILE.npz")] = None
+    confirm_on: Annotated[
+        str | None, Option("Held-out sequences that choose among the best", SEARCH, "SOURCE", read=str)
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refine is not None and self.confirm_on is not None:
+            raise IcsearchError("--confirm-on and --refine both choose on held-out sequences: give one of them")
+
+    @property
+    def heldout_source(self) -> str | None:
+        return self.confirm_on or super().heldout_source
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icsearch.calibration.sources import ReadyTokens, parse_source
-from icsearch.commands.requests import KL, RunRequest
+from icsearch.commands.requests import RunRequest
 from icsearch.commands.setup import (
     Inputs,
     environment_notes,
@@ -156,7 +156,7 @@ def make_scorer(here: Opened, record: RunRecord, loaded: Loaded, name: str, kept
     """
     layout, memory = here.inputs.layout, loaded.memory
     kept = kept or Kept(Keeping(layout.num_layers, layout.layer_indices), 0, 0)
-    by_kl, keep_full_states = record.start["options"]["objective"] == KL, memory.full_states > 0
+    by_kl, keep_full_states = record.has_kl, memory.full_states > 0
     sizes, in_cpu_memory = (memory.patterns_per_sweep, memory.batches_per_wave), memory.in_cpu_memory > 0
     if loaded.coordinator is not None:
         from icsearch.sweep.distributed.coordinator import Schedule

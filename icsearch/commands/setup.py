@@ -14,11 +14,10 @@ from icsearch.calibration import cache
 from icsearch.calibration.batches import Calibration, Limits, check_heldout
 from icsearch.commands.requests import (
     DEFAULT_NUM_SEQUENCES,
-    KL,
     CalibrationRequest,
-    GreedyRequest,
     PatternRequest,
     RunRequest,
+    SearchRequest,
 )
 from icsearch.core import __version__
 from icsearch.core.errors import ModelError
@@ -32,6 +31,7 @@ from icsearch.planning.footprint import KL_HEAD_COPIES, NLL_HEAD_COPIES, BatchSh
 from icsearch.planning.memory import MEMORY_SHARE, Job, Machine, WeightSizes
 from icsearch.runs.directory import part_of
 from icsearch.runs.journal import JOURNAL_FORMAT, Event
+from icsearch.runs.schema import measures_kl
 from icsearch.search.greedy import split_stages
 from icsearch.sweep.distributed.launch import Launch
 
@@ -66,7 +66,7 @@ def obtain_heldout(
         return None
     wanted = replace(request.calibration, source=request.heldout_source, seq_len=None, num_sequences=None)
     heldout, _ = obtain(wanted, source, layout, request.out / "refine-on", request.fresh, like=calibration)
-    check_heldout(heldout, calibration, "--refine-on")
+    check_heldout(heldout, calibration, "--refine-on or --confirm-on")
     return heldout
 
 
@@ -220,9 +220,14 @@ def memory_job(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> 
         patterns=len(request.flippable(layout.start_pattern)) if isinstance(request, PatternRequest) else by_name,
         heldout=inputs.heldout.num_sequences if inputs.heldout else 0,
         offload=request.offload,
-        by_kl=options.get("objective") == KL,
-        may_offload_states=isinstance(request, GreedyRequest),
+        by_kl=_by_kl(options),
+        may_offload_states=isinstance(request, SearchRequest),
     )
+
+
+def _by_kl(options: dict[str, Any]) -> bool:
+    """Whether a run's sweeps measure the KL beside the loss; an evaluation's measures need no such sweeps."""
+    return "objective" in options and measures_kl(options)
 
 
 def machine_here(request: RunRequest, device_name: str, launch: Launch | None = None) -> Machine:
@@ -243,7 +248,7 @@ def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> BatchS
     """One batch of a run under these options."""
     dtype_bytes = DTYPES[options["dtype"]].itemsize
     batch_size, elements = options["batch_size"], options.get("block_elements")
-    copies = KL_HEAD_COPIES if options.get("objective") == KL else NLL_HEAD_COPIES
+    copies = KL_HEAD_COPIES if _by_kl(options) else NLL_HEAD_COPIES
     if elements is not None and layout.sizes is not None:
         shape = blockwise_shape(Call(layout.sizes, batch_size, seq_len, dtype_bytes, elements), copies)
         return replace(shape, left_numbers=layout.left_numbers)

@@ -23,6 +23,8 @@ RESULT_NAMES = (
     "report.html",
     "similarity.npz",
     "similarity.json",
+    "fisher.npz",
+    "fisher.json",
     "eval.json",
     "eval.csv",
 )

@@ -14,7 +14,7 @@ from icsearch.core.pattern_file import Step
 from icsearch.core.statistics import Difference, mean_loss, paired_difference
 from icsearch.runs.journal import Event, Journal, Record
 from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, OUTCOMES, Refinement
-from icsearch.runs.schema import check_event, check_run_start, event_fields
+from icsearch.runs.schema import check_event, check_run_start, event_fields, measures_kl
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,28 @@ class SimilaritySums:
         return {**means, "queries": self.queries}
 
 
+@dataclass
+class FisherRows:
+    """The second-order table as it comes in: for each sequence, a lower triangle for each draw, and one of its labels.
+
+    `numerics` are those that it was measured with, where that was another run's; the cost is its part of the run's.
+    """
+
+    drawn: list[list[list[list[float]]]] = field(default_factory=list)
+    true: list[list[list[float]]] = field(default_factory=list)
+    numerics: dict[str, Any] | None = None
+    layer_sequences: int = 0
+    seconds: float = 0.0
+
+    def add(self, event: Event) -> None:
+        """Take in an event whose sequences are those that come next."""
+        self.drawn += event["drawn"]
+        self.true += event["true"]
+        self.numerics = event.get("numerics")
+        self.layer_sequences += event["layer_sequences"]
+        self.seconds += event["seconds"]
+
+
 def _added(sums: list[list[float]], more: list[list[float]]) -> list[list[float]]:
     if not sums:
         return [list(row) for row in more]
@@ -142,10 +164,11 @@ REFINING = -1  # stands for a step in `asked`: what a refinement scored on the c
 class RunRecord(Record):
     """The state of a run.
 
-    `nll` holds the losses, and `kl` the KL to the start pattern where the objective is the KL; `asked[step]` lists the
+    `nll` holds the losses, and `kl` the KL to the start pattern where it is measured; `asked[step]` lists the
     patterns scored in a step (step 0: the start pattern and the uniform references), and `scored[step]` counts them
     times the sequences that each was scored on there. `heldout` is the same of the held-out sequences that a refinement
     confirms on: its losses, and nothing else. `weight_bytes[step]` is what was read of streamed weights in a step.
+    `proposals` are what a second-order table had measured: the nested path, then each round's patterns.
     """
 
     start: Event = field(default_factory=dict)
@@ -156,6 +179,8 @@ class RunRecord(Record):
     commits: list[Choice] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     similarity_sums: SimilaritySums = field(default_factory=SimilaritySums)
+    fisher: FisherRows = field(default_factory=FisherRows)
+    proposals: list[list[str]] = field(default_factory=list)
     chosen: Event | None = None
     refinement: Refinement | None = None
     heldout: RunRecord | None = None
@@ -185,6 +210,13 @@ class RunRecord(Record):
                 (first, _), known = event["sequences"], self.similarity_sums.sequences
                 if first != known:
                     raise FieldError(f"similarity of sequence {first} behind {known} sequences")
+            elif kind == "fisher":
+                (first, last), known = event["sequences"], len(self.fisher.true)
+                if first != known or not len(event["drawn"]) == len(event["true"]) == last - first:
+                    raise FieldError(f"the table of sequences {first} to {last - 1} behind {known} sequences")
+            elif kind == "proposed":
+                if event["round"] != len(self.proposals):
+                    raise FieldError(f"round {event['round']} behind {len(self.proposals)} rounds")
             elif kind == "refine":
                 if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
                     raise FieldError(
@@ -232,6 +264,11 @@ class RunRecord(Record):
         elif kind == "similarity":
             self.similarity_sums.add(event)
             self._add_cost(event)
+        elif kind == "fisher":
+            self.fisher.add(event)
+            self._add_cost(event)
+        elif kind == "proposed":
+            self.proposals.append(event["patterns"])
         elif kind == "chosen":
             self.chosen = event
         elif kind == "refine":
@@ -256,7 +293,7 @@ class RunRecord(Record):
 
     def _tables(self) -> dict[str, LossTable]:
         """The tables that losses go to, by the name of their sums in an event."""
-        return {"nll": self.nll, "kl": self.kl} if self.by_kl else {"nll": self.nll}
+        return {"nll": self.nll, "kl": self.kl} if self.has_kl else {"nll": self.nll}
 
     def _add_cost(self, event: Event, step: int = 0) -> None:
         self.layer_sequences += event["layer_sequences"]
@@ -267,6 +304,11 @@ class RunRecord(Record):
     def by_kl(self) -> bool:
         """Whether the search goes by the KL to the start pattern, and not by the loss."""
         return bool(self.start["options"]["objective"] == "kl")
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether the KL to the start pattern is measured beside the loss."""
+        return measures_kl(self.start["options"])
 
     @property
     def objective(self) -> LossTable:
@@ -290,7 +332,7 @@ class RunRecord(Record):
 
     @property
     def searched(self) -> Pattern:
-        """The pattern of the search so far: the last commit's, or the one that the dynamic program chose."""
+        """The pattern of the search so far: the last commit's, or the one that was chosen as a whole."""
         if self.chosen is not None:
             return Pattern(self.chosen["pattern"])
         return Pattern(self.commits[-1].pattern) if self.commits else self.start_pattern
@@ -310,6 +352,24 @@ class RunRecord(Record):
             return None
         return {**sums.means(), "objective": self.chosen["objective"]}
 
+    @property
+    def stay_full(self) -> frozenset[int]:
+        """Layers that the search leaves F: those to keep, and the first ones of stages."""
+        return frozenset(self.start["options"].get("keep_full") or ()) | {
+            first for first, _ in self.start.get("blocks") or []
+        }
+
+    def frontier(self) -> dict[int, Pattern]:
+        """By the number of F layers: of the patterns that were measured and may be run, the one of lowest objective."""
+        best: dict[int, tuple[float, str]] = {}
+        for letters in self.objective:
+            pattern = Pattern(letters)
+            if not self.nll.is_complete(letters) or not self.stay_full <= set(pattern.full_layers):
+                continue
+            count, price = len(pattern.full_layers), (self.objective.loss(letters), letters)
+            best[count] = min(best.get(count, price), price)
+        return {count: Pattern(letters) for count, (_, letters) in sorted(best.items(), reverse=True)}
+
     def loss(self, letters: str) -> float:
         """Nats per token; raises JournalError if the pattern was not scored on every sequence."""
         return self.nll.loss(letters)
@@ -320,7 +380,7 @@ class RunRecord(Record):
 
     def mean_kl(self, letters: str) -> Difference | None:
         """KL(start pattern || pattern) in nats per token, with its standard error; None in runs that have no KL."""
-        return self.kl.mean(letters) if self.by_kl else None
+        return self.kl.mean(letters) if self.has_kl else None
 
     def steps(self) -> tuple[Step, ...]:
         """The committed flips with their losses: the curve."""

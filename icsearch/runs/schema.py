@@ -56,13 +56,15 @@ RUN_OPTION_FIELDS = {
 }
 REMOVED_STRATEGIES, LAST_WITH_THEM = ("race", "lazy", "race+lazy"), "0.1.0"
 OPTION_FIELDS = {
-    "method": one_of("greedy", "dp-baseline"),
+    "method": one_of("greedy", "fisher", "dp-baseline"),
     "strategy": TEXT,  # which there are, `search.registry` knows
     "objective": one_of("lm-loss", "kl", "cosine-similarity"),
     "refine": optional(one_of("swaps")),
     "num_shared": optional(whole(0)),
     "stages": optional(whole(1)),
     "keep_full": optional(layers()),
+    **dict.fromkeys(("draws", "finalists", "rounds"), optional(whole(1))),
+    "label_seed": optional(whole(0)),
     **RUN_OPTION_FIELDS,
 }
 
@@ -126,6 +128,11 @@ def _covers(blocks: Any, num_layers: int) -> bool:
     return pairs and edges[-1] == num_layers and [[a, b] for a, b in pairwise(edges)] == blocks
 
 
+def measures_kl(options: Mapping[str, Any]) -> bool:
+    """Whether a search measures the KL to the start pattern beside the loss."""
+    return bool(options["objective"] == "kl" or options["method"] == "fisher")
+
+
 def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
     """What the fields of every later event must be, in a run that began so."""
     num_layers, wave = len(start["start_pattern"]), _wave(len(start["tokens"]))
@@ -150,7 +157,7 @@ def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "sequences": wave,
             "patterns": list_of(pattern),
             "nll": list_of(list_of(NUMBER)),
-            **({"kl": list_of(list_of(NUMBER))} if start["options"]["objective"] == "kl" else {}),
+            **({"kl": list_of(list_of(NUMBER))} if measures_kl(start["options"]) else {}),
             "set": optional(Kind(repr(CALIBRATION_SET), lambda value: value == CALIBRATION_SET)),
             **_COST,
         },
@@ -169,6 +176,14 @@ def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "numerics": optional(OBJECT),
             **_COST,
         },
+        "fisher": {
+            "sequences": wave,
+            "drawn": list_of(list_of(triangle, start["options"].get("draws"))),
+            "true": list_of(triangle),
+            "numerics": optional(OBJECT),
+            **_COST,
+        },
+        "proposed": {"round": whole(0), "patterns": list_of(pattern)},
         "chosen": {"pattern": pattern, "objective": NUMBER},
         "refine": {"pattern": pattern, "costs": list_of(optional(NUMBER), num_layers)},
         "judged": {"pattern": pattern, "moves": moves, "qualified": moves},

@@ -69,8 +69,13 @@ def _identity(start: Event) -> dict[str, Any]:
     return {
         "model": start["model"]["fingerprint"],
         "calibration": start["calibration"]["fingerprint"],
-        "numerics": {name: options.get(name) for name in _NUMERICS},
+        "numerics": numerics(options),
     }
+
+
+def numerics(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run that the bits of its numbers follow."""
+    return {name: options.get(name) for name in _NUMERICS}
 
 
 def other_numerics(measured: dict[str, Any], start: Event) -> list[str]:

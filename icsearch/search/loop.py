@@ -9,16 +9,23 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice, pairwise
 from typing import Generic, Protocol
+
+import numpy as np
 
 from icsearch.core.errors import JournalError, OutOfMemoryError, PatternError
 from icsearch.core.pattern import Pattern
 from icsearch.core.text import shrunk_note
 from icsearch.runs.journal import Event, Journal, RecordT
-from icsearch.runs.record import RunRecord
+from icsearch.runs.record import Choice, RunRecord
 from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET, Refinement
+from icsearch.runs.similarity_file import square_of
 from icsearch.search.protocol import Strategy
+from icsearch.search.second_order import KL, LOSS, PatternSearch, SecondOrderTable, correction
 from icsearch.search.swaps import Judged, Outcome, Swaps
+
+CONFIRMED = 4  # patterns that held-out sequences choose among
 
 
 @dataclass(frozen=True)
@@ -171,8 +178,11 @@ class Scoring(Run[RunRecord]):
         references = [Pattern(letters) for letters in self.record.references.values()]
         self.score(0, list(dict.fromkeys([self.record.start_pattern, *references, *more])))
 
-    def score(self, step: int, patterns: list[Pattern]) -> None:
-        """Score what is missing of these patterns, wave by wave, and journal each sweep as it ends."""
+    def score(self, step: int, patterns: list[Pattern], name: str | None = None) -> None:
+        """Score what is missing of these patterns, wave by wave, and journal each sweep as it ends.
+
+        `name`: what whoever watches calls it, by default the step.
+        """
         together = 0  # patterns in the sweep at work
 
         def missing() -> Iterator[Event]:
@@ -181,7 +191,7 @@ class Scoring(Run[RunRecord]):
             if not work:
                 return
             self._scorer.retain(self.record.pattern)
-            self.progress.step_started(self._part or step, len(patterns), self._scorer.expected(work))
+            self.progress.step_started(self._part or name or step, len(patterns), self._scorer.expected(work))
             self._scorer.announce(work)
             for chunk, wave in work:
                 started, together = time.monotonic(), len(chunk)
@@ -199,7 +209,7 @@ class Scoring(Run[RunRecord]):
                     **({"set": self._part} if self._part else {}),
                 }
                 self.note(scores.notes)
-                self.progress.losses_known(self.record, self._part or step)
+                self.progress.losses_known(self.record, self._part or name or step)
 
         def shrink() -> str:
             return shrunk_note(together, self._scorer.patterns_per_sweep) if self._scorer.shrink(together) else ""
@@ -234,6 +244,96 @@ def run_search(scoring: Scoring, strategy: Strategy, then: Callable[[], object] 
     if not record.finished:
         scoring.append({"event": "finish", "pattern": record.pattern.letters})
     return record
+
+
+def run_proposals(scoring: Scoring, heldout: Scorer | None = None, then: Callable[[], object] = lambda: None) -> None:
+    """A search on the second-order table, which the journal must hold, from the journal's state to the end.
+
+    Single flips are measured, then the nested path that follows from table and flips, then round after round what the
+    table, mended by all that was measured, holds for best; until a round finds nothing better, or there were enough.
+    Where there is a scorer of `heldout` sequences, these choose among the best.
+    """
+    record = scoring.record
+    start, options, objective = record.start_pattern, record.start["options"], KL if record.by_kl else LOSS
+    kept = len(start.full_layers) - options["num_shared"]
+    scoring.score_references()
+    movable = [layer for layer in start.full_layers if layer and layer not in record.stay_full]
+    scoring.score(1, [start.flip(layer) for layer in movable], "single flips")
+    table = table_of(record)
+
+    def search(by: int) -> PatternSearch:
+        return PatternSearch(table, start, record.stay_full, by, correction(table, measured(record)))
+
+    def propose(patterns: list[Pattern]) -> None:
+        letters = [pattern.letters for pattern in patterns]
+        scoring.append({"event": "proposed", "round": len(record.proposals), "patterns": letters})
+
+    if not record.proposals:
+        propose(search(objective).path(options["num_shared"]))
+    path = [Pattern(letters) for letters in record.proposals[0]]
+    scoring.score(1, path, "nested path")
+    for before, after in list(pairwise([start, *path]))[len(record.commits) :]:
+        (layer,) = set(before.full_layers) - set(after.full_layers)
+        candidates = tuple(movable) if before == start else (layer,)
+        scoring.append(Choice(len(record.commits) + 1, layer, after.letters, candidates, ()).to_event())
+        scoring.progress.committed(record)
+    while True:
+        number = len(record.proposals) - 1
+        if number:
+            scoring.score(len(path), [Pattern(letters) for letters in record.proposals[-1]], f"round {number}")
+        if record.chosen or number == options["rounds"]:
+            break
+        if number and record.frontier()[kept].letters not in record.proposals[-1]:
+            break
+        if not (finalists := _finalists(search, kept, record, options["finalists"])):
+            break
+        propose(finalists)
+    if record.chosen is None:
+        pattern = record.frontier()[kept]
+        if heldout is not None:
+            pattern = _confirmed(scoring.of(HELDOUT_SET, heldout), kept)
+        price = record.objective.difference(pattern.letters, start.letters).delta
+        scoring.append({"event": "chosen", "pattern": pattern.letters, "objective": price})
+    then()
+    if not record.finished:
+        scoring.append({"event": "finish", "pattern": record.pattern.letters})
+
+
+def table_of(record: RunRecord) -> SecondOrderTable:
+    """The second-order table of a journal that holds all of it."""
+    drawn, true = ([list(map(square_of, triangles)) for triangles in record.fisher.drawn], record.fisher.true)
+    return SecondOrderTable(np.array(drawn), np.array(list(map(square_of, true))), record.tokens)
+
+
+def measured(record: RunRecord) -> dict[Pattern, tuple[float, float]]:
+    """Loss above the start pattern's and KL, in nats per token, of every pattern that was scored on all sequences."""
+    start = record.start_pattern.letters
+    return {
+        Pattern(letters): (record.difference(letters).delta, record.kl.loss(letters))
+        for letters in record.nll
+        if letters != start and record.nll.is_complete(letters)
+    }
+
+
+def _finalists(search: Callable[[int], PatternSearch], kept: int, record: RunRecord, count: int) -> list[Pattern]:
+    """What to measure next: of all that was not, the best by the objective, and for a quarter by the other measure."""
+    objective = KL if record.by_kl else LOSS
+    best, found = [record.frontier()[kept]] if kept in record.frontier() else [], list[Pattern]()
+    for by, share in ((objective, count - count // 4), (LOSS + KL - objective, count // 4)):
+        ranked = (pattern for _, pattern in search(by).best(kept, best))
+        new = (pattern for pattern in ranked if pattern.letters not in record.nll and pattern not in found)
+        found += islice(new, share)
+    return found
+
+
+def _confirmed(heldout: Scoring, kept: int) -> Pattern:
+    """Of the best measured patterns, the one of lowest objective on held-out sequences."""
+    record = heldout.record
+    patterns = [Pattern(letters) for letters in record.objective if record.nll.is_complete(letters)]
+    possible = [p for p in patterns if len(p.full_layers) == kept and record.stay_full <= set(p.full_layers)]
+    best = sorted(possible, key=lambda p: (record.objective.loss(p.letters), p.letters))[:CONFIRMED]
+    heldout.score(len(record.commits), sorted([record.start_pattern, *best], key=str))
+    return min(best, key=lambda p: (heldout.losses.objective.loss(p.letters), p.letters))
 
 
 def run_refinement(scoring: Scoring, heldout: Scorer) -> None:

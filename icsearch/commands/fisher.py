@@ -1,0 +1,140 @@
+"""`icsearch fisher` as a function: the second-order table by one sweep, then what it proposes, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from icsearch.commands.requests import FisherRequest
+from icsearch.commands.scoring import (
+    Loaded,
+    Opened,
+    Publish,
+    count_in_sweeps,
+    load,
+    make_scorer,
+    make_scoring,
+    opened,
+    publish_nothing,
+    score_baseline,
+)
+from icsearch.commands.setup import Inputs, pattern_start
+from icsearch.planning import rehearsal
+from icsearch.planning.rows import model_rows, process_rows, stage_rows, weight_rows
+from icsearch.runs.directory import part_of
+from icsearch.runs.fisher_file import draws_of, read_table, save_table
+from icsearch.runs.journal import Event
+from icsearch.runs.record import RunRecord
+from icsearch.search.loop import Progress, Scoring, run_proposals, run_refinement
+from icsearch.search.protocol import SearchTask
+from icsearch.search.registry import make_strategy
+from icsearch.sweep.branches import Batch, cut_waves
+from icsearch.sweep.distributed.launch import HELDOUT, check_device, grids
+from icsearch.sweep.fisher import FisherSweep
+
+if TYPE_CHECKING:
+    from icsearch.sweep.distributed.world import World
+
+METHOD = {"method": "fisher", "strategy": "second-order"}
+DEFAULT_DRAWS = 4
+
+
+def fisher(
+    request: FisherRequest, listener: Progress, publish: Publish = publish_nothing, world: World | None = None
+) -> RunRecord:
+    """Search on the second-order table, or continue, or return the finished run. Raises IcsearchError for bad input.
+
+    With `world`, this is rank 0 of a run of several processes, which share the sequences.
+    """
+    size = world.size if world else 1
+    wanted = grids(size, request.dp, request.pp)
+    check_device(request.device, size)
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
+        reused = [read_table(request.table, here.start)] if request.table else []
+        record = RunRecord.replay(here.existing)
+        if not record.finished:
+            loaded = load(request, here, world, wanted, listener)
+            record = RunRecord.replay(here.run.open(here.start, here.existing))
+            scoring = make_scoring(here, record, loaded, listener)
+            _announce(here, loaded, scoring)
+            _fill_table(loaded, scoring, reused)
+            score_baseline(scoring, here.inputs.layout)
+            heldout = make_scorer(here, record, loaded, HELDOUT) if here.inputs.heldout else None
+            if heldout is not None and request.refine is not None:
+                run_proposals(scoring, then=lambda: run_refinement(scoring, heldout))
+            else:
+                run_proposals(scoring, heldout)
+        save_table(request.out, record)
+        publish(request.out, record)
+        return record
+
+
+def _start(request: FisherRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    """The first event; with what an exact greedy search as far as this one would take, by counting."""
+    request = request.settled(part_of(existing, "options"))
+    draws = request.draws or part_of(existing, "options").get("draws")
+    if draws is None:
+        draws = draws_of(request.table) if request.table else DEFAULT_DRAWS
+    method = {
+        **METHOD,
+        "objective": request.objective,
+        "draws": draws,
+        "label_seed": request.calibration.seed,
+        "finalists": request.finalists,
+        "rounds": request.rounds,
+    }
+    if request.refine is not None:
+        method["refine"] = request.refine
+    start = pattern_start(request, inputs, existing, method)
+    task = SearchTask(
+        inputs.layout.start_pattern,
+        frozenset(start["options"]["keep_full"]),
+        start["options"]["num_shared"],
+        start["options"]["stages"],
+        tuple(start["tokens"]),
+    )
+    count = partial(count_in_sweeps, inputs.layout, per_sweep=len(inputs.layout.layer_indices))
+    evaluations, layer_runs = rehearsal.preview(make_strategy(task), start["tokens"], count)
+    return {**start, "exact": {"candidate_evaluations": evaluations, "layer_evaluations": layer_runs}}
+
+
+def _announce(here: Opened, loaded: Loaded, scoring: Scoring) -> None:
+    """The plan, before anything runs."""
+    record, memory, layout = scoring.record, loaded.memory, here.inputs.layout
+    sequences, layers, draws = len(record.tokens), layout.num_layers, record.start["options"]["draws"]
+    flips = len(layout.start_pattern.full_layers) - 1
+    table, singles = layers * (3 + draws), layers * flips // 2
+    rows = [
+        *model_rows(record.start),
+        *process_rows(memory, sequences),
+        *weight_rows(memory, flips, sequences, loaded.bytes_per_second),
+        ("table", f"{draws} draws a sequence: about {table} layer evaluations, and each pair of layers' attention"),
+        ("single flips", f"{flips}, about {singles} layer evaluations"),
+        ("then", f"the nested path, and at most {record.start['options']['rounds']} rounds"),
+        ("exact greedy", f"{record.start['exact']['layer_evaluations']} layer evaluations (counted, not run)"),
+        *stage_rows(record.start),
+    ]
+    scoring.progress.planned(rows, (table + 2 * singles) * sequences, record.layer_sequences)
+
+
+def _fill_table(loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
+    """The table, wave by wave, as far as the journal lacks it."""
+    record = scoring.record
+    if not record.fisher.true:
+        scoring.fill(lambda: iter(reused))
+    left = [batch for batch in loaded.batches if batch.first >= len(record.fisher.true)]
+    if not left:
+        return
+    options, layers = record.start["options"], len(loaded.dsa.layers)
+    total = sum(len(batch.input_ids) for batch in left) * layers * (3 + options["draws"])
+    scoring.progress.step_started("table", 0, total)
+    scoring.fill(lambda: _tables(loaded, options, cut_waves(left, 1), scoring.progress.layer_done))
+
+
+def _tables(
+    loaded: Loaded, options: dict[str, int], waves: Sequence[Sequence[Batch]], on_layer: Callable[[int], None]
+) -> Iterator[Event]:
+    sweep = FisherSweep(loaded.dsa, options["draws"], options["label_seed"])
+    for wave in waves:
+        yield from sweep.events(wave, on_layer)

@@ -1,0 +1,117 @@
+"""fisher.npz and the fisher.json beside it: a second-order table, written by one run and read by another. No torch.
+
+Per sequence and draw, so that standard errors and every other budget, constraint or objective follow from it alone.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icsearch.core.errors import IcsearchError
+from icsearch.core.files import typed_path, write_atomically
+from icsearch.core.jsonfile import OBJECT, TEXT, FieldError, check_fields, read_object, whole, write_object
+from icsearch.core.text import first_line
+from icsearch.runs.journal import Event
+from icsearch.runs.record import RunRecord
+from icsearch.runs.similarity_file import numerics, square_of
+
+FISHER_FORMAT = "icsearch.fisher/1"
+_HEADER_BYTES = 4096  # far more than numpy writes before an array
+_EXPECTED, _ADVICE = "the fisher.npz and fisher.json that icsearch fisher wrote", "leave --table out"
+
+
+def save_table(out: Path, record: RunRecord) -> None:
+    """`drawn` float64 [S, R, N, N] and `true` [S, N, N], rows layers and columns sources; fisher.json says whose."""
+    rows = record.fisher
+    drawn = np.array([[square_of(triangle) for triangle in draws] for draws in rows.drawn])
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, drawn=drawn, true=np.array([square_of(triangle) for triangle in rows.true]))
+    write_atomically(out / "fisher.npz", buffer.getvalue())
+    write_object(out / "fisher.json", {"format": FISHER_FORMAT, **_identity(record.start)})
+
+
+def _identity(start: Event) -> dict[str, Any]:
+    options = start["options"]
+    return {
+        "model": start["model"]["fingerprint"],
+        "calibration": start["calibration"]["fingerprint"],
+        "draws": options["draws"],
+        "label_seed": options["label_seed"],
+        "numerics": numerics(options),
+    }
+
+
+def draws_of(path: Path) -> int:
+    """The number of draws of a saved table; raises IcsearchError."""
+    return int(_manifest(path)["draws"])
+
+
+def read_table(path: Path, start: Event) -> Event:
+    """A fisher.npz as the event of a run that began so.
+
+    Raises IcsearchError unless it is whole, and of the same model, batches, draws and numerics.
+    """
+    manifest, wanted = _manifest(path), _identity(start)
+    differing = [
+        f"{name} {manifest[name]}, now {wanted[name]}"
+        for name in ("draws", "label_seed")
+        if manifest[name] != wanted[name]
+    ]
+    there, here = manifest["numerics"], wanted["numerics"]
+    differing += [f"{name} {there.get(name)}, now {here[name]}" for name in here if there.get(name) != here[name]]
+    differing += [f"another {name}" for name in ("model", "calibration") if manifest[name] != wanted[name]]
+    if differing:
+        raise IcsearchError(f"{path} belongs to another run ({'; '.join(differing)}): repeat its options, or {_ADVICE}")
+    sequences, layers = len(start["tokens"]), start["num_layers"]
+    arrays = _read(path, {"drawn": (sequences, wanted["draws"], layers, layers), "true": (sequences, layers, layers)})
+    return {
+        "event": "fisher",
+        "sequences": [0, sequences],
+        "drawn": [[_triangle(square) for square in draws] for draws in arrays["drawn"]],
+        "true": [_triangle(square) for square in arrays["true"]],
+        "numerics": there,
+        "layer_sequences": 0,
+        "seconds": 0.0,
+    }
+
+
+def _triangle(square: Any) -> list[list[float]]:
+    return [row[:layer] for layer, row in enumerate(square.tolist())]
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    described = path.parent / f"{path.stem or 'fisher'}.json"
+    manifest = read_object(described, expected=_EXPECTED, advice=_ADVICE, error=IcsearchError, version=FISHER_FORMAT)
+    fields = {"model": TEXT, "calibration": TEXT, "draws": whole(1), "label_seed": whole(0), "numerics": OBJECT}
+    try:
+        check_fields(manifest, fields)
+    except FieldError as error:
+        raise IcsearchError(f"{described} is damaged ({error}): {_ADVICE}") from None
+    return manifest
+
+
+def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Arrays of these shapes. What is larger is not read: a small archive can hold arrays larger than memory."""
+    path = typed_path(str(path), IcsearchError)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            small = all(
+                archive.zip.getinfo(f"{name}.npy").file_size <= 8 * int(np.prod(shape)) + _HEADER_BYTES
+                for name, shape in shapes.items()
+            )
+            arrays = {name: archive[name] for name in shapes} if small else {}
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds by the kind of damage
+        raise IcsearchError(
+            f"cannot use {path} ({type(error).__name__}: {first_line(error)}): expected {_EXPECTED}; {_ADVICE}"
+        ) from None
+    for name, shape in shapes.items():
+        array = arrays.get(name, np.zeros(0))
+        if array.shape != shape or array.dtype != np.float64 or not np.isfinite(array).all():
+            raise IcsearchError(
+                f"{name} of {path} is not finite float64 {list(shape)}: expected {_EXPECTED}; {_ADVICE}"
+            )
+    return arrays
