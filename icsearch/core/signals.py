@@ -90,7 +90,10 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._insistent = Insistent(self._reason, lambda: os._exit(128 + (self.received or 0)))
+        self._insistent = Insistent(
+            lambda: Interrupted() if self.received == signal.SIGINT else Terminated(),
+            give_up=lambda: os._exit(128 + (self.received or 0)),
+        )
 
     def listen(self) -> None:
         for number in ENDING:
@@ -111,6 +114,3 @@ class Signals:
         for number in ENDING:
             if signal.getsignal(number) == self._on_signal:
                 signal.signal(number, signal.SIG_DFL)
-
-    def _reason(self) -> BaseException:
-        return Interrupted() if self.received == signal.SIGINT else Terminated()
