@@ -9,8 +9,7 @@ from typing import Any
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
 from icsearch.report.view import Counted
-
-WAYS = ("forced", "generated")
+from icsearch.runs.schema import WAYS
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from icsearch.report.eval_view import EvalRow, EvalView, Gap
 from icsearch.report.view import Refined, RunView, Swap, predictions
 from icsearch.runs import results
 from icsearch.runs.results import split_notes
+from icsearch.runs.schema import PHASES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TIES_SHOWN = 8
 LONGEST_LIST = 160  # characters of a list of texts; the digests of all sequences would fill a page
-PHASES = ("prefill", "decode")
 
 # (title, its (key, value) pairs as text) for each group
 Provenance = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]

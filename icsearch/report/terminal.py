@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from icsearch.core.pattern import Pattern
 from icsearch.report import numbers, sentences
-from icsearch.report.eval_view import WAYS, EvalRow, EvalView, view_eval
+from icsearch.report.eval_view import EvalRow, EvalView, view_eval
 from icsearch.report.view import RunView, view_run
 from icsearch.runs.record import RunRecord
+from icsearch.runs.schema import WAYS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -46,13 +46,8 @@ class Scores:
 class Scorer(Protocol):
     """Whatever can score patterns; in the product, the layer sweep over a model."""
 
-    @property
-    def waves(self) -> Sequence[tuple[int, int]]:
-        """Ranges [first, last) of sequences that are scored together."""
-
-    @property
-    def patterns_per_sweep(self) -> int:
-        """How many patterns may be scored together."""
+    waves: Sequence[tuple[int, int]]  # ranges [first, last) of sequences that are scored together
+    patterns_per_sweep: int  # how many patterns may be scored together
 
     def retain(self, base: Pattern) -> None:
         """Hear the committed pattern: what was kept for flips of another one may go."""

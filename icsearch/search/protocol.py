@@ -27,9 +27,7 @@ class SearchTask:
 class Strategy(Protocol):
     """One search, one flip at a time."""
 
-    @property
-    def pattern(self) -> Pattern:
-        """The committed pattern."""
+    pattern: Pattern  # the committed one
 
     def ask(self) -> tuple[int, ...]:
         """The layers whose flips of the committed pattern to score next, each on its own; none: the search is over."""
