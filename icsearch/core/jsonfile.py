@@ -108,12 +108,11 @@ def optional(kind: Kind) -> Kind:
 
 def list_of(kind: Kind, length: int | None = None) -> Kind:
     """A list of values of one kind, of `length` where it is given."""
-    count = "" if length is None else f"{length} "
-
-    def fits(value: Any) -> bool:
-        return isinstance(value, list) and length in (None, len(value)) and all(map(kind.fits, value))
-
-    return Kind(f"a list of {count}x {kind.name}" if count else f"a list of {kind.name}", fits)
+    many = "" if length is None else f"{length} x "
+    return Kind(
+        f"a list of {many}{kind.name}",
+        lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(kind.fits, value)),
+    )
 
 
 def whole(least: int, most: int = MAX_COUNT) -> Kind:
@@ -124,14 +123,11 @@ def whole(least: int, most: int = MAX_COUNT) -> Kind:
 
 def letters(length: int | None = None) -> Kind:
     """F and S, F first."""
-    many = MAX_LAYERS if length is None else length
-    fewest = 1 if length is None else length
-    name = "letters F and S, F first" if length is None else f"{length} letters F and S, F first"
-
-    def fits(value: Any) -> bool:
-        return isinstance(value, str) and fewest <= len(value) <= many and bool(re.fullmatch("F[FS]*", value))
-
-    return Kind(name, fits)
+    count, fewest, most = ("", 1, MAX_LAYERS) if length is None else (f"{length} ", length, length)
+    return Kind(
+        f"{count}letters F and S, F first",
+        lambda value: isinstance(value, str) and fewest <= len(value) <= most and bool(re.fullmatch("F[FS]*", value)),
+    )
 
 
 def layers(most: int = MAX_LAYERS, length: int | None = None) -> Kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -219,7 +220,7 @@ def _index(checkpoint: Checkpoint, dropped: Mapping[str, list[Entry]]) -> dict[s
     weight_map = {name: shard for name, shard in index["weight_map"].items() if name not in names}
     less = {
         "total_size": sum(entry.bytes for entry in entries),
-        "total_parameters": sum(entry.elements for entry in entries),
+        "total_parameters": sum(math.prod(entry.shape) for entry in entries),
     }
     if isinstance(metadata := index.get("metadata"), dict):
         for key in less:

@@ -47,10 +47,6 @@ class Entry:
     start: int
     bytes: int
 
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
 
 @dataclass(frozen=True)
 class Header:

@@ -215,11 +215,10 @@ _described = {"name": TEXT, "method": TEXT, "in_sample": FLAG, "foreign": FLAG}
 
 def _each(fields: Mapping[str, Kind]) -> Kind:
     """A list of objects with these fields."""
-
-    def fits(value: Any) -> bool:
-        return list_of(OBJECT).fits(value) and all(_has(one, fields) for one in value)
-
-    return Kind(f"a list of objects with {', '.join(fields)}", fits)
+    return Kind(
+        f"a list of objects with {', '.join(fields)}",
+        lambda value: list_of(OBJECT).fits(value) and all(_has(item, fields) for item in value),
+    )
 
 
 def _has(value: Mapping[str, Any], fields: Mapping[str, Kind]) -> bool:
