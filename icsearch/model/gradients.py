@@ -30,17 +30,20 @@ Cotangent = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
-class DifferentiatedLayer:
-    """What `differentiate` finds of one layer.
+class CoreAttention:
+    """A DSA layer's: its `output` [B, T, H, V], the gradient there of each cotangent, and it under other selections."""
 
-    `entry[r]` is the r-th cotangent taken back to the layer's entry, `attention[r]` to its core attention [B, T, H, V].
-    `output` is that attention, and `core` computes it under other selections; all three are of a DSA layer alone.
-    """
+    output: torch.Tensor
+    gradients: list[torch.Tensor]
+    under: Core
+
+
+@dataclass(frozen=True)
+class DifferentiatedLayer:
+    """Of one layer: `entry[r]` is the r-th cotangent taken back to its entry."""
 
     entry: list[Cotangent]
-    attention: list[torch.Tensor]
-    output: torch.Tensor | None = None
-    core: Core | None = None
+    core: CoreAttention | None = None  # of a DSA layer
 
 
 def floating(states: torch.Tensor, handed: Any) -> list[torch.Tensor]:
@@ -73,11 +76,11 @@ def differentiate(
         returned = floating(output, hand_on(store, handed))
     attended = [attention for attention, _ in heard]
     with _differentiable(dsa, index):
-        found = [ops.gradients(returned, [*entry, *attended], cotangent) for cotangent in cotangents]
-    attention = [gradients.pop() for gradients in found] if attended else []
+        found = [ops.gradients(returned, entry, cotangent, needed=attended) for cotangent in cotangents]
     if not heard:
-        return DifferentiatedLayer(found, attention)
+        return DifferentiatedLayer(found)
     ((own, core),) = heard
+    attention = [gradients.pop() for gradients in found]
     if isinstance(core, LatentAttention):  # its output was a leaf: the rest of the way to the entry
         rest = [ops.gradients(core.inputs, entry, pulled) for pulled in core.pull_back(selection, attention)]
         found = [[a + b for a, b in zip(*both, strict=True)] for both in zip(found, rest, strict=True)]
@@ -85,7 +88,7 @@ def differentiate(
     else:  # the attention function may have another kernel where gradients are wanted
         with torch.no_grad():
             own = core(selection)
-    return DifferentiatedLayer(found, attention, own, core)
+    return DifferentiatedLayer(found, CoreAttention(own, attention, core))
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:

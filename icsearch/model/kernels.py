@@ -15,7 +15,7 @@ from torch import nn
 
 from icsearch.core.errors import ModelError
 from icsearch.model import ops, shape
-from icsearch.model.families.attention import Core, Observer
+from icsearch.model.families.attention import Observer
 from icsearch.model.families.calls import instead_of_forward
 
 NAME = "icsearch"  # of our attention, in transformers' registry
@@ -158,9 +158,7 @@ class LatentAttention:
         """What gradients are taken of: query, latents, RoPE part of keys."""
         return self.query, self.latents, self.rope_keys
 
-    def pull_back(
-        self, selection: torch.Tensor, cotangents: Sequence[torch.Tensor]
-    ) -> list[tuple[torch.Tensor, ...]]:
+    def pull_back(self, selection: torch.Tensor, cotangents: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         """For each cotangent [B, S, H, V], the gradients of `inputs`; each block of queries is computed once."""
         elements, gathers = self.blockwise.block_elements, self._gathers(selection)
         latents, rope_keys = (tensor.detach().requires_grad_() for tensor in (self.latents, self.rope_keys))
@@ -168,9 +166,7 @@ class LatentAttention:
             made = (self._rows(latents, rope_keys),) if gathers else self._expanded(latents, rope_keys)
 
         def gather(part: torch.Tensor, rows: torch.Tensor, first: int, last: int) -> torch.Tensor:
-            return ops.gather_block(
-                part, rows, selection[:, first:last], first, *self._up_projections, self.scaling
-            )
+            return ops.gather_block(part, rows, selection[:, first:last], first, *self._up_projections, self.scaling)
 
         def dense(part: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, last: int) -> torch.Tensor:
             return ops.dense_block(part, keys, values, selection[:, first:last], first, self.scaling)

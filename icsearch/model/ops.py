@@ -223,18 +223,24 @@ def pull_back(
 
 
 def gradients(
-    outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    cotangents: Sequence[torch.Tensor],
+    needed: Sequence[torch.Tensor] = (),
 ) -> list[torch.Tensor]:
-    """What comes back to the inputs, zeros where nothing does; the graph stays for other cotangents.
+    """What comes back to the inputs, zeros where nothing does, and to those `needed`; the graph stays for others.
 
-    RuntimeError where no output has a gradient.
+    RuntimeError where no output has a gradient, or nothing comes back to one that is needed.
     """
     pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
     if not pairs:
         raise RuntimeError("its outputs do not require grad")
     ends, grads = zip(*pairs, strict=True)
-    found = torch.autograd.grad(ends, inputs, grads, retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(tensor) if grad is None else grad for tensor, grad in zip(inputs, found, strict=True)]
+    wanted = [*inputs, *needed]
+    found = torch.autograd.grad(ends, wanted, grads, retain_graph=True, allow_unused=True)
+    if any(grad is None for grad in found[len(inputs) :]):
+        raise RuntimeError("autograd finds no way from its outputs back to its core attention")
+    return [torch.zeros_like(tensor) if grad is None else grad for tensor, grad in zip(wanted, found, strict=True)]
 
 
 def _by_query(states: torch.Tensor) -> torch.Tensor:

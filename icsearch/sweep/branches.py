@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from icsearch.calibration.batches import Calibration
+from icsearch.core.errors import IcsearchError
+from icsearch.core.files import naming
 from icsearch.core.pattern import Pattern
 from icsearch.model.families.calls import LayerCall, hand_on, map_tensors, take_up, tensors_of
 from icsearch.model.model import DsaModel
@@ -44,6 +50,56 @@ class InCpuMemory(OnDevice):
 
     def fetch(self, value: Any) -> Any:
         return map_tensors(value, lambda tensor: tensor.to(self._device))
+
+
+class OnDisk(OnDevice):
+    """States are files in a directory of their own, which holds nothing else.
+
+    A file goes with the state that stands for it; what a run that was killed has left goes when the next one begins.
+    """
+
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+        self._directory = directory
+        self._device = device
+        self._numbers = itertools.count()
+
+    def put(self, value: Any) -> Any:
+        if not (tensors := tensors_of(value)):
+            return value
+        path = self._directory / str(next(self._numbers))
+        with naming(path), path.open("wb") as file:
+            for tensor in tensors:
+                file.write(_raw(tensor.cpu()))
+        return _File(path, map_tensors(value, lambda tensor: tensor.to("meta")))
+
+    def fetch(self, value: Any) -> Any:
+        if not isinstance(value, _File):
+            return value
+        with naming(value.path), value.path.open("rb") as file:
+
+            def read(form: torch.Tensor) -> torch.Tensor:
+                tensor = torch.empty(form.shape, dtype=form.dtype)
+                if file.readinto(_raw(tensor)) != tensor.nbytes:
+                    raise IcsearchError(f"{value.path} has become shorter than it was written: start again")
+                return tensor.to(self._device)
+
+            return map_tensors(value.form, read)
+
+
+class _File:
+    """A state on disk: its file, and what it holds with tensors of its shapes and types on meta."""
+
+    def __init__(self, path: Path, form: Any) -> None:
+        self.path = path
+        self.form = form
+        weakref.finalize(self, path.unlink, missing_ok=True)
+
+
+def _raw(tensor: torch.Tensor) -> Any:
+    """The bytes of a CPU tensor, as a buffer; a copy of them where they do not lie in order."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 @dataclass(frozen=True)

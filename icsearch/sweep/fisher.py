@@ -17,8 +17,9 @@ Ancestors: Optimal Brain Surgeon (Hassibi and Stork, 1993), Fisher pruning of ma
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +27,10 @@ import numpy as np
 import torch
 
 from icsearch.core.errors import IcsearchError
+from icsearch.core.pattern import FULL, Pattern
 from icsearch.model.families.attention import heard
-from icsearch.model.families.calls import LayerCall, hand_on, take_up
-from icsearch.model.gradients import Cotangent, differentiate, floating
+from icsearch.model.families.calls import Handed, LayerCall, take_up
+from icsearch.model.gradients import CoreAttention, Cotangent, differentiate, floating
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import HEAD_CHUNK_TOKENS
 from icsearch.model.slot import SelectionStore
@@ -38,6 +40,7 @@ from icsearch.sweep.similarity import smallest_index_type
 from icsearch.sweep.sweep import computing, kernel_notes
 
 Triangle = list[list[float]]  # row i has i numbers, one for each earlier layer
+Rows = dict[int, torch.Tensor]  # by DSA layer: float64 [B, draws + 1, earlier layers]
 DRAWING_ROWS = 128  # tokens whose distributions are summed up at once, in float64
 
 
@@ -49,147 +52,202 @@ class BatchTable:
     true: list[Triangle]
 
 
+@dataclass(frozen=True, eq=False)
+class KeptSelection:
+    """What a DSA layer selected, made small and put where the entries are, and the type that it had."""
+
+    placed: Any
+    dtype: torch.dtype
+
+
 @dataclass
-class _Pass:
-    """One batch on its way through the layers and back: each layer's entry, what each DSA layer selected."""
+class Pass:
+    """One batch on its way through the layers and back: each layer's entry, and what each DSA layer selected.
+
+    `between`: where cotangents are while other batches of the wave are at work.
+    """
 
     batch: Batch
     calls: list[LayerCall]
-    states: Any
-    handed: Any = None
-    entries: list[tuple[Any, Any]] = field(default_factory=list)  # hidden states and what is handed on, in their place
-    selections: list[tuple[Any, torch.dtype]] = field(default_factory=list)  # by DSA layer, made small
+    states: Any  # [B, T, D] behind the last layer that ran, in its place
+    between: OnDevice
+    more: Any = None  # what layers hand on beside states and selections, in its place
+    entries: list[tuple[Any, Any]] = field(default_factory=list)  # `states` and `more` that each layer ran from
+    selections: list[KeptSelection] = field(default_factory=list)  # by DSA layer; a borrowed one is the same object
     cotangents: list[Cotangent] = field(default_factory=list)  # those of the draws, then of the text's own labels
-    rows: dict[int, Any] = field(default_factory=dict)  # by DSA layer: float64 [draws + 1, B, earlier layers]
+    rows: Rows = field(default_factory=dict)
+    layer_sequences: int = 0
 
 
 class FisherSweep:
-    """Makes the table of one model. `place`: where the layers' entries are between the way forth and back."""
+    """Makes the table of one model. `place`: where the layers' entries are between the way forth and back.
 
-    def __init__(self, dsa: DsaModel, draws: int, seed: int, place: OnDevice | None = None) -> None:
+    `pair_cost`: what a core attention under another layer's selection costs, in runs of a layer.
+    """
+
+    def __init__(
+        self, dsa: DsaModel, draws: int, seed: int, place: OnDevice | None = None, pair_cost: float = 0.0
+    ) -> None:
         self._dsa = dsa
         self._place = place or OnDevice()
         self._block = LayerBlock(dsa)
         self._draws = draws
         self._seed = seed
+        self._pair_cost = pair_cost
         self._position = {index: position for position, index in enumerate(dsa.layer_indices)}
 
-    def run(
-        self, wave: Sequence[Batch], on_layer: Callable[[int], None] = lambda layer_sequences: None
-    ) -> list[BatchTable]:
-        """The table of each batch. Raises IcsearchError where a number is not finite, ModelError."""
-        last = len(self._dsa.layers) - 1
+    def run(self, wave: Sequence[Batch], on_layer: Callable[[int], None] = lambda layer_sequences: None) -> list[Pass]:
+        """Each batch with its rows of the table. Raises IcsearchError where a number is not finite, ModelError."""
+        between = self._place if len(wave) > 1 else OnDevice()
         with computing(torch.no_grad):
             passes = [
-                _Pass(batch, self._block.calls_for(batch), self._dsa.embed(batch.input_ids)) for batch in wave
+                Pass(batch, self._block.calls_for(batch), self._place.put(self._dsa.embed(batch.input_ids)), between)
+                for batch in wave
             ]
-            for index in range(last + 1):
+            for index in self._dsa.held:
                 with self._dsa.holding(index):
                     for through in passes:
                         self._forth(index, through)
-                        on_layer(len(through.batch.input_ids))
+                        self._count(through, 1, on_layer)
             for through in passes:
-                through.cotangents = self._ends(through)
-            for index in range(last, -1, -1):
+                self._turn(through)
+            for index in reversed(self._dsa.held):
                 with self._dsa.holding(index, back=True):
                     for through in passes:
                         self._back(index, through)
-                        on_layer(len(through.batch.input_ids) * (1 + self._draws))
-            return [self._table(through) for through in passes]
+                        self._count(through, 2 + self._draws, on_layer, self._position.get(index))
+        return passes
 
     def events(self, wave: Sequence[Batch], on_layer: Callable[[int], None]) -> list[Event]:
         """The batches of a wave as the journal has them: each by itself, so that waves change no number."""
         started, before = time.monotonic(), self._dsa.weights.bytes_read
         with kernel_notes() as notes:
-            tables = self.run(wave, on_layer)
+            passes = self.run(wave, on_layer)
         seconds, read = time.monotonic() - started, self._dsa.weights.bytes_read - before
-        layers = len(self._dsa.layers)
-        events: list[Event] = [
-            {
+        events: list[Event] = []
+        for through in passes:
+            table = table_of(through.rows)
+            event = {
                 "event": "fisher",
-                "sequences": [batch.first, batch.last],
+                "sequences": [through.batch.first, through.batch.last],
                 "drawn": table.drawn,
                 "true": table.true,
-                "layer_sequences": len(batch.input_ids) * layers * (2 + self._draws),
+                "layer_sequences": through.layer_sequences,
                 "seconds": round(seconds / len(wave), 3),
                 "notes": sorted(notes),
             }
-            for batch, table in zip(wave, tables, strict=True)
-        ]
+            events.append(event)
         if read:
             events[0]["weight_bytes"] = read
         return events
 
-    def _forth(self, index: int, through: _Pass) -> None:
+    def _forth(self, index: int, through: Pass) -> None:
         """One layer of the unmodified model; its entry is kept, and what it selected."""
-        through.entries.append((self._place.put(through.states), self._place.put(through.handed)))
-        store = take_up(SelectionStore(self._dsa.start_pattern), through.handed)
+        through.entries.append((through.states, through.more))
+        start, position = self._dsa.start_pattern, self._position.get(index)
+        store = take_up(SelectionStore(start), self._place.fetch(through.more))
+        borrows = position is not None and not start.is_full(position)
+        if borrows:
+            store.selection = self._fetch(through.selections[-1])
         call = through.calls[index].on(through.batch.input_ids)
-        through.states = self._dsa.run_layer(index, through.states, call, store)
-        through.handed = hand_on(store, through.handed)
-        if index in self._position:
-            selection, dtype = store.selection, store.selection.dtype
-            if dtype != torch.bool:  # a mask is small as it is
-                signed = bool((selection < 0).any())
-                selection = selection.to(smallest_index_type(through.batch.input_ids.shape[1], signed))
-            through.selections.append((self._place.put(selection), dtype))
+        states = self._dsa.run_layer(index, self._place.fetch(through.states), call, store)
+        _check_finite(f"the states behind decoder layer {index} are", through.batch, [states])
+        through.states = self._place.put(states)
+        if any(store.more.values()):
+            through.more = self._place.put(Handed(None, store.more))
+        if position is not None:
+            length = through.batch.input_ids.shape[1]
+            through.selections.append(through.selections[-1] if borrows else self._keep(store.selection, length))
 
-    def _selection(self, through: _Pass, position: int) -> torch.Tensor:
-        selection, dtype = through.selections[position]
-        return self._place.fetch(selection).to(dtype)
+    def _keep(self, selection: torch.Tensor, length: int) -> KeptSelection:
+        small = selection
+        if selection.dtype != torch.bool:  # a mask is small as it is
+            small = selection.to(smallest_index_type(length, signed=bool((selection < 0).any())))
+        return KeptSelection(self._place.put(small), selection.dtype)
 
-    def _ends(self, through: _Pass) -> list[Cotangent]:
+    def _fetch(self, kept: KeptSelection) -> torch.Tensor:
+        selection: torch.Tensor = self._place.fetch(kept.placed)
+        return selection.to(kept.dtype)
+
+    def _turn(self, through: Pass) -> None:
         """Cotangents of what the last layer returned; what it handed on reaches no loss."""
-        of_states = label_cotangents(self._dsa, through.states, through.batch, self._draws, self._seed)
-        handed = [torch.zeros_like(tensor) for tensor in floating(through.states, through.handed)[1:]]
-        through.states = through.handed = None
-        return [[cotangent, *handed] for cotangent in of_states]
+        states, more = (self._place.fetch(each) for each in (through.states, through.more))
+        through.states = through.more = None
+        of_states = label_cotangents(self._dsa, states, through.batch, self._draws, self._seed)
+        _check_finite("a gradient at the LM head is", through.batch, of_states)
+        handed = [torch.zeros_like(tensor) for tensor in floating(states, more)[1:]]
+        through.cotangents = _each(through.between.put, [[cotangent, *handed] for cotangent in of_states])
 
-    def _back(self, index: int, through: _Pass) -> None:
+    def _back(self, index: int, through: Pass) -> None:
         """Cotangents of what a layer returned become those of its entry; of a DSA layer, its row of the table."""
-        states, handed = (self._place.fetch(each) for each in through.entries.pop())
+        states, more = (self._place.fetch(each) for each in through.entries.pop())
         position = self._position.get(index)
-        selection = None if position is None else self._selection(through, position)
+        selection = None if position is None else self._fetch(through.selections[position])
+        cotangents = _each(through.between.fetch, through.cotangents)
         call = through.calls[index].on(through.batch.input_ids)
-        layer = differentiate(self._dsa, index, states, handed, selection, call, through.cotangents)
-        through.cotangents = layer.entry
-        if position is None or layer.core is None or layer.output is None:
-            return
-        columns = []
-        for earlier in range(position):
-            changed = layer.core(self._selection(through, earlier)).float() - layer.output.float()  # [B, T, H, V]
-            columns.append([_inner(gradient, changed) for gradient in layer.attention])
-        through.rows[position] = columns
+        layer = differentiate(self._dsa, index, states, more, selection, call, cotangents)
+        _check_finite(f"a gradient at decoder layer {index} is", through.batch, itertools.chain(*layer.entry))
+        through.cotangents = _each(through.between.put, layer.entry)
+        if position is not None and layer.core is not None:
+            through.rows[position] = self._row(through, layer.core)
+            _check_finite(f"a number of DSA layer {position} is", through.batch, [through.rows[position]])
+            del through.selections[position]
 
-    def _table(self, through: _Pass) -> BatchTable:
-        batch, layers = through.batch, len(self._dsa.layer_indices)
-        # [layer][earlier][draw] of float64 [B] to [sequence][draw][layer][earlier]
-        by_sequence = [
-            [
-                [[through.rows[i][j][r][s] for j in range(i)] for i in range(layers)]
-                for r in range(self._draws + 1)
-            ]
-            for s in range(len(batch.input_ids))
-        ]
-        for number, triangles in enumerate(by_sequence):
-            for layer in range(layers):
-                if not np.isfinite([row for triangle in triangles for row in triangle[layer]]).all():
-                    raise IcsearchError(
-                        f"a gradient at DSA layer {layer} is not finite in sequence {batch.first + number}: expected "
-                        "numbers; try --dtype float32, or look at that sequence"
-                    )
-        true = [[[-value for value in row] for row in triangles[-1]] for triangles in by_sequence]
-        return BatchTable([triangles[:-1] for triangles in by_sequence], true)
+    def _row(self, through: Pass, core: CoreAttention) -> torch.Tensor:
+        """<g, D> of each sequence, cotangent and earlier layer; of a selection that is the layer's own, exactly 0."""
+        *earlier, own = through.selections
+        nothing = torch.zeros(len(through.batch.input_ids), len(core.gradients), dtype=torch.float64)
+        columns = {own: nothing}
+        for kept in earlier:
+            if kept not in columns:
+                changed = core.under(self._fetch(kept)).float() - core.output.float()  # [B, T, H, V]
+                columns[kept] = torch.stack([_inner(gradient, changed) for gradient in core.gradients], dim=1).cpu()
+        return torch.stack([columns[kept] for kept in earlier], dim=2) if earlier else nothing.unsqueeze(2)[..., :0]
+
+    def _count(self, through: Pass, runs: int, on_layer: Callable[[int], None], position: int | None = None) -> None:
+        """So many runs of a layer, and of a DSA layer's row its pairs."""
+        pairs = 0 if position is None else pair_runs(self._dsa.start_pattern, position)
+        taken = round(len(through.batch.input_ids) * (runs + pairs * self._pair_cost))
+        through.layer_sequences += taken
+        on_layer(taken)
 
 
-def _inner(gradient: torch.Tensor, change: torch.Tensor) -> list[float]:
-    """<gradient, change> of each sequence: [B, T, H, V] twice; float32 within a token, float64 over tokens."""
-    return (gradient.float() * change).flatten(2).sum(-1).double().sum(1).tolist()
+def pair_runs(start: Pattern, position: int) -> int:
+    """Core attentions of a DSA layer's row: one for each earlier selection that is not its own."""
+    return start.letters.count(FULL, 0, position) - (not start.is_full(position))
 
 
-def label_cotangents(
-    dsa: DsaModel, states: torch.Tensor, batch: Batch, draws: int, seed: int
-) -> list[torch.Tensor]:
+def table_of(rows: Rows) -> BatchTable:
+    """The rows of all DSA layers, by sequence."""
+    by_sequence = [
+        [[rows[layer][sequence, r].tolist() for layer in range(len(rows))] for r in range(rows[0].shape[1])]
+        for sequence in range(rows[0].shape[0])
+    ]
+    true = [[[-value for value in row] for row in triangles[-1]] for triangles in by_sequence]
+    return BatchTable([triangles[:-1] for triangles in by_sequence], true)
+
+
+def _each(function: Callable[[Any], Any], cotangents: Iterable[Cotangent]) -> list[Cotangent]:
+    return [[function(tensor) for tensor in cotangent] for cotangent in cotangents]
+
+
+def _inner(gradient: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    """<gradient, change> of each sequence: [B, T, H, V] twice to [B]; float32 within a token, float64 over tokens."""
+    return (gradient.float() * change).flatten(2).sum(-1).double().sum(1)
+
+
+def _check_finite(what: str, batch: Batch, values: Iterable[torch.Tensor]) -> None:
+    """Raise IcsearchError with the sequence named, unless all of these numbers, each [B, ...], are finite."""
+    for value in values:
+        finite = torch.isfinite(value).flatten(1).all(1)  # [B]
+        if not finite.all():
+            raise IcsearchError(
+                f"{what} not finite in sequence {batch.first + finite.tolist().index(False)}: expected numbers; try "
+                "--dtype float32, or look at that sequence"
+            )
+
+
+def label_cotangents(dsa: DsaModel, states: torch.Tensor, batch: Batch, draws: int, seed: int) -> list[torch.Tensor]:
     """Gradients of the summed log-probability of labels at the last layer's states [B, T, D]: drawn ones, the text's.
 
     The label of a position is drawn by a number that follows from the seed, the sequence and the position alone. By
@@ -218,13 +276,12 @@ def label_cotangents(
 
 
 def drawing_numbers(seed: int, sequence: int, draws: int, length: int) -> Any:
-    """Uniform numbers in [0, 1), float64 [draws, length], of one sequence: more draws or tokens leave these as they are.
+    """Uniform numbers in [0, 1), float64 [draws, length], of one sequence; the same with more draws or tokens beside.
 
     Position t draws the token behind it.
     """
-    return np.stack(
-        [np.random.Generator(np.random.Philox(key=[seed, sequence * 2**20 + draw])).random(length) for draw in range(draws)]
-    )
+    keys = [[seed, sequence * 2**20 + draw] for draw in range(draws)]
+    return np.stack([np.random.Generator(np.random.Philox(key=key)).random(length) for key in keys])
 
 
 def draw_labels(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
