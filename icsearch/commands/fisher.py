@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
 from icsearch.commands.requests import FisherRequest
@@ -11,7 +10,6 @@ from icsearch.commands.scoring import (
     Loaded,
     Opened,
     Publish,
-    count_in_sweeps,
     load,
     make_scorer,
     make_scoring,
@@ -20,6 +18,7 @@ from icsearch.commands.scoring import (
     score_baseline,
 )
 from icsearch.commands.setup import Inputs, pattern_start
+from icsearch.core.pattern import Pattern
 from icsearch.planning import rehearsal
 from icsearch.planning.rows import model_rows, process_rows, stage_rows, weight_rows
 from icsearch.runs.directory import part_of
@@ -32,6 +31,7 @@ from icsearch.search.registry import make_strategy
 from icsearch.sweep.branches import Batch, cut_waves
 from icsearch.sweep.distributed.launch import HELDOUT, check_device, grids
 from icsearch.sweep.fisher import FisherSweep
+from icsearch.sweep.states import Keeping
 
 if TYPE_CHECKING:
     from icsearch.sweep.distributed.world import World
@@ -87,16 +87,19 @@ def _start(request: FisherRequest, inputs: Inputs, existing: list[Event]) -> Eve
     if request.refine is not None:
         method["refine"] = request.refine
     start = pattern_start(request, inputs, existing, method)
-    task = SearchTask(
-        inputs.layout.start_pattern,
-        frozenset(start["options"]["keep_full"]),
-        start["options"]["num_shared"],
-        start["options"]["stages"],
-        tuple(start["tokens"]),
-    )
-    count = partial(count_in_sweeps, inputs.layout, per_sweep=len(inputs.layout.layer_indices))
-    evaluations, layer_runs = rehearsal.preview(make_strategy(task), start["tokens"], count)
-    return {**start, "exact": {"candidate_evaluations": evaluations, "layer_evaluations": layer_runs}}
+    return {**start, "exact": _exact(start, inputs)}
+
+
+def _exact(start: Event, inputs: Inputs) -> dict[str, int]:
+    """What an exact greedy search of as many flips would take, counted, with all states kept between its steps."""
+    pattern, options, tokens = inputs.layout.start_pattern, start["options"], tuple(start["tokens"])
+    task = SearchTask(pattern, frozenset(options["keep_full"]), options["num_shared"], options["stages"], tokens)
+    flippable = frozenset(pattern.full_layers) - task.keep_full - {first for first, _ in start["blocks"]}
+    keeping = Keeping(inputs.layout.num_layers, inputs.layout.layer_indices, flippable, stride=1)
+    references = [Pattern(letters) for letters in start["references"].values()]
+    sweeps = rehearsal.rehearsed(lambda: make_strategy(task), tokens, references, keeping, len(pattern))
+    evaluations, _ = rehearsal.preview(make_strategy(task), tokens, len)
+    return {"candidate_evaluations": evaluations, "layer_evaluations": rehearsal.layer_evaluations(sweeps)}
 
 
 def _announce(here: Opened, loaded: Loaded, scoring: Scoring) -> None:
