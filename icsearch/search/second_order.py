@@ -13,8 +13,11 @@ posterior mean of a Gaussian process). Numbers alone; no torch.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from icsearch.search.dynamic_program import solve
 
 LOSS, KL = 0, 1  # rows of what is predicted and measured
 RANDOM_STARTS = 4
+RANKED = 1024  # patterns that a search returns at most
 # The prior of a correction: how far a layer's number may be off, in parts of what its single flip costs, and how far a
 # measured pattern may be from a sum over its layers.
 SMALLEST, SCATTER = 1e-4, 0.05  # nats per token; parts of what is to be explained
@@ -55,27 +59,32 @@ class SecondOrderTable:
     true: Any
     tokens: Sequence[int]
 
+    @cached_property
+    def rows(self) -> Any:
+        """`drawn` by layer and source: [N, N, S * R]."""
+        layers = self.drawn.shape[-1]
+        return np.ascontiguousarray(np.moveaxis(self.drawn, (2, 3), (0, 1)).reshape(layers, layers, -1))
+
+    @property
+    def kl_of_a_square(self) -> float:
+        """What a unit of a squared sum is in nats per token: 1 / (2 draws tokens)."""
+        return 1 / (2 * self.drawn.shape[1] * sum(self.tokens))
+
     def predict(self, full: Full, correction: Any = None) -> Prices:
         """Loss and KL of [P, N] patterns; `correction` [2, N, N] is added for each S layer and its source."""
-        drawn, true = self.sums(sources_of(full))
-        kl = (drawn**2).sum(0) / (2 * self.drawn.shape[1])
-        prices = np.stack([true.sum(0) + kl, kl]) / sum(self.tokens)
-        return prices if correction is None else prices + summed(correction, sources_of(full))
-
-    def sums(self, sources: Any) -> tuple[Any, Any]:
-        """Over layers, of [P, N] sources: drawn [S * R, P] and true [S, P]."""
-        sequences, draws, layers, _ = self.drawn.shape
-        drawn = np.zeros((sequences * draws, len(sources)))
-        true = np.zeros((sequences, len(sources)))
-        for layer in range(1, layers):
-            drawn += self.drawn[:, :, layer, :].reshape(sequences * draws, layers)[:, sources[:, layer]]
-            true += self.true[:, layer, :][:, sources[:, layer]]
-        return drawn, true
+        sources = sources_of(full)
+        drawn = np.zeros((len(full), self.rows.shape[-1]))
+        for layer in range(1, full.shape[1]):
+            drawn += self.rows[layer][sources[:, layer]]
+        kl = (drawn**2).sum(1) * self.kl_of_a_square
+        first_order = np.stack([self.true.sum(0) / sum(self.tokens), np.zeros(self.true.shape[1:])])
+        numbers = first_order if correction is None else first_order + correction
+        return summed(numbers, sources) + kl
 
     def pair_costs(self) -> Any:
         """[2, N, N]: loss and KL of one layer alone under one source, in nats per token."""
-        kl = (self.drawn**2).sum((0, 1)) / (2 * self.drawn.shape[1])
-        return np.stack([self.true.sum(0) + kl, kl]) / sum(self.tokens)
+        kl = (self.rows**2).sum(-1) * self.kl_of_a_square
+        return np.stack([self.true.sum(0) / sum(self.tokens) + kl, kl])
 
 
 def summed(numbers: Any, sources: Any) -> Any:
@@ -130,6 +139,8 @@ class PatternSearch:
         self, table: SecondOrderTable, start: Pattern, stay_full: frozenset[int], objective: int, numbers: Any
     ) -> None:
         self._table, self._objective, self._numbers = table, objective, numbers
+        first_order = table.true.sum(0) / sum(table.tokens) if objective == LOSS else 0.0
+        self._linear = first_order + numbers[objective]  # [N, N], beside the squared sums
         self._start = full_of([start])[0]
         self._movable = [layer for layer in start.full_layers if layer not in stay_full | {0}]
         self._fixed = frozenset(start.full_layers) - set(self._movable)
@@ -151,27 +162,58 @@ class PatternSearch:
         return path
 
     def best(self, kept: int, also: Iterable[Pattern] = ()) -> list[tuple[float, Pattern]]:
-        """Patterns with `kept` F layers by price: all that local search has seen on its ways to local optima.
+        """Patterns with `kept` F layers by price: the lowest of all that local search has seen on its ways.
 
         It exchanges one F layer with one S layer as long as that helps, from the greedy path, the exact optimum of the
         additive part, the most even pattern, some random ones (seeded) and `also`.
         """
-        seen: dict[bytes, tuple[float, Any]] = {}
-        for start in self._starts(kept, also):
-            full, price = start, float(self.price(start[None])[0])
-            seen[full.tobytes()] = price, full
+        seen: dict[bytes, float] = {}
+        for full in self._starts(kept, also):
+            price = float(self.price(full[None])[0])
+            seen[full.tobytes()] = price
             while True:
-                after = self._exchanged(full)
-                if not len(after):
+                after, prices = self.exchanges(full)
+                seen |= zip((row.tobytes() for row in after), prices.tolist(), strict=True)
+                if not len(after) or not prices.min() < price:
                     break
-                prices = self.price(after)
-                seen |= {row.tobytes(): (float(each), row) for row, each in zip(after, prices, strict=True)}
-                best = int(prices.argmin())
-                if not prices[best] < price:
-                    break
-                full, price = after[best], float(prices[best])
-        priced = [(price, patterns_of(full[None])[0]) for price, full in seen.values()]
+                full, price = after[prices.argmin()], float(prices.min())
+        lowest = heapq.nsmallest(RANKED, seen.items(), key=itemgetter(1))
+        priced = [(price, patterns_of(np.frombuffer(row, bool)[None])[0]) for row, price in lowest]
         return sorted(priced, key=lambda pair: (pair[0], pair[1].letters))
+
+    def exchanges(self, full: Any) -> tuple[Full, Any]:
+        """All patterns in which one movable F layer has changed places with one S layer, and their prices.
+
+        Sharing a layer changes the sums over layers by one vector, and giving it a selection back by another; where
+        the two do not touch the same layers, both add up, and all pairs are priced by one product of matrices.
+        """
+        givers = np.array([layer for layer in self._movable if full[layer]], dtype=int)
+        takers = np.array([layer for layer in self._movable if not full[layer]], dtype=int)
+        after = np.tile(full, (len(givers) * len(takers), 1))
+        pairs = np.arange(len(after))
+        after[pairs, np.repeat(givers, len(takers))] = False
+        after[pairs, np.tile(takers, len(givers))] = True
+        if not len(after):
+            return after, np.zeros(0)
+        rows, linear = self._table.rows, self._linear
+        sources, layers = sources_of(full[None])[0], np.arange(len(full))
+        before = sources[givers - 1]  # what a giver's layers borrow from once it shares
+
+        def change(affected: Any, old: Any, new: Any) -> tuple[Any, float]:
+            """Of the sums, and of the linear part, where some layers borrow from another one."""
+            numbers = (rows[affected, new] - rows[affected, old]).sum(0), linear[affected, new] - linear[affected, old]
+            return numbers[0], float(numbers[1].sum())
+
+        shared = [change(sources == giver, giver, new) for giver, new in zip(givers, before, strict=True)]
+        freed = [change((sources == sources[taker]) & (layers >= taker), sources[taker], taker) for taker in takers]
+        now = rows[layers, sources].sum(0) + np.array([vector for vector, _ in shared])  # [givers, S * R]
+        more = np.array([vector for vector, _ in freed])  # [takers, S * R]
+        squares = (now**2).sum(1)[:, None] + 2 * now @ more.T + (more**2).sum(1)
+        added = linear[layers, sources].sum() + np.add.outer([x for _, x in shared], [x for _, x in freed])
+        prices = (squares * self._table.kl_of_a_square + added).ravel()
+        touching = (sources[takers] == givers[:, None]) | (sources[takers] == before[:, None])
+        prices[touching.ravel()] = self.price(after[touching.ravel()])
+        return after, prices
 
     def _starts(self, kept: int, also: Iterable[Pattern]) -> list[Any]:
         count, moving = len(self._start), kept - len(self._fixed)
@@ -186,15 +228,3 @@ class PatternSearch:
             row[[*self._fixed, *(self._movable[place] for place in places)]] = True
             rows.append(row)
         return [*rows, *(full_of([pattern])[0] for pattern in also if len(pattern.full_layers) == kept)]
-
-    def _exchanged(self, full: Any) -> Full:
-        """All patterns in which one movable F layer has changed places with one S layer, in layer order."""
-        giving = [layer for layer in self._movable if full[layer]]
-        taking = [layer for layer in self._movable if not full[layer]]
-        pairs = [(giver, taker) for giver in giving for taker in taking]
-        after = np.tile(full, (len(pairs), 1))
-        if pairs:
-            givers, takers = zip(*pairs, strict=True)
-            after[np.arange(len(pairs)), givers] = False
-            after[np.arange(len(pairs)), takers] = True
-        return after
