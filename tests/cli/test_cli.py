@@ -18,16 +18,9 @@ from icsearch.commands.setup import batch_shape
 from icsearch.model import layout
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.shape import BLOCK_ELEMENTS
+from in_process import run
 
 CSV = Path("curve.csv")
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """The command in this process: status, stdout, stderr."""
-    capsys.readouterr()
-    status = app._run([str(argument) for argument in arguments], debug=False)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -13,12 +13,7 @@ import tiny
 from icsearch.cli import app
 from icsearch.cli.config import ConfigError, read_tables
 from icsearch.core.files import published_patterns
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = app._run([str(argument) for argument in arguments], debug=False)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+from in_process import run
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -12,17 +12,11 @@ from typing import Any
 
 import pytest
 
-from icsearch.cli import app
 from icsearch.core.files import published_patterns
+from in_process import run
 
 LONG = published_patterns() / "glm-5-1-4.json"
 DEMO = published_patterns() / "demo-greedy.json"
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    status = app._run([str(argument) for argument in arguments], debug=False)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

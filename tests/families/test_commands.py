@@ -20,6 +20,7 @@ from icsearch.model import loading
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.sweep.branches import cut_batches
 from icsearch.sweep.sweep import naive_nll
+from in_process import run
 
 KEPT = {"deepseek_v4": 15, "glm5_next": 9, "minimax_m3_vl": 12, "qwen4_exp": 9}  # others: index_topk, 8
 BLOCKWISE = {"axk2", "deepseek_v32", "dots3_note", "glm_moe_dsa", "mistral_large4"}
@@ -31,14 +32,6 @@ one_quickly = pytest.mark.parametrize(
     indirect=True,
     scope="session",
 )
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """The command in this process: status, stdout, stderr."""
-    capsys.readouterr()
-    status = app._run([str(argument) for argument in arguments], debug=False)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
