@@ -1,0 +1,191 @@
+"""The search on the second-order table in the loop: made-up table and losses, killed anywhere, resumed to the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_search import LAYERS, SEQUENCES, START, Killed, MadeUp
+
+from icsearch.commands.progress import Quiet
+from icsearch.core.errors import JournalError
+from icsearch.core.pattern import Pattern
+from icsearch.runs.journal import Event, Journal
+from icsearch.runs.record import RunRecord
+from icsearch.search.loop import Scores, Scoring, run_proposals
+
+DRAWS, FLIPS = 2, 3
+OPTIONS = {
+    "method": "fisher",
+    "strategy": "second-order",
+    "objective": "lm-loss",
+    "num_shared": FLIPS,
+    "draws": DRAWS,
+    "label_seed": 0,
+    "finalists": 2,
+    "rounds": 3,
+}
+
+
+def triangle(seed: str) -> list[list[float]]:
+    chance = random.Random(seed)
+    return [[chance.gauss(0, 1) for _ in range(layer)] for layer in range(LAYERS)]
+
+
+def table(sequences: range) -> Event:
+    return {
+        "event": "fisher",
+        "sequences": [sequences.start, sequences.stop],
+        "drawn": [[triangle(f"{s} {r}") for r in range(DRAWS)] for s in sequences],
+        "true": [triangle(f"{s}") for s in sequences],
+        "layer_sequences": 7,
+        "seconds": 0.1,
+    }
+
+
+class WithKl(MadeUp):
+    """Losses that follow a hidden cost of each layer and source, and a KL beside them."""
+
+    def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Any) -> Scores:
+        scores = super().score(patterns, wave, on_layer)
+        nll = {p.letters: [20 + hidden(p) + s / 100 for s in range(*wave)] for p in patterns}
+        kl = {p.letters: [0.9 * hidden(p)] * len(range(*wave)) for p in patterns}
+        return Scores(nll, scores.layer_sequences, kl=kl)
+
+
+def hidden(pattern: Pattern) -> float:
+    chance = random.Random("hidden")
+    costs = [[chance.random() for _ in range(LAYERS)] for _ in range(LAYERS)]
+    return sum(costs[i][j] * (i != j) for i, j in enumerate(pattern.sources()))
+
+
+def run(path: Path, scorer: MadeUp, heldout: MadeUp | None = None, **options: Any) -> RunRecord:
+    journal = Journal(path)
+    if not journal.exists():
+        start = {**START, "options": {**OPTIONS, **options}}
+        if heldout is not None:
+            start["refine_on"] = {"tokens": [10] * SEQUENCES}
+        journal.append(start)
+        journal.append(table(range(3)))
+        journal.append(table(range(3, SEQUENCES)))
+    record = RunRecord.replay(journal.events())
+    run_proposals(Scoring(journal, record, scorer, Quiet()), heldout)
+    return record
+
+
+def outcome(record: RunRecord) -> tuple[object, ...]:
+    return record.nll, record.kl, record.commits, record.proposals, record.chosen, record.pattern, record.finished
+
+
+def test_the_best_measured_pattern_is_reported(tmp_path: Path) -> None:
+    record = run(tmp_path / "j", WithKl())
+    kept = [p for p in map(Pattern, record.nll) if len(p.full_layers) == LAYERS - FLIPS]
+    assert record.finished
+    assert record.pattern == min(kept, key=hidden)
+    assert record.frontier()[LAYERS - FLIPS] == record.pattern
+
+
+def test_it_is_the_best_of_all_patterns_where_there_is_time(tmp_path: Path) -> None:
+    record = run(tmp_path / "j", WithKl(), finalists=10, rounds=5)
+    every = [
+        Pattern.from_full_layers({0, *more}, LAYERS) for more in combinations(range(1, LAYERS), LAYERS - FLIPS - 1)
+    ]
+    assert record.pattern == min(every, key=hidden)
+
+
+def test_the_steps_are_the_nested_path(tmp_path: Path) -> None:
+    record = run(tmp_path / "j", WithKl())
+    assert [commit.pattern for commit in record.commits] == record.proposals[0]
+    assert record.commits[0].candidates == tuple(range(1, LAYERS))
+    assert [len(Pattern(letters).full_layers) for letters in record.proposals[0]] == [5, 4, 3]
+    assert [candidate.layer for candidate in record.candidates(1)] == list(range(1, LAYERS))
+
+
+def test_rounds_end_when_one_helps_no_more(tmp_path: Path) -> None:
+    record = run(tmp_path / "j", WithKl(), rounds=10, finalists=3)
+    best = len(record.proposals) - 2  # the last round found nothing better than the one before
+    assert record.pattern.letters not in record.proposals[-1]
+    assert record.pattern.letters in record.proposals[best] or best == 0
+    assert len(run(tmp_path / "one", WithKl(), rounds=1, finalists=1).proposals) == 2
+
+
+@pytest.mark.parametrize("heldout", [False, True])
+def test_killed_after_any_sweep_and_resumed(tmp_path: Path, heldout: bool) -> None:
+    whole = WithKl()
+    expected = outcome(run(tmp_path / "whole", whole, WithKl() if heldout else None))
+    events = len(Journal(tmp_path / "whole").events())
+    for sweeps in range(events):
+        path, again = tmp_path / f"killed{sweeps}", WithKl()
+        first = WithKl(sweeps_to_live=sweeps // 2 if heldout else sweeps)
+        other = WithKl(sweeps_to_live=sweeps // 8) if heldout else None
+        try:
+            run(path, first, other)
+        except Killed:
+            assert outcome(run(path, again, WithKl() if heldout else None)) == expected
+            assert len(first.scored) + len(again.scored) == len(whole.scored)
+
+
+def test_killed_after_any_event_and_resumed(tmp_path: Path) -> None:
+    expected = outcome(run(tmp_path / "whole", WithKl()))
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    for kept in range(3, len(lines)):  # the table comes from elsewhere here
+        path = tmp_path / f"cut{kept}"
+        path.write_bytes(b"".join(lines[:kept]) + lines[kept][:10])
+        assert outcome(run(path, WithKl())) == expected
+
+
+def test_held_out_sequences_choose_among_the_best(tmp_path: Path) -> None:
+    class Contrary(WithKl):
+        def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Any) -> Scores:
+            scores = super().score(patterns, wave, on_layer)
+            return Scores({letters: [40 - x for x in nll] for letters, nll in scores.nll.items()}, 1, kl=scores.kl)
+
+    record = run(tmp_path / "j", WithKl(), Contrary())
+    kept = [p for p in map(Pattern, record.nll) if len(p.full_layers) == LAYERS - FLIPS]
+    assert record.pattern == sorted(kept, key=hidden)[3]
+    assert record.heldout is not None
+    assert record.heldout.nll.is_complete(record.pattern.letters)
+
+
+def test_what_must_stay_full_stays(tmp_path: Path) -> None:
+    record = run(tmp_path / "j", WithKl(), keep_full=[2, 4], num_shared=2)
+    assert {0, 2, 4} <= set(record.pattern.full_layers)
+    assert all({0, 2, 4} <= set(Pattern(letters).full_layers) for some in record.proposals for letters in some)
+    assert all({0, 2, 4} <= set(pattern.full_layers) for pattern in record.frontier().values())
+
+
+def test_by_kl(tmp_path: Path) -> None:
+    record = run(tmp_path / "j", WithKl(), objective="kl")
+    assert record.by_kl
+    assert record.has_kl
+    assert record.chosen is not None
+    assert record.chosen["objective"] == pytest.approx(record.kl.loss(record.pattern.letters))
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        ({**table(range(4, 5))}, "behind 0 sequences"),
+        ({**table(range(2)), "true": []}, "behind 0 sequences"),
+        ({"event": "proposed", "round": 3, "patterns": []}, "round 3 behind 0 rounds"),
+        ({**table(range(1)), "drawn": [[[[0.0]]]]}, "drawn is"),
+    ],
+)
+def test_a_damaged_journal_is_refused(tmp_path: Path, event: Event, words: str) -> None:
+    start = {**START, "options": OPTIONS}
+    with pytest.raises(JournalError, match=words):
+        RunRecord.replay([start, event])
+
+
+def test_the_table_of_a_record(tmp_path: Path) -> None:
+    from icsearch.search.loop import table_of
+
+    found = table_of(RunRecord.replay([{**START, "options": OPTIONS}, table(range(SEQUENCES))]))
+    assert found.drawn.shape == (SEQUENCES, DRAWS, LAYERS, LAYERS)
+    assert found.drawn[1, 1, 3, 2] == table(range(SEQUENCES))["drawn"][1][1][3][2]
+    assert not np.triu(found.true).any()
