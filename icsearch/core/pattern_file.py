@@ -39,6 +39,7 @@ FILE_FIELDS = {
     "baseline_loss": optional(NUMBER),
     "loss": optional(NUMBER),
     "steps": list_of(OBJECT),
+    "frontier": optional(list_of(OBJECT)),
     "model": OBJECT,
     "calibration": OBJECT,
     "cost": OBJECT,
@@ -67,7 +68,8 @@ CALIBRATION_FIELDS = {
 class Step:
     """One committed flip. Losses in nats per token; `delta` is to the all-F baseline, with its paired std_err.
 
-    `kl` is the mean KL to the unmodified model in nats per token, where the search went by it.
+    `kl` is the mean KL to the unmodified model in nats per token, where it was measured; `predicted_loss` and
+    `predicted_kl` are what a second-order table had said of the pattern, where there was one.
     """
 
     step: int
@@ -78,11 +80,25 @@ class Step:
     pattern: str
     kl: float | None = None
     kl_std_err: float | None = None
+    predicted_loss: float | None = None
+    predicted_kl: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the contract; those of the KL only where there is one."""
-        values = asdict(self)
-        return {name: value for name, value in values.items() if self.kl is not None or not name.startswith("kl")}
+        """The fields of the contract; those of a KL and of a prediction only where there is one."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Best:
+    """Of the patterns with so many F layers that were measured, the one of lowest objective. Numbers as in a `Step`."""
+
+    pattern: str
+    full_layers: int
+    loss: float
+    delta: float
+    std_err: float
+    kl: float
+    kl_std_err: float
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,7 @@ class PatternFile:
     baseline_loss: float | None = None
     loss: float | None = None
     steps: tuple[Step, ...] = ()
+    frontier: tuple[Best, ...] = ()
     model: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] = field(default_factory=dict)
     cost: dict[str, Any] = field(default_factory=dict)
@@ -104,7 +121,7 @@ class PatternFile:
     refinement: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The document of the contract, format icsearch.pattern/1. `refinement` is there where there was one."""
+        """The document of the contract, format icsearch.pattern/1; `frontier` and `refinement` where there is one."""
         return {
             "format": PATTERN_FORMAT,
             "pattern": self.pattern.letters,
@@ -118,6 +135,7 @@ class PatternFile:
             "baseline_loss": self.baseline_loss,
             "loss": self.loss,
             "steps": [step.to_json() for step in self.steps],
+            **({"frontier": [asdict(best) for best in self.frontier]} if self.frontier else {}),
             "model": self.model,
             "calibration": self.calibration,
             "cost": self.cost,
@@ -130,10 +148,10 @@ class PatternFile:
         write_object(path, self.to_json())
 
     def at_retention(self, retention: Fraction) -> Pattern:
-        """The pattern of this run with ceil(retention * N) F layers; greedy patterns are nested.
+        """The pattern of this run with ceil(retention * N) F layers: its own, else the best measured, else a step's.
 
-        Where a refinement changed the last one, that retention gives the refined pattern.
-        Raises PatternError where the run did not go that far.
+        Greedy patterns are nested. Where a refinement changed the last one, that retention gives the refined pattern.
+        Raises PatternError where the run has none.
         """
         kept = num_full(retention, len(self.pattern))
         on_the_way = [Pattern(step.pattern) for step in self.steps]
@@ -141,13 +159,16 @@ class PatternFile:
             first = self.steps[0]
             before = first.pattern[: first.layer] + FULL + first.pattern[first.layer + 1 :]
             on_the_way.insert(0, Pattern(before))
-        for pattern in (self.pattern, *on_the_way):
+        known = [self.pattern, *(Pattern(best.pattern) for best in self.frontier), *on_the_way]
+        for pattern in known:
             if len(pattern.full_layers) == kept:
                 return pattern
-        counts = sorted({len(p.full_layers) for p in (self.pattern, *on_the_way)})
+        counts = sorted({len(pattern.full_layers) for pattern in known})
+        whole_range = counts[-1] - counts[0] < len(counts)  # of what was measured besides, some counts may be missing
+        held = f"{counts[0]} to {counts[-1]}" if whole_range else ", ".join(map(str, counts))
         raise PatternError(
-            f"the file holds no pattern with {kept} F layers (retention {retention}): "
-            f"it holds {counts[0]} to {counts[-1]} of {len(self.pattern)}; search with a smaller --retention"
+            f"the file holds no pattern with {kept} F layers (retention {retention}): it holds {held} of "
+            f"{len(self.pattern)}; search with {'a smaller' if kept < counts[0] else 'that'} --retention"
         )
 
 
@@ -177,11 +198,16 @@ def load_pattern_file(path: Path) -> PatternFile:
         check_fields(document["model"], MODEL_FIELDS)
         check_fields(document["calibration"], CALIBRATION_FIELDS)
         steps = tuple(_step(step, len(pattern)) for step in document["steps"])
+        frontier = tuple(_best(best, len(pattern)) for best in document.get("frontier") or ())
         if document.get("refinement") is not None:
             _check_refinement(document["refinement"], pattern)
     except (PatternError, FieldError) as error:
         raise PatternError(f"{path} is damaged ({error}): write it again") from None
-    fields: dict[str, Any] = {**{name: document.get(name) for name in FILE_FIELDS}, "steps": steps}
+    fields: dict[str, Any] = {
+        **{name: document.get(name) for name in FILE_FIELDS},
+        "steps": steps,
+        "frontier": frontier,
+    }
     return PatternFile(pattern=pattern, layer_indices=tuple(document["layer_indices"]), **fields)
 
 
@@ -194,13 +220,25 @@ def _step(document: dict[str, Any], num_layers: int) -> Step:
         "std_err": optional(NUMBER),  # null: one sequence has no error
         "pattern": letters(num_layers),
     }
-    by_kl = {"kl": optional(NUMBER), "kl_std_err": optional(NUMBER)}  # absent where the search went by the loss
-    check_fields(document, {**fields, **by_kl})
-    values: dict[str, Any] = {name: document.get(name) for name in (*fields, *by_kl)}
+    more = dict.fromkeys(
+        ("kl", "kl_std_err", "predicted_loss", "predicted_kl"), optional(NUMBER)
+    )  # absent in most runs
+    check_fields(document, {**fields, **more})
+    values: dict[str, Any] = {name: document.get(name) for name in (*fields, *more)}
     if values["pattern"][values["layer"]] != SHARED:
         raise FieldError(f"step {values['step']} flips layer {values['layer']}, but its pattern has F there")
     unknown = ["std_err", *(["kl_std_err"] if values["kl"] is not None else [])]
     return Step(**{**values, **{name: math.nan for name in unknown if values[name] is None}})
+
+
+def _best(document: dict[str, Any], num_layers: int) -> Best:
+    errors = dict.fromkeys(("std_err", "kl_std_err"), optional(NUMBER))  # null: one sequence has no error
+    fields = {"pattern": letters(num_layers), **dict.fromkeys(("loss", "delta", "kl"), NUMBER), **errors}
+    check_fields(document, fields)
+    count = document["pattern"].count(FULL)
+    check_fields(document, {"full_layers": whole(count, count)})
+    values: dict[str, Any] = {name: document.get(name) for name in (*fields, "full_layers")}
+    return Best(**{**values, **{name: math.nan for name in errors if values[name] is None}})
 
 
 def _check_refinement(document: dict[str, Any], pattern: Pattern) -> None:

@@ -133,6 +133,7 @@ class FisherRows:
     """The second-order table as it comes in: for each sequence, a lower triangle for each draw, and one of its labels.
 
     `numerics` are those that it was measured with, where that was another run's; the cost is its part of the run's.
+    `measuring` is the cost, in layer runs x sequences, of the patterns that were measured then, by the part of the run.
     """
 
     drawn: list[list[list[list[float]]]] = field(default_factory=list)
@@ -140,6 +141,7 @@ class FisherRows:
     numerics: dict[str, Any] | None = None
     layer_sequences: int = 0
     seconds: float = 0.0
+    measuring: dict[str, int] = field(default_factory=dict)
 
     def add(self, event: Event) -> None:
         """Take in an event whose sequences are those that come next."""
@@ -157,6 +159,7 @@ def _added(sums: list[list[float]], more: list[list[float]]) -> list[list[float]
 
 
 JOURNAL_NAME = "journal.jsonl"
+FISHER_PARTS = ("single flips", "nested path", "rounds")  # what is measured, by how much was proposed before
 REFINING = -1  # stands for a step in `asked`: what a refinement scored on the calibration sequences
 
 
@@ -289,6 +292,9 @@ class RunRecord(Record):
         asked = self.asked.setdefault(step, [])
         asked += [letters for letters in dict.fromkeys(event["patterns"]) if letters not in asked]
         self.scored[step] = self.scored.get(step, 0) + len(event["patterns"]) * (last - first)
+        if self.by_table and step > 0:
+            part, measuring = FISHER_PARTS[min(len(self.proposals), 2)], self.fisher.measuring
+            measuring[part] = measuring.get(part, 0) + event["layer_sequences"]
         self._add_cost(event, step)
 
     def _tables(self) -> dict[str, LossTable]:
@@ -304,6 +310,11 @@ class RunRecord(Record):
     def by_kl(self) -> bool:
         """Whether the search goes by the KL to the start pattern, and not by the loss."""
         return bool(self.start["options"]["objective"] == "kl")
+
+    @property
+    def by_table(self) -> bool:
+        """Whether a second-order table proposes what is measured."""
+        return bool(self.start["options"]["method"] == "fisher")
 
     @property
     def has_kl(self) -> bool:

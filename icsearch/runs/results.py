@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from icsearch.core.pattern_file import CALIBRATION_FIELDS, PatternFile
+from icsearch.core.pattern_file import CALIBRATION_FIELDS, Best, PatternFile
 from icsearch.runs.record import REFINING, RunRecord
 
 MEANS_NOTHING = "no pattern found on them means anything"
@@ -38,9 +39,13 @@ def cost(record: RunRecord) -> dict[str, Any]:
 
     `layer_sequences` counts each run of a layer on each sequence. Over the number of sequences that need not be whole:
     a run that was interrupted begins some of them anew. A naive search scores every candidate of every step anew.
+    Of a search on a second-order table, candidates are all that it measured but the references.
     """
     heldout, sequences = record.heldout, len(record.tokens)
     flips = [record.before(commit.step).flip(layer).letters for commit in record.commits for layer in commit.candidates]
+    if record.by_table:
+        measured = {letters for step, patterns in record.asked.items() if step > 0 for letters in patterns}
+        flips = sorted(measured - set(record.asked.get(0, [])))
     moves = set(record.asked.get(REFINING, [])) - set(flips)
     naive_patterns = len(record.asked.get(0, [])) + len(flips) + len(moves)
     refined = Fraction(record.scored.get(REFINING, 0), sequences)  # what the search had scored already is not in it
@@ -57,16 +62,30 @@ def cost(record: RunRecord) -> dict[str, Any]:
         "naive_layer_evaluations": naive_patterns * record.start["decoder_layers"],
         "seconds": round(record.seconds, 3),
         **({"refinement_evaluations": _number(refined)} if record.refinement else {}),
+        **(_table_cost(record) if record.by_table else {}),
         **weights_read(record),
     }
 
 
+def _table_cost(record: RunRecord) -> dict[str, Any]:
+    """The table's part of the cost, and what an exact greedy search as far as this one takes, by counting."""
+    exact = record.start.get("exact")
+    return {
+        "table_layer_evaluations": round(record.fisher.layer_sequences / len(record.tokens)),
+        "table_seconds": round(record.fisher.seconds, 3),
+        "exact_layer_evaluations": exact["layer_evaluations"] if exact else None,
+    }
+
+
 def weights_read(record: RunRecord) -> dict[str, Any]:
-    """Bytes of streamed weights that were read, in all and in a committed step on average; nothing where none were."""
+    """Bytes of streamed weights that were read, in all and in a committed step on average; nothing where none were.
+
+    A search on a second-order table measures many steps at once: there is no average.
+    """
     total = sum(record.weight_bytes.values())
     if not total:
         return {}
-    steps = [record.weight_bytes.get(commit.step, 0) for commit in record.commits]
+    steps = [] if record.by_table else [record.weight_bytes.get(commit.step, 0) for commit in record.commits]
     return {
         "weight_bytes": total,
         "weight_bytes_per_step": round(sum(steps) / len(steps)) if steps else None,
@@ -79,24 +98,43 @@ def _number(evaluations: Fraction) -> int | float:
     return int(evaluations) if evaluations.denominator == 1 else round(float(evaluations), 3)
 
 
-def pattern_file(record: RunRecord) -> PatternFile:
-    """The pattern.json of this run, as far as it has come."""
-    options = record.start["options"]
+def pattern_file(record: RunRecord, predicted: Mapping[str, tuple[float, float]] | None = None) -> PatternFile:
+    """The pattern.json of this run, as far as it has come.
+
+    `predicted`: by letters, what a second-order table says of a pattern's loss above the start pattern's and of its KL.
+    """
+    options, baseline, said = record.start["options"], record.loss(record.start_pattern.letters), predicted or {}
+    steps = tuple(
+        replace(step, predicted_loss=baseline + said[step.pattern][0], predicted_kl=said[step.pattern][1])
+        if step.pattern in said
+        else step
+        for step in record.steps()
+    )
     return PatternFile(
         pattern=record.pattern,
         layer_indices=tuple(record.start["layer_indices"]),
         method=options["method"],
         strategy=options["strategy"],
         objective=options["objective"],
-        baseline_loss=record.loss(record.start_pattern.letters),
+        baseline_loss=baseline,
         loss=record.loss(record.pattern.letters),
-        steps=record.steps(),
+        steps=steps,
+        frontier=_frontier(record) if record.by_table else (),
         model=record.start["model"],
         calibration=record.start["calibration"],
         cost=cost(record),
         icsearch_version=record.start["icsearch_version"],
         refinement=_refinement_document(record),
     )
+
+
+def _frontier(record: RunRecord) -> tuple[Best, ...]:
+    found = []
+    for count, pattern in record.frontier().items():
+        letters = pattern.letters
+        loss, kl = record.difference(letters), record.kl.mean(letters)
+        found.append(Best(letters, count, record.loss(letters), loss.delta, loss.std_err, kl.delta, kl.std_err))
+    return tuple(found)
 
 
 def _refinement_document(record: RunRecord) -> dict[str, Any] | None:
@@ -133,10 +171,10 @@ def _refinement_document(record: RunRecord) -> dict[str, Any] | None:
 
 
 def _changes(record: RunRecord, after: str, before: str, prefix: str = "") -> dict[str, float]:
-    """Differences of the loss, and of the KL where a run goes by that, in nats per token with paired errors."""
+    """Differences of the loss, and of the KL where it is measured, in nats per token with paired errors."""
     changes = {"": record.difference(after, before)}
-    if record.by_kl:
-        changes["kl_"] = record.objective.difference(after, before)
+    if record.has_kl:
+        changes["kl_"] = record.kl.difference(after, before)
     return {
         f"{prefix}{name}{of}": getattr(change, of) for name, change in changes.items() for of in ("delta", "std_err")
     }

@@ -42,6 +42,7 @@ START_FIELDS = {
     "references": OBJECT,
     "tokens": list_of(whole(1)),
     "refine_on": optional(OBJECT),
+    "exact": optional(OBJECT),
     "checkpoint_bytes": optional(whole(0)),
 }
 # Options of any run, evaluations too; earlier versions have fewer.
@@ -99,6 +100,8 @@ def check_run_start(event: Event) -> None:
     check_options(event)
     check_fields(event["model"], {**MODEL_FIELDS, "native_shared": optional(layers(num_layers))})
     check_fields(event["calibration"], CALIBRATION_FIELDS)
+    if event.get("exact") is not None:
+        check_fields(event["exact"], dict.fromkeys(("candidate_evaluations", "layer_evaluations"), whole(0)))
     if event.get("refine_on") is not None:
         tokens = event["refine_on"].get("tokens")
         check_fields(event["refine_on"], {**CALIBRATION_FIELDS, "tokens": list_of(whole(1))})
