@@ -220,14 +220,9 @@ def memory_job(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> 
         patterns=len(request.flippable(layout.start_pattern)) if isinstance(request, PatternRequest) else by_name,
         heldout=inputs.heldout.num_sequences if inputs.heldout else 0,
         offload=request.offload,
-        by_kl=_by_kl(options),
+        by_kl=measures_kl(options),
         may_offload_states=isinstance(request, SearchRequest),
     )
-
-
-def _by_kl(options: dict[str, Any]) -> bool:
-    """Whether a run's sweeps measure the KL beside the loss; an evaluation's measures need no such sweeps."""
-    return "objective" in options and measures_kl(options)
 
 
 def machine_here(request: RunRequest, device_name: str, launch: Launch | None = None) -> Machine:
@@ -248,7 +243,7 @@ def batch_shape(layout: Layout, options: dict[str, Any], seq_len: int) -> BatchS
     """One batch of a run under these options."""
     dtype_bytes = DTYPES[options["dtype"]].itemsize
     batch_size, elements = options["batch_size"], options.get("block_elements")
-    copies = KL_HEAD_COPIES if _by_kl(options) else NLL_HEAD_COPIES
+    copies = KL_HEAD_COPIES if measures_kl(options) else NLL_HEAD_COPIES
     if elements is not None and layout.sizes is not None:
         shape = blockwise_shape(Call(layout.sizes, batch_size, seq_len, dtype_bytes, elements), copies)
         return replace(shape, left_numbers=layout.left_numbers)

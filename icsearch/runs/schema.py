@@ -132,8 +132,8 @@ def _covers(blocks: Any, num_layers: int) -> bool:
 
 
 def measures_kl(options: Mapping[str, Any]) -> bool:
-    """Whether a search measures the KL to the start pattern beside the loss."""
-    return bool(options["objective"] == "kl" or options["method"] == "fisher")
+    """Whether a search's sweeps measure the KL to the start pattern beside the loss; an evaluation has no such ones."""
+    return bool(options.get("objective") == "kl" or options.get("method") == "fisher")
 
 
 def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
