@@ -9,16 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
+from fault_harness import PATIENCE, Running, command
+
 BIN = Path(sys.executable).parent
-PATIENCE = 300  # seconds; on a busy machine a process may take ten to start
 
 
 def environment() -> dict[str, str]:
     """One thread for each process, and nothing of a launcher that runs the tests."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "ACCELERATE"))}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    for name in (*launcher, "TORCH_CPP_LOG_LEVEL"):  # the command sets the last one itself
         own.pop(name, None)
     return {**own, "OMP_NUM_THREADS": "1"}
 
@@ -64,49 +67,45 @@ class Ranks:
         folders: Sequence[Path] | None = None,
     ) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        self._logs = [logs / f"rank{rank}.log" for rank in range(processes)]
         shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        command = [sys.executable, "-m", "icsearch", *map(str, arguments)]
-        self.processes = []
-        for rank, log in enumerate(self._logs):
-            with log.open("w") as file:
-                self.processes.append(
-                    subprocess.Popen(
-                        command,
-                        env={**environment(), **shared, "RANK": str(rank)},
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        preexec_fn=(limits or {}).get(rank),
-                        cwd=folders[rank] if folders else None,
-                    )
-                )
+        words, self.processes = tuple(map(str, arguments)), []
+        for rank in range(processes):
+            own = {**shared, "RANK": str(rank)}
+            begin = partial(_begin, own, folders[rank] if folders else Path.cwd(), (limits or {}).get(rank))
+            self.processes.append(Running(partial(command, words, begin), logs / f"rank{rank}"))
 
     def __enter__(self) -> Ranks:
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+            if process.alive:
+                process.send(signal.SIGKILL)
+                process.end()
 
-    def wait(self, ranks: Sequence[int] | None = None, seconds: float = PATIENCE) -> list[int]:
+    def wait(self, ranks: Sequence[int] | None = None) -> list[int]:
         """Exit statuses of all, or of these."""
-        deadline = time.monotonic() + seconds
         chosen = self.processes if ranks is None else [self.processes[rank] for rank in ranks]
-        return [process.wait(max(0.1, deadline - time.monotonic())) for process in chosen]
+        return [process.end().status for process in chosen]
 
     def wait_for_lines(self, journal: Path, lines: int) -> None:
         """Until the journal has so many; fails where the run ends before."""
         deadline = time.monotonic() + PATIENCE
         while not journal.exists() or len(journal.read_bytes().splitlines()) < lines:
             assert time.monotonic() < deadline, self.said(0)
-            assert self.processes[0].poll() is None, self.said(0)
+            assert self.processes[0].alive, self.said(0)
             time.sleep(0.02)
 
     def said(self, rank: int) -> str:
-        return self._logs[rank].read_text()
+        return self.processes[rank].said
 
     def complaints(self, rank: int) -> list[str]:
         """The lines of a rank that say why it ended."""
         return [line for line in self.said(rank).splitlines() if line.startswith("icsearch: ")]
+
+
+def _begin(variables: dict[str, str], folder: Path, limit: Callable[[], None] | None) -> None:
+    os.environ.update(variables)
+    os.chdir(folder)
+    if limit is not None:
+        limit()

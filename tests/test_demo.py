@@ -92,14 +92,15 @@ def next_documents(source: str, count: int = 300) -> list[str]:
 def test_what_the_readme_says_holds_on_held_out_texts() -> None:
     """A layer of the second half stays F, and uniform costs many times what the found pattern costs."""
     full, found, uniform = Pattern.full(16), Pattern(FIVE_OF_16), Pattern.uniform(16, Fraction(1, 4))
-    nll = held_out_losses([full, found, uniform], "demo:heldout", 16)
+    dropped = [(layer, found.flip(layer)) for layer in found.full_layers if layer >= 8]
+    assert dropped
+    nll = held_out_losses([full, found, uniform, *(pattern for _, pattern in dropped)], "demo:heldout", 16)
     tokens = [255] * 16
     cost, uniform_cost = (paired_difference(nll[str(p)], nll[str(full)], tokens) for p in (found, uniform))
     assert uniform_cost.delta > 5 * cost.delta
     assert uniform_cost.delta - cost.delta > 10 * (cost.std_err + uniform_cost.std_err) / 2
-    for layer in (layer for layer in found.full_layers if layer >= 8):
-        dropped = held_out_losses([found, found.flip(layer)], "demo:heldout", 16)
-        price = paired_difference(dropped[str(found.flip(layer))], dropped[str(found)], tokens)
+    for layer, pattern in dropped:
+        price = paired_difference(nll[str(pattern)], nll[str(found)], tokens)
         assert price.delta > 4 * price.std_err, layer
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -54,6 +55,12 @@ add(app, "export", commands.export, SERVING, ["engines", "native-checkpoints"], 
 add(app, "import", commands.import_pattern, SERVING, ["engines"], ["source"])
 
 
+@cache
+def program() -> Any:
+    """The parser of all commands. Making it takes as long as most refusals do."""
+    return typer.main.get_command(app)
+
+
 def _run(arguments: list[str], debug: bool) -> int:
     return run_to_its_end(lambda: start(arguments, debug), debug)
 
@@ -70,8 +77,8 @@ def start(arguments: list[str], debug: bool) -> object:
 
 
 def _call(arguments: list[str], world: World | None = None) -> object:
-    check_variables(os.environ, typer.main.get_command(app))
+    check_variables(os.environ, program())
     try:
-        return app(args=arguments, prog_name="icsearch", standalone_mode=False, obj=world)
+        return program()(args=arguments, prog_name="icsearch", standalone_mode=False, obj=world)
     except typer.Abort as error:  # the parser takes an EOFError, such as a cut file's, for the end of typed input
         raise error.__cause__ or error from None

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import greedy, refused, run, same_result, subprocess_command
+from test_cli import greedy, refused, run, same_result
 
 import tiny
+from fault_harness import Commands, whole_lines
 from icsearch.search import swaps
 
 SHARED = ["--num-shared", 3]
@@ -32,12 +31,10 @@ def refine(model: Path, tokens: Path, out: Path, heldout: object, *more: object)
 def finished(glm_checkpoint: Path, tokens: Path, heldout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a refinement, by the real command."""
     out = tmp_path_factory.mktemp("runs") / "refined"
-    result = subprocess.run(
-        subprocess_command(refine(glm_checkpoint, tokens, out, heldout)), capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert "then swaps" in result.stderr
-    assert "moves scored" in result.stdout
+    ended = Commands(out.parent / "output").run(refine(glm_checkpoint, tokens, out, heldout))
+    assert ended.status == 0, ended.err
+    assert "then swaps" in ended.err
+    assert "moves scored" in ended.out
     return out
 
 
@@ -66,17 +63,12 @@ def test_killed_in_the_refinement_and_continued(
     finished: Path, glm_checkpoint: Path, tokens: Path, heldout: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    command = subprocess_command(refine(glm_checkpoint, tokens, out, heldout))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while process.poll() is None and time.monotonic() < deadline:
-        if (out / "journal.jsonl").exists() and b'"refine"' in (out / "journal.jsonl").read_bytes():
-            process.kill()
-        time.sleep(0.001)
-    assert process.wait() in (-signal.SIGKILL, 0)
-    before = (out / "journal.jsonl").read_bytes()
-    assert subprocess.run(command, capture_output=True).returncode == 0
-    assert (out / "journal.jsonl").read_bytes().startswith(before[: before.rindex(b"\n") + 1])
+    commands, command = Commands(tmp_path / "output"), refine(glm_checkpoint, tokens, out, heldout)
+    killed = commands.start(command).until(lambda: b'"refine"' in whole_lines(out)).send(signal.SIGKILL).end()
+    assert killed.status in (-signal.SIGKILL, 0)
+    before = whole_lines(out)
+    assert commands.run(command).status == 0
+    assert (out / "journal.jsonl").read_bytes().startswith(before)
     assert same_result(out, finished)
 
 

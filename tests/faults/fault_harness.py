@@ -27,6 +27,7 @@ PRELOAD = (
     "icsearch.commands.baseline",
     "icsearch.commands.evaluate",
     "icsearch.report.figures",
+    "icsearch.sweep.distributed.startup",
     "jinja2",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
@@ -80,9 +81,18 @@ class Running:
 
     def send(self, number: int) -> Running:
         """Send a signal."""
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
+        os.kill(self.pid, number)
         return self
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def said(self) -> str:
+        """Its stdout so far, then its stderr."""
+        return "".join(_output(self._log))
 
     def end(self) -> Ended:
         """Wait for the end."""
@@ -159,7 +169,8 @@ def _with_output(log: Path, target: Callable[[], object]) -> None:
 
 
 def _output(log: Path) -> list[str]:
-    return [Path(f"{log}.{name}").read_text() for name in ("out", "err")]
+    paths = [Path(f"{log}.{name}") for name in ("out", "err")]
+    return [path.read_text() if path.exists() else "" for path in paths]
 
 
 # --- moments -------------------------------------------------------------------------------------------------------

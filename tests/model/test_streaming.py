@@ -107,11 +107,12 @@ class Planned(Quiet):
 def test_auto_streams_what_does_not_fit(deep: Path, tokens: Path, tmp_path: Path, objective: str) -> None:
     """And nothing else; with less memory in more waves and sweeps, and with the same losses.
 
-    A step has up to 11 candidates on 3 batches. Not even three branches fit beside all twelve layers.
+    The step has 11 candidates on 3 batches, one of them a reference scored before. Not even three branches fit beside
+    all twelve layers.
     """
     calibration = CalibrationRequest(str(deep), str(tokens))
     request = GreedyRequest(
-        calibration, tmp_path, num_shared=2, objective=objective, batch_size=2, threads=1, kernels="reference"
+        calibration, tmp_path, num_shared=1, objective=objective, batch_size=2, threads=1, kernels="reference"
     )
     memories = (10**9, budget(deep, 3, 30, objective), budget(deep, 3, 8, objective), budget(deep, 3, 4, objective))
     waves, patterns, read, found = [], [], [], []
@@ -126,7 +127,7 @@ def test_auto_streams_what_does_not_fit(deep: Path, tokens: Path, tmp_path: Path
         found.append((record.nll, record.kl, record.pattern))
     assert found[1:] == found[:1] * 3
     assert waves == [3, 2, 3, 3]
-    assert patterns[0] == 11 and 11 > patterns[2] > patterns[3]
+    assert patterns[0] == 10 > patterns[2] > patterns[3]
     assert read == sorted(read) and read[0] == 0 and len(set(read)) == 4
 
 
@@ -139,7 +140,7 @@ def test_what_does_not_even_fit_in_parts_is_refused(
     assert "--offload 'tape' is unknown" in refused(capsys, *command, "--offload", "tape")
 
 
-@pytest.mark.parametrize("cut", [2, 5, 8])
+@pytest.mark.parametrize("cut", [2, pytest.param(5, marks=pytest.mark.slow), 8])
 def test_a_run_goes_on_in_another_mode_and_in_other_waves(
     capsys: pytest.CaptureFixture[str], deep: Path, tokens: Path, resident: Path, tmp_path: Path, cut: int
 ) -> None:

@@ -142,7 +142,7 @@ def test_one_is_killed_and_the_run_resumed_by_another_number(
     command = greedy(deeper, longer, out, "--dp", 2, "--timeout", SHORT)
     with Ranks(2, command, tmp_path / "logs") as ranks:
         ranks.wait_for_lines(out / "journal.jsonl", 8)
-        ranks.processes[1].send_signal(signal.SIGKILL)
+        ranks.processes[1].send(signal.SIGKILL)
         started = time.monotonic()
         assert ranks.wait([0]) == [1]
         assert time.monotonic() - started < SHORT + GRACE
@@ -303,10 +303,10 @@ def test_the_others_say_who_is_gone(deeper: Path, longer: Path, whole: Path, tmp
     command = greedy(deeper, longer, out, "--dp", 2, "--pp", 2, "--stages", 1)
     with Ranks(4, command, tmp_path / "logs") as ranks:
         ranks.wait_for_lines(out / "journal.jsonl", 5)
-        ranks.processes[killed].send_signal(signal.SIGKILL)
+        ranks.processes[killed].send(signal.SIGKILL)
         others = [rank for rank in range(4) if rank != killed]
         for rank in others:
-            ranks.processes[rank].send_signal(signal.SIGTERM)
+            ranks.processes[rank].send(signal.SIGTERM)
         assert ranks.wait(others) == [1, 1, 1]
         for rank in others:
             (line,) = ranks.complaints(rank)
@@ -324,12 +324,12 @@ def test_a_process_that_hangs_ends_the_run_in_time(deeper: Path, longer: Path, t
     command = greedy(deeper, longer, out, "--pp", 2, "--timeout", SHORT)
     with Ranks(2, command, tmp_path / "logs") as ranks:
         ranks.wait_for_lines(out / "journal.jsonl", 5)
-        ranks.processes[1].send_signal(signal.SIGSTOP)
+        ranks.processes[1].send(signal.SIGSTOP)
         started = time.monotonic()
         assert ranks.wait([0]) == [1]
         assert time.monotonic() - started < SHORT + GRACE
         assert "rank 1 gave no sign of life" in ranks.complaints(0)[0]
-        ranks.processes[1].send_signal(signal.SIGCONT)
+        ranks.processes[1].send(signal.SIGCONT)
         assert ranks.wait([1]) == [1]
         assert len(ranks.complaints(1)) == 1
 
@@ -340,7 +340,7 @@ def test_interrupted_and_continued(deeper: Path, longer: Path, whole: Path, tmp_
     command = [part for part in greedy(deeper, longer, out, "--dp", 2) if part != "--quiet"]
     with Ranks(2, command, tmp_path / "logs") as ranks:
         ranks.wait_for_lines(out / "journal.jsonl", 5)
-        ranks.processes[0].send_signal(signal.SIGINT)  # the others hear of it
+        ranks.processes[0].send(signal.SIGINT)  # the others hear of it
         assert ranks.wait() == [130, 130]
         assert f"interrupted; the same command continues {out}" in ranks.said(0)
         assert ranks.said(1) == ""
