@@ -17,10 +17,11 @@ from icsearch.commands.requests import (
     CalibrationRequest,
     EvalRequest,
     ExportRequest,
+    FisherRequest,
     GreedyRequest,
     read_retention,
 )
-from icsearch.core.errors import PatternError
+from icsearch.core.errors import IcsearchError, PatternError
 from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.pattern_file import PatternFile, Step
 
@@ -62,7 +63,10 @@ class RunOptions(CalibrationOptions, total=False):
 
 
 class SearchOptions(RunOptions, total=False):
-    """How far to go, which layers must stay F, and by which strategy. `num_shared` is given instead of `retention`."""
+    """How far to go, which layers must stay F, and what belongs to one of the methods.
+
+    `num_shared` is given instead of `retention`.
+    """
 
     retention: Retention
     num_shared: int
@@ -72,6 +76,11 @@ class SearchOptions(RunOptions, total=False):
     strategy: str
     refine: str
     refine_on: str | Path
+    draws: int
+    finalists: int
+    rounds: int
+    table: str | Path
+    confirm_on: str | Path
 
 
 class EvalOptions(RunOptions, total=False):
@@ -109,26 +118,34 @@ def find_pattern(
     calibration: str | Path,
     out: str | Path,
     *,
+    method: str = "greedy",
     on_step: Callable[[Step], object] | None = None,
     progress: bool = False,
     **options: Unpack[SearchOptions],
 ) -> PatternFile:
-    """Search as `icsearch greedy` does, and return the content of pattern.json; `out` is the RUN directory.
+    """Search as `icsearch greedy` or `icsearch fisher` does, by `method`; the content of pattern.json.
 
-    `on_step` is called with each flip that this call commits, once that is in the journal. What it raises ends the
-    search there and comes out of this call; the same call later continues behind that flip, and one of a finished
-    run returns its result. `progress` shows on stderr what the command shows.
+    `out` is the RUN directory. `on_step` is called with each flip that this call commits, once that is in the journal.
+    What it raises ends the search there and comes out of this call; the same call later continues behind that flip,
+    and one of a finished run returns its result. `progress` shows on stderr what the command shows.
 
     Raises IcsearchError for bad input, and for a run that was begun with other options.
     """
+    from icsearch.commands.fisher import fisher
     from icsearch.commands.greedy import greedy
     from icsearch.commands.progress import make_listener
     from icsearch.report.write import write_results
     from icsearch.runs import results
 
-    request = _request(GreedyRequest, options, model=str(model), source=str(calibration), out=Path(out))
+    if method not in ("greedy", "fisher"):
+        raise IcsearchError(f"method {method!r} is unknown: give greedy or fisher")
+    given: dict[str, Any] = {"model": str(model), "source": str(calibration), "out": Path(out)}
     with closing(make_listener(not progress, on_step)) as listener:
-        return results.pattern_file(greedy(request, listener, write_results))
+        if method == "fisher":
+            record = fisher(_request(FisherRequest, options, **given), listener, write_results)
+        else:
+            record = greedy(_request(GreedyRequest, options, **given), listener, write_results)
+    return results.pattern_file(record)
 
 
 def evaluate_patterns(

@@ -15,7 +15,7 @@ import icsearch
 import tiny
 from icsearch.api import CalibrationOptions, EvalOptions, SearchOptions
 from icsearch.cli import app
-from icsearch.commands.requests import CalibrationRequest, EvalRequest, GreedyRequest, read_retention
+from icsearch.commands.requests import CalibrationRequest, EvalRequest, FisherRequest, GreedyRequest, read_retention
 from icsearch.core.files import demo_checkpoint
 from icsearch.core.pattern import num_full
 
@@ -196,7 +196,8 @@ def test_the_options_are_those_of_the_requests() -> None:
     alone = {"dp", "pp"}  # of several processes, which a launcher starts
     calibration = names(CalibrationRequest) - given
     assert set(CalibrationOptions.__annotations__) == calibration
-    assert set(SearchOptions.__annotations__) == (names(GreedyRequest) | calibration) - given - alone
+    searches = names(GreedyRequest) | names(FisherRequest)
+    assert set(SearchOptions.__annotations__) == (searches | calibration) - given - alone
     # An evaluation's requests have the name `patterns` for what is an argument here.
     assert set(EvalOptions.__annotations__) == (names(EvalRequest) | calibration) - given
 
