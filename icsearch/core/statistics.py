@@ -7,8 +7,10 @@ sequence. The sequence is the independent unit, so every error is taken over seq
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import StatisticsError, correlation
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,17 @@ def wilson_interval(hits: int, total: int, z: float = 1.959963984540054) -> tupl
     spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total
     return max(0.0, (center - spread) / scale), min(1.0, (center + spread) / scale)
+
+
+def rank_correlation(xs: Sequence[float], ys: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks, -1 to 1. nan where there is none: all of one side are equal, or one."""
+    try:
+        return correlation(_ranks(xs), _ranks(ys))
+    except StatisticsError:
+        return math.nan
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """From 1; equal values share the mean of theirs."""
+    order = sorted(values)
+    return [(bisect_left(order, value) + 1 + bisect_right(order, value)) / 2 for value in values]

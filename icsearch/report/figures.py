@@ -1,120 +1,36 @@
-"""The pictures of a run and of an evaluation, one matplotlib Figure each, saved as PNG or put into a page as SVG.
-
-No pyplot: a Figure belongs to its caller, and settings hold only while it is drawn. Colours are told apart by
-colour-blind readers and in print; in a page they follow its light or dark scheme.
-"""
+"""The pictures of a run and of an evaluation, one matplotlib Figure each."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
-import warnings
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
 from icsearch.report import numbers
+from icsearch.report.canvas import INK, MUTED, PALETTE, PAPER, PIXEL, SERIES, drawing, fit, new_figure, note, plain
 from icsearch.report.eval_view import EvalRow, EvalView
 from icsearch.report.sentences import badges, overlap_summary
-from icsearch.report.view import RunView
+from icsearch.report.view import Point, RunView
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours for series, and classes of rising (h) and falling (c) losses. They are the page's variables of
-# these names, each with a value of its own, by which a picture's colours are known.
-PALETTE = {
-    "paper": "#ffffff", "ink": "#1d232b", "muted": "#66707c", "line": "#e1e5ea", "ground": "#fafbfc",
-    "full": "#0072b3", "shared": "#cfdfea", "uniform": "#c65103",
-    "s0": "#0072b2", "s1": "#c65102", "s2": "#00805f", "s3": "#a3487e", "s4": "#8a6d00", "s5": "#3f4a56",
-    "h0": "#e6e9ed", "h1": "#fff3b8", "h2": "#fedf8b", "h3": "#fdc05c", "h4": "#fb9a3c", "h5": "#f06a2b",
-    "h6": "#d53e28", "h7": "#a31437", "h8": "#5f0b3c",
-    "c1": "#c9def0", "c2": "#93c1e2", "c3": "#4a94cb", "c4": "#16609e",
-}  # fmt: skip
-INK, MUTED, LINE, PAPER = (PALETTE[name] for name in ("ink", "muted", "line", "paper"))
-SERIES = [PALETTE[f"s{index}"] for index in range(6)]
 UNIFORM_SERIES = 1  # orange, as in the curve of a run
+KL_SERIES = 2  # green
 MARKERS = {"uniform": "D", "dp-baseline": "s", "published": "^", "letters": "P"}
-FONT = "DejaVu Sans"  # comes with matplotlib; a page writes in its own
-SETTINGS: dict[Any, Any] = {
-    "font.sans-serif": [FONT],
-    "font.size": 9,
-    "text.parse_math": False,  # a model's name may have a $
-    "text.color": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.titlelocation": "left",
-    "axes.unicode_minus": True,
-    "grid.color": LINE,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "icsearch",
-}
-
-PNG_DPI = 160
 CHART, NARROW_CHART = (6.7, 3.6), (3.0, 3.3)  # inches of the axes; a page shows the narrow one on a phone
 CHART_MARGINS = (0.85, 0.12, 0.3, 0.58)  # left, right, top, bottom
 OFF_SCALE = 2.0  # a uniform pattern higher than this many times the curve's height is named at the edge instead
 EDGE_LINE = 0.06  # of the picture's height, for a label at the edge
 DODGE = 0.014  # of the picture's width, between patterns with as many F layers
-PIXEL = 1 / 96  # inch
 CELL_GAP = 0.04  # of a cell's width
 CELL_MARGINS = (0.65, 0.1, 0.05, 0.42)
-
-
-@contextmanager
-def _drawing() -> Iterator[None]:
-    """Our settings, whatever a user's matplotlibrc says."""
-    import matplotlib
-
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # of a name that is not in this font
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(SETTINGS)
-        yield
-
-
-def _new_figure() -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(facecolor=PAPER)
-    return figure, figure.add_subplot()
-
-
-def _fit(
-    figure: Figure, axes: Axes, width: float, height: float, margins: tuple[float, float, float, float], entry: float
-) -> Figure:
-    """The figure in a size that gives the axes `width` and `height` within the margins, and the legend below.
-
-    Margins are left, right, top and bottom; `entry` is the width of an entry of the legend. All in inches.
-    """
-    left, right, top, bottom = margins
-    handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, int((left + width + right) / entry))
-    below = bottom + 0.19 * -(-len(handles) // columns) + 0.06
-    whole, high = left + width + right, top + height + below
-    figure.set_size_inches(whole, high)
-    axes.yaxis.set_label_coords((0.2 - left) / width, 0.5)  # clear of the tick labels, however long
-    figure.subplots_adjust(left=left / whole, right=1 - right / whole, top=1 - top / high, bottom=below / high)
-    figure.legend(
-        handles, labels, loc="lower left", ncols=columns, handlelength=1.3, handleheight=0.9, borderaxespad=0.1
-    )
-    return figure
 
 
 # --- colours ----------------------------------------------------------------------------------------------------------
@@ -125,9 +41,13 @@ SHARE_LEVELS = 9
 
 @dataclass(frozen=True)
 class CostScale:
-    """Colour classes of loss differences, nats per token: one neutral up to `noise`, then half decades to each side."""
+    """Colour classes of loss differences, nats per token: one neutral up to `noise`, then half decades to each side.
+
+    Where `signed` is False there is only one side.
+    """
 
     noise: float
+    signed: bool = True
 
     @property
     def bounds(self) -> list[float]:
@@ -144,7 +64,10 @@ class CostScale:
         bounds = [numbers.compact(bound) for bound in self.bounds]
         cool = [(f"c{level}", f"≥ -{bounds[level]}") for level in range(1, COOL_LEVELS)]
         cool.append((f"c{COOL_LEVELS}", f"< -{bounds[COOL_LEVELS - 1]}"))
-        warm = [("h0", f"within ±{bounds[0]}"), *((f"h{i}", f"≤ {bounds[i]}") for i in range(1, WARM_LEVELS))]
+        warm = [
+            ("h0", f"within ±{bounds[0]}" if self.signed else f"≤ {bounds[0]}"),
+            *((f"h{i}", f"≤ {bounds[i]}") for i in range(1, WARM_LEVELS)),
+        ]
         labels = [*reversed(cool), *warm, (f"h{WARM_LEVELS}", f"> {bounds[-1]}")]
         names = [name for name, _ in labels]
         places = [names.index(name) for name in ("h0", *map(self.css_class, costs))]
@@ -197,6 +120,13 @@ class ShareScale:
         return [label for label in [*labels, (f"h{SHARE_LEVELS - 1}", f"< {bounds[-2]}")] if label[0] in used]
 
 
+def kl_scale(values: Sequence[float]) -> CostScale:
+    """A scale that begins at the smallest of what is more than nothing, or four decades below the largest."""
+    least = min((value for value in values if value > 0), default=0.0)
+    noise = max(least, max(values, default=0.0) / 10 ** (WARM_LEVELS / 2))
+    return CostScale(float(f"{noise:.0e}") if noise > 0 else 1e-6, signed=False)
+
+
 def share_scale(values: Iterable[float]) -> ShareScale:
     """A scale of round steps whose lowest class, open below, holds little more than the smallest value."""
     rough = max(1 - min(values, default=0.0), 1e-9) / (SHARE_LEVELS + 1)
@@ -207,13 +137,14 @@ def share_scale(values: Iterable[float]) -> ShareScale:
 # --- the loss curve ---------------------------------------------------------------------------------------------------
 
 
-@_drawing()
+@drawing()
 def curve(views: Sequence[RunView], size: tuple[float, float] = CHART) -> Figure:
     """The loss curve of one run by its shared layers, with its kink; of several runs by the share of their layers.
 
-    Uniform patterns stand beside it; those far above are named at the upper edge.
+    Uniform patterns stand beside it; those far above are named at the upper edge. So does what was found off the nested
+    path by a search on a second-order table, with the path's KL where it is alone.
     """
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     alone = views[0] if len(views) == 1 else None
     low, high = loss_range(views)
     above = sum(r.difference.delta > high for r in alone.references) if alone else 1
@@ -223,32 +154,40 @@ def curve(views: Sequence[RunView], size: tuple[float, float] = CHART) -> Figure
         x_high = 0.5 + max([1, *(p.shared for p in alone.points), *(r.shared for r in alone.references)])
         base = f" ({numbers.loss(alone.points[0].loss)})" if alone.points else ""
         state = "" if alone.record.finished else " (unfinished)"
-        axes.set_title(f"{_plain(alone.model_name, round(6 * size[0]))}: loss above baseline{base}{state}", fontsize=10)
+        axes.set_title(f"{plain(alone.model_name, round(6 * size[0]))}: loss above baseline{base}{state}", fontsize=10)
         _retentions(axes, alone.num_layers, x_high)
         _kink(axes, alone)
     axes.set_xlim(-0.02 * x_high, 1.02 * x_high)
     for index, view in enumerate(views):
         x_scale = 1.0 if alone else 100 / view.num_layers
         name = "chosen by similarity" if view.by_similarity else "searched"
+        colour = SERIES[index % len(SERIES)]
+        if view.record.by_table:
+            name = "nested path, loss"
+            _off_path(axes, view, x_scale, colour, alone is not None)
         axes.errorbar(
             [point.shared * x_scale for point in view.points],
             [point.difference.delta for point in view.points],
             yerr=[numbers.finite(point.difference.std_err) for point in view.points],
-            color=SERIES[index % len(SERIES)],
+            color=colour,
             marker="o",
             markersize=4,
             linewidth=0 if view.by_similarity else 2,
             elinewidth=1.1,
-            label=f"{name}, ± one paired standard error" if alone else _plain(view.name, 40),
+            label=f"{name}, ± one paired standard error" if alone else plain(view.name, 40),
         )
-        _references(axes, view, x_scale, high, None if alone else SERIES[index % len(SERIES)])
+        _references(axes, view, x_scale, high, None if alone else colour)
     _axes_of_losses(axes, f"shared layers (S) of {alone.num_layers}" if alone else "shared layers (S), % of all")
-    return _fit(figure, axes, *size, CHART_MARGINS, 2.5)
+    if alone and alone.record.by_table:
+        axes.set_ylabel("above baseline, nats per token")
+    return fit(figure, axes, *size, CHART_MARGINS, 2.5)
 
 
 def loss_range(views: Sequence[RunView]) -> tuple[float, float]:
     """(low, high) of the loss axis: all of the curves, and the uniform patterns that are not far above them."""
-    points = [_ends(point.difference) for view in views for point in view.points]
+    points = [_ends(point.difference) for view in views for point in (*view.points, *_found_off_path(view))]
+    if len(views) == 1 and views[0].record.by_table:
+        points += [_ends(point.kl) for point in views[0].points if point.kl]
     references = [_ends(reference.difference) for view in views for reference in view.references]
     high = max((top for _, top in points), default=0.0)
     if high <= 0:
@@ -258,6 +197,44 @@ def loss_range(views: Sequence[RunView]) -> tuple[float, float]:
     high = max([high, *(top for _, top in shown)])
     low = min([0.0, *(bottom for bottom, _ in [*points, *shown])])
     return (1.08 * low - 0.02 * high, 1.08 * high) if high > 0 else (1.08 * low - 2e-5, 1e-3)
+
+
+def _found_off_path(view: RunView) -> list[Point]:
+    """Of each size the best measured, and the pattern found: those that neither the curve nor a diamond shows."""
+    shown = {point.pattern for point in view.points} | {reference.pattern for reference in view.references}
+    points = {point.pattern: point for point in (*view.frontier, view.final)} if view.record.by_table and shown else {}
+    return [point for pattern, point in points.items() if pattern not in shown]
+
+
+def _off_path(axes: Axes, view: RunView, x_scale: float, colour: str, alone: bool) -> None:
+    points = _found_off_path(view)
+    if alone:
+        kl = [point.kl or Difference(0.0, 0.0) for point in view.points]
+        axes.errorbar(
+            [point.shared * x_scale for point in view.points],
+            [one.delta for one in kl],
+            yerr=[numbers.finite(one.std_err) for one in kl],
+            color=SERIES[KL_SERIES],
+            marker="s",
+            markersize=3.5,
+            linewidth=1.2,
+            elinewidth=0.9,
+            label="nested path, KL",
+        )
+    if points:
+        axes.errorbar(
+            [point.shared * x_scale for point in points],
+            [point.difference.delta for point in points],
+            yerr=[numbers.finite(point.difference.std_err) for point in points],
+            color=colour,
+            markerfacecolor=PAPER,
+            marker="*",
+            markersize=11,
+            linestyle="none",
+            elinewidth=1.1,
+            zorder=3,
+            label="best measured, off the path" if alone else "",
+        )
 
 
 def _ends(difference: Difference) -> tuple[float, float]:
@@ -282,9 +259,7 @@ def _retentions(axes: Axes, num_layers: int, x_high: float) -> None:
         x = num_layers - -(-num_layers // part)
         if x <= x_high:
             axes.axvline(x, color=MUTED, linewidth=0.8, linestyle=":", zorder=1)
-            _note(
-                axes, f"1/{part} F", (x, 0), (0, -23), MUTED, "center", xycoords=("data", "axes fraction"), fontsize=8
-            )
+            note(axes, f"1/{part} F", (x, 0), (0, -23), MUTED, "center", xycoords=("data", "axes fraction"), fontsize=8)
 
 
 def _kink(axes: Axes, view: RunView) -> None:
@@ -296,7 +271,7 @@ def _kink(axes: Axes, view: RunView) -> None:
     axes.axvline(x, linewidth=0.9, **dashed)
     left = x > view.num_layers / 3  # left of a kink the curve is low and leaves space for the label
     place = (x, sum(axes.get_ylim()) / 2)
-    _note(
+    note(
         axes,
         f"kink: {numbers.plural(round(x), 'shared layer')}",
         place,
@@ -334,16 +309,7 @@ def _references(axes: Axes, view: RunView, x_scale: float, high: float, colour: 
             axes.plot([x], [y], "^", markersize=6.5, color=colour or PALETTE["uniform"], clip_on=False)
         if colour is None:
             side, ha = (-6, "right") if x > sum(axes.get_xlim()) / 2 else (6, "left")
-            _note(axes, text, (x, y), (side, up), PALETTE["uniform"], ha, weight="bold")
-
-
-def _note(
-    axes: Axes, text: str, xy: tuple[float, float], offset: tuple[float, float], colour: str, ha: str, **more: Any
-) -> None:
-    """Text beside a place, on a ground that keeps lines from striking it out and covers no mark."""
-    ground = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.8}
-    given = {"fontsize": 8.5, "va": "center", "bbox": ground, "zorder": 1.6, **more}
-    axes.annotate(text, xy, xytext=offset, textcoords="offset points", color=colour, ha=ha, **given)
+            note(axes, text, (x, y), (side, up), PALETTE["uniform"], ha, weight="bold")
 
 
 # --- colours in cells -------------------------------------------------------------------------------------------------
@@ -396,13 +362,13 @@ def label_every(count: int, pixels: float, needed: float) -> int:
     return next((every for every in (1, 2, 5, 10, 20, 50, 100) if every * pixels >= needed), count)
 
 
-@_drawing()
+@drawing()
 def heatmap(view: RunView) -> Figure:
     """What each candidate of each step would have cost, layer by layer; the pattern reached in the last row."""
     rows = step_rows(view)
     count, n = len(set(rows.values())), view.num_layers
     width, height = max(9.0, min(50.0, 860 / n)), max(9.0, min(22.0, 420 / count))
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     scale, places = run_scale(view), {cell: (float(cell.layer), float(rows[cell.step])) for cell in view.cells}
     classes = {place: scale.css_class(cell.cost.delta) for cell, place in places.items()}
     _coloured(axes, classes, 1, scale.labels(cell.cost.delta for cell in view.cells))
@@ -421,7 +387,7 @@ def heatmap(view: RunView) -> Figure:
     names = [f"{min(steps[row])}–{max(steps[row])}" if len(steps[row]) > 1 else f"{steps[row][0]}" for row in shown]
     axes.set_yticks([row + 0.5 for row in shown], names)
     axes.set_ylabel("steps" if len(view.blocks) > 1 else "step", fontsize=8.5)
-    return _fit(figure, axes, n * width * PIXEL, (count + 0.85) * height * PIXEL, CELL_MARGINS, 1.05)
+    return fit(figure, axes, n * width * PIXEL, (count + 0.85) * height * PIXEL, CELL_MARGINS, 1.05)
 
 
 def step_rows(view: RunView) -> dict[int, int]:
@@ -440,16 +406,19 @@ def step_rows(view: RunView) -> dict[int, int]:
     return rows
 
 
-@_drawing()
-def triangle(rows: Sequence[Sequence[float]], pattern: Pattern) -> Figure:
-    """`rows[layer][source]` below the diagonal, each S layer's own source outlined, the pattern along both edges."""
+@drawing()
+def triangle(rows: Sequence[Sequence[float]], pattern: Pattern, scale: CostScale | ShareScale | None = None) -> Figure:
+    """`rows[layer][source]` below the diagonal, each S layer's own source outlined, the pattern along both edges.
+
+    Without a scale the values are shares.
+    """
     n = len(pattern)
     width = max(6.0, min(24.0, 370 / n))
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     values = {
         (float(source), float(layer)): value for layer, row in enumerate(rows) for source, value in enumerate(row)
     }
-    scale = share_scale(values.values())
+    scale = scale or share_scale(values.values())
     _coloured(axes, {p: scale.css_class(v) for p, v in values.items()}, 1, scale.labels(values.values()))
     chosen = [(float(source), float(layer)) for layer, source in enumerate(pattern.sources()) if layer != source]
     _cells(axes, chosen, 1, fill=False, edgecolor=INK, linewidth=1.3)
@@ -458,18 +427,18 @@ def triangle(rows: Sequence[Sequence[float]], pattern: Pattern) -> Figure:
     axes.set_yticks(axes.get_xticks(), [f"{tick - 0.5:.0f}" for tick in axes.get_xticks()])
     axes.set_xlabel("source layer", fontsize=8.5)
     axes.set_ylabel("layer", fontsize=8.5)
-    return _fit(figure, axes, n * width * PIXEL, (n + 0.9) * width * PIXEL, CELL_MARGINS, 0.86)
+    return fit(figure, axes, n * width * PIXEL, (n + 0.9) * width * PIXEL, CELL_MARGINS, 0.86)
 
 
 OVERLAP_SCALE = ShareScale(0.1)
 
 
-@_drawing()
+@drawing()
 def strips(view: EvalView) -> Figure:
     """The patterns of an evaluation below each other: F layers filled, S layers by what they borrow."""
     n, rows = view.num_layers, [row for row in view.rows if not row.is_baseline]
     width, line = max(9.0, min(44.0, 888 / n)), 2.9  # a strip of height 1, and its name above it
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     classes: dict[tuple[float, float], str] = {}
     for index, row in enumerate(rows):
         y = index * line + 1.2
@@ -479,7 +448,7 @@ def strips(view: EvalView) -> Figure:
             classes[float(layer), y] = unmeasured if share is None else OVERLAP_SCALE.css_class(share)
         notes = f" ({', '.join(badges(row))})" if badges(row) else ""
         given: dict[str, Any] = {"fontsize": 8.5, "va": "bottom", "clip_on": False}
-        axes.text(0.04, y - 0.1, f"{_plain(row.name, 47)}{notes}", weight="bold", **given)
+        axes.text(0.04, y - 0.1, f"{plain(row.name, 47)}{notes}", weight="bold", **given)
         axes.text(n, y - 0.1, overlap_summary(row), color=MUTED, ha="right", **given)
     shares = OVERLAP_SCALE.labels(share for row in rows for share in row.overlap.values())
     labels = [("full", "F: runs its indexer"), *((css, f"{label[:2]}{float(label[2:]):.0%}") for css, label in shares)]
@@ -489,13 +458,13 @@ def strips(view: EvalView) -> Figure:
     _cell_axes(axes, n, max(len(rows), 1) * line - 0.6, width)
     axes.set_yticks([])
     margins = (0.05, max(0.1, 3.5 - n * width * PIXEL), 0.05, 0.42)
-    return _fit(figure, axes, n * width * PIXEL, max(len(rows), 1) * line * 17 * PIXEL, margins, 1.2)
+    return fit(figure, axes, n * width * PIXEL, max(len(rows), 1) * line * 17 * PIXEL, margins, 1.2)
 
 
 # --- an evaluation ----------------------------------------------------------------------------------------------------
 
 
-@_drawing()
+@drawing()
 def scatter(view: EvalView, size: tuple[float, float] = CHART) -> Figure:
     """Loss against retention for every pattern. Hollow: in-sample. A line joins the nested patterns of one search.
 
@@ -503,7 +472,7 @@ def scatter(view: EvalView, size: tuple[float, float] = CHART) -> Figure:
     """
     from matplotlib.ticker import SymmetricalLogLocator
 
-    figure, axes = _new_figure()
+    figure, axes = new_figure()
     others = [row for row in view.rows if not row.is_baseline]
     unit, x_high = eval_scale(view).noise, max([row.shared for row in others], default=1) + 0.75
     high = max([unit, *(_ends(row.difference)[1] for row in others)])
@@ -543,10 +512,10 @@ def scatter(view: EvalView, size: tuple[float, float] = CHART) -> Figure:
                 markerfacecolor=PAPER if row.in_sample else colour,
                 linestyle="none",
                 elinewidth=1.2,
-                label=_plain(name, 30) if row is rows[0] else "",
+                label=plain(name, 30) if row is rows[0] else "",
             )
     _axes_of_losses(axes, f"shared layers (S) of {view.num_layers}")
-    return _fit(figure, axes, *size, CHART_MARGINS, 1.9)
+    return fit(figure, axes, *size, CHART_MARGINS, 1.9)
 
 
 def series(view: EvalView) -> list[tuple[str, str, str]]:
@@ -564,65 +533,3 @@ def is_nested_run(rows: Sequence[EvalRow]) -> bool:
     kept = [set(row.pattern.full_layers) for row in rows]
     nested = all(later < earlier for earlier, later in itertools.pairwise(kept))
     return len(rows) > 1 and nested and all(row.series != row.method for row in rows)
-
-
-def _plain(name: str, width: int) -> str:
-    """A name that a picture can hold: no control characters, no bytes that are no sign, and no _ in front.
-
-    Matplotlib leaves a name that begins so out of the legend.
-    """
-    text = numbers.shortened("".join(sign if sign.isprintable() else "?" for sign in name), width)
-    return f" {text}" if text.startswith("_") else text
-
-
-# --- files and pages --------------------------------------------------------------------------------------------------
-
-
-@_drawing()
-def png(figure: Figure) -> bytes:
-    """The picture as PNG, the same bytes for the same numbers."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(buffer, format="png", dpi=PNG_DPI)
-    return buffer.getvalue()
-
-
-@_drawing()
-def svg(figure: Figure, name: str, css: str, title: str, description: str) -> str:
-    """The picture as an element of a page, in its colours, with title and description for those who do not see it.
-
-    `name` begins its ids, so that pictures of one page do not take each other's.
-    """
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
-    buffer = io.BytesIO()
-    FigureCanvasSVG(figure).print_figure(buffer, format="svg", metadata={"Date": None})
-    root = ElementTree.fromstring(buffer.getvalue())
-    variables = {colour: f"var(--{variable})" for variable, colour in PALETTE.items()}
-    for element in [*root.iter()]:
-        element.tag = _local(element.tag)
-        for child in [*element]:
-            if _local(child.tag) in ("metadata", "style"):  # its rule would be one for the whole page
-                element.remove(child)
-        given = {_local(key): value for key, value in element.attrib.items()}
-        element.attrib.clear()
-        for key, value in given.items():
-            if key == "id" and element.tag == "g":  # nothing refers to groups
-                continue
-            if key == "style":
-                rules = [rule.split(": ", 1) for rule in value.split("; ") if rule and "font-family" not in rule]
-                value = "; ".join(f"{rule}: {variables.get(to, to)}" for rule, to in rules)
-            value = f"{name}-{value}" if key == "id" else f"#{name}-{value[1:]}" if key == "href" else value
-            element.set(key, value.replace("url(#", f"url(#{name}-") if key == "clip-path" else value)
-    root.attrib |= {"class": css, "role": "img", "aria-labelledby": f"{name}-title {name}-desc"}
-    for place, (tag, text) in enumerate((("title", title), ("desc", description))):
-        element = ElementTree.Element(tag, id=f"{name}-{tag}")
-        element.text = text
-        root.insert(place, element)
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _local(name: str) -> str:
-    """A name without its namespace, which a page implies."""
-    return name.rpartition("}")[2]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from icsearch.core.statistics import Difference
 from icsearch.engines.engine import ExportError
 from icsearch.engines.export import Export, exports_of_type
-from icsearch.report import figures, numbers, sentences
+from icsearch.report import canvas, figures, numbers, sentences
 from icsearch.report.eval_view import EvalRow, EvalView, Gap
+from icsearch.report.tables import Cell, Row, Table, Tile, difference_tile, make_table, minus, with_note
 from icsearch.report.view import Refined, RunView, Swap, predictions
 from icsearch.runs import results
 from icsearch.runs.results import split_notes
@@ -28,50 +27,6 @@ LONGEST_LIST = 160  # characters of a list of texts; the digests of all sequence
 
 # (title, its (key, value) pairs as text) for each group
 Provenance = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
-
-
-@dataclass(frozen=True)
-class Tile:
-    label: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A place in a table. `note` stands below, `title` shows on hovering; `bar` and `whisker` are drawn, in %."""
-
-    text: str
-    note: str = ""
-    css: str = ""
-    title: str = ""
-    badges: tuple[str, ...] = ()
-    bar: float | None = None
-    whisker: tuple[float, float] | None = None
-
-
-Row = Sequence[Cell | str]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows under headings, in groups that may have a title. Columns whose heading is in `texts` are no numbers."""
-
-    heads: tuple[str, ...]
-    groups: tuple[tuple[str, tuple[tuple[Cell, ...], ...]], ...]
-    texts: tuple[str, ...]
-    css: str
-
-
-def make_table(
-    heads: Sequence[str], groups: Mapping[str, Iterable[Row]], texts: Sequence[str] = ("pattern",), css: str = ""
-) -> Table:
-    """A table of cells and plain texts."""
-    filled = {
-        title: tuple(tuple(cell if isinstance(cell, Cell) else Cell(cell) for cell in row) for row in rows)
-        for title, rows in groups.items()
-    }
-    return Table(tuple(heads), tuple(filled.items()), tuple(texts), css)
 
 
 @dataclass(frozen=True)
@@ -121,7 +76,7 @@ def render_page(views: Sequence[RunView], evaluations: Sequence[EvalView] = ()) 
         sections=sections,
         evaluations=evaluated,
         title=title,
-        palette=figures.PALETTE,
+        palette=canvas.PALETTE,
         alone=alone,
         comparison=comparison_table(views) if several else None,
         comparison_figures=_charts("runs", "Loss curves of the runs", partial(figures.curve, views)) if several else (),
@@ -129,26 +84,7 @@ def render_page(views: Sequence[RunView], evaluations: Sequence[EvalView] = ()) 
     )
 
 
-def minus(text: str) -> str:
-    """Numbers with a true minus sign: ``-0.1`` becomes ``−0.1``, ``all-F`` stays."""
-    return re.sub(r"(?<![\w.])-(?=[\d.])", "−", text)
-
-
 # --- pieces of both kinds -------------------------------------------------------------------------------------------
-
-
-def with_note(difference: Difference, sign: bool = True) -> Cell:
-    """A number with its error below it."""
-    if difference == Difference(0.0, 0.0):
-        return Cell("0")
-    text, _, error = numbers.with_error(difference.delta, difference.std_err, sign).partition(" ± ")
-    return Cell(text, f"± {error}" if error else "")
-
-
-def _difference_tile(label: str, text: str) -> Tile:
-    """A number and its error."""
-    value, _, error = text.partition(" ± ")
-    return Tile(label, value, f"± {error}" if error else "no error: one sequence")
 
 
 def provenance(own: tuple[str, Mapping[str, Any]], document: Mapping[str, Any]) -> Provenance:
@@ -180,7 +116,7 @@ def _charts(name: str, title: str, draw: Callable[[tuple[float, float]], Figure]
     """A chart of losses twice: wide, and narrow for a phone."""
     what = "The loss of patterns above that of the unmodified model, by the number of shared layers."
     sizes = {"wide": figures.CHART, "narrow": figures.NARROW_CHART}
-    return tuple(figures.svg(draw(size), f"{name}-{css}", f"chart {css}", title, what) for css, size in sizes.items())
+    return tuple(canvas.svg(draw(size), f"{name}-{css}", f"chart {css}", title, what) for css, size in sizes.items())
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------
@@ -199,11 +135,11 @@ def run_section(view: RunView, number: int) -> Section:
     if view.cells:
         figure = figures.heatmap(view)
         drawn["heat"] = (
-            figures.svg(figure, f"{name}-heat", "heat", "Heatmap of candidate costs", "The table has its numbers."),
+            canvas.svg(figure, f"{name}-heat", "heat", "Heatmap of candidate costs", "The table has its numbers."),
         )
     if similarity := view.record.similarity:
         drawn["similarity"] = tuple(
-            figures.svg(
+            canvas.svg(
                 figures.triangle(similarity[key], view.record.pattern),
                 f"{name}-{key}",
                 "heat triangle",
@@ -266,12 +202,12 @@ def _run_tiles(view: RunView) -> list[Tile]:
     tiles = [
         Tile("indexers kept", f"{final.full} of {view.num_layers}", numbers.percent(final.pattern.retention)),
         Tile("loss", numbers.loss(final.loss), f"baseline {numbers.loss(baseline.loss)}"),
-        _difference_tile("cost, nats per token", numbers.difference(final.difference)),
+        difference_tile("cost, nats per token", numbers.difference(final.difference)),
     ]
     if final.kl is not None:
-        tiles.append(_difference_tile("KL to all-F, nats per token", numbers.difference(final.kl)))
+        tiles.append(difference_tile("KL to all-F, nats per token", numbers.difference(final.kl)))
     if reference := view.same_retention:
-        tiles.append(_difference_tile("uniform, as many F", numbers.difference(reference.difference)))
+        tiles.append(difference_tile("uniform, as many F", numbers.difference(reference.difference)))
     return tiles
 
 
@@ -450,7 +386,7 @@ def comparison_table(views: Sequence[RunView]) -> Table:
         final = view.final if view.points else None
         rows.append(
             (
-                Cell(view.name, css=f"s{index % len(figures.SERIES)}"),
+                Cell(view.name, css=f"s{index % len(canvas.SERIES)}"),
                 view.model_name,
                 method + (", by KL" if view.record.by_kl else ""),
                 f"{final.full if final else '–'} of {view.num_layers}",
@@ -470,7 +406,7 @@ def comparison_table(views: Sequence[RunView]) -> Table:
 def eval_section(view: EvalView, number: int) -> Section:
     """Everything that the page says about one evaluation."""
     cautions, notes = split_notes(view.document.get("notes") or ())
-    strips = figures.svg(
+    strips = canvas.svg(
         figures.strips(view), f"eval-{number}-strips", "heat", "Patterns, layer by layer", "The letters stand below."
     )
     cost = view.document.get("cost") or {}
@@ -508,12 +444,12 @@ def _eval_tiles(view: EvalView) -> list[Tile]:
     if best is None:
         return tiles
     tiles.append(Tile("indexers kept", f"{best.full} of {view.num_layers}", best.name))
-    tiles.append(_difference_tile("cost, nats per token", numbers.difference(best.difference)))
+    tiles.append(difference_tile("cost, nats per token", numbers.difference(best.difference)))
     gap = view.gap_of(best)
     if gap is not None:
-        tiles.append(_difference_tile("uniform, as many F", numbers.difference(gap.uniform.difference)))
+        tiles.append(difference_tile("uniform, as many F", numbers.difference(gap.uniform.difference)))
     if gap is not None and gap.closed is not None:
-        tiles.append(_difference_tile("gap closed", numbers.share(gap.closed)))
+        tiles.append(difference_tile("gap closed", numbers.share(gap.closed)))
     return tiles
 
 

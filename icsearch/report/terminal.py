@@ -82,8 +82,8 @@ def _losses(view: RunView) -> Table:
     points = [("baseline", view.points[0])]
     if view.final.step:
         points.append(("chosen by similarity" if view.by_similarity else "searched", view.points[-1]))
-    if view.refined is not None:
-        points.append(("searched, then swaps", view.refined))
+    if view.off_curve is not None:
+        points.append(("searched, then swaps", view.off_curve))
     for name, point in points:
         delta = numbers.difference(point.difference) if point.step else ""
         table.add_row(name, str(point.full), numbers.loss(point.loss), delta)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import linear_regression
 from typing import Any
 
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
+from icsearch.report.fisher_view import FisherView, view_fisher
 from icsearch.runs.record import RunRecord
 from icsearch.runs.refinement import Refinement, Trial
 
@@ -43,7 +44,7 @@ class Point(Counted):
     pattern: Pattern
     loss: float
     difference: Difference  # to the baseline
-    kl: Difference | None = None  # mean KL to the baseline's predictions, where the search went by it
+    kl: Difference | None = None  # mean KL to the baseline's predictions, where it was measured
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,10 @@ class Prediction(Counted):
 
 @dataclass(frozen=True)
 class RunView:
-    """All that a report shows of one run. `points` is empty while the baseline is not scored."""
+    """All that a report shows of one run. `points` is empty while the baseline is not scored.
+
+    `frontier`, of a search on a second-order table: by number of F layers, the best of all that was measured.
+    """
 
     name: str
     record: RunRecord
@@ -144,8 +148,10 @@ class RunView:
     cells: tuple[CandidateCost, ...]
     ties: tuple[Tie, ...]
     kink: Kink | None
-    refined: Point | None = None  # the pattern behind the swaps of a refinement, where there are any
+    off_curve: Point | None = None  # the pattern found, where it is not the curve's end: chosen otherwise, or swapped
     refinement: Refined | None = None
+    frontier: tuple[Point, ...] = ()
+    fisher: FisherView | None = None
 
     @property
     def start(self) -> dict[str, Any]:
@@ -177,7 +183,7 @@ class RunView:
     @property
     def final(self) -> Point:
         """The pattern that the run recommends."""
-        return self.refined or self.points[-1]
+        return self.off_curve or self.points[-1]
 
     @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
@@ -203,18 +209,12 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
     """Compute the numbers of a report. `name` tells runs apart where a page shows several."""
     by_similarity = record.start["options"]["method"] == SIMILARITY_METHOD
     points = _points(record, by_similarity)
-    refined = None
-    if points and record.refinement is not None and record.refinement.swaps:  # on the step of the last flip
-        letters = record.pattern.letters
-        refined = replace(
-            points[-1],
-            layer=None,
-            decoder_layer=None,
-            pattern=record.pattern,
-            loss=record.loss(letters),
-            difference=record.difference(letters),
-            kl=record.mean_kl(letters),
-        )
+    on_curve = {point.pattern: point for point in points}
+    scored = bool(points) and record.nll.is_complete(record.pattern.letters)
+    off_curve = _point(record, record.pattern) if scored and record.pattern not in on_curve else None
+    frontier: tuple[Point, ...] = ()
+    if points and record.by_table:
+        frontier = tuple(on_curve.get(pattern) or _point(record, pattern) for pattern in record.frontier().values())
     kink = None  # looked for only where the curve's end is above the baseline by more than two standard errors
     if points and points[-1].difference.delta > 2 * points[-1].difference.std_err:
         kink = find_kink([float(p.shared) for p in points], [p.difference.delta for p in points])
@@ -223,7 +223,7 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
         record=record,
         by_similarity=by_similarity,
         points=points,
-        references=_references(record, points, refined),
+        references=_references(record, (*points, *frontier, *([off_curve] if off_curve else []))),
         cells=_cells(record) if points and not by_similarity else (),
         ties=tuple(
             Tie(
@@ -239,9 +239,18 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
             if commit.ties
         ),
         kink=kink,
-        refined=refined,
+        off_curve=off_curve,
         refinement=_refinement(record),
+        frontier=frontier,
+        fisher=view_fisher(record),
     )
+
+
+def _point(record: RunRecord, pattern: Pattern) -> Point:
+    """A pattern beside the curve, on the step of as many flips."""
+    letters, step = pattern.letters, len(pattern.shared_layers) - len(record.start_pattern.shared_layers)
+    losses = record.loss(letters), record.difference(letters), record.mean_kl(letters)
+    return Point(step, None, None, pattern, *losses)
 
 
 def _points(record: RunRecord, by_similarity: bool) -> tuple[Point, ...]:
@@ -273,7 +282,7 @@ def _refinement(record: RunRecord) -> Refined | None:
         values = [(name, known.loss(before), known.loss(after), known.difference(after, before))]
         old, new = known.mean_kl(before), known.mean_kl(after)
         if old is not None and new is not None:
-            values.append((f"{name}, KL", old.delta, new.delta, known.objective.difference(after, before)))
+            values.append((f"{name}, KL", old.delta, new.delta, known.kl.difference(after, before)))
         sets += [
             SetChange(label, len(known.tokens), first, now, None if before == after else change)
             for label, first, now, change in values
@@ -308,9 +317,9 @@ def predictions(view: RunView) -> tuple[Prediction, ...]:
     return tuple(rows)
 
 
-def _references(record: RunRecord, points: tuple[Point, ...], refined: Point | None) -> tuple[Reference, ...]:
-    """The references that are scored completely; a pattern with two names is shown once."""
-    by_full = {point.full: point for point in (*points, refined) if point is not None}
+def _references(record: RunRecord, points: tuple[Point, ...]) -> tuple[Reference, ...]:
+    """The references that are scored completely, each with the last point of its size; of two names, one is shown."""
+    by_full = {point.full: point for point in points}
     found: dict[str, Reference] = {}
     for name, letters in record.references.items():
         if not points or not record.nll.is_complete(letters) or letters in found:
@@ -324,14 +333,18 @@ def _references(record: RunRecord, points: tuple[Point, ...], refined: Point | N
 
 
 def _cells(record: RunRecord) -> tuple[CandidateCost, ...]:
+    """Every candidate of every step; of the steps of a nested path, the layer that went."""
     commits = {commit.step: commit for commit in record.commits}
     cells = []
-    for step in sorted(step for step in record.asked if 0 < step <= len(record.commits) + 1):
+    at_work = {step for step in record.asked if 0 < step <= len(record.commits) + 1}
+    for step in commits if record.by_table else sorted(at_work):
         before = record.before(step).letters
         commit = commits.get(step)
         for candidate in record.candidates(step):
             cost = record.objective.difference(candidate.pattern, before)
             committed = commit is not None and commit.layer == candidate.layer
+            if record.by_table and not committed:
+                continue
             tied = commit is not None and candidate.layer in commit.ties
             cells.append(CandidateCost(step, candidate.layer, cost, committed, tied))
     return tuple(cells)

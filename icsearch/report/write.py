@@ -10,7 +10,7 @@ from typing import Any
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.files import check_new, is_disk_full, typed_path, write_atomically
-from icsearch.report import figures
+from icsearch.report import canvas, figures
 from icsearch.report.eval_view import EvalView, view_eval
 from icsearch.report.page import render_page
 from icsearch.report.view import RunView, view_run
@@ -54,7 +54,7 @@ def write_results(run_dir: Path, record: RunRecord) -> list[Path]:
     view = _view(record, run_dir)
     contents: dict[str, str | bytes] = {
         "curve.csv": curve_csv(view),
-        "curve.png": figures.png(figures.curve([view])),
+        "curve.png": canvas.png(figures.curve([view])),
         "report.html": render_page([view]),
     }
     pattern_file.save(run_dir / "pattern.json")

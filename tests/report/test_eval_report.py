@@ -19,10 +19,11 @@ from eval_fixtures import MadeUpEval, dp_events, dp_record, made_up_document, tr
 from icsearch.core.errors import IcsearchError
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
-from icsearch.report import figures, numbers
+from icsearch.report import canvas, figures, numbers
 from icsearch.report.eval_view import EvalView, view_eval
-from icsearch.report.page import estimate_table, eval_section, measured_table, render_page, run_section, with_note
+from icsearch.report.page import estimate_table, eval_section, measured_table, render_page, run_section
 from icsearch.report.sentences import eval_headline, eval_warnings, overlap_summary, similarity_reading
+from icsearch.report.tables import with_note
 from icsearch.report.terminal import eval_table, short_verdict, summary_table
 from icsearch.report.view import predictions, similarity_sum, view_run
 from icsearch.report.write import (
@@ -203,7 +204,7 @@ def test_scatter_holds_every_pattern_with_its_error(view: EvalView, size: tuple[
     for name, line in found.items():
         assert abs(xdata(line)[0] - row(view, name).shared) < 0.5
         assert axes.get_xlim()[0] < xdata(line)[0] < axes.get_xlim()[1]
-        hollow = line.get_markerfacecolor() == figures.PAPER
+        hollow = line.get_markerfacecolor() == canvas.PAPER
         assert hollow == (name == "greedy run @1/4")  # in-sample
 
 
@@ -239,7 +240,7 @@ def test_patterns_with_as_many_layers_do_not_hide_each_other(view: EvalView) -> 
 
 def test_strips_show_letters_and_overlap(view: EvalView) -> None:
     figure = figures.strips(view)
-    full = corners(figure.axes[0], figures.PALETTE["full"])
+    full = corners(figure.axes[0], canvas.PALETTE["full"])
     heights = sorted({y for _, y in full})
     assert len(heights) == len(view.rows) - 1
     for y, one in zip(heights, view.rows[1:], strict=True):
@@ -247,7 +248,7 @@ def test_strips_show_letters_and_overlap(view: EvalView) -> None:
         assert "overlap" in overlap_summary(one) and overlap_summary(one) in texts(figure)
     assert "greedy run @1/4 (in-sample)" in texts(figure)
     for css, _ in figures.OVERLAP_SCALE.labels(share for one in view.rows for share in one.overlap.values()):
-        shown = {(heights.index(y), x) for x, y in corners(figure.axes[0], figures.PALETTE[css])}
+        shown = {(heights.index(y), x) for x, y in corners(figure.axes[0], canvas.PALETTE[css])}
         assert shown == {
             (index, layer)
             for index, one in enumerate(view.rows[1:])
@@ -257,7 +258,7 @@ def test_strips_show_letters_and_overlap(view: EvalView) -> None:
     bare = view_eval(made_up_document(BARE))
     legend = [text.get_text() for text in figures.strips(bare).legends[0].get_texts()]
     assert legend == ["F: runs its indexer", "S: borrows the selection before it"]
-    assert len(corners(figures.strips(bare).axes[0], figures.PALETTE["shared"])) == sum(r.shared for r in bare.rows)
+    assert len(corners(figures.strips(bare).axes[0], canvas.PALETTE["shared"])) == sum(r.shared for r in bare.rows)
 
 
 def test_triangle_outlines_the_source_of_every_shared_layer() -> None:
@@ -266,7 +267,7 @@ def test_triangle_outlines_the_source_of_every_shared_layer() -> None:
     assert corners(axes, "outline") == {(0, 1), (0, 2), (3, 4), (3, 5)}  # source, layer
     scale = figures.share_scale(value for row in rows for value in row)
     for css in {scale.css_class(value) for row in rows for value in row}:
-        assert corners(axes, figures.PALETTE[css]) == {
+        assert corners(axes, canvas.PALETTE[css]) == {
             (source, layer)
             for layer, row in enumerate(rows)
             for source, value in enumerate(row)

@@ -28,9 +28,10 @@ from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import load_pattern_file
 from icsearch.core.statistics import Difference
 from icsearch.engines.table import ENGINES
-from icsearch.report import figures, numbers
-from icsearch.report.page import Cell, Table, minus, provenance, render_page, run_section, strip
+from icsearch.report import canvas, figures, numbers
+from icsearch.report.page import provenance, render_page, run_section, strip
 from icsearch.report.sentences import headline, kink_sentence
+from icsearch.report.tables import Cell, Table, minus
 from icsearch.report.terminal import summary_table
 from icsearch.report.view import RunView, find_kink, view_run
 from icsearch.report.write import CSV_COLUMNS, ReportError, curve_csv, model_card, write_report, write_results
@@ -343,11 +344,11 @@ def test_heatmap_has_a_cell_for_each_candidate_in_the_colour_of_its_cost(small: 
     axes, scale = figures.heatmap(small).axes[0], figures.run_scale(small)
     for css in {scale.css_class(cell.cost.delta) for cell in small.cells}:
         expected = {(cell.layer, cell.step - 1) for cell in small.cells if scale.css_class(cell.cost.delta) == css}
-        assert corners(axes, figures.PALETTE[css]) == expected
+        assert corners(axes, canvas.PALETTE[css]) == expected
     assert corners(axes, "outline") == {(cell.layer, cell.step - 1) for cell in small.cells if cell.committed}
     (dots,) = lines(axes.figure, ".")
     assert len(xdata(dots)) == sum(cell.tied for cell in small.cells) > 0
-    reached = {layer for layer, _ in corners(axes, figures.PALETTE["full"])}
+    reached = {layer for layer, _ in corners(axes, canvas.PALETTE["full"])}
     assert reached == set(small.final.pattern.full_layers)
 
 
@@ -366,7 +367,7 @@ def test_the_numbers_of_the_heatmap_stand_in_a_table(small: RunView) -> None:
 def test_pipeline_stages_share_a_row_in_each_round(staged: RunView) -> None:
     assert [figures.step_rows(staged)[step] for step in range(1, 9)] == [0, 0, 0, 0, 1, 1, 1, 1]
     axes, scale = figures.heatmap(staged).axes[0], figures.run_scale(staged)
-    coloured = [corners(axes, figures.PALETTE[css]) for css, _ in scale.labels(c.cost.delta for c in staged.cells)]
+    coloured = [corners(axes, canvas.PALETTE[css]) for css, _ in scale.labels(c.cost.delta for c in staged.cells)]
     assert sum(map(len, coloured)) == len(staged.cells)
     assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["1–4", "5–8"]
     borders = [line for line in axes.lines if line.get_marker() == "None" and len(set(xdata(line))) == 1]
@@ -376,15 +377,15 @@ def test_pipeline_stages_share_a_row_in_each_round(staged: RunView) -> None:
 @pytest.mark.parametrize("draw", [lambda view: figures.curve([view]), figures.heatmap])
 def test_pictures_are_the_same_bytes_and_leave_no_settings_behind(small: RunView, draw: Any) -> None:
     before = dict(matplotlib.rcParams)
-    assert figures.png(draw(small)) == figures.png(draw(small))
-    first, again = (figures.svg(draw(small), "run-1", "chart", "title", "words") for _ in range(2))
+    assert canvas.png(draw(small)) == canvas.png(draw(small))
+    first, again = (canvas.svg(draw(small), "run-1", "chart", "title", "words") for _ in range(2))
     assert first == again
     assert dict(matplotlib.rcParams) == before
     assert not Gcf.figs  # pyplot knows of none
 
 
 def test_a_picture_on_a_page_has_its_own_ids_the_pages_colours_and_words(small: RunView) -> None:
-    one, two = (figures.svg(figures.curve([small]), name, "chart", "A & B", "words") for name in ("run-1", "run-2"))
+    one, two = (canvas.svg(figures.curve([small]), name, "chart", "A & B", "words") for name in ("run-1", "run-2"))
     ids = [set(re.findall(r' id="([^"]*)"', text)) for text in (one, two)]
     assert ids[0] and not ids[0] & ids[1]
     for text, own in zip((one, two), ids, strict=True):
@@ -405,11 +406,11 @@ def test_any_name_is_text_in_a_picture(name: str) -> None:
     title = figure.axes[0].get_title(loc="left")
     assert "�" not in title and title.isprintable() and not figure.axes[0].title.get_parse_math()
     for drawn in (figure, figures.curve([view, view])):
-        text = figures.svg(drawn, "a", "chart", "t", "d")
+        text = canvas.svg(drawn, "a", "chart", "t", "d")
         assert "<script" not in text and "<img" not in text
     if "alpha" in name:
-        assert "$\\alpha$ and $: loss" in figures.svg(figure, "a", "chart", "t", "d")
-    assert figures.png(figure).startswith(b"\x89PNG")
+        assert "$\\alpha$ and $: loss" in canvas.svg(figure, "a", "chart", "t", "d")
+    assert canvas.png(figure).startswith(b"\x89PNG")
 
 
 def test_strip_rows_are_the_stages(staged: RunView) -> None:
