@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,8 @@ class Prices:
 class Measured:
     """A pattern that was measured. `kind` is the first that asked for it, `told` names it more closely.
 
-    `heldout`: the loss above the start pattern's on held-out sequences, where these chose among the best.
+    `layer`: of a single flip, the one that shares. `heldout`: the loss above the start pattern's on held-out sequences,
+    where these chose among the best.
     """
 
     pattern: Pattern
@@ -38,6 +39,7 @@ class Measured:
     told: str
     predicted: Prices
     measured: Prices
+    layer: int | None
     heldout: Difference | None
 
     @property
@@ -74,9 +76,9 @@ class FisherView:
         """All that was measured with so many F layers."""
         return [known for known in self.measured if known.full == full]
 
-    def ranked(self, kinds: Iterable[str]) -> Ranked | None:
-        """How well the table put the patterns of these kinds in order; None for too few."""
-        some = [known for known in self.measured if known.kind in kinds]
+    def ranked(self, kind: str | None = None) -> Ranked | None:
+        """How well the table put the patterns of one kind in order, or all; None for too few."""
+        some = [known for known in self.measured if kind in (None, known.kind)]
         if len(some) < FEWEST_RANKED:
             return None
         loss, kl = (
@@ -98,6 +100,8 @@ def view_fisher(record: RunRecord) -> FisherView | None:
     layers = len(record.start_pattern)
     asked, tables = _asked(record), _of_each_sequence(table_of(record))
     predicted = _predict(tables, list(asked))
+    full = set(record.start_pattern.full_layers)
+    flipped = {pattern: min(full - set(pattern.full_layers)) for pattern in asked}  # its first layer that shares
     start, heldout = record.start_pattern.letters, record.heldout
     known = heldout.nll if heldout is not None and record.refinement is None else None
     measured = tuple(
@@ -106,6 +110,7 @@ def view_fisher(record: RunRecord) -> FisherView | None:
             *asked[pattern],
             prices,
             Prices(record.difference(pattern.letters), record.kl.mean(pattern.letters)),
+            flipped[pattern] if asked[pattern][0] == FLIP else None,
             known.difference(pattern.letters, start) if known and known.is_complete(pattern.letters) else None,
         )
         for pattern, prices in zip(asked, predicted, strict=True)

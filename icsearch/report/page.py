@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from icsearch.engines.engine import ExportError
 from icsearch.engines.export import Export, exports_of_type
-from icsearch.report import canvas, figures, numbers, sentences
+from icsearch.report import canvas, figures, fisher_page, numbers, sentences
 from icsearch.report.eval_view import EvalRow, EvalView, Gap
 from icsearch.report.tables import Cell, Row, Table, Tile, difference_tile, make_table, minus, with_note
 from icsearch.report.view import Refined, RunView, Swap, predictions
@@ -129,14 +129,23 @@ def run_section(view: RunView, number: int) -> Section:
     if view.record.start["options"].get("kernels") == "blockwise":
         notes = (*notes, sentences.BLOCKWISE_KERNELS)
     name, order = f"run-{number}", _order(view)
-    drawn: dict[str, tuple[str, ...]] = {"curve": (), "heat": (), "similarity": ()}
+    drawn: dict[str, tuple[str, ...]] = dict.fromkeys(("curve", "heat", "similarity", "pairs", "foretold"), ())
     if view.points and not view.by_similarity:
         drawn["curve"] = _charts(f"{name}-curve", "Loss curve", partial(figures.curve, [view]))
-    if view.cells:
+    if view.cells and not view.record.by_table:
         figure = figures.heatmap(view)
         drawn["heat"] = (
             canvas.svg(figure, f"{name}-heat", "heat", "Heatmap of candidate costs", "The table has its numbers."),
         )
+    if view.fisher is not None:
+        found = view.record.pattern
+        for key, figure in zip(("pair-kl", "pair-loss"), fisher_page.pair_costs(view.fisher, found), strict=True):
+            told = "What it costs each layer to use an earlier one’s selection."
+            drawn["pairs"] += (canvas.svg(figure, f"{name}-{key}", "heat triangle", "The second-order table", told),)
+        for key in ("loss", "kl") if view.fisher.measured else ():
+            figure = fisher_page.foretold(view.fisher, key, found)
+            told = "Each pattern that was measured, by what the table had predicted."
+            drawn["foretold"] += (canvas.svg(figure, f"{name}-{key}", "scatter", "Predicted and measured", told),)
     if similarity := view.record.similarity:
         drawn["similarity"] = tuple(
             canvas.svg(
@@ -160,9 +169,11 @@ def run_section(view: RunView, number: int) -> Section:
             "sets": _set_table(view.refinement) if view.refinement else None,
             "made": _swap_table(view.refinement.made) if view.refinement else None,
             "refused": _swap_table(view.refinement.refused) if view.refinement else None,
-            "heat": _heat_table(view) if view.cells else None,
+            "heat": _heat_table(view) if drawn["heat"] else None,
             "steps": _step_table(view, order) if view.steps else None,
             "ties": _tie_table(view) if view.ties else None,
+            "flips": fisher_page.flip_table(view.fisher) if view.fisher else None,
+            "finalists": fisher_page.finalist_table(view, view.fisher) if view.fisher and view.points else None,
             "cost": _cost_table(view),
         },
         drawn,
@@ -289,6 +300,8 @@ def _heat_table(view: RunView) -> Table:
 
 def _step_table(view: RunView, order: Sequence[Cell]) -> Table:
     """The flips in the order of the search."""
+    if view.fisher is not None:
+        return fisher_page.path_table(view, view.fisher)
     rows: list[Row] = []
     for point, layer in zip(view.steps, order, strict=True):
         kl = [numbers.difference(point.kl, sign=False)] if point.kl else []
@@ -354,8 +367,11 @@ def _cost_table(view: RunView) -> Table:
     rows = [("layer evaluations", numbers.count(run), "counted")]
     if not view.by_similarity:
         rows.insert(0, ("patterns scored in the search", numbers.count(cost["candidate_evaluations"]), "counted"))
+    if view.record.by_table:
+        rows += fisher_page.cost_rows(view.record, cost)
+    elif not view.by_similarity:
         rows.append(("layer evaluations of a naive search", numbers.count(naive), "calculated"))
-    if run > 0 and not view.by_similarity:
+    if run > 0 and not view.by_similarity and not view.record.by_table:
         rows.append(("naive / done", numbers.ratio(naive / run), "calculated"))
     rows.append(("time spent scoring", numbers.duration(cost["seconds"]), "measured"))
     if read := sentences.weights_sentence(view.record):

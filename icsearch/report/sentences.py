@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median
 
 from icsearch.core.statistics import Difference
 from icsearch.core.text import format_bytes
 from icsearch.report import numbers
 from icsearch.report.eval_view import EvalRow, EvalView, Gap
+from icsearch.report.fisher_view import FLIP, FisherView, Ranked
 from icsearch.report.view import Reference, Refined, RunView, predictions
+from icsearch.runs import results
 from icsearch.runs.evaluation import CLEAR_LOSS, excludes_clear_loss
 from icsearch.runs.record import RunRecord
 from icsearch.runs.results import weights_read
@@ -29,6 +32,10 @@ BLOCKWISE_KERNELS = (
     "Block-wise kernels: of equal index scores the earliest token is chosen. The top-k of transformers chooses "
     "among them by shape, so losses by --kernels reference differ a little (on the demo checkpoint at 2048 tokens, "
     "0.24% of the queries have such a tie; it moved the loss by 0.002; benchmarks/kernels.py)."
+)
+TABLE_COUNT = (
+    "In the table’s count a backward pass is one run for each draw; the attention of each pair of layers is in its "
+    "time, not in its count. Exact greedy is counted as this program would run it, all candidates of a step in one sweep."
 )
 KINK_METHOD = (
     "How the kink is found: two straight lines that meet at a step are fitted to the curve by least squares, for each "
@@ -87,6 +94,8 @@ def headline(view: RunView) -> str:
     final, lead = view.final, ""
     if not view.record.finished and view.by_similarity:
         lead = f"Not finished; {'pattern chosen' if len(view.points) > 1 else 'no pattern scored yet'}: "
+    elif not view.record.finished and view.record.by_table:
+        lead = f"Not finished; {_come_to(view.record)}: "
     elif not view.record.finished:
         lead = f"Not finished; after {numbers.plural(final.step, 'flip')}: "
     baseline = f"{view.baseline_name} at {numbers.loss(view.points[0].loss)}"
@@ -94,9 +103,10 @@ def headline(view: RunView) -> str:
     if final.difference == Difference(0.0, 0.0):
         change = f"that is {baseline} nats per token"
     sentences = [f"{lead}{kept(final.full, view.num_layers)}; {change}."]
-    if final.kl is not None:
+    if final.kl is not None and (final.step or view.record.by_kl):
         amount = numbers.difference(final.kl, sign=False)
-        sentences.append(f"Chosen by the KL to {view.baseline_name}, which comes to {amount} nats per token.")
+        told = "Chosen by the KL to {}, which comes to {}" if view.record.by_kl else "The KL to {} comes to {}"
+        sentences.append(f"{told.format(view.baseline_name, amount)} nats per token.")
     reference = view.same_retention
     if reference is not None and reference.pattern != final.pattern:
         cost, avoided = reference.difference, reference.avoided
@@ -106,6 +116,65 @@ def headline(view: RunView) -> str:
             text = f"{text}: {what} avoids {'all' if avoided >= 1 else numbers.percent(avoided)} of that"
         sentences.append(f"{text}.")
     return " ".join(sentences)
+
+
+def _come_to(record: RunRecord) -> str:
+    """How far an unfinished search on a second-order table has come."""
+    if len(record.proposals) > 1:
+        return f"in round {len(record.proposals) - 1}"
+    return "nested path measured" if record.commits else "path proposed" if record.proposals else "table made"
+
+
+def found_where(view: RunView) -> str:
+    """Whether a search on a second-order table found its pattern on the nested path or off it; empty for others."""
+    record, found = view.record, view.final
+    if record.chosen is None or view.fisher is None or (record.refinement and record.refinement.swaps):
+        return ""
+    size = f"patterns with {found.full} F layers"
+    known = view.fisher.of(found.pattern)
+    if view.off_curve is None:
+        rivals = len(view.fisher.finalists(found.full))
+        text = f"This is the nested path’s own pattern: of {rivals} {size} that were measured, none is better"
+        text = text if rivals > 1 else "This is the nested path’s own pattern"
+    else:
+        change = record.objective.difference(found.pattern.letters, view.points[-1].pattern.letters)
+        text = (
+            f"This pattern is not on the nested path ({known.told if known else 'measured'}): its {view.objective} "
+            f"minus that of the path’s pattern of as many F layers is {numbers.difference(change)}"
+        )
+    return f"{text}{'; held-out sequences chose among the best' if record.heldout else ''}."
+
+
+def foretold(fisher: FisherView) -> str:
+    """How well the table put what was measured in order; empty for too few patterns."""
+    flips, everything = fisher.ranked(FLIP), fisher.ranked()
+    if everything is None:
+        return ""
+    told = [f"over all {everything.patterns} patterns measured, {_ranks(everything)}"]
+    if flips is not None:
+        told.insert(0, f"of the {flips.patterns} single flips {_ranks(flips)}")
+    kls = [(known.measured.kl.delta, known.predicted.kl.delta) for known in fisher.measured]
+    ratios = [measured / predicted for measured, predicted in kls if predicted]
+    size = f" The measured KL is {median(ratios):.2g} times the predicted one (median)." if ratios else ""
+    return f"Rank correlation of predicted and measured, where 1 is the same order: {'; '.join(told)}.{size}"
+
+
+def _ranks(ranked: Ranked) -> str:
+    by_kl, by_loss = ("none" if math.isnan(rank) else f"{rank:.2f}" for rank in (ranked.kl, ranked.loss))
+    return f"{by_kl} by KL and {by_loss} by loss"
+
+
+def table_cost(record: RunRecord) -> str:
+    """What a search on a second-order table took, part by part, against what exact greedy takes."""
+    cost, layers = results.cost(record), record.start["decoder_layers"]
+    parts = {"table": record.fisher.layer_sequences, **record.fisher.measuring}
+    told = ", ".join(f"{part} {numbers.count(round(spent / len(record.tokens)))}" for part, spent in parts.items())
+    done, exact = cost["layer_evaluations"], cost["exact_layer_evaluations"]
+    text = f"{numbers.count(done)} layer evaluations, as many as in {done / layers:.1f} forwards ({told})"
+    if exact is None or not record.finished:
+        return f"{text}."
+    times = f"{exact / max(done, 1):.1f} times as many"
+    return f"{text}; exact greedy takes {numbers.count(exact)} for as many flips (counted, not run), {times}."
 
 
 def in_sample(view: RunView) -> str:
@@ -162,7 +231,8 @@ def weights_sentence(record: RunRecord) -> str:
     in_all = f"{format_bytes(read['weight_bytes'])} in all"
     a_step, checkpoint = read["weight_bytes_per_step"], read["checkpoint_bytes"]
     if a_step is None:
-        return in_all
+        times = read["weight_bytes"] / checkpoint if checkpoint and record.by_table else 0
+        return f"{in_all}, {times:.2f} times the checkpoint" if times else in_all
     multiple = f", {a_step / checkpoint:.2f} times the checkpoint" if checkpoint else ""
     return f"{format_bytes(a_step)} a step{multiple}; {in_all}"
 

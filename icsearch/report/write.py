@@ -13,12 +13,13 @@ from icsearch.core.files import check_new, is_disk_full, typed_path, write_atomi
 from icsearch.report import canvas, figures
 from icsearch.report.eval_view import EvalView, view_eval
 from icsearch.report.page import render_page
-from icsearch.report.view import RunView, view_run
+from icsearch.report.view import Point, RunView, view_run
 from icsearch.runs import results
 from icsearch.runs.evaluation import load_eval
 from icsearch.runs.record import RunRecord, load_run
 
 CSV_COLUMNS = ("step", "layer", "decoder_layer", "full_layers", "retention", "loss", "delta", "std_err", "pattern")
+PREDICTED_COLUMNS = ("predicted_loss", "predicted_kl")
 # Task accuracies, KIND_forced and KIND_generated, stand before the last column.
 EVAL_CSV_COLUMNS = (
     "name",
@@ -50,8 +51,10 @@ def write_results(run_dir: Path, record: RunRecord) -> list[Path]:
 
     Raises JournalError while the baseline or a committed pattern has no complete loss.
     """
-    pattern_file = results.pattern_file(record)
     view = _view(record, run_dir)
+    known = view.fisher.measured if view.fisher else ()
+    predicted = {one.pattern.letters: (one.predicted.loss.delta, one.predicted.kl.delta) for one in known}
+    pattern_file = results.pattern_file(record, predicted)
     contents: dict[str, str | bytes] = {
         "curve.csv": curve_csv(view),
         "curve.png": canvas.png(figures.curve([view])),
@@ -153,17 +156,29 @@ def _write(out: Path, content: str) -> None:
 def curve_csv(view: RunView) -> str:
     """The loss curve as CSV, one row per committed flip; row 0 is the baseline. Losses in nats per token.
 
-    Of a search by KL, that and its error stand before the last column.
+    Where the KL was measured, that and its error stand before the last column, and what a second-order table had said.
     """
     *columns, last = CSV_COLUMNS
-    rows: list[list[object]] = [[*columns, *(("kl", "kl_std_err") if view.record.by_kl else ()), last]]
+    more = ("kl", "kl_std_err") if view.record.has_kl else ()
+    more += PREDICTED_COLUMNS if view.record.by_table else ()
+    rows: list[list[object]] = [[*columns, *more, last]]
     for point in view.points:
         layers = ["" if layer is None else layer for layer in (point.layer, point.decoder_layer)]
         difference = [point.difference.delta, point.difference.std_err]
         kl = [point.kl.delta, point.kl.std_err] if point.kl else []
-        retention = point.pattern.retention
-        rows.append([point.step, *layers, point.full, retention, point.loss, *difference, *kl, point.pattern.letters])
+        named = [point.step, *layers, point.full, point.pattern.retention, point.loss]
+        rows.append([*named, *difference, *kl, *_predicted(view, point), point.pattern.letters])
     return _csv(rows)
+
+
+def _predicted(view: RunView, point: Point) -> list[object]:
+    """What a second-order table had said of loss and KL: nothing of the baseline, which it starts from."""
+    if not view.record.by_table:
+        return []
+    known = view.fisher.of(point.pattern) if view.fisher else None
+    if known is None:
+        return ["", ""]
+    return [view.points[0].loss + known.predicted.loss.delta, known.predicted.kl.delta]
 
 
 def eval_csv(view: EvalView) -> str:
