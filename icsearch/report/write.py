@@ -19,6 +19,7 @@ from icsearch.runs.evaluation import load_eval
 from icsearch.runs.record import RunRecord, load_run
 
 CSV_COLUMNS = ("step", "layer", "decoder_layer", "full_layers", "retention", "loss", "delta", "std_err", "pattern")
+KL_COLUMNS = ("kl", "kl_std_err")
 PREDICTED_COLUMNS = ("predicted_loss", "predicted_kl")
 # Task accuracies, KIND_forced and KIND_generated, stand before the last column.
 EVAL_CSV_COLUMNS = (
@@ -159,8 +160,7 @@ def curve_csv(view: RunView) -> str:
     Where the KL was measured, that and its error stand before the last column, and what a second-order table had said.
     """
     *columns, last = CSV_COLUMNS
-    more = ("kl", "kl_std_err") if view.record.has_kl else ()
-    more += PREDICTED_COLUMNS if view.record.by_table else ()
+    more = [*(KL_COLUMNS if view.record.has_kl else ()), *(PREDICTED_COLUMNS if view.record.by_table else ())]
     rows: list[list[object]] = [[*columns, *more, last]]
     for point in view.points:
         layers = ["" if layer is None else layer for layer in (point.layer, point.decoder_layer)]
