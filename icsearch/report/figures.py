@@ -154,17 +154,15 @@ def curve(views: Sequence[RunView], size: tuple[float, float] = CHART) -> Figure
         x_high = 0.5 + max([1, *(p.shared for p in alone.points), *(r.shared for r in alone.references)])
         base = f" ({numbers.loss(alone.points[0].loss)})" if alone.points else ""
         state = "" if alone.record.finished else " (unfinished)"
-        axes.set_title(f"{plain(alone.model_name, round(6 * size[0]))}: loss above baseline{base}{state}", fontsize=10)
+        what = f"loss above baseline{base}{', and KL' if alone.record.by_table else ''}{state}"
+        axes.set_title(f"{plain(alone.model_name, round(6 * size[0]))}: {what}", fontsize=10)
         _retentions(axes, alone.num_layers, x_high)
         _kink(axes, alone)
     axes.set_xlim(-0.02 * x_high, 1.02 * x_high)
     for index, view in enumerate(views):
         x_scale = 1.0 if alone else 100 / view.num_layers
         name = "chosen by similarity" if view.by_similarity else "searched"
-        colour = SERIES[index % len(SERIES)]
-        if view.record.by_table:
-            name = "nested path, loss"
-            _off_path(axes, view, x_scale, colour, alone is not None)
+        colour, label = SERIES[index % len(SERIES)], f"{name}, ± one paired standard error"
         axes.errorbar(
             [point.shared * x_scale for point in view.points],
             [point.difference.delta for point in view.points],
@@ -174,8 +172,10 @@ def curve(views: Sequence[RunView], size: tuple[float, float] = CHART) -> Figure
             markersize=4,
             linewidth=0 if view.by_similarity else 2,
             elinewidth=1.1,
-            label=f"{name}, ± one paired standard error" if alone else plain(view.name, 40),
+            label=("nested path, loss" if view.record.by_table else label) if alone else plain(view.name, 40),
         )
+        if view.record.by_table:
+            _off_path(axes, view, x_scale, colour, alone is not None)
         _references(axes, view, x_scale, high, None if alone else colour)
     _axes_of_losses(axes, f"shared layers (S) of {alone.num_layers}" if alone else "shared layers (S), % of all")
     if alone and alone.record.by_table:
@@ -427,7 +427,8 @@ def triangle(rows: Sequence[Sequence[float]], pattern: Pattern, scale: CostScale
     axes.set_yticks(axes.get_xticks(), [f"{tick - 0.5:.0f}" for tick in axes.get_xticks()])
     axes.set_xlabel("source layer", fontsize=8.5)
     axes.set_ylabel("layer", fontsize=8.5)
-    return fit(figure, axes, n * width * PIXEL, (n + 0.9) * width * PIXEL, CELL_MARGINS, 0.86)
+    entry = 1.15 if isinstance(scale, CostScale) else 0.86
+    return fit(figure, axes, n * width * PIXEL, (n + 0.9) * width * PIXEL, CELL_MARGINS, entry)
 
 
 OVERLAP_SCALE = ShareScale(0.1)

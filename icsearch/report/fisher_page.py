@@ -30,19 +30,21 @@ PLURALS = {FLIP: "single flips", PATH: "nested path", FINALIST: "finalists", UNI
 def foretold(fisher: FisherView, name: str, found: Pattern) -> Figure:
     """Predicted against measured, `name` "loss" or "kl", with both errors; `found` is circled.
 
-    Both axes are linear up to the measured values' median error and logarithmic beyond.
+    Both axes are logarithmic; of what is not all above nothing, linear up to the measured values' median error.
     """
-    from matplotlib.ticker import FuncFormatter, SymmetricalLogLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter
 
     def pair(known: Measured) -> tuple[Difference, Difference]:
         return getattr(known.predicted, name), getattr(known.measured, name)
 
     figure, axes = new_figure()
     pairs = [pair(known) for known in fisher.measured]
-    ends = [one.delta + side * numbers.finite(one.std_err) for both in pairs for one in both for side in (-1, 1)]
+    ends = [one.delta + side * numbers.finite(one.std_err) for both in pairs for one in both for side in (-1, 0, 1)]
     errors = [measured.std_err for _, measured in pairs if measured.std_err > 0]
     unit = float(f"{statistics.median(errors):.0e}") if errors else max(map(abs, ends)) / 1e3 or 1e-6
-    low, high = min(-unit / 2, *ends), 1.25 * max(unit, *ends)
+    smallest = min(one.delta for both in pairs for one in both)
+    logarithmic, high = smallest > 0, 1.25 * max(unit, *ends)
+    low = smallest / 1.6 if logarithmic else min(-unit / 2, *ends)
     for kind, (sign, colour) in SIGNS.items():
         some = [pair(known) for known in fisher.measured if known.kind == kind]
         if some:
@@ -71,8 +73,14 @@ def foretold(fisher: FisherView, name: str, found: Pattern) -> Figure:
             note(axes, f"layer {known.layer}", place, (-7, 5), SERIES[0], "right", bbox=None)
     axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, zorder=1.1)
     for axis, setter in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
-        setter("symlog", linthresh=unit, linscale=0.5)
-        axis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=unit, subs=(1,)))
+        if logarithmic:
+            setter("log")
+        else:
+            setter("symlog", linthresh=unit, linscale=0.5)
+        least = low if logarithmic else (5 if axis is axes.xaxis else 1) * unit  # where labels would run together
+        decades = [sign * 10.0**power for power in range(-9, 4) if 10.0**power >= least for sign in (-1, 1)]
+        axis.set_major_locator(FixedLocator([0.0, *decades]))
+        axis.set_minor_locator(FixedLocator([]))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)

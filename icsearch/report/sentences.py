@@ -35,7 +35,7 @@ BLOCKWISE_KERNELS = (
 )
 TABLE_COUNT = (
     "In the table’s count a backward pass is one run for each draw; the attention of each pair of layers is in its "
-    "time, not in its count. Exact greedy is counted as this program would run it, a sweep for all candidates of a step."
+    "time, not in its count. Exact greedy is counted as this program would run it: a sweep for all flips of a step."
 )
 KINK_METHOD = (
     "How the kink is found: two straight lines that meet at a step are fitted to the curve by least squares, for each "

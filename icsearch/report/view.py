@@ -215,6 +215,7 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
     frontier: tuple[Point, ...] = ()
     if points and record.by_table:
         frontier = tuple(on_curve.get(pattern) or _point(record, pattern) for pattern in record.frontier().values())
+    better = [point for point in frontier if point.pattern.letters not in record.references.values()]
     kink = None  # looked for only where the curve's end is above the baseline by more than two standard errors
     if points and points[-1].difference.delta > 2 * points[-1].difference.std_err:
         kink = find_kink([float(p.shared) for p in points], [p.difference.delta for p in points])
@@ -223,7 +224,7 @@ def view_run(record: RunRecord, name: str = "") -> RunView:
         record=record,
         by_similarity=by_similarity,
         points=points,
-        references=_references(record, (*points, *frontier, *([off_curve] if off_curve else []))),
+        references=_references(record, (*points, *better, *([off_curve] if off_curve else points[-1:]))),
         cells=_cells(record) if points and not by_similarity else (),
         ties=tuple(
             Tie(
