@@ -13,18 +13,11 @@ demo: $(STAMP)
 	@echo
 	@echo "Open runs/demo/report.html for the curve, the heatmap and the evidence."
 
-# Two processes for most tests; those that start several of their own, or are about signals and memory, come behind.
 test: $(STAMP)
-	status=0; \
-	$(BIN)/python -m pytest -n 2 -m "not slow and not alone" || status=1; \
-	$(BIN)/python -m pytest -m "not slow and alone" || status=1; \
-	exit $$status
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: $(STAMP)
-	status=0; \
-	$(BIN)/python -m pytest -n 2 -m "not alone" || status=1; \
-	$(BIN)/python -m pytest -m alone || status=1; \
-	exit $$status
+	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -190,7 +190,9 @@ def shorter(shard: Path) -> None:
     os.truncate(shard, shard.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("damage", [shorter, Path.unlink], ids=["shorter", "gone"])
+@pytest.mark.parametrize(
+    "damage", [pytest.param(shorter, id="shorter"), pytest.param(Path.unlink, id="gone", marks=pytest.mark.slow)]
+)
 def test_a_shard_that_is_lost_in_mid_run(
     capsys: pytest.CaptureFixture[str],
     deep: Path,

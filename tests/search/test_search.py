@@ -221,7 +221,7 @@ def long_run(
     return run_search(Scoring(journal, record, scorer, listener or Quiet()), strategy)
 
 
-@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("stages", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_killed_after_any_event_and_resumed(tmp_path: Path, stages: int) -> None:
     """The journal continues as if nothing had been: the same events but for the seconds."""
     whole = ManySequences()
