@@ -15,7 +15,7 @@ from icsearch.report import numbers
 from icsearch.report.canvas import INK, MUTED, PALETTE, PAPER, PIXEL, SERIES, drawing, fit, new_figure, note, plain
 from icsearch.report.eval_view import EvalRow, EvalView
 from icsearch.report.sentences import badges, overlap_summary
-from icsearch.report.view import Point, RunView
+from icsearch.report.view import RunView
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -185,7 +185,7 @@ def curve(views: Sequence[RunView], size: tuple[float, float] = CHART) -> Figure
 
 def loss_range(views: Sequence[RunView]) -> tuple[float, float]:
     """(low, high) of the loss axis: all of the curves, and the uniform patterns that are not far above them."""
-    points = [_ends(point.difference) for view in views for point in (*view.points, *_found_off_path(view))]
+    points = [_ends(point.difference) for view in views for point in (*view.points, *view.off_path)]
     if len(views) == 1 and views[0].record.by_table:
         points += [_ends(point.kl) for point in views[0].points if point.kl]
     references = [_ends(reference.difference) for view in views for reference in view.references]
@@ -199,15 +199,8 @@ def loss_range(views: Sequence[RunView]) -> tuple[float, float]:
     return (1.08 * low - 0.02 * high, 1.08 * high) if high > 0 else (1.08 * low - 2e-5, 1e-3)
 
 
-def _found_off_path(view: RunView) -> list[Point]:
-    """Of each size the best measured, and the pattern found: those that neither the curve nor a diamond shows."""
-    shown = {point.pattern for point in view.points} | {reference.pattern for reference in view.references}
-    points = {point.pattern: point for point in (*view.frontier, view.final)} if view.record.by_table and shown else {}
-    return [point for pattern, point in points.items() if pattern not in shown]
-
-
 def _off_path(axes: Axes, view: RunView, x_scale: float, colour: str, alone: bool) -> None:
-    points = _found_off_path(view)
+    points = view.off_path
     if alone:
         kl = [point.kl or Difference(0.0, 0.0) for point in view.points]
         axes.errorbar(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ PLURALS = {FLIP: "single flips", PATH: "nested path", FINALIST: "finalists", UNI
 def foretold(fisher: FisherView, name: str, found: Pattern) -> Figure:
     """Predicted against measured, `name` "loss" or "kl", with both errors; `found` is circled.
 
-    Both axes are logarithmic; of what is not all above nothing, linear up to the measured values' median error.
+    Both axes are logarithmic; of what is not all above nothing, linear up to the lower errors of the measured.
     """
     from matplotlib.ticker import FixedLocator, FuncFormatter
 
@@ -40,8 +39,8 @@ def foretold(fisher: FisherView, name: str, found: Pattern) -> Figure:
     figure, axes = new_figure()
     pairs = [pair(known) for known in fisher.measured]
     ends = [one.delta + side * numbers.finite(one.std_err) for both in pairs for one in both for side in (-1, 0, 1)]
-    errors = [measured.std_err for _, measured in pairs if measured.std_err > 0]
-    unit = float(f"{statistics.median(errors):.0e}") if errors else max(map(abs, ends)) / 1e3 or 1e-6
+    errors = sorted(measured.std_err for _, measured in pairs if measured.std_err > 0)
+    unit = float(f"{errors[len(errors) // 4]:.0e}") if errors else max(map(abs, ends)) / 1e3 or 1e-6
     smallest = min(one.delta for both in pairs for one in both)
     logarithmic, high = smallest > 0, 1.25 * max(unit, *ends)
     low = smallest / 1.6 if logarithmic else min(-unit / 2, *ends)

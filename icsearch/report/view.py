@@ -186,6 +186,13 @@ class RunView:
         return self.off_curve or self.points[-1]
 
     @property
+    def off_path(self) -> tuple[Point, ...]:
+        """Of a search on a second-order table, the best of each size and the pattern found, where not on the curve."""
+        shown = {point.pattern for point in self.points} | {reference.pattern for reference in self.references}
+        points = {point.pattern: point for point in (*self.frontier, self.final)} if self.frontier else {}
+        return tuple(point for pattern, point in points.items() if pattern not in shown)
+
+    @property
     def blocks(self) -> tuple[tuple[int, int], ...]:
         """Pipeline stages as [first, last) positions in the pattern; one block when there is no split."""
         blocks = self.start.get("blocks") or [[0, self.num_layers]]
