@@ -153,6 +153,16 @@ class LatentAttention:
         keys, values = self._expanded(self.latents, self.rope_keys)
         return ops.dense_attention(self.query, keys, values, selection, self.scaling, elements)
 
+    def kept_mass(self, own: torch.Tensor, first: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Of the attention under its own selection, what any other one keeps: a function, [B, S, k] to [B, S - first].
+
+        Float32, mean over the heads; of the queries from `first` on, which must see all that is in their selections.
+        """
+        elements, rows = self.blockwise.block_elements, self._rows(self.latents, self.rope_keys)
+        weights = ops.attention_weights(self.query, rows, own, self._up_projections[0], self.scaling, elements)
+        mine = weights[:, first:], own[:, first:]
+        return lambda other: ops.kept_mass(*mine, other[:, first:], own.shape[1], elements)
+
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """What gradients are taken of: query, latents, RoPE part of keys."""

@@ -177,8 +177,24 @@ def gather_block(
     Latents may end behind the last token that is selected. Returns [B, b, H, V].
     """
     batch, heads, count, _ = query.shape
-    _, no_rope, latent = up_key.shape
-    topk, length, width = selection.shape[-1], *latents.shape[1:]
+    latent = up_key.shape[-1]
+    weights, gathered = _gathered(query, latents, selection, first, up_key, scaling)
+    mixed = torch.bmm(weights.to(query.dtype), gathered[..., :latent]).view(batch, count, heads, latent)
+    return (mixed.transpose(1, 2) @ up_value.transpose(1, 2)).transpose(1, 2)
+
+
+def _gathered(
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    selection: torch.Tensor,
+    first: int,
+    up_key: torch.Tensor,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a block's queries the attention weights, float32 [B*b, H, k], and the latents they are of [B*b, k, L + R]."""
+    batch, count, topk = selection.shape
+    no_rope = up_key.shape[1]
+    length, width = latents.shape[1:]
     chosen = selection.long()
     rows = latents.reshape(batch * length, width)
     offsets = torch.arange(batch, device=query.device).view(batch, 1, 1) * length
@@ -187,9 +203,41 @@ def gather_block(
     scores = torch.bmm(_by_query(absorbed).float(), gathered.float().transpose(1, 2)).mul_(scaling)  # [B*b, H, k]
     future = chosen > torch.arange(first, first + count, device=query.device).view(1, -1, 1)
     scores.masked_fill_(future.view(-1, 1, topk), float("-inf"))
-    weights = scores.softmax(dim=-1).to(query.dtype)
-    mixed = torch.bmm(weights, gathered[..., :latent]).view(batch, count, heads, latent)
-    return (mixed.transpose(1, 2) @ up_value.transpose(1, 2)).transpose(1, 2)
+    return scores.softmax(dim=-1), gathered
+
+
+def attention_weights(
+    query: torch.Tensor,
+    latents: torch.Tensor,
+    selection: torch.Tensor,
+    up_key: torch.Tensor,
+    scaling: float,
+    block_elements: int,
+) -> torch.Tensor:
+    """The weights of `gather_attention`, mean over the heads: float32 [B, S, k], in the order of the selection."""
+    weights = torch.empty(selection.shape, dtype=torch.float32, device=query.device)
+    for first, last in gather_blocks(latents, selection, block_elements):
+        chosen = selection[:, first:last]
+        of_heads, _ = _gathered(query[:, :, first:last], latents, chosen, first, up_key, scaling)
+        weights[:, first:last] = of_heads.mean(dim=1).view(chosen.shape)
+    return weights
+
+
+def kept_mass(
+    weights: torch.Tensor, own: torch.Tensor, other: torch.Tensor, length: int, block_elements: int
+) -> torch.Tensor:
+    """The sum of weights [B, n, k] of tokens that another selection has too: float32 [B, n].
+
+    `own` int [B, n, k] and `other` int [B, n, m] are selections of the same n queries among `length` tokens.
+    """
+    batch, count, _ = own.shape
+    kept = torch.empty(batch, count, dtype=torch.float32, device=weights.device)
+    for first, last in blocks(0, count, block_size(batch * length, block_elements)):
+        part = slice(first, last)
+        inside = torch.zeros(batch, last - first, length, dtype=torch.bool, device=weights.device)
+        inside.scatter_(-1, other[:, part].long(), True)
+        kept[:, part] = (weights[:, part] * inside.gather(-1, own[:, part].long())).sum(-1)
+    return kept
 
 
 def pull_back(

@@ -104,27 +104,49 @@ class LossTable(dict[str, dict[int, float]]):
 class SimilaritySums:
     """Lower triangles summed over choosing queries, as they come in batch by batch.
 
+    `kept` and `importance`, what Kascade's score is made of, are sums over sequences; empty as soon as some have none.
     `numerics` are those that they were measured with, where that was another run's.
     """
 
     cosine: list[list[float]] = field(default_factory=list)
     overlap: list[list[float]] = field(default_factory=list)
+    kept: list[list[float]] = field(default_factory=list)
+    importance: list[float] = field(default_factory=list)
     sequences: int = 0
     queries: int = 0
     numerics: dict[str, Any] | None = None
 
     def add(self, event: Event) -> None:
         """Take in an event whose sequences are those that come next."""
-        _, last = event["sequences"]
+        first, last = event["sequences"]
         self.numerics = event.get("numerics")
         self.sequences, self.queries = last, self.queries + event["queries"]
         self.cosine = _added(self.cosine, event["cosine"])
         self.overlap = _added(self.overlap, event["overlap"])
+        known = event.get("importance") is not None and (first == 0 or bool(self.importance))
+        if known:
+            before = self.importance or [0.0] * len(event["importance"])
+            self.kept = _added(self.kept, event["kept"])
+            self.importance = [a + b for a, b in zip(before, event["importance"], strict=True)]
+        else:
+            self.kept, self.importance = [], []
 
     def means(self) -> dict[str, Any]:
-        """`cosine` and `overlap` as means, and the number of `queries` that they are taken over."""
+        """`cosine` and `overlap` as means, and the number of `queries` that they are taken over.
+
+        `kascade`, where it is known, is a triangle with its diagonal: a layer's score under its own selection, of which
+        nothing is lost, is its importance.
+        """
         triangles = {"cosine": self.cosine, "overlap": self.overlap}
-        means = {name: [[x / self.queries for x in row] for row in rows] for name, rows in triangles.items()}
+        means: dict[str, Any] = {
+            name: [[x / self.queries for x in row] for row in rows] for name, rows in triangles.items()
+        }
+        if self.importance:
+            importance = [x / self.sequences for x in self.importance]
+            means["kascade"] = [
+                [*(kept / self.sequences * weight for kept in row), weight]
+                for row, weight in zip(self.kept, importance, strict=True)
+            ]
         return {**means, "queries": self.queries}
 
 
@@ -213,6 +235,8 @@ class RunRecord(Record):
                 (first, _), known = event["sequences"], self.similarity_sums.sequences
                 if first != known:
                     raise FieldError(f"similarity of sequence {first} behind {known} sequences")
+                if (event.get("kept") is None) != (event.get("importance") is None):
+                    raise FieldError("kept and importance are there together or not at all")
             elif kind == "fisher":
                 (first, last), known = event["sequences"], len(self.fisher.true)
                 if first != known or not len(event["drawn"]) == len(event["true"]) == last - first:

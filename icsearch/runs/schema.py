@@ -176,6 +176,8 @@ def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "queries": whole(1),
             "cosine": triangle,
             "overlap": triangle,
+            "kept": optional(triangle),
+            "importance": optional(list_of(NUMBER, num_layers)),
             "numerics": optional(OBJECT),
             **_COST,
         },

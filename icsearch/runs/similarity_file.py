@@ -26,7 +26,6 @@ from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
-_ARRAYS = ("cosine", "overlap")
 _HEADER_BYTES = 4096  # far more than numpy writes before an array
 _ROUNDING = 1e-6  # by which a mean cosine may pass 1
 _MANIFEST_FIELDS = {
@@ -36,16 +35,34 @@ _MANIFEST_FIELDS = {
     "calibration": TEXT,
     "numerics": optional(OBJECT),
 }
+_ARRAYS, _KASCADE = ("cosine", "overlap"), "kascade"  # which is left out where it was not measured
 _NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "block_elements", "threads")
+
+
+def _is_share(square: Any) -> bool:
+    return bool((np.abs(square) <= 1 + _ROUNDING).all())
+
+
+def _is_kascade(square: Any) -> bool:
+    """Whether no layer keeps more of its attention than all of it, which counts as the importance on the diagonal."""
+    importance = square.diagonal()[:, None]
+    return bool(((square >= 0) & (square <= importance * (1 + _ROUNDING)) & (importance <= 2 + _ROUNDING)).all())
+
+
+_FITTING = {
+    **dict.fromkeys(_ARRAYS, (_is_share, "from -1 to 1 alone")),
+    _KASCADE: (_is_kascade, "from 0 to 2 alone, the largest of each row on the diagonal"),
+}
 
 
 def save_similarity(out: Path, record: RunRecord) -> None:
     """similarity.npz (lower triangles, zeros above) and similarity.json, which says what they belong to.
 
-    A similarity that was read from a file keeps the numerics that it was measured with there.
+    `kascade` has a diagonal too, see `SimilaritySums.means`; it is left out where it was not measured. A similarity
+    that was read from a file keeps the numerics that it was measured with there.
     """
     means = record.similarity_sums.means()
-    arrays = {name: square_of(means[name]) for name in _ARRAYS}
+    arrays = {name: square_of(means[name]) for name in (*_ARRAYS, _KASCADE) if name in means}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     write_atomically(out / "similarity.npz", buffer.getvalue())
@@ -105,42 +122,53 @@ def read_similarity(path: Path, start: Event) -> Event:
     if manifest["format"] != SIMILARITY_FORMAT or found != wanted:
         other = [name for name in found if found[name] != wanted[name]] or ["format"]
         raise IcsearchError(f"{path} belongs to another {' and another '.join(other)}: {advice}")
-    queries = manifest["queries"]
+    queries, sequences = manifest["queries"], len(start["tokens"])
+    squares = _read_squares(path, start["num_layers"])
     return {
         "event": "similarity",
-        "sequences": [0, len(start["tokens"])],
+        "sequences": [0, sequences],
         "queries": queries,
         "numerics": strict(manifest.get("numerics") or {}),
-        **{
-            name: [row[:layer] for layer, row in enumerate((square * queries).tolist())]
-            for name, square in _read_squares(path, start["num_layers"]).items()
-        },
+        **{name: _triangle(squares[name] * queries) for name in _ARRAYS},
+        **(_kascade_sums(squares[_KASCADE], sequences) if _KASCADE in squares else {}),
         "layer_sequences": 0,
         "seconds": 0.0,
     }
 
 
+def _kascade_sums(kascade: Any, sequences: int) -> dict[str, Any]:
+    """Its two factors, summed over sequences; what a layer without importance keeps is not known, and plays no part."""
+    importance = kascade.diagonal()
+    kept = kascade / np.where(importance > 0, importance, 1.0)[:, None]
+    return {"kept": _triangle(kept * sequences), "importance": (importance * sequences).tolist()}
+
+
+def _triangle(square: Any) -> list[list[float]]:
+    return [row[:layer] for layer, row in enumerate(square.tolist())]
+
+
 def _read_squares(path: Path, layers: int) -> dict[str, Any]:
-    """`cosine` and `overlap` of a similarity.npz, float64 [layers, layers] each; raises IcsearchError.
+    """The arrays of a similarity.npz, float64 [layers, layers] each; raises IcsearchError.
 
     What is larger than that is not read: a small archive can hold arrays larger than memory.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            sizes = [arrays.zip.getinfo(f"{name}.npy").file_size for name in _ARRAYS]
+            names = [*_ARRAYS, *(name for name in arrays.files if name == _KASCADE)]
+            sizes = [arrays.zip.getinfo(f"{name}.npy").file_size for name in names]
             small = max(sizes) <= 8 * layers * layers + _HEADER_BYTES
-            squares = {name: arrays[name] for name in _ARRAYS} if small else {}
+            squares = {name: arrays[name] for name in names} if small else {}
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds by the kind of damage
         raise IcsearchError(
             f"cannot use {path} ({type(error).__name__}: {first_line(error)}): expected a similarity.npz of "
             "dp-baseline; leave --similarity out"
         ) from None
-    if any(squares.get(name, np.zeros(0)).shape != (layers, layers) for name in _ARRAYS):
+    if not squares or any(square.shape != (layers, layers) for square in squares.values()):
         raise IcsearchError(f"{path} is not {layers} x {layers}, the model's DSA layers: leave --similarity out")
     for name, square in squares.items():
-        if square.dtype != np.float64 or not (np.abs(square) <= 1 + _ROUNDING).all():
+        if square.dtype != np.float64 or not _FITTING[name][0](square):
             raise IcsearchError(
-                f"{name} of {path} does not hold float64 numbers from -1 to 1 alone: expected what dp-baseline wrote; "
+                f"{name} of {path} does not hold float64 numbers {_FITTING[name][1]}: expected what dp-baseline wrote; "
                 "leave --similarity out"
             )
     return squares

@@ -1,10 +1,17 @@
-"""Similarity and overlap of selections, by one sweep of the unmodified model (IndexCache paper, Appendices A and C).
+"""What layers lose under each other's selections, judged locally, by one sweep of the unmodified model.
+
+Similarity and overlap are those of the IndexCache paper (Appendices C and A).
 
 S[i][j], j < i: mean cosine similarity between layer i's core-attention output under its own selection and under
 layer j's, everything before layer i being the unmodified model. The tensor is the attention-weighted sum of the
 values, per token over the concatenated heads, before the output projection.
 O[i][j] = |T_i & T_j| / k, the share of a selection that two layers have in common.
 Both are means over the queries that see more than index_topk tokens: below that every selection is the same.
+Kascade's score (arXiv 2512.16391) is that of a method that shares top-k indices of dense attention; taken over to DSA:
+K[i][j] = W[i] x the attention weights, mean over the heads, that layer i under its own selection puts on tokens which
+layer j's has too: the minimum over these queries of a sequence, averaged over sequences. W[i], the importance, is
+1 - the cosine similarity of hidden states in front of decoder layer i and behind it: the mean over these queries of a
+sequence, averaged over sequences. It needs attention weights, which the block-wise arithmetic alone gives.
 """
 
 from __future__ import annotations
@@ -21,6 +28,7 @@ from torch.nn import functional
 from icsearch.core.errors import IcsearchError
 from icsearch.model.families.attention import Core
 from icsearch.model.families.calls import LayerCall
+from icsearch.model.kernels import LatentAttention
 from icsearch.model.model import DsaModel
 from icsearch.model.slot import SelectionStore
 from icsearch.runs.journal import Event
@@ -35,10 +43,12 @@ SmallSelection = tuple[torch.Tensor, torch.dtype]
 
 @dataclass
 class BatchSimilarity:
-    """Sums over all choosing queries of one batch."""
+    """Sums of one batch, over all choosing queries where nothing else is said."""
 
     cosine: Triangle = field(default_factory=list)
     overlap: Triangle = field(default_factory=list)
+    kept: Triangle = field(default_factory=list)  # over sequences; both empty without block-wise arithmetic
+    importance: list[float] = field(default_factory=list)
     queries: int = 0
     layer_sequences: int = 0
 
@@ -79,9 +89,12 @@ class SimilaritySweep:
         for index in range(len(self._dsa.layers)):
             with self._dsa.holding(index):
                 for through in passes:
+                    before = through.states
                     with self._dsa.observed(partial(self._observe, through)):
                         call = through.calls[index].on(through.batch.input_ids)
-                        through.states = self._dsa.run_layer(index, through.states, call, through.store)
+                        through.states = self._dsa.run_layer(index, before, call, through.store)
+                    if self._dsa.blockwise is not None and index in self._dsa.layer_indices:
+                        through.sums.importance.append(self._importance(before, through.states))
                     on_layer(len(through.batch.input_ids))
         for through in passes:
             batch, (sequences, length) = through.batch, through.batch.input_ids.shape
@@ -106,6 +119,7 @@ class SimilaritySweep:
                 "sequences": [batch.first, batch.last],
                 "cosine": sums.cosine,
                 "overlap": sums.overlap,
+                **({"kept": sums.kept, "importance": sums.importance} if sums.importance else {}),
                 "queries": sums.queries,
                 "layer_sequences": sums.layer_sequences,
                 "seconds": round(seconds / len(wave), 3),
@@ -120,19 +134,30 @@ class SimilaritySweep:
         """A DSA layer's own core attention [B, T, H, D], and what it would be under each earlier selection."""
         cosine: list[float] = []
         overlap: list[float] = []
+        kept: list[float] = []
+        kept_mass = core.kept_mass(selection, self._topk) if isinstance(core, LatentAttention) else None
         for small, dtype in through.earlier:
             earlier = small.to(self._dsa.device, dtype)
             own, borrowing = output.flatten(2).float(), core(earlier).flatten(2).float()  # heads concatenated
             similarity = functional.cosine_similarity(own, borrowing, dim=-1)  # [B, T]
             cosine.append(float(similarity[:, self._topk :].double().sum()))  # over the queries that choose
             overlap.append(float(selection_overlap(selection, earlier)[:, self._topk :].sum()))
+            if kept_mass is not None:
+                kept.append(float(kept_mass(earlier).amin(1).clamp_max(1.0).double().sum()))
         through.sums.cosine.append(cosine)
         through.sums.overlap.append(overlap)
+        if kept_mass is not None:
+            through.sums.kept.append(kept)
         small, dtype = selection, selection.dtype
         if dtype != torch.bool:  # a mask is small as it is
             signed = bool((selection < 0).any())
             small = selection.to(smallest_index_type(through.batch.input_ids.shape[1], signed))
         through.earlier.append((small.cpu() if self._keep_on_cpu else small, dtype))
+
+    def _importance(self, before: torch.Tensor, behind: torch.Tensor) -> float:
+        """1 - cosine of a layer's input and output [B, T, ...], mean over choosing queries, summed over sequences."""
+        similarity = functional.cosine_similarity(before.flatten(2).float(), behind.flatten(2).float(), dim=-1)
+        return float((1 - similarity[:, self._topk :].double()).clamp_min(0.0).mean(1).sum())
 
 
 def smallest_index_type(length: int, signed: bool = False) -> torch.dtype:

@@ -158,6 +158,39 @@ def test_gathered_attention_equals_the_formula(topk: int, block_elements: int) -
     torch.testing.assert_close(output.double(), naive_attention(inputs, 0.3), rtol=1e-5, atol=1e-5)
 
 
+def naive_weights(inputs: dict[str, torch.Tensor], scaling: float) -> list[list[dict[int, float]]]:
+    """For each sequence and query the weight of each selected token that it may see, in float64, mean over heads."""
+    double = {name: value.double() for name, value in inputs.items()}
+    found: list[list[dict[int, float]]] = []
+    for row, chosen in enumerate(inputs["selection"].tolist()):
+        found.append([])
+        for at, selected in enumerate(chosen):
+            tokens = [token for token in selected if token <= at]
+            latents = double["latents"][row, tokens]
+            weights = torch.zeros(len(tokens), dtype=torch.float64)
+            for head, up in enumerate(double["up_key"]):
+                keys = torch.cat([latents[:, :6] @ up.T, latents[:, 6:]], dim=-1)
+                weights += (keys @ double["query"][row, head, at] * scaling).softmax(0) / len(double["up_key"])
+            found[-1].append(dict(zip(tokens, weights.tolist(), strict=True)))
+    return found
+
+
+@pytest.mark.parametrize("block_elements", BLOCKS)
+@pytest.mark.parametrize("topk", [1, 8, 40])
+def test_weights_and_what_another_selection_keeps_of_them(topk: int, block_elements: int) -> None:
+    inputs = attention_inputs(topk=topk)
+    own, other = inputs["selection"], naive_selection(normal(2, 40, 40, seed=10), 6)
+    expected = naive_weights(inputs, 3.0)
+    del inputs["up_value"]
+    weights = ops.attention_weights(**inputs, scaling=3.0, block_elements=block_elements)
+    kept = ops.kept_mass(weights, own, other, 40, block_elements)
+    for row, at in itertools.product(range(2), range(40)):
+        found = dict(zip(own[row, at].tolist(), weights[row, at].tolist(), strict=True))
+        assert found == pytest.approx({token: expected[row][at].get(token, 0.0) for token in found}, abs=1e-6)
+        common = set(own[row, at].tolist()) & set(other[row, at].tolist())
+        assert float(kept[row, at]) == pytest.approx(sum(expected[row][at].get(t, 0.0) for t in common), abs=1e-6)
+
+
 def test_bfloat16_loses_no_more_than_its_inputs_and_outputs() -> None:
     """Scores in float32: what is left is the rounding of weights and sums, not that of scores of size 10."""
     inputs = {name: value if name == "selection" else value.bfloat16() for name, value in attention_inputs().items()}

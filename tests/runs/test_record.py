@@ -116,6 +116,14 @@ def dp_events() -> list[Event]:
     ]
 
 
+def kascade_events() -> list[Event]:
+    """The same with Kascade's score, of which the layers keep a half of layer 1's attention, and all of others'."""
+    start, first, second, *rest = dp_events()
+    kept = [[3 / (1 + (layer == 1))] * layer for layer in range(6)]
+    more = {"kept": kept, "importance": [0.3 * layer for layer in range(6)]}
+    return [start, {**first, **more}, {**second, **more}, *rest]
+
+
 def use(events: list[Event]) -> RunRecord:
     """Everything that a reader of a run asks for."""
     record = RunRecord.replay(events)
@@ -209,12 +217,36 @@ def test_other_waves_overlap_and_weights_read_are_counted() -> None:
     assert found.weight_bytes[0] == 1000 and cost(found)["weight_bytes"] == 1000
 
 
+def test_kascade_is_a_mean_over_sequences_times_a_mean_over_sequences() -> None:
+    """The events stand for 3 and 2 sequences, but hold the same sums."""
+    similarity = RunRecord.replay(kascade_events()).similarity
+    assert similarity is not None
+    kascade = similarity["kascade"]
+    assert [len(row) for row in kascade] == [1, 2, 3, 4, 5, 6]
+    assert [row[-1] for row in kascade] == pytest.approx([0.6 * layer / 5 for layer in range(6)])
+    assert kascade[1][0] == pytest.approx(3 / 5 * 0.6 / 5)
+    assert kascade[5][:5] == pytest.approx([6 / 5 * 0.6] * 5)
+
+
+@pytest.mark.parametrize("without", [1, 2])
+def test_without_the_score_of_some_sequences_there_is_none(without: int) -> None:
+    """As of a run that an earlier version began."""
+    events = kascade_events()
+    for name in ("kept", "importance"):
+        del events[without][name]
+    similarity = RunRecord.replay(events).similarity
+    assert similarity is not None and "kascade" not in similarity
+    events[without]["kept"] = [[0.5] * layer for layer in range(6)]
+    with pytest.raises(JournalError, match=f"journal line {without + 1} is damaged .*kept and importance"):
+        RunRecord.replay(events)
+
+
 def test_a_journal_that_does_not_begin_with_start() -> None:
     with pytest.raises(JournalError, match="line 1 is damaged .*expected start"):
         RunRecord.replay(fixture_events()[1:])
 
 
-@pytest.mark.parametrize("make", [fixture_events, dp_events])
+@pytest.mark.parametrize("make", [fixture_events, dp_events, kascade_events])
 @pytest.mark.parametrize("seed", range(110))
 def test_random_edits_are_replayed_or_refused(make: Callable[[], list[Event]], seed: int, tmp_path: Path) -> None:
     events, rng = make(), random.Random(seed)

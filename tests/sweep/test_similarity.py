@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,41 @@ def test_overlap_equals_sets(dsa: model.DsaModel) -> None:
                 for own, other in list(zip(a, b, strict=True))[TOPK:]
             ]
             assert found[i][j] == pytest.approx(sum(shares))
+
+
+def test_kascade_equals_whole_attention(family_checkpoint: Path) -> None:
+    """Attention of every head to every token, in float64, masked by sets; and the states in front and behind."""
+    blockwise = loading.load(open_checkpoint(str(family_checkpoint)), block_elements=2000)
+    (batch,) = random_batches(sequences=2, batch_size=2)
+    found = SimilaritySweep(blockwise, TOPK).run([batch])[0]
+    heard: list[tuple[torch.Tensor, torch.Tensor]] = []  # each layer's selection, and attention scores [B, H, T, T]
+
+    def hear(output: torch.Tensor, selection: torch.Tensor, core: Any) -> None:
+        key, _ = type(core.owner).expand_kv(core.owner, core.latents, core.rope_keys)
+        heard.append((selection, core.query.double() @ key.double().transpose(2, 3) * core.scaling))
+
+    store, importance = SelectionStore(Pattern.full(6)), []
+    with torch.inference_mode():
+        calls, states = blockwise.capture_calls(batch.input_ids), blockwise.embed(batch.input_ids)
+        for index in range(6):
+            before = states.double()
+            with blockwise.observed(hear):
+                states = blockwise.run_layer(index, states, calls[index], store)
+            cosine = (before * states).sum(-1) / before.norm(dim=-1) / states.double().norm(dim=-1)
+            importance.append(float((1 - cosine)[:, TOPK:].mean(1).sum()))
+    assert found.importance == pytest.approx(importance, rel=1e-5)
+    queries = range(TOPK, batch.input_ids.shape[1])
+    for i, (own, scores) in enumerate(heard):
+        masked = torch.full_like(scores, -torch.inf).scatter(-1, own[:, None].long().expand(*scores.shape[:3], -1), 0.0)
+        weights = (masked + scores)[:, :, TOPK:].softmax(-1).mean(1)  # [B, T - TOPK, T]
+        for j, (other, _) in enumerate(heard[:i]):
+            kept = [[float(weights[b, q - TOPK, other[b, q].long()].sum()) for q in queries] for b in range(2)]
+            assert found.kept[i][j] == pytest.approx(sum(min(of_sequence) for of_sequence in kept), abs=1e-6), (i, j)
+
+
+def test_without_attention_weights_there_is_no_score(dsa: model.DsaModel) -> None:
+    events = SimilaritySweep(dsa, TOPK).events(random_batches(sequences=2, batch_size=2), lambda _: None)
+    assert not {"kept", "importance"} & events[0].keys()
 
 
 def test_observing_changes_nothing(dsa: model.DsaModel) -> None:
