@@ -46,6 +46,7 @@ class Plain(Quiet):
         self._clock = RunClock()
         self._last_line = 0.0
         self._step: int | str | None = None
+        self._silent = True  # no loss will say how far the step at work is
 
     def info(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True)
@@ -61,23 +62,31 @@ class Plain(Quiet):
 
     def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
+        self._silent = patterns == 0
         if step != self._step:  # swaps are scored in rounds, and a smaller plan begins to score again
             self.info(_step_name(step) + (f": scoring {numbers.plural(patterns, 'pattern')}" if patterns else ""))
         self._step = step
 
     def layer_done(self, layer_sequences: int) -> None:
         self._clock.advance(layer_sequences)
+        if self._silent and self._step is not None:
+            self._how_far(self._step)
 
     def losses_known(self, record: RunRecord, step: int | str) -> None:
+        self._how_far(step, f", {best_so_far(record, step)}")
+
+    def _how_far(self, step: int | str, best: str = "") -> None:
+        """A line, unless there was one just now."""
         if time.monotonic() - self._last_line < SECONDS_BETWEEN_LINES:
             return
         self._last_line = time.monotonic()
         share = self._clock.step_done / max(self._clock.step_total, 1)
-        self.info(f"{_step_name(step)}: {share:.0%}, {best_so_far(record, step)}, {self._clock.remaining()}")
+        self.info(f"{_step_name(step)}: {share:.0%}{best}, {self._clock.remaining()}")
 
     def committed(self, record: RunRecord) -> None:
         last = len(record.commits) == record.start["options"]["num_shared"]
-        self.info(commit_line(record) + ("" if last else f", {self._clock.remaining()}"))
+        told = last or record.by_table  # a nested path is committed all at once
+        self.info(commit_line(record) + ("" if told else f", {self._clock.remaining()}"))
         super().committed(record)
 
     def tried(self, record: RunRecord) -> None:
@@ -120,6 +129,7 @@ class Live(Plain):
 
     def step_started(self, step: int | str, patterns: int, layer_sequences: int) -> None:
         self._clock.start_step(step, layer_sequences)
+        self._silent = patterns == 0
         if self._task is None:
             self._progress.start()
         else:
@@ -128,8 +138,10 @@ class Live(Plain):
         self._task = self._progress.add_task(description, total=layer_sequences, note="")
 
     def layer_done(self, layer_sequences: int) -> None:
-        super().layer_done(layer_sequences)
+        self._clock.advance(layer_sequences)
         self._progress.advance(self._task, layer_sequences)
+        if self._silent:
+            self._progress.update(self._task, note=self._clock.remaining())
 
     def losses_known(self, record: RunRecord, step: int | str) -> None:
         self._progress.update(self._task, note=f"{best_so_far(record, step)} · {self._clock.remaining()}")
@@ -150,11 +162,15 @@ class RunClock:
         self.total = self.done = self.step_total = self.step_done = 0
         self._measured = 0
         self._started: float | None = None
+        self._step: int | str | None = None
 
     def start_step(self, step: int | str, layer_sequences: int) -> None:
         self._started = self._started or time.monotonic()
         if isinstance(step, str):  # how long a refinement goes on nobody knows: time left is that of what is at work
             self.total = self.done + layer_sequences
+            if step != self._step:  # a backward pass is not as fast as what comes behind it
+                self._started, self._measured = time.monotonic(), 0
+        self._step = step
         self.step_total, self.step_done = layer_sequences, 0
 
     def advance(self, layer_sequences: int) -> None:
@@ -200,8 +216,9 @@ def best_so_far(record: RunRecord, step: int | str) -> str:
     if isinstance(step, str) and record.refinement is not None:
         return f"{numbers.plural(len(record.refinement.swaps), 'swap')} made"
     if isinstance(step, str):
-        done = min(map(len, record.nll.values()))
-        return f"{done} of {len(record.tokens)} sequences"
+        known = record.heldout if step == HELDOUT_SET and record.heldout is not None else record
+        done = min(map(len, known.nll.values()))
+        return f"{done} of {len(known.tokens)} sequences"
     patterns = record.asked[step]
     if step:
         furthest = max(len(record.nll[letters]) for letters in patterns)

@@ -12,6 +12,7 @@ from icsearch.report.canvas import INK, MUTED, PALETTE, SERIES, drawing, fit, ne
 from icsearch.report.fisher_view import FINALIST, FLIP, PATH, UNIFORM, FisherView, Measured
 from icsearch.report.tables import Cell, Row, Table, make_table, with_note
 from icsearch.report.view import RunView
+from icsearch.runs import results
 from icsearch.runs.record import RunRecord
 
 if TYPE_CHECKING:
@@ -144,13 +145,11 @@ def path_table(view: RunView, fisher: FisherView) -> Table:
 
 def cost_rows(record: RunRecord, cost: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The parts of the layer evaluations, and what exact greedy would have taken."""
-    parts = {"table": record.fisher.layer_sequences, **record.fisher.measuring}
-    rows = [
-        (f"of these, {part}", numbers.count(round(spent / len(record.tokens))), "counted")
-        for part, spent in parts.items()
-    ]
+    parts = results.table_parts(record)
+    rows = [(f"of these, {part}", numbers.count(evaluations), "counted") for part, evaluations in parts.items()]
     if (exact := cost["exact_layer_evaluations"]) is not None:
         rows.append(("layer evaluations of exact greedy", numbers.count(exact), "counted, not run"))
         rows.append(("exact greedy / done", numbers.ratio(exact / max(cost["layer_evaluations"], 1)), "counted"))
-    rows.append(("time spent on the table", numbers.duration(cost["table_seconds"]), "measured"))
+    if record.fisher.layer_sequences:
+        rows.append(("time spent on the table", numbers.duration(cost["table_seconds"]), "measured"))
     return rows

@@ -167,10 +167,10 @@ def _ranks(ranked: Ranked) -> str:
 def table_cost(record: RunRecord) -> str:
     """What a search on a second-order table took, part by part, against what exact greedy takes."""
     cost, layers = results.cost(record), record.start["decoder_layers"]
-    parts = {"table": record.fisher.layer_sequences, **record.fisher.measuring}
-    told = ", ".join(f"{part} {numbers.count(round(spent / len(record.tokens)))}" for part, spent in parts.items())
+    told = [f"{part} {numbers.count(evaluations)}" for part, evaluations in results.table_parts(record).items()]
+    told = [*told, *([] if record.fisher.layer_sequences else ["the table is an earlier run’s"])]
     done, exact = cost["layer_evaluations"], cost["exact_layer_evaluations"]
-    text = f"{numbers.count(done)} layer evaluations, as many as in {done / layers:.1f} forwards ({told})"
+    text = f"{numbers.count(done)} layer evaluations, as many as in {done / layers:.1f} forwards ({', '.join(told)})"
     if exact is None or not record.finished:
         return f"{text}."
     times = f"{exact / max(done, 1):.1f} times as many"

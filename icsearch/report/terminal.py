@@ -70,6 +70,9 @@ def summary_table(record: RunRecord) -> RenderableType:
         parts.append(_steps(view))
     if view.kink is not None:
         parts.append(Text(sentences.kink_sentence(view)))
+    if view.fisher is not None and view.points:
+        fisher = (sentences.found_where(view), sentences.foretold(view.fisher), sentences.table_cost(record))
+        parts += [Text(sentence) for sentence in fisher if sentence]
     notes = [f"=n: n other layers {sentences.tied(view)}."] if view.ties else []
     if read := sentences.weights_sentence(record):
         notes.append(f"Weights read: {read}")
@@ -78,31 +81,37 @@ def summary_table(record: RunRecord) -> RenderableType:
 
 
 def _losses(view: RunView) -> Table:
-    table = _table("pattern", "F layers", "loss", "delta to baseline")
+    by_table = view.record.by_table
+    table = _table("pattern", "F layers", "loss", "delta to baseline", *(["KL to baseline"] if by_table else []))
     points = [("baseline", view.points[0])]
     if view.final.step:
-        points.append(("chosen by similarity" if view.by_similarity else "searched", view.points[-1]))
+        on_curve = "nested path" if by_table and view.off_curve else "searched"
+        points.append(("chosen by similarity" if view.by_similarity else on_curve, view.points[-1]))
     if view.off_curve is not None:
-        points.append(("searched, then swaps", view.off_curve))
+        swapped = view.record.refinement is not None and view.record.refinement.swaps
+        points.append(("searched, then swaps" if swapped else "searched, off the path", view.off_curve))
     for name, point in points:
-        delta = numbers.difference(point.difference) if point.step else ""
-        table.add_row(name, str(point.full), numbers.loss(point.loss), delta)
+        cells = [numbers.difference(point.difference), *(_kl(view, point.pattern) if by_table else [])]
+        table.add_row(name, str(point.full), numbers.loss(point.loss), *(cells if point.step else []))
     for reference in view.references:
         same = " (as many F)" if reference is view.same_retention else ""
-        full = str(reference.full)
-        delta = numbers.difference(reference.difference)
-        table.add_row(f"{reference.label}{same}", full, numbers.loss(reference.loss), delta)
+        cells = [numbers.difference(reference.difference), *(_kl(view, reference.pattern) if by_table else [])]
+        table.add_row(f"{reference.label}{same}", str(reference.full), numbers.loss(reference.loss), *cells)
     return table
 
 
+def _kl(view: RunView, pattern: Pattern) -> list[str]:
+    return [numbers.difference(view.record.mean_kl(pattern.letters), sign=False)]
+
+
 def _steps(view: RunView) -> Table:
-    by_kl = ["KL"] if view.record.by_kl else []
-    gap = 0 if by_kl else 1  # one place less between the columns, where there is one more
-    table = _table("step", "layer", "F", "loss", "delta ± std_err", *by_kl, "tie", "pattern", gap=gap)
+    more = [*(["KL"] if view.record.has_kl else []), *([] if view.record.by_table else ["tie"])]
+    gap = 0 if view.record.has_kl else 1  # one place less between the columns, where there is one more
+    table = _table("step", "layer", "F", "loss", "delta ± std_err", *more, "pattern", gap=gap)
     left_out = len(view.steps) - FIRST_ROWS - LAST_ROWS if len(view.steps) > ROWS_SHOWN else 0
     for index, point in enumerate(view.steps):
         if left_out and index == FIRST_ROWS:
-            table.add_row("…", "…", "…", "…", f"{left_out} more in curve.csv", *("…" for _ in by_kl), "", "…")
+            table.add_row("…", "…", "…", "…", f"{left_out} more in curve.csv", *("…" for _ in more), "…")
         if not left_out or not FIRST_ROWS <= index < FIRST_ROWS + left_out:
             ties = len(view.record.commits[point.step - 1].ties)
             table.add_row(
@@ -112,7 +121,7 @@ def _steps(view: RunView) -> Table:
                 numbers.loss(point.loss),
                 numbers.difference(point.difference),
                 *([numbers.compact(point.kl.delta)] if point.kl else []),
-                f"={ties}" if ties else "",
+                *([] if view.record.by_table else [f"={ties}" if ties else ""]),
                 _around_flip(point.pattern, point.layer or 0, KL_PATTERN_WIDTH if point.kl else PATTERN_WIDTH),
             )
     return table

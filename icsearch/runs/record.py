@@ -316,8 +316,9 @@ class RunRecord(Record):
         asked = self.asked.setdefault(step, [])
         asked += [letters for letters in dict.fromkeys(event["patterns"]) if letters not in asked]
         self.scored[step] = self.scored.get(step, 0) + len(event["patterns"]) * (last - first)
-        if self.by_table and step > 0:
+        if self.by_table:
             part, measuring = FISHER_PARTS[min(len(self.proposals), 2)], self.fisher.measuring
+            part = "swaps" if step == REFINING else part if step else "baseline and uniform"
             measuring[part] = measuring.get(part, 0) + event["layer_sequences"]
         self._add_cost(event, step)
 

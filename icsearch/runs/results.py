@@ -77,6 +77,16 @@ def _table_cost(record: RunRecord) -> dict[str, Any]:
     }
 
 
+def table_parts(record: RunRecord) -> dict[str, int]:
+    """The layer evaluations of a search on a second-order table, by its parts."""
+    heldout, sequences = record.heldout, len(record.tokens)
+    spent = {"table": record.fisher.layer_sequences, **record.fisher.measuring}
+    parts = {part: round(each / sequences) for part, each in spent.items() if each}  # no table: an earlier run's
+    if heldout is not None and heldout.layer_sequences:
+        parts["held out"] = round(heldout.layer_sequences / len(heldout.tokens))
+    return parts
+
+
 def weights_read(record: RunRecord) -> dict[str, Any]:
     """Bytes of streamed weights that were read, in all and in a committed step on average; nothing where none were.
 
