@@ -64,7 +64,10 @@ class Plain(Quiet):
         self._clock.start_step(step, layer_sequences)
         self._silent = patterns == 0
         if step != self._step:  # swaps are scored in rounds, and a smaller plan begins to score again
-            self.info(_step_name(step) + (f": scoring {numbers.plural(patterns, 'pattern')}" if patterns else ""))
+            self.info(
+                _step_name(step)
+                + (f": scoring {numbers.plural(patterns, 'pattern')}" if patterns else ": every layer, forth and back")
+            )
         self._step = step
 
     def layer_done(self, layer_sequences: int) -> None:
@@ -216,9 +219,8 @@ def best_so_far(record: RunRecord, step: int | str) -> str:
     if isinstance(step, str) and record.refinement is not None:
         return f"{numbers.plural(len(record.refinement.swaps), 'swap')} made"
     if isinstance(step, str):
-        known = record.heldout if step == HELDOUT_SET and record.heldout is not None else record
-        done = min(map(len, known.nll.values()))
-        return f"{done} of {len(known.tokens)} sequences"
+        scored = record.heldout if step == HELDOUT_SET and record.heldout is not None else record
+        return f"{min(map(len, scored.nll.values()))} of {len(scored.tokens)} sequences"
     patterns = record.asked[step]
     if step:
         furthest = max(len(record.nll[letters]) for letters in patterns)
