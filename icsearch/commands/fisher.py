@@ -28,6 +28,7 @@ from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Progress, Scoring, run_proposals, run_refinement
 from icsearch.search.protocol import SearchTask
 from icsearch.search.registry import make_strategy
+from icsearch.search.second_order import DRAWS
 from icsearch.sweep.branches import Batch, cut_waves
 from icsearch.sweep.distributed.launch import HELDOUT, check_device, grids
 from icsearch.sweep.fisher import FisherSweep
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from icsearch.sweep.distributed.world import World
 
 METHOD = {"method": "fisher", "strategy": "second-order"}
-DEFAULT_DRAWS = 4
 
 
 def fisher(
@@ -75,7 +75,7 @@ def _start(request: FisherRequest, inputs: Inputs, existing: list[Event]) -> Eve
     request = request.settled(part_of(existing, "options"))
     draws = request.draws or part_of(existing, "options").get("draws")
     if draws is None:
-        draws = draws_of(request.table) if request.table else DEFAULT_DRAWS
+        draws = draws_of(request.table) if request.table else DRAWS
     method = {
         **METHOD,
         "objective": request.objective,

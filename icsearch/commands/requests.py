@@ -38,6 +38,7 @@ from icsearch.model.shape import CPU, DISK, RESIDENT
 from icsearch.planning.devices import parse_rate
 from icsearch.search.greedy import split_stages
 from icsearch.search.registry import EXACT, STRATEGIES
+from icsearch.search.second_order import FINALISTS, ROUNDS
 from icsearch.sweep.distributed.launch import pipeline_blocks
 
 KL = "kl"
@@ -340,8 +341,10 @@ class FisherRequest(SearchRequest):
     draws: Annotated[
         int | None, Option("Label draws a sequence", SEARCH, "R", default="4, or the table's", least=1, most=MOST_DRAWS)
     ] = None
-    finalists: Annotated[int, Option("Patterns measured a round", SEARCH, "M", least=1, most=MOST_FINALISTS)] = 8
-    rounds: Annotated[int, Option("Rounds at most; they end when one helps no more", SEARCH, "N", least=1)] = 4
+    finalists: Annotated[int, Option("Patterns measured a round", SEARCH, "M", least=1, most=MOST_FINALISTS)] = (
+        FINALISTS
+    )
+    rounds: Annotated[int, Option("Rounds at most; they end when one helps no more", SEARCH, "N", least=1)] = ROUNDS
     table: Annotated[Path | None, Option("That of an earlier run on the same batches", SEARCH, "FILE.npz")] = None
     confirm_on: Annotated[
         str | None, Option("Held-out sequences that choose among the best", SEARCH, "SOURCE", read=str)
@@ -351,6 +354,11 @@ class FisherRequest(SearchRequest):
         super().__post_init__()
         if self.refine is not None and self.confirm_on is not None:
             raise IcsearchError("--confirm-on and --refine both choose on held-out sequences: give one of them")
+
+    @property
+    def num_stages(self) -> int:
+        """By default one: processes that share layers change nothing here."""
+        return 1 if self.stages is None else self.stages
 
     @property
     def heldout_source(self) -> str | None:

@@ -24,9 +24,12 @@ from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
 from icsearch.planning.rehearsal import Sweep, Workload, layer_evaluations
 from icsearch.planning.work import Widths, layer_work
 from icsearch.search.registry import STRATEGIES
+from icsearch.search.second_order import DRAWS
 from icsearch.sweep.distributed.launch import Grid, can_be_cut
+from icsearch.sweep.states import LayerRuns
 
 SECONDS_AN_HOUR = 3600.0
+FISHER = "fisher"  # beside the strategies of greedy
 INDEX_SCORES, ATTENTION, REST, HEAD = "index scores", "attention", "projections, experts", "LM head"
 
 
@@ -111,7 +114,9 @@ class Placement:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one strategy takes in one placement. Layer evaluations are of one layer over all sequences.
+    """What `fisher`, or a strategy of greedy's, takes in one placement, in steps or sweeps.
+
+    Layer evaluations are of one layer over all sequences.
 
     `layer_evaluations`, `flops`, `weight_bytes` (read in the whole search) and `hours`: the likely course, rehearsed;
     `most_*`: bounds. `computing_hours` of the slowest place, and `bringing_hours` of its weights, are what `hours` is
@@ -147,10 +152,10 @@ class Plan:
 
     @property
     def best(self) -> tuple[Placement, Forecast]:
-        """The placement on which the first strategy, exact, is fastest; of those within 1%, the simplest one."""
-        fastest = min(exact.hours for exact, *_ in self.forecasts.values())
-        exact = ((placement, first) for placement, (first, *_) in self.forecasts.items())
-        return next((placement, forecast) for placement, forecast in exact if forecast.hours <= 1.01 * fastest)
+        """The placement on which the search on the table is fastest; of those within 1%, the simplest one."""
+        fastest = min(fisher.hours for fisher, *_ in self.forecasts.values())
+        fisher = ((placement, first) for placement, (first, *_) in self.forecasts.items())
+        return next((placement, forecast) for placement, forecast in fisher if forecast.hours <= 1.01 * fastest)
 
 
 def make_plan(case: Case) -> Plan:
@@ -165,11 +170,14 @@ def make_plan(case: Case) -> Plan:
 
     def forecast(placement: Placement, name: str) -> Forecast:
         per_sweep, course = placement.memory.patterns_per_sweep, Course(case, placement, clock)
-        sweeps, bound = likely(name, per_sweep, placement.kept.keeping.stride), most(name, per_sweep)
+        if name == FISHER:
+            sweeps = bound = [*clock.table(DRAWS), *case.workload.proposed(per_sweep, case.workload.keeping())]
+        else:
+            sweeps, bound = likely(name, per_sweep, placement.kept.keeping.stride), most(name, per_sweep)
         hours, computing, bringing = (seconds / SECONDS_AN_HOUR for seconds in course.seconds(sweeps))
         return Forecast(
             strategy=name,
-            steps=case.workload.num_shared,
+            steps=len(sweeps) if name == FISHER else case.workload.num_shared,
             layer_evaluations=layer_evaluations(sweeps),
             most_layer_evaluations=layer_evaluations(bound),
             flops=clock.flops(sweeps) * case.batches,
@@ -182,7 +190,7 @@ def make_plan(case: Case) -> Plan:
             bringing_hours=bringing,
         )
 
-    forecasts = {each: tuple(forecast(each, name) for name in STRATEGIES) for each in fitting}
+    forecasts = {each: tuple(forecast(each, name) for name in (FISHER, *STRATEGIES)) for each in fitting}
     return Plan(case, tuple(placements), forecasts)
 
 
@@ -267,6 +275,7 @@ class Clock:
     def __init__(self, case: Case) -> None:
         call, device, in_float32 = case.call, case.device, case.call.dtype_bytes == FLOAT
         self.flops_of: dict[bool, list[float]] = {True: [], False: []}
+        self.attention_flops: list[float] = []
         self.seconds_of: dict[bool, list[float]] = {True: [], False: []}
 
         def roofline(*phases: Phase) -> float:
@@ -277,6 +286,8 @@ class Clock:
                 phases = layer_phases(call, index, full)
                 self.flops_of[full].append(sum(phase.flops for phase in phases))
                 self.seconds_of[full].append(roofline(*phases))
+                if full:
+                    self.attention_flops.append(next(phase.flops for phase in phases if phase.name == ATTENTION))
         head = head_phase(call)
         self.head_flops, self.head_seconds = head.flops, roofline(head)
 
@@ -285,6 +296,20 @@ class Clock:
         runs, last = sweep.runs, block.stop == len(costs[True])
         layers = sum(runs.full[i] * costs[True][i] + runs.shared[i] * costs[False][i] for i in block)
         return layers + (sweep.patterns * head if last else 0)
+
+    def table(self, draws: int) -> list[Sweep]:
+        """The second-order table as two passes: forth, and back, where each layer runs again and is differentiated.
+
+        Taking one of draws + 1 gradients back costs the FLOPs of running the layer on another layer's selection, but
+        that attention is computed once more; so does each pair of layers' core attention cost its part of such a run.
+        """
+        layers = len(self.flops_of[True])
+        back = tuple(
+            round(2 + draws + (index + draws + 1) * self.attention_flops[index] / self.flops_of[False][index])
+            for index in range(layers)
+        )
+        nothing, once = (0,) * layers, (1,) * layers
+        return [Sweep(0, LayerRuns(once, nothing)), Sweep(draws + 1, LayerRuns(nothing, back))]
 
     def flops(self, sweeps: Sequence[Sweep]) -> float:
         """Of one batch."""

@@ -99,9 +99,9 @@ def _placement(placement: Placement, forecasts: tuple[Forecast, ...]) -> dict[st
 
 def command(plan: Plan) -> str:
     """The command line of the recommended search, for a shell."""
-    best, forecast = plan.best
+    best, _ = plan.best
     case, grid = plan.case, best.grid
-    start = ["icsearch", "greedy"]
+    start = ["icsearch", "fisher"]
     if grid.size > 1:
         start = ["torchrun", "--nproc-per-node", str(grid.size), "-m", *start]
     options = {
@@ -111,7 +111,6 @@ def command(plan: Plan) -> str:
         "--batch-size": case.batch_size,
         "--num-shared": case.workload.num_shared,
         "--stages": case.workload.stages,
-        "--strategy": forecast.strategy,
         "--device": case.device.kind,
         "--dtype": case.dtype,
     }
@@ -191,15 +190,15 @@ def _memory_table(plan: Plan) -> RenderableType:
 def _time_table(plan: Plan) -> RenderableType:
     """Every placement that fits: what is read and computed, and how long that takes; a row for each strategy."""
     rows = _table(
-        "Layer evaluations, FLOPs, weights that a step reads: counted; time: estimated",
+        "Layer evaluations, FLOPs, weights read in all: counted; time: estimated",
         ("placement", "evaluations", "FLOPs", "reads", "a step", "in all", "waits for"),
     )
     best, _ = plan.best
     for placement, forecasts in plan.forecasts.items():
         for forecast in forecasts:
-            read = format_bytes(round(forecast.weight_bytes / forecast.steps))
+            read = format_bytes(round(forecast.weight_bytes))
             rows.add_row(
-                placement.words if forecast is forecasts[0] else f"  with {forecast.strategy}",
+                placement.words if forecast is forecasts[0] else f"  greedy, {forecast.strategy}",
                 str(forecast.layer_evaluations),
                 f"{forecast.flops:.1e}",
                 "once" if placement.offload == RESIDENT else read,

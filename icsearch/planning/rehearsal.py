@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, islice, product
 
 from icsearch.core.pattern import Pattern, references
 from icsearch.search.protocol import SearchTask, Strategy
 from icsearch.search.registry import make_strategy
+from icsearch.search.second_order import FINALISTS
 from icsearch.sweep.states import Keeping, LayerRuns, Rehearsal
 
 
@@ -110,6 +112,26 @@ class Workload:
             return layer_evaluations(added)
 
         preview(self._strategy(name), self._tokens, count)
+        return sweeps
+
+    def proposed(self, per_sweep: int, keeping: Keeping) -> list[Sweep]:
+        """The sweeps of a search on the second-order table behind the table: what it has measured, at most.
+
+        The path shares the first layers first, which leaves most to run; finalists differ from its end in one exchange,
+        and two rounds of them are counted: the second one, as a rule, finds nothing better.
+        """
+        rehearsal, flippable = Rehearsal(keeping, self.start), sorted(self.flippable)
+        sweeps = swept(rehearsal, [self.start, *self.references], per_sweep)
+        sweeps += swept(rehearsal, [self.start.flip(layer) for layer in flippable], per_sweep)
+        path = list(accumulate(flippable[: self.num_shared], Pattern.flip, initial=self.start))[1:]
+        sweeps += swept(rehearsal, path, per_sweep)
+        shared, full = flippable[: self.num_shared], flippable[self.num_shared :]
+        exchanged = [
+            Pattern.from_full_layers({*path[-1].full_layers} - {taken} | {given}, len(self.start))
+            for given, taken in islice(product(shared, reversed(full)), 2 * FINALISTS)
+        ]
+        for first in range(0, len(exchanged), FINALISTS):
+            sweeps += swept(rehearsal, exchanged[first : first + FINALISTS], per_sweep)
         return sweeps
 
     @property

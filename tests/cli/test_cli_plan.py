@@ -13,6 +13,7 @@ import pytest
 from test_cli import refused, run
 
 from icsearch.core.files import demo_checkpoint
+from icsearch.planning.forecast import FISHER
 from icsearch.planning.page import duration
 from icsearch.search.registry import STRATEGIES
 from plan_fixtures import DEEPSEEK, GLM
@@ -38,7 +39,7 @@ def test_a_plan_as_json_says_what_every_number_is(model: str, capsys: Capture) -
         memory = placement["memory"]
         assert memory["total"] == memory["weights"] + memory["states"] + memory["call"]
         assert placement["fits"] == (memory["missing"] == 0)
-        assert set(placement["strategies"]) == (set(STRATEGIES) if placement["fits"] else set())
+        assert set(placement["strategies"]) == ({FISHER, *STRATEGIES} if placement["fits"] else set())
     exact = next(one["strategies"]["exact"] for one in document["placements"] if one["fits"])
     assert {"layer_evaluations", "flops", "weight_bytes_per_step", "hours_per_step", "hours", "binds"} <= set(exact)
 
@@ -51,8 +52,8 @@ def test_a_plan_in_words(capsys: Capture) -> None:
         "counted",
         "estimated",
         "waits for",
-        "recommended:\nicsearch greedy",
-        "one device: exact is fastest there. It waits for computing: computing takes",
+        "recommended:\nicsearch fisher",
+        "one device: fisher is fastest there. It waits for computing: computing takes",
     ):
         assert " ".join(word.split()) in " ".join(out.split())
 
@@ -112,7 +113,7 @@ def test_times_are_in_the_unit_that_fits(seconds: float, text: str) -> None:
 def test_the_recommended_command_is_one_that_greedy_takes(capsys: Capture) -> None:
     document = planned(capsys, "demo", "--devices", "1xcpu", "--num-shared", 3, "--keep-full", "5,9")
     command = document["recommended"]["command"]
-    assert command.startswith("icsearch greedy demo --calibration ") and "--keep-full 5,9" in command
+    assert command.startswith("icsearch fisher demo --calibration ") and "--keep-full 5,9" in command
     options = [word for word in shlex.split(command) if word.startswith("--")]
     status, help_text, _ = run(capsys, "greedy", "--help")
     assert status == 0 and all(option in help_text for option in options)
@@ -166,7 +167,7 @@ def test_a_model_without_indexers_is_one_line(tmp_path: Path, capsys: Capture) -
 
 def test_the_command_of_several_processes_has_options_that_exist(capsys: Capture) -> None:
     command = planned(capsys, GLM, *LONG)["recommended"]["command"]
-    assert command.startswith("torchrun --nproc-per-node 8 -m icsearch greedy MODEL ") and "--offload " in command
+    assert command.startswith("torchrun --nproc-per-node 8 -m icsearch fisher MODEL ") and "--offload " in command
     options = [word for word in shlex.split(command) if word.startswith("--") and word != "--nproc-per-node"]
     help_text = run(capsys, "greedy", "--help")[1]
     assert all(option in help_text for option in options)

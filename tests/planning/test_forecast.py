@@ -25,6 +25,7 @@ from icsearch.planning.forecast import (
     INDEX_SCORES,
     REST,
     Case,
+    Clock,
     Forecast,
     Placement,
     Plan,
@@ -200,7 +201,7 @@ def test_batches_of_two_take_two_of_one() -> None:
 def of(plan: Plan, data: int = 1, pipeline: int = 1, offload: str = RESIDENT) -> Forecast:
     """Of exact."""
     wanted = (Grid(data, pipeline), offload)
-    return next(exact for one, (exact, *_) in plan.forecasts.items() if (one.grid, one.offload) == wanted)
+    return next(exact for one, (_, exact) in plan.forecasts.items() if (one.grid, one.offload) == wanted)
 
 
 def demo(devices: str = "2xcpu", sequences: int = 8, seq_len: int = 256, **more: Any) -> Plan:
@@ -217,7 +218,11 @@ def test_700b_models_on_one_node(name: str) -> None:
         assert bool(one.memory.missing) == (one not in plan.forecasts)
     best, forecast = plan.best
     assert best.total <= best.memory.budget < 141e9
-    assert forecast.hours <= 1.01 * min(exact.hours for exact, *_ in plan.forecasts.values())
+    assert forecast.hours <= 1.01 * min(fisher.hours for fisher, _ in plan.forecasts.values())
+    for fisher, exact in plan.forecasts.values():  # what the second-order table is for
+        assert 2 * fisher.layer_evaluations < exact.layer_evaluations
+        assert fisher.strategy == "fisher"
+        assert 2 * fisher.hours < exact.hours
 
 
 def test_more_sequences_take_longer() -> None:
@@ -256,7 +261,17 @@ def test_bounds_are_above_what_is_likely() -> None:
         for one in forecasts:
             assert one.layer_evaluations <= one.most_layer_evaluations
             assert one.flops <= one.most_flops and one.hours <= one.most_hours
-            assert one.steps == plan.case.workload.num_shared
+        assert forecasts[1].steps == plan.case.workload.num_shared
+
+
+def test_the_table_counts_each_layer_twice_and_every_gradient() -> None:
+    clock = Clock(demo().case)
+    forth, back = clock.table(draws=4)
+    assert forth.runs.full == (1,) * 16 and not any(forth.runs.shared)
+    assert not any(back.runs.full) and back.patterns == 5
+    assert all(runs >= 2 + 4 for runs in back.runs.shared)
+    assert back.runs.shared[15] > back.runs.shared[0]  # more earlier layers to borrow from
+    assert clock.table(draws=5)[1].runs.total >= back.runs.total + 16
 
 
 def test_weights_are_read_once_or_once_a_wave() -> None:
