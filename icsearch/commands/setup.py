@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -221,6 +222,7 @@ def memory_job(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> 
         heldout=inputs.heldout.num_sequences if inputs.heldout else 0,
         offload=request.offload,
         by_kl=measures_kl(options),
+        draws=options.get("draws", 0),
         may_offload_states=isinstance(request, SearchRequest),
     )
 
@@ -236,6 +238,7 @@ def machine_here(request: RunRequest, device_name: str, launch: Launch | None = 
         cpu_free=free_bytes(cpu),
         processes=launch.local_size,
         program=0 if device.type == "cuda" else resident_bytes(),
+        disk_free=shutil.disk_usage(request.out).free,
     )
 
 

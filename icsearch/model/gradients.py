@@ -9,7 +9,7 @@ goes on to queries and latents by blocks of queries (`ops.pull_back`), all cotan
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,37 +58,46 @@ def differentiate(
     handed: Any,
     selection: Any,
     call: LayerCall,
-    cotangents: Sequence[Cotangent],
+    cotangents: list[Cotangent],
 ) -> DifferentiatedLayer:
     """Run a decoder layer again from its entry, under the `selection` that it had, and take cotangents back through it.
 
     `states` [B, T, D] and `handed` are what it ran from (`families.calls.hand_on`); each cotangent is like `floating`
-    of what it returned. Raises ModelError in a family whose layers cannot be differentiated.
+    of what it returned, and is taken off the list, so that it goes as what becomes of it comes. Raises ModelError in a
+    family whose layers cannot be differentiated.
     """
     heard: list[tuple[torch.Tensor, Core]] = []
-    with torch.enable_grad():
-        states, handed = (map_tensors(each, _leaf) for each in (states, handed))
-        entry = floating(states, handed)
-        store = take_up(SelectionStore(dsa.start_pattern, replayed=True), handed)
-        store.selection = selection
-        with _differentiable(dsa, index), dsa.observed(lambda output, _, core: heard.append((output, core))):
-            output = dsa.run_layer(index, states, call, store)
-        returned = floating(output, hand_on(store, handed))
-    attended = [attention for attention, _ in heard]
+    states, handed = (map_tensors(each, _leaf) for each in (states, handed))
+    entry, found = floating(states, handed), list[Cotangent]()
     with _differentiable(dsa, index):
-        found = [ops.gradients(returned, entry, cotangent, needed=attended) for cotangent in cotangents]
+        with torch.enable_grad(), dsa.observed(lambda output, _, core: heard.append((output, core))):
+            returned = _run_again(dsa, index, states, handed, selection, call)
+        while cotangents:
+            cotangent, attended = cotangents.pop(0), [output for output, _ in heard]
+            found.append(ops.gradients(returned, entry, cotangent, needed=attended))
+    del returned  # with the graph of all that comes behind attention
     if not heard:
         return DifferentiatedLayer(found)
     ((own, core),) = heard
     attention = [gradients.pop() for gradients in found]
     if isinstance(core, LatentAttention):  # its output was a leaf: the rest of the way to the entry
-        rest = [ops.gradients(core.inputs, entry, pulled) for pulled in core.pull_back(selection, attention)]
-        found = [[a + b for a, b in zip(*both, strict=True)] for both in zip(found, rest, strict=True)]
-        own = own.detach()
-    else:  # the attention function may have another kernel where gradients are wanted
-        with torch.no_grad():
-            own = core(selection)
-    return DifferentiatedLayer(found, CoreAttention(own, attention, core))
+        pulled = core.pull_back(selection, attention)
+        for number, gradients in enumerate(found):
+            rest = ops.gradients(core.inputs, entry, pulled.pop(0))
+            found[number] = [a + b for a, b in zip(gradients, rest, strict=True)]
+        return DifferentiatedLayer(found, CoreAttention(own.detach(), attention, core.detached()))
+    with torch.no_grad():  # the attention function may have another kernel where gradients are wanted
+        return DifferentiatedLayer(found, CoreAttention(core(selection), attention, core))
+
+
+def _run_again(
+    dsa: DsaModel, index: int, states: torch.Tensor, handed: Any, selection: Any, call: LayerCall
+) -> list[torch.Tensor]:
+    """What a layer returns and hands on, as `floating`."""
+    store = take_up(SelectionStore(dsa.start_pattern, replayed=True), handed)
+    store.selection = selection
+    output = dsa.run_layer(index, states, call, store)
+    return floating(output, hand_on(store, handed))
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -167,6 +167,11 @@ class LatentAttention:
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """What gradients are taken of: query, latents, RoPE part of keys."""
         return self.query, self.latents, self.rope_keys
+
+    def detached(self) -> LatentAttention:
+        """The same without a graph."""
+        query, latents, rope_keys = (tensor.detach() for tensor in self.inputs)
+        return replace(self, query=query, latents=latents, rope_keys=rope_keys)
 
     def pull_back(self, selection: torch.Tensor, cotangents: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, ...]]:
         """For each cotangent [B, S, H, V], the gradients of `inputs`; each block of queries is computed once."""

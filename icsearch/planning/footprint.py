@@ -87,6 +87,62 @@ class Call:
             found["experts"] = self.tokens * (into_mlp + waiting) + pairs * max(inner, outer)
         return found
 
+    def back_moments(self, cotangents: int) -> dict[str, int]:
+        """As `moments`, of a layer that is differentiated (`model.gradients`) for so many cotangents, with these.
+
+        Weights have no gradient, so autograd keeps little of a projection: float32 inputs of norms, the gate, the up
+        projection and their product of an MLP, and outputs of experts. What comes back to attention waits for its
+        backward by blocks, and in float32 for the sum over them.
+        """
+        shape, width, hidden = self.shape, self.dtype_bytes, self.shape.hidden_size
+        chunk, pairs = min(self.tokens, EXPERT_CHUNK_TOKENS), self.tokens * shape.experts_per_token
+        state, attended = hidden * width, shape.heads * shape.v_head_dim * width
+        query = shape.heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
+        copy = 0 if width == FLOAT else hidden * FLOAT  # of a norm's input
+        # The entry, the selection; queries and latents, and attention; norms before and within it.
+        before = state + self.topk * INT + (query + shape.latent) * width + attended
+        before += copy + (shape.q_lora_rank + shape.latent) * FLOAT
+        norm = 4 * hidden * FLOAT  # of its backward
+        dense = 3 * shape.intermediate_size * width if shape.dense_layers else 0
+        graph, working = self.tokens * dense, self.tokens * max(norm, 2 * shape.intermediate_size * width)
+        again = 0
+        if shape.dense_layers < shape.layers:
+            kept = 3 * shape.moe_intermediate_size * width
+            graph = max(graph, pairs * (kept + state + 5 * LONG) + self.tokens * shape.shared_experts * kept)
+            working = max(working, pairs * 2 * hidden * FLOAT)
+            again = chunk * shape.experts_per_token * (state + 2 * hidden * FLOAT)
+        graph += self.tokens * hidden * FLOAT  # the norm behind attention
+        back = cotangents * (state + attended)  # to the entry and to attention
+        sums, own, block = self._attention_back(cotangents)
+        core, core_block = self._attention
+        changed = 2 * shape.heads * shape.v_head_dim * FLOAT  # attention's change, and its product with a gradient
+        return {
+            "again": self.tokens * (before + cotangents * state) + graph + again,
+            "behind attention": self.tokens * (before + back + state) + graph + working,
+            "attention": self.tokens * (before + back + sums) + max(block, self.tokens * (own if copy else 0)),
+            "before attention": self.tokens * (before + back + own + norm),
+            "pairs": self.tokens * (before + back + core + changed) + core_block,
+        }
+
+    def _attention_back(self, cotangents: int) -> tuple[int, int, int]:
+        """Of attention's backward, per token: float32 sums of all cotangents, and them in the model's type; a block.
+
+        In a block: gathered latents and their gradients, scores, weights and theirs; or dense scores and theirs.
+        """
+        shape, width = self.shape, self.dtype_bytes
+        query = shape.heads * (shape.qk_nope_head_dim + shape.qk_rope_head_dim)
+        own = cotangents * (query + shape.latent) * width
+        if not self.gathers:
+            seen = query + shape.heads * shape.v_head_dim  # keys and values
+            rows = self.batch_size * min(block_size(self.tokens, self.block_elements), self.seq_len)
+            sums = cotangents * (query + seen) * FLOAT + seen * width
+            return sums, own, rows * self.seq_len * (shape.heads * 4 * FLOAT + 2)
+        rows = self.batch_size * min(
+            block_size(self.batch_size * self.topk * shape.latent, self.block_elements), self.seq_len
+        )
+        in_block = (3 * shape.latent + 4 * shape.heads) * FLOAT + 3 * LONG
+        return cotangents * (query + shape.latent) * FLOAT, own, rows * self.topk * in_block
+
     @property
     def _attention(self) -> tuple[int, int]:
         """Per token: latents of one kind, or keys and values of every head; the output; the selection, if it is new.
@@ -118,6 +174,17 @@ def head_bytes(tokens: int, hidden_size: int, vocab_size: int, dtype_bytes: int,
     own = 0 if dtype_bytes == FLOAT else dtype_bytes  # float32 logits are not copied
     logits = chunk * vocab_size * (own + copies * FLOAT)
     return max(norm, tokens * hidden_size * dtype_bytes + logits)
+
+
+def drawing_bytes(tokens: int, hidden_size: int, vocab_size: int, dtype_bytes: int, cotangents: int) -> int:
+    """What labels' gradients at the last layer's states take: those states and gradients, and a chunk's logits.
+
+    A chunk of logits has its probabilities, two tables of scores, and 128 rows of sums in float64.
+    """
+    chunk = min(HEAD_CHUNK_TOKENS, tokens)
+    own = 0 if dtype_bytes == FLOAT else 2 * dtype_bytes
+    logits = chunk * vocab_size * (own + 4 * FLOAT) + min(chunk, 128) * vocab_size * 2 * LONG
+    return tokens * hidden_size * dtype_bytes * (1 + cotangents) + logits
 
 
 @dataclass(frozen=True)
@@ -156,6 +223,12 @@ class BatchShape:
         return sum(1 << (size - 1).bit_length() for size in self._state_tensors)
 
     @property
+    def entry_bytes(self) -> int:
+        """A layer's entry without the selection: hidden states, and what else layers hand on."""
+        states, _, *left = self._state_tensors
+        return states + sum(left)
+
+    @property
     def _state_tensors(self) -> list[int]:
         tokens = self.batch_size * self.seq_len
         selection = self.selection_bytes or min(self.index_topk, self.seq_len) * INT
@@ -188,6 +261,19 @@ class BatchShape:
             return max(self.call.bytes, head)
         per_pair = 2 * self.index_heads + self.index_head_dim + 3 + self.attention_heads
         return max(tokens * self.seq_len * per_pair * FLOAT, head)
+
+    def differentiated_bytes(self, cotangents: int) -> int:
+        """Estimate of what the table of second order takes of one batch at once, its entry and cotangents included.
+
+        Of the reference modules, attention's probabilities and their gradients are counted beside what a call takes.
+        """
+        tokens, hidden = self.batch_size * self.seq_len, self.streams * self.hidden_size
+        head = drawing_bytes(tokens, hidden, self.vocab_size, self.dtype_bytes, cotangents)
+        forth = self.layer_bytes + 2 * self.branch_bytes
+        if self.call is not None:
+            return max(head, forth, *self.call.back_moments(cotangents).values())
+        probabilities = tokens * self.seq_len * self.attention_heads * 4 * FLOAT
+        return max(head, forth + probabilities + 3 * cotangents * tokens * hidden * self.dtype_bytes)
 
 
 def blockwise_shape(call: Call, head_copies: int = NLL_HEAD_COPIES) -> BatchShape:

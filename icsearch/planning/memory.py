@@ -19,8 +19,10 @@ from icsearch.sweep.states import Keeping
 
 ALONE = Grid()  # one process
 AUTO = "auto"  # of where weights are: wherever they fit
+DEVICE = "device"  # of where a table's entries are, beside CPU and DISK
 MEMORY_SHARE = 0.8  # of what a device has free when the run starts
 SHARE_OF_CPU = 0.8  # of what is free there, for weights and states that are kept in it
+SHARE_OF_DISK = 0.5  # of what is free beside the run, for a table's entries
 FEWEST_BRANCHES = 3  # the trunk, a candidate, and the layer output that is just being made
 _ON_DEVICE = 2  # streamed layers at once: the one that runs, the one that is on its way
 _CONVERTING = 1  # on a CPU device, what reading a layer takes beside: its tensors as the shards hold them
@@ -58,6 +60,7 @@ class Machine:
     cpu_free: int
     processes: int = 1  # on the same machine
     program: int = 0  # measured: what the program itself has taken before the weights come; on CUDA not counted
+    disk_free: int = 0  # beside the run, for all of a machine
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Job:
     heldout: int = 0  # held-out sequences
     offload: str = AUTO
     by_kl: bool = False
+    draws: int = 0  # of a second-order table; 0: none is made
     may_offload_states: bool = True  # branch states, in CPU memory; what dp-baseline compares stays on the device
 
     def blocks(self, grid: Grid) -> list[range]:
@@ -120,6 +124,25 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class TablePlan:
+    """How a second-order table is made, in bytes: `layer_bytes` while one layer of one batch is differentiated.
+
+    `resting` of a wave: the entries of all layers and what they selected, on the device, in CPU memory or on disk
+    (`place`). `missing`: what even the roomiest place is short of for one batch.
+    """
+
+    place: str
+    batches_per_wave: int
+    layer_bytes: int
+    resting: int
+    missing: int = 0
+
+    @property
+    def on_device(self) -> int:
+        return self.layer_bytes + (self.resting if self.place == DEVICE else 0)
+
+
+@dataclass(frozen=True)
 class Memory:
     """The memory of a process: its budget and what it goes into, in bytes.
 
@@ -138,6 +161,7 @@ class Memory:
     in_cpu_memory: int = 0  # for branch states, where the device has no room for them; 0: they are on the device
     program: int = 0  # as of the machine
     along: int = 0  # patterns that run in every sweep beside those that are scored
+    table: TablePlan | None = None
     missing: int = 0
     refusal: str = ""
 
@@ -196,11 +220,20 @@ class Memory:
         return self.live_branches(patterns) * self.branch_bytes + kept
 
     def peak(self, patterns: int, kept: int) -> tuple[int, int]:
-        """Estimate of the most that the process has at once, and what of that is lost between tensors.
-
-        That is what, on the CPU, the C library's heap holds between them: see HEAP_SHARE.
+        """Estimate of the most that the process has at once while so many patterns are scored, and what of that is
+        lost between tensors.
         """
-        working = self.shape.layer_bytes + self.full_states + self.states(patterns, kept)
+        return self._process(self.shape.layer_bytes + self.full_states + self.states(patterns, kept))
+
+    @property
+    def table_peak(self) -> int:
+        """Estimate of the most that the process has at once while a table is made; 0 where none is."""
+        return self._process(self.table.on_device)[0] if self.table is not None else 0
+
+    def _process(self, working: int) -> tuple[int, int]:
+        """All of a process that works in so many bytes; and what, on the CPU, the C library's heap holds between
+        tensors: see HEAP_SHARE.
+        """
         tensor = self.shape.final_bytes * self.shape.batch_size
         lost = int(HEAP_SHARE * max(0.0, 1 - tensor / LARGEST_IN_HEAP) * working) if self.program else 0
         return self.program + self.weights + working + lost, lost
@@ -229,8 +262,11 @@ def fit(job: Job, machine: Machine, grid: Grid) -> Memory:
     """
     shape, least = job.shape, FEWEST_BRANCHES + 2 * grid.packets  # between processes trunk and candidate are on the way
 
+    differentiated = shape.differentiated_bytes(job.draws + 1) if job.draws else 0
+    needed = max(shape.layer_bytes + least * shape.branch_bytes, differentiated)
+
     def short(weights: int) -> int:
-        return weights + shape.layer_bytes + least * shape.branch_bytes - machine.budget
+        return weights + needed - machine.budget
 
     largest = max(job.blocks(grid), key=lambda block: sum(job.weights.layers[block.start : block.stop]))
     sizes, cpu_free = job.weights.of_block(largest), machine.cpu_free // machine.processes
@@ -243,13 +279,23 @@ def fit(job: Job, machine: Machine, grid: Grid) -> Memory:
     memory = Memory(machine.budget, weights, shape, 1, grid=grid, offload=offload, program=machine.program)
     if offload.missing:
         return replace(memory, missing=offload.missing * machine.processes, refusal=offload.why)
-    if short(weights) > 0:
-        needed = shape.layer_bytes + least * shape.branch_bytes
+
+    def refused(missing: int, for_what: str) -> Memory:
         refusal = (
             f"memory budget {format_bytes(machine.budget)} is too small: {format_bytes(weights)} of weights and about "
-            f"{format_bytes(needed)} for one candidate{shape.guess}; raise --memory, or lower --batch-size or --seq-len"
+            f"{for_what}{shape.guess}; raise --memory, or lower --batch-size or --seq-len"
         )
-        return replace(memory, missing=short(weights), refusal=refusal)
+        return replace(memory, missing=missing, refusal=refusal)
+
+    if short(weights) > 0:
+        what = "to differentiate a layer" if differentiated == needed else "for one candidate"
+        return refused(short(weights), f"{format_bytes(needed)} {what}")
+    if job.draws:
+        table = plan_table(job, machine, memory)
+        if table.missing:
+            entries = f"{format_bytes(differentiated)} to differentiate a layer, with {format_bytes(table.resting)}"
+            return refused(table.missing, f"{entries} for the entries of all layers")
+        memory = replace(memory, table=table)
     room = (machine.budget - weights - shape.layer_bytes) // shape.branch_bytes
     memory = replace(memory, patterns_per_sweep=(room - 2 - grid.packets) // (1 + grid.packets))
     batches = grid.batches_per_wave(-(-largest_share(job.sequences, shape.batch_size, grid) // shape.batch_size))
@@ -265,6 +311,33 @@ def fit(job: Job, machine: Machine, grid: Grid) -> Memory:
     whole = job.weights
     room = room_for_states(machine.cpu_free, machine.processes, offload.where, sum(whole.layers), whole.on_disk)
     return memory.offload_states(room, job.patterns, batches)
+
+
+def plan_table(job: Job, machine: Machine, memory: Memory) -> TablePlan:
+    """Where a table's entries rest between the way forth and back, and how many batches go that way together.
+
+    The fewest waves, for with streamed weights each reads all layers twice; among equals the nearest place.
+    """
+    shape, grid, streamed = job.shape, memory.grid, memory.offload.streamed
+    cotangents, layers = job.draws + 1, max(map(len, job.blocks(grid)))
+    layer = shape.differentiated_bytes(cotangents)
+    one = layers * shape.entry_bytes + shape.selections_bytes(len(job.layer_indices))
+    several = one + cotangents * shape.entry_bytes  # what a batch has while others of its wave are at work
+    batches = -(-largest_share(job.sequences, shape.batch_size, grid) // shape.batch_size)
+    wanted = grid.batches_per_wave(batches) if streamed else 1
+    rooms = {DEVICE: machine.budget - memory.weights - layer}
+    if not machine.on_cpu:
+        whole = job.weights
+        in_cpu_memory = room_for_states(
+            machine.cpu_free, machine.processes, memory.offload.where, sum(whole.layers), whole.on_disk
+        )
+        rooms[CPU] = in_cpu_memory * shape.branch_bytes // shape.pinned_bytes
+    rooms[DISK] = int(SHARE_OF_DISK * machine.disk_free) // machine.processes
+    waves = {place: min(wanted, room // several) or int(room >= one) for place, room in rooms.items()}
+    place = max(waves, key=waves.__getitem__)
+    together = max(1, waves[place])
+    missing = 0 if waves[place] else one - max(rooms.values())
+    return TablePlan(place, together, layer, one if together == 1 else together * several, missing)
 
 
 def largest_share(sequences: int, batch_size: int, grid: Grid) -> int:

@@ -11,7 +11,7 @@ from icsearch.core.pattern import Pattern
 from icsearch.core.text import format_bytes
 from icsearch.engines.pipeline import aligned_partition
 from icsearch.model.shape import CPU, DISK
-from icsearch.planning.memory import Kept, Memory
+from icsearch.planning.memory import DEVICE, Kept, Memory
 from icsearch.search.swaps import MAX_SWAPS
 
 Rows = list[tuple[str, str]]
@@ -80,6 +80,20 @@ def search_rows(plan: SearchPlan, start: dict[str, Any]) -> Rows:
         )
         rows.append(("refinement", text))
     return rows
+
+
+def table_rows(memory: Memory) -> Rows:
+    """What the second-order table takes of memory; nothing where none is made."""
+    table = memory.table
+    if table is None:
+        return []
+    where = {DEVICE: "on the device", CPU: "in pinned CPU memory", DISK: "on disk"}[table.place]
+    wave = f"{table.batches_per_wave} batches" if table.batches_per_wave > 1 else "one batch"
+    text = (
+        f"{format_bytes(table.layer_bytes)} while a layer is differentiated{memory.shape.guess}; the entries of all "
+        f"layers, {format_bytes(table.resting)} for {wave} at a time, {where} (estimate)"
+    )
+    return [("memory of the table", text)]
 
 
 def model_rows(start: dict[str, Any]) -> Rows:

@@ -19,6 +19,7 @@ from icsearch.core.files import naming
 from icsearch.core.pattern import Pattern
 from icsearch.model.families.calls import LayerCall, hand_on, map_tensors, take_up, tensors_of
 from icsearch.model.model import DsaModel
+from icsearch.model.shape import CPU, DISK
 from icsearch.model.slot import SelectionStore
 from icsearch.sweep.states import Keeping, StateStore
 
@@ -86,6 +87,13 @@ class OnDisk(OnDevice):
                 return tensor.to(self._device)
 
             return map_tensors(value.form, read)
+
+
+def make_place(name: str, device: torch.device, directory: Path) -> OnDevice:
+    """The place of this name: `cpu`, `disk` with its files in a directory, or else the device itself."""
+    if name == DISK:
+        return OnDisk(directory, device)
+    return InCpuMemory(device) if name == CPU else OnDevice()
 
 
 class _File:

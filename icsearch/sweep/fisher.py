@@ -183,7 +183,7 @@ class FisherSweep:
         states, more = (self._place.fetch(each) for each in through.entries.pop())
         position = self._position.get(index)
         selection = None if position is None else self._fetch(through.selections[position])
-        cotangents = _each(through.between.fetch, through.cotangents)
+        cotangents, through.cotangents = _each(through.between.fetch, through.cotangents), []
         call = through.calls[index].on(through.batch.input_ids)
         layer = differentiate(self._dsa, index, states, more, selection, call, cotangents)
         _check_finite(f"a gradient at decoder layer {index} is", through.batch, itertools.chain(*layer.entry))

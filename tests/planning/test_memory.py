@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from icsearch.core.errors import IcsearchError
+from icsearch.model.shape import CPU, DISK
 from icsearch.planning.footprint import BatchShape
 from icsearch.planning.memory import (
+    DEVICE,
     FEWEST_BRANCHES,
     HEAP_SHARE,
     SHARE_OF_CPU,
+    SHARE_OF_DISK,
     Job,
     Machine,
     Memory,
     Offload,
+    TablePlan,
     WeightSizes,
     choose_offload,
     plan_memory,
     plan_waves,
 )
-from icsearch.planning.rows import weight_rows
+from icsearch.planning.rows import table_rows, weight_rows
 from icsearch.sweep.distributed.launch import Grid
 
 SHAPE = BatchShape(
@@ -161,3 +166,85 @@ def test_states_that_rest_in_cpu_memory_leave_three_on_the_device() -> None:
     """Of one batch, as they are there; what rests is of a whole wave, and rounded up."""
     memory = Memory(10**6, 500, SHAPE, 2, in_cpu_memory=10**5, batches_per_wave=4)
     assert memory.peak(3, 70)[0] == 500 + SHAPE.layer_bytes + 3 * SHAPE.branch_bytes
+
+
+DRAWS, LAYERS = 4, (0, 1, 2, 3)
+LAYER = SHAPE.differentiated_bytes(DRAWS + 1)
+ENTRY = 2 * 100 * 32 * 2
+ONE = 4 * (ENTRY + 2 * 100 * 16)  # a batch's entries, and its selections in bytes
+SEVERAL = ONE + (DRAWS + 1) * ENTRY  # where others of its wave are at work, its cotangents too
+
+
+def table(room: int, offload: str = "none", sequences: int = 7, grid: Grid | None = None, **more: Any) -> TablePlan:
+    """With so many bytes of the device beside weights and one layer."""
+    job = Job(SHAPE, SIZES, LAYERS, sequences, offload=offload, draws=DRAWS)
+    machine = Machine(**{"on_cpu": True, "budget": 0, "cpu_free": 0, **more})
+    weights = plan_memory(job, replace(machine, budget=10**9), [grid or Grid()]).weights
+    found = plan_memory(job, replace(machine, budget=weights + LAYER + room), [grid or Grid()]).table
+    assert found is not None
+    return found
+
+
+def test_entries_rest_in_the_nearest_place_that_takes_them() -> None:
+    """Of resident weights one batch at a time."""
+    cpu_free = int(ONE * SHAPE.pinned_bytes / SHAPE.branch_bytes / SHARE_OF_CPU) + 2
+    disk_free = int(ONE / SHARE_OF_DISK) + 2
+    assert table(ONE) == TablePlan(DEVICE, 1, LAYER, ONE)
+    assert table(ONE - 1, disk_free=disk_free) == TablePlan(DISK, 1, LAYER, ONE)
+    rooms: dict[str, Any] = {"on_cpu": False, "cpu_free": cpu_free, "disk_free": disk_free}
+    assert table(ONE - 1, **rooms).place == CPU
+    assert table(ONE - 1, **{**rooms, "cpu_free": cpu_free - 10}).place == DISK
+    assert table(ONE, **rooms).place == DEVICE
+
+
+def test_streamed_weights_have_the_fewest_waves() -> None:
+    """As many batches as fit, on disk where they do not all fit nearer."""
+    disk_free = int(3 * SEVERAL / SHARE_OF_DISK) + 2
+    for room, place, together in ((4 * SEVERAL, DEVICE, 4), (3 * SEVERAL, DEVICE, 3), (2 * SEVERAL, DISK, 3)):
+        found = table(room, DISK, disk_free=disk_free)
+        assert (found.place, found.batches_per_wave, found.resting) == (place, together, together * SEVERAL)
+    alone = table(ONE, DISK)
+    assert (alone.place, alone.batches_per_wave, alone.resting) == (DEVICE, 1, ONE)
+    shared = table(4 * SEVERAL, DISK, grid=Grid(2, 1))  # 4 batches, 2 for each
+    assert shared.batches_per_wave == 2
+
+
+def test_a_table_without_room_is_refused() -> None:
+    job = Job(SHAPE, SIZES, LAYERS, 7, offload="none", draws=DRAWS)
+    with pytest.raises(
+        IcsearchError, match=r"memory budget .* 200 B of weights .* to differentiate a layer; raise --mem"
+    ):
+        plan_memory(job, Machine(True, SIZES.total + LAYER - 1, 0))
+    with pytest.raises(IcsearchError, match=r"differentiate a layer, with .* for the entries of all layers; raise --m"):
+        plan_memory(job, Machine(True, SIZES.total + LAYER + ONE - 1, 0))
+    assert plan_memory(job, Machine(True, SIZES.total + LAYER + ONE, 0)).table is not None
+
+
+def test_weights_are_streamed_where_only_the_table_has_no_room() -> None:
+    """The search beside it would fit with all weights."""
+    sizes = WeightSizes(outside=100, layers=(10**6,) * 4, on_disk=4 * 10**6)
+    job = Job(SHAPE, sizes, LAYERS, 7, draws=DRAWS)
+    budget = 3 * 10**6 + 100 + LAYER + ONE  # on a CPU device: two layers, and what reading one takes
+    assert plan_memory(replace(job, draws=0), Machine(True, sizes.total + LAYER, 0)).offload.where == "none"
+    found = plan_memory(job, Machine(True, budget, 0))
+    assert found.offload.where == DISK
+    assert found.table == TablePlan(DEVICE, 1, LAYER, ONE)
+
+
+def test_the_peak_of_a_table() -> None:
+    memory = Memory(10**6, 500, SHAPE, 2, table=TablePlan(DEVICE, 1, 1000, 70))
+    assert memory.table_peak == 1570
+    assert replace(memory, table=TablePlan(DISK, 1, 1000, 70)).table_peak == 1500
+    assert replace(memory, table=None).table_peak == 0
+    lost = int(HEAP_SHARE * (1 - 2 * 100 * 32 * 2 / 2**25) * 1070)
+    assert replace(memory, program=300).table_peak == 300 + 1570 + lost
+
+
+def test_a_row_says_where_entries_rest() -> None:
+    memory = Memory(10**6, 500, SHAPE, 2, table=TablePlan(DISK, 3, 10**6, 7 * 10**6))
+    ((_, text),) = table_rows(memory)
+    assert text == (
+        "1.0 MB while a layer is differentiated; the entries of all layers, 7.0 MB for 3 batches at a time, on disk "
+        "(estimate)"
+    )
+    assert table_rows(replace(memory, table=None)) == []

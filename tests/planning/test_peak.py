@@ -11,6 +11,7 @@ BENCHMARKS = Path(__file__).parent.parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import checkpoints  # noqa: E402
+import fisher_memory  # noqa: E402
 from measuring import run_child  # noqa: E402
 
 pytestmark = pytest.mark.alone
@@ -26,4 +27,19 @@ def test_the_peak_is_predicted_within_a_fifth(tmp_path: Path) -> None:
     found = run_child("memory.py", spec, threads=1)
     above = [found[name] - found["program_bytes"] for name in ("planned_bytes", "measured_bytes")]
     assert above[1] > 300e6  # it is no empty statement
+    assert found["planned_bytes"] == pytest.approx(found["measured_bytes"], rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read as Linux counts it")
+@pytest.mark.parametrize("place", ["device", "disk"])
+def test_the_peak_of_a_table_is_predicted_within_a_fifth(tmp_path: Path, place: str) -> None:
+    """Of few layers on a long sequence; with so little memory that the entries are on disk, too."""
+    spec = fisher_memory.spec_of("16384:1:1:32:4", None, tmp_path)
+    found = run_child("fisher_memory.py", spec, threads=1)
+    if place == "disk":
+        working = int(found["table_bytes"])
+        found = run_child("fisher_memory.py", {**spec, "memory": working}, threads=1)
+    assert found["place"] == place
+    assert found["measured_bytes"] - found["loaded_bytes"] > 100e6  # it is no empty statement
     assert found["planned_bytes"] == pytest.approx(found["measured_bytes"], rel=0.2)
