@@ -12,9 +12,13 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ stacks from the 
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import tiny
 
+# On a busy machine an example may take any time: no test is about that.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -27,7 +27,7 @@ from icsearch.model.model import DsaModel
 from icsearch.model.slot import IndexerSlot
 
 quiet_transformers()
-LAYERS, PROMPT, NEW = 6, 30, 8  # prompts are longer than index_topk (8)
+LAYERS, PROMPT, NEW = 6, 30, 12  # prompts are longer than index_topk (8)
 rng = random.Random(0)
 PATTERNS = ["FSSSSS", "FSFSFS", *("F" + "".join(rng.choices("FS", k=LAYERS - 1)) for _ in range(6))]
 

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from icsearch import __main__ as entry
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import load_run
@@ -79,9 +81,10 @@ class Running:
             time.sleep(0.0005)
         return self
 
-    def send(self, number: int) -> Running:
-        """Send a signal."""
-        os.kill(self.pid, number)
+    def send(self, *numbers: int) -> Running:
+        """Send signals. One that is stopped hears of all but SIGKILL once it goes on."""
+        for number in numbers:
+            os.kill(self.pid, number)
         return self
 
     @property
@@ -112,6 +115,14 @@ class Commands:
     def start(self, arguments: Sequence[object], before: Before | None = None) -> Running:
         """Start `icsearch` with these arguments; `before` is what is done in its process first."""
         return self.call(partial(command, tuple(map(str, arguments)), before))
+
+    def stopped(self, arguments: Sequence[object], run: Path, events: int) -> Running:
+        """Start a command that stops itself (SIGSTOP) once its RUN's journal has so many events; wait for that."""
+        running = self.start(arguments, partial(_stop_at_event, run, events))
+        process = psutil.Process(running.pid)
+        running.until(lambda: process.status() == psutil.STATUS_STOPPED)
+        assert running.alive, running.said
+        return running
 
     def call(self, target: Callable[[], object]) -> Running:
         """Start a function in a process of its own."""
@@ -181,10 +192,6 @@ def lines(run: Path) -> int:
     return whole_lines(run).count(b"\n")
 
 
-def has_lines(run: Path, count: int) -> Callable[[], bool]:
-    return lambda: lines(run) >= count
-
-
 def whole_lines(run: Path) -> bytes:
     """The journal up to its last newline; empty where there is none."""
     try:
@@ -192,6 +199,18 @@ def whole_lines(run: Path) -> bytes:
     except FileNotFoundError:
         return b""
     return data[: data.rfind(b"\n") + 1]
+
+
+def _stop_at_event(run: Path, events: int) -> None:
+    """In this process; whoever sends SIGCONT lets it go on, and it does not stop again."""
+    append = Journal.append
+
+    def append_and_stop(journal: Journal, event: Event) -> None:
+        append(journal, event)
+        if lines(run) == events:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    Journal.append = append_and_stop  # type: ignore[method-assign]
 
 
 def kill_at_operation(number: int, folder: Path) -> Before:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fault_harness import Case, Commands, has_lines, outcome, whole_lines
+from fault_harness import Case, Commands, outcome, whole_lines
 
 pytestmark = pytest.mark.alone
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.alone
 def begun(cases: dict[str, Case], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A greedy run that was killed behind its first losses."""
     folder = tmp_path_factory.mktemp("begun")
-    running = Commands(folder / "output").start(cases["greedy"].into(folder / "run"))
-    assert running.until(has_lines(folder / "run", 3)).send(signal.SIGKILL).end().status == -signal.SIGKILL
+    running = Commands(folder / "output").stopped(cases["greedy"].into(folder / "run"), folder / "run", 3)
+    assert running.send(signal.SIGKILL).end().status == -signal.SIGKILL
     return folder / "run"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import tiny
-from fault_harness import Commands, has_lines, outcome, scored_twice, whole_lines
+from fault_harness import Commands, outcome, scored_twice, whole_lines
 
 pytestmark = pytest.mark.alone
 
@@ -63,12 +63,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_a_shard_that_is_lost_in_mid_run(
     sharded: Path, arguments: list[object], resident: Path, commands: Commands, tmp_path: Path, damage: str
 ) -> None:
-    """The run is stopped for as long as the damage takes, so that it is done between two of its reads."""
+    """The run is stopped for as long as the damage takes."""
     copy, out = Path(shutil.copytree(sharded, tmp_path / "model")), tmp_path / "run"
     shard = sorted(copy.glob("*.safetensors"))[-2]
     whole, (harm, reason) = shard.read_bytes(), DAMAGE[damage]
     command = ["greedy", copy, *arguments, "--offload", "disk", "--out", out]
-    running = commands.start(command).until(has_lines(out, 3)).send(signal.SIGSTOP)
+    running = commands.stopped(command, out, 3)
     harm(shard)
     ended = running.send(signal.SIGCONT).end()
     assert ended.status == 1, ended.err

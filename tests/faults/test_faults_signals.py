@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fault_harness import Case, Commands, has_lines, outcome, scored_twice, whole_lines
+from fault_harness import Case, Commands, outcome, scored_twice, whole_lines
 from icsearch.core.errors import JournalError
 
 pytestmark = pytest.mark.alone
@@ -19,19 +19,16 @@ ENDS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGHUP: -signal.SIGHUP, signal.S
 SAID = {signal.SIGTERM: "terminated", signal.SIGINT: "interrupted"}
 
 
-def ended_often(case: Case, commands: Commands, out: Path, numbers: tuple[signal.Signals, ...]) -> Path | None:
-    """A run that has been ended by each of these; None where it was done before the last of them came."""
+def ended_often(case: Case, commands: Commands, out: Path, numbers: tuple[signal.Signals, ...]) -> None:
+    """A run that is ended by each of these."""
     for number in numbers:
         before = whole_lines(out)
-        further = has_lines(out, max(2, before.count(b"\n")) + 1)
-        ended = commands.start(case.into(out)).until(further).send(number).end()
-        if ended.status == 0:
-            return None
+        further = max(2, before.count(b"\n")) + 1
+        ended = commands.stopped(case.into(out), out, further).send(number, signal.SIGCONT).end()
         assert ended.status == ENDS[number], ended.err
         if number in SAID:
             assert ended.last_line == f"{SAID[number]}; the same command continues {out}"
         assert whole_lines(out).startswith(before)
-    return out
 
 
 @pytest.mark.parametrize(
@@ -46,8 +43,8 @@ def test_ended_in_the_middle_and_continued(
     cases: dict[str, Case], commands: Commands, tmp_path: Path, name: str, numbers: tuple[signal.Signals, ...]
 ) -> None:
     """One run, ended a little later each time."""
-    case = cases[name]
-    out = next(filter(None, (ended_often(case, commands, tmp_path / f"run{i}", numbers) for i in range(5))))
+    case, out = cases[name], tmp_path / "run"
+    ended_often(case, commands, out, numbers)
     before = whole_lines(out)
     assert not (out / "report.html").exists()
     again = commands.run(case.into(out))
@@ -62,7 +59,7 @@ def test_what_continues_a_run_that_was_started_over(cases: dict[str, Case], comm
     """--fresh would start over again. It is said however quiet the run is."""
     out = tmp_path / "run"
     command = [*cases["greedy"].into(out), "--fresh", "--quiet"]
-    ended = commands.start(command).until(has_lines(out, 2)).send(signal.SIGTERM).end()
+    ended = commands.stopped(command, out, 2).send(signal.SIGTERM, signal.SIGCONT).end()
     assert ended.err.count("\n") == 1
     assert ended.last_line == f"terminated; the same command without --fresh continues {out}"
 
@@ -75,7 +72,7 @@ def test_a_second_run_is_refused_while_the_first_lives(
 ) -> None:
     """The first is stopped, so that it lives for sure; then killed, and its lock file is left over."""
     case, out = cases["greedy"], tmp_path / "run"
-    first = commands.start(case.into(out)).until(has_lines(out, 3)).send(signal.SIGSTOP)
+    first = commands.stopped(case.into(out), out, 3)
     before = whole_lines(out)
     second = commands.run(case.into(out))
     assert first.alive
