@@ -11,9 +11,11 @@ import pytest
 
 from doc_pages import ROOT
 from eval_fixtures import dp_record
+from fisher_fixtures import fisher_record
 from icsearch.commands.plan import plan as make_plan
 from icsearch.planning.page import document
 from icsearch.runs import results
+from icsearch.runs.fisher_file import save_table
 from icsearch.runs.record import RunRecord
 from icsearch.runs.similarity_file import save_similarity
 from plan_fixtures import plan_request
@@ -33,7 +35,7 @@ def test_every_format_of_the_code_has_a_section() -> None:
     named: set[str] = set()
     for path in sorted((ROOT / "icsearch").rglob("*.py")):
         named.update(FORMAT.findall(path.read_text(encoding="utf-8")))
-    assert len(named) == 6
+    assert len(named) == 7
     assert set(sections()) == named
 
 
@@ -46,11 +48,28 @@ def similarity(folder: Path) -> Any:
     return json.loads((folder / "similarity.json").read_text())
 
 
+def fisher(folder: Path) -> Any:
+    save_table(folder, fisher_record(MadeUpRun()))
+    return json.loads((folder / "fisher.json").read_text())
+
+
+def fisher_pattern(folder: Path) -> Any:
+    record = fisher_record(MadeUpRun())
+    said = dict.fromkeys(record.nll, (0.1, 0.1))
+    return results.pattern_file(record, said).to_json()
+
+
 def plan(folder: Path) -> Any:
     return document(make_plan(plan_request("demo", "2xH200", sequences=24, seq_len=None)))
 
 
-WRITTEN = {"pattern": pattern, "similarity": similarity, "plan": plan}
+WRITTEN = {
+    "pattern": pattern,
+    "similarity": similarity,
+    "fisher": fisher,
+    "fisher's pattern": fisher_pattern,
+    "plan": plan,
+}
 # Objects whose keys are no fields, but what the fields below them are of.
 BY_NAME = {"rows", "strategies", "kinds"}
 

@@ -127,9 +127,10 @@ def _come_to(record: RunRecord) -> str:
 
 def found_where(view: RunView) -> str:
     """Whether a search on a second-order table found its pattern on the nested path or off it; empty for others."""
-    record, found = view.record, view.final
+    record = view.record
     if record.chosen is None or view.fisher is None or (record.refinement and record.refinement.swaps):
         return ""
+    found = view.final
     size = f"patterns with {found.full} F layers"
     known = view.fisher.of(found.pattern)
     if view.off_curve is None:

@@ -11,6 +11,7 @@ from icsearch.core.statistics import (
     Difference,
     mean_loss,
     paired_difference,
+    rank_correlation,
     wilson_interval,
 )
 
@@ -58,3 +59,18 @@ def test_wilsons_interval_against_published_values() -> None:
     """Newcombe 1998, Table I: 81 of 263, 15 of 148, 0 of 20."""
     for hits, total, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
         assert wilson_interval(hits, total) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_rank_correlation_against_a_textbook_example() -> None:
+    """Ten people's IQ and hours of television: 1 - 6 * 194 / 990; the order alone counts, whatever its scale."""
+    iq = [106, 100, 86, 101, 99, 103, 97, 113, 112, 110]
+    hours = [7, 27, 2, 50, 28, 29, 20, 12, 6, 17]
+    assert rank_correlation(iq, hours) == pytest.approx(1 - 6 * 194 / 990)
+    assert rank_correlation(iq, [math.exp(value) for value in hours]) == rank_correlation(iq, hours)
+    assert rank_correlation(iq, iq) == pytest.approx(1) and rank_correlation(iq, [-x for x in iq]) == pytest.approx(-1)
+
+
+def test_equal_values_share_their_ranks() -> None:
+    """Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5."""
+    assert rank_correlation([0, 5, 5, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3])) and math.isnan(rank_correlation([1], [1]))
