@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icsearch.commands.requests import FisherRequest
@@ -20,7 +22,7 @@ from icsearch.commands.scoring import (
 from icsearch.commands.setup import Inputs, pattern_start
 from icsearch.core.pattern import Pattern
 from icsearch.planning import rehearsal
-from icsearch.planning.rows import model_rows, process_rows, stage_rows, weight_rows
+from icsearch.planning.rows import model_rows, process_rows, stage_rows, table_rows, weight_rows
 from icsearch.runs.directory import part_of
 from icsearch.runs.fisher_file import draws_of, read_table, save_table
 from icsearch.runs.journal import Event
@@ -29,7 +31,7 @@ from icsearch.search.loop import Progress, Scoring, run_proposals, run_refinemen
 from icsearch.search.protocol import SearchTask
 from icsearch.search.registry import make_strategy
 from icsearch.search.second_order import DRAWS
-from icsearch.sweep.branches import Batch, cut_waves
+from icsearch.sweep.branches import cut_waves, make_place
 from icsearch.sweep.distributed.launch import HELDOUT, check_device, grids
 from icsearch.sweep.fisher import FisherSweep
 from icsearch.sweep.states import Keeping
@@ -37,6 +39,7 @@ from icsearch.sweep.states import Keeping
 if TYPE_CHECKING:
     from icsearch.sweep.distributed.world import World
 
+ENTRIES = "entries"  # of a run's directory: what the table's way back starts from, where that is on disk
 METHOD = {"method": "fisher", "strategy": "second-order"}
 
 
@@ -58,7 +61,7 @@ def fisher(
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             scoring = make_scoring(here, record, loaded, listener)
             _announce(here, loaded, scoring)
-            _fill_table(loaded, scoring, reused)
+            _fill_table(loaded, scoring, reused, request.out)
             score_baseline(scoring, here.inputs.layout)
             heldout = make_scorer(here, record, loaded, HELDOUT) if here.inputs.heldout else None
             if heldout is not None and request.refine is not None:
@@ -86,6 +89,8 @@ def _start(request: FisherRequest, inputs: Inputs, existing: list[Event]) -> Eve
     }
     if request.refine is not None:
         method["refine"] = request.refine
+    if request.confirm_on is not None:
+        method["confirm"] = True
     start = pattern_start(request, inputs, existing, method)
     return {**start, "exact": _exact(start, inputs)}
 
@@ -113,6 +118,7 @@ def _announce(here: Opened, loaded: Loaded, scoring: Scoring) -> None:
         *process_rows(memory, sequences),
         *weight_rows(memory, flips, sequences, loaded.bytes_per_second),
         ("table", f"{draws} draws a sequence: about {table} layer evaluations, and each pair of layers' attention"),
+        *table_rows(memory),
         ("single flips", f"{flips}, about {singles} layer evaluations"),
         ("then", f"the nested path, and at most {record.start['options']['rounds']} rounds"),
         ("exact greedy", f"{record.start['exact']['layer_evaluations']} layer evaluations (counted, not run)"),
@@ -121,23 +127,28 @@ def _announce(here: Opened, loaded: Loaded, scoring: Scoring) -> None:
     scoring.progress.planned(rows, (table + 2 * singles) * sequences, record.layer_sequences)
 
 
-def _fill_table(loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
+def _fill_table(loaded: Loaded, scoring: Scoring, reused: list[Event], out: Path) -> None:
     """The table, wave by wave, as far as the journal lacks it."""
-    record = scoring.record
+    record, plan = scoring.record, loaded.memory.table
     if not record.fisher.true:
         scoring.fill(lambda: iter(reused))
     left = [batch for batch in loaded.batches if batch.first >= len(record.fisher.true)]
-    if not left:
+    if not left or plan is None:
         return
-    options, layers = record.start["options"], len(loaded.dsa.layers)
-    total = sum(len(batch.input_ids) for batch in left) * layers * (3 + options["draws"])
-    scoring.progress.step_started("table", 0, total)
-    scoring.fill(lambda: _tables(loaded, options, cut_waves(left, 1), scoring.progress.layer_done))
+    options, entries = record.start["options"], out / ENTRIES
+    runs = len(loaded.dsa.layers) * (3 + options["draws"])
+    scoring.progress.step_started("table", 0, runs * sum(len(batch.input_ids) for batch in left))
+    place = make_place(plan.place, loaded.dsa.device, entries)
+    sweep = FisherSweep(loaded.dsa, options["draws"], options["label_seed"], place)
 
+    def tables() -> Iterator[Event]:
+        for wave in cut_waves(left, plan.batches_per_wave):
+            for event in sweep.events(wave, scoring.progress.layer_done):
+                notes = event.pop("notes")
+                yield event
+                scoring.note(notes)
 
-def _tables(
-    loaded: Loaded, options: dict[str, int], waves: Sequence[Sequence[Batch]], on_layer: Callable[[int], None]
-) -> Iterator[Event]:
-    sweep = FisherSweep(loaded.dsa, options["draws"], options["label_seed"])
-    for wave in waves:
-        yield from sweep.events(wave, on_layer)
+    try:
+        scoring.fill(tables)
+    finally:
+        shutil.rmtree(entries, ignore_errors=True)
