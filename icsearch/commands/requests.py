@@ -187,6 +187,11 @@ class RunRequest(Request):
         """Where held-out sequences come from, for a command that needs some beside those that it scores on."""
         return None
 
+    @property
+    def heldout_option(self) -> str:
+        """The option that says so."""
+        return "--refine-on"
+
     def check(self, start: Pattern, layers: Backbone | None = None) -> None:
         """Refuse what cannot be done with a model of this start pattern; raises PatternError.
 
@@ -363,6 +368,10 @@ class FisherRequest(SearchRequest):
     @property
     def heldout_source(self) -> str | None:
         return self.confirm_on or super().heldout_source
+
+    @property
+    def heldout_option(self) -> str:
+        return super().heldout_option if self.confirm_on is None else "--confirm-on"
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def obtain_heldout(
         return None
     wanted = replace(request.calibration, source=request.heldout_source, seq_len=None, num_sequences=None)
     heldout, _ = obtain(wanted, source, layout, request.out / "refine-on", request.fresh, like=calibration)
-    check_heldout(heldout, calibration, "--refine-on or --confirm-on")
+    check_heldout(heldout, calibration, request.heldout_option)
     return heldout
 
 

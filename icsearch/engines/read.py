@@ -11,7 +11,7 @@ from typing import Any
 
 from icsearch.core.errors import PatternError
 from icsearch.core.files import typed_path
-from icsearch.core.jsonfile import MAX_LAYERS, shown, unambiguous, whole
+from icsearch.core.jsonfile import MAX_LAYERS, AmbiguityError, shown, unambiguous, whole
 from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.pattern_file import PatternFile
 from icsearch.engines.engine import GGUF_KEY, HEEDED, MEGATRON_FREQ, MEGATRON_OFFSET, Engine, Reader
@@ -154,6 +154,8 @@ def _source(text: str, given: Backbone | None) -> _Source:
     if text.startswith("{"):
         try:
             keys = json.loads(text, object_pairs_hook=unambiguous)
+        except AmbiguityError as error:
+            raise EngineConfigError(f"{text[:40]!r} has {error} twice: keep one of them") from None
         except (ValueError, RecursionError) as error:
             raise EngineConfigError(f"{text[:40]!r} is not JSON ({error}): quote it as one argument") from None
         return _of_keys(keys, "the text", given)
