@@ -1,7 +1,9 @@
 """`icsearch dp-baseline` as a function: similarity by one sweep, the dynamic program, the pattern's real loss.
 
 The baseline of the IndexCache paper (Appendix C). It maximises a local similarity and so cannot see how missed
-tokens add up downstream; the report sets its prediction beside what the pattern really costs.
+tokens add up downstream; the report sets its prediction beside what the pattern really costs. So it does with another
+local measure, Kascade's score, and with a second-order table, which is not local: each chooses a pattern of as many F
+layers, and all are scored together.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ from icsearch.commands.scoring import (
     publish_nothing,
     score_baseline,
 )
-from icsearch.commands.setup import pattern_start
+from icsearch.commands.setup import Inputs, pattern_start
 from icsearch.core.pattern import Pattern
 from icsearch.model.layout import Layout
 from icsearch.planning.rows import model_rows, process_rows, stage_rows, weight_rows
+from icsearch.runs.fisher_file import drawing_of, read_table
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.runs.similarity_file import other_numerics, read_similarity, save_similarity, square_of
 from icsearch.search.dynamic_program import solve
-from icsearch.search.loop import Progress, Scoring
+from icsearch.search.loop import Progress, Scoring, table_of
+from icsearch.search.second_order import LOSS, PatternSearch, correction
 from icsearch.sweep.branches import Batch, cut_waves
 from icsearch.sweep.distributed.launch import COMPARE, check_device, grids
 from icsearch.sweep.similarity import SimilaritySweep
@@ -37,6 +41,10 @@ if TYPE_CHECKING:
     from icsearch.sweep.distributed.world import World
 
 METHOD = {"method": "dp-baseline", "strategy": "dynamic-program", "objective": "cosine-similarity"}
+NO_KASCADE = (
+    "Kascade's score is left out: the attention weights that it needs are those of --kernels blockwise, and the "
+    "similarity was measured without"
+)
 
 
 def dp_baseline(
@@ -48,20 +56,29 @@ def dp_baseline(
     """
     wanted = grids(world.size if world else 1, None, 1)
     check_device(request.device, wanted[0].size)
-    with opened(request, lambda inputs, existing: pattern_start(request, inputs, existing, METHOD), listener) as here:
+    with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
         reused = [read_similarity(request.similarity, here.start)] if request.similarity else []
+        tables = [read_table(request.table, here.start)] if request.table else []
         record = RunRecord.replay(here.existing)
         if not record.finished:
             loaded = load(request, here, world, wanted, listener)
             record = RunRecord.replay(here.run.open(here.start, here.existing))
-            _compare(request, here.inputs.layout, loaded, make_scoring(here, record, loaded, listener), reused)
+            scoring = make_scoring(here, record, loaded, listener)
+            if not record.fisher.true:
+                scoring.fill(lambda: iter(tables))
+            _compare(request, here.inputs.layout, loaded, scoring, reused)
         save_similarity(request.out, record)
         publish(request.out, record)
         return record
 
 
+def _start(request: BaselineRequest, inputs: Inputs, existing: list[Event]) -> Event:
+    """The first event; with what tells a table's drawing, where one is compared with."""
+    return pattern_start(request, inputs, existing, {**METHOD, **(drawing_of(request.table) if request.table else {})})
+
+
 def _compare(request: BaselineRequest, layout: Layout, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
-    """Similarity, wave by wave what the journal lacks; then the pattern; then what it costs beside the references."""
+    """Similarity, wave by wave what the journal lacks; then the patterns; then what they cost beside the references."""
     record, memory = scoring.record, loaded.memory
     patterns = [record.start_pattern, *map(Pattern, record.references.values())]
     runs = layout.num_layers + count_in_sweeps(layout, patterns, memory.patterns_per_sweep)
@@ -81,9 +98,10 @@ def _compare(request: BaselineRequest, layout: Layout, loaded: Loaded, scoring: 
     if left:
         scoring.progress.step_started(0, 1, layout.num_layers * sum(len(batch.input_ids) for batch in left))
     scoring.fill(lambda: _similarities(loaded, shared, cut_waves(left, per_wave), scoring.progress.layer_done))
-    if record.chosen is None:
-        _choose(request, scoring)
-    score_baseline(scoring, layout, record.pattern)
+    if not record.similarity_sums.importance:
+        scoring.note([NO_KASCADE])
+    _choose(request, scoring)
+    score_baseline(scoring, layout, record.pattern, *(Pattern(e["pattern"]) for e in record.compared.values()))
     scoring.append({"event": "finish", "pattern": record.pattern.letters})
 
 
@@ -102,16 +120,25 @@ def _similarities(
 
 
 def _choose(request: BaselineRequest, scoring: Scoring) -> None:
-    """Solve the dynamic program and journal its pattern."""
+    """The pattern of each measure, journaled as far as it is not."""
     record = scoring.record
-    start = record.start_pattern
+    start, means = record.start_pattern, record.similarity_sums.means()
     stages = frozenset(first for first, _ in record.start["blocks"])
     native = frozenset(record.start["model"]["native_shared"])
-    solutions = solve(
-        square_of(record.similarity_sums.means()["cosine"]).tolist(),
-        must_be_full=(request.keep_full | stages) - native - {0},
-        must_be_shared=native,
-    )
     kept = len(start.full_layers) - record.start["options"]["num_shared"]
-    pattern = solutions.pattern(kept)
-    scoring.append({"event": "chosen", "pattern": pattern.letters, "objective": solutions.objective(kept)})
+
+    def best(measure: Any) -> Event:
+        must = (request.keep_full | stages) - native - {0}
+        solutions = solve(measure.tolist(), must_be_full=must, must_be_shared=native)
+        return {"pattern": solutions.pattern(kept).letters, "objective": solutions.objective(kept)}
+
+    if record.chosen is None:
+        scoring.append({"event": "chosen", **best(square_of(means["cosine"]))})
+    if "kascade" in means and "kascade" not in record.compared:
+        kascade = square_of(means["kascade"])  # of its sum over all layers, an F layer's part is on the diagonal
+        scoring.append({"event": "compared", "by": "kascade", **best(kascade - kascade.diagonal()[:, None])})
+    if record.fisher.true and "fisher" not in record.compared:
+        table = table_of(record)
+        search = PatternSearch(table, start, record.stay_full, LOSS, correction(table, {}))
+        price, pattern = search.best(kept)[0]
+        scoring.append({"event": "compared", "by": "fisher", "pattern": pattern.letters, "objective": price})

@@ -24,7 +24,7 @@ from icsearch.core.pattern import Pattern
 from icsearch.planning import rehearsal
 from icsearch.planning.rows import model_rows, process_rows, stage_rows, table_rows, weight_rows
 from icsearch.runs.directory import part_of
-from icsearch.runs.fisher_file import draws_of, read_table, save_table
+from icsearch.runs.fisher_file import drawing_of, read_table, save_table
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Progress, Scoring, run_proposals, run_refinement
@@ -78,7 +78,7 @@ def _start(request: FisherRequest, inputs: Inputs, existing: list[Event]) -> Eve
     request = request.settled(part_of(existing, "options"))
     draws = request.draws or part_of(existing, "options").get("draws")
     if draws is None:
-        draws = draws_of(request.table) if request.table else DRAWS
+        draws = drawing_of(request.table)["draws"] if request.table else DRAWS
     method = {
         **METHOD,
         "objective": request.objective,

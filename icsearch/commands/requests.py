@@ -376,9 +376,13 @@ class FisherRequest(SearchRequest):
 
 @dataclass(frozen=True)
 class BaselineRequest(PatternRequest):
-    """Everything that the similarity baseline can be asked. `similarity`: a similarity.npz to use again."""
+    """Everything that the similarity baseline can be asked.
+
+    `similarity`: a similarity.npz to use again; `table`: a fisher.npz, whose pattern is compared too.
+    """
 
     similarity: Annotated[Path | None, Option("That of an earlier run on the same batches", SEARCH, "FILE.npz")] = None
+    table: Annotated[Path | None, Option("fisher.npz of the same batches, to compare with", SEARCH, "FILE.npz")] = None
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,10 @@ def _identity(start: Event) -> dict[str, Any]:
     }
 
 
-def draws_of(path: Path) -> int:
-    """The number of draws of a saved table; raises IcsearchError."""
-    return int(_manifest(path)["draws"])
+def drawing_of(path: Path) -> dict[str, int]:
+    """The options by which the labels of a saved table were drawn: `draws`, `label_seed`. Raises IcsearchError."""
+    manifest = _manifest(path)
+    return {"draws": manifest["draws"], "label_seed": manifest["label_seed"]}
 
 
 def read_table(path: Path, start: Event) -> Event:

@@ -193,6 +193,7 @@ class RunRecord(Record):
     patterns scored in a step (step 0: the start pattern and the uniform references), and `scored[step]` counts them
     times the sequences that each was scored on there. `heldout` is the same of the held-out sequences that a refinement
     confirms on: its losses, and nothing else. `weight_bytes[step]` is what was read of streamed weights in a step.
+    `compared` are the patterns that other measures than a similarity baseline's own choose, by the measure's name.
     `proposals` are what a second-order table had measured: the nested path, then each round's patterns.
     """
 
@@ -207,6 +208,7 @@ class RunRecord(Record):
     fisher: FisherRows = field(default_factory=FisherRows)
     proposals: list[list[str]] = field(default_factory=list)
     chosen: Event | None = None
+    compared: dict[str, Event] = field(default_factory=dict)
     refinement: Refinement | None = None
     heldout: RunRecord | None = None
     layer_sequences: int = 0
@@ -298,6 +300,8 @@ class RunRecord(Record):
             self.proposals.append(event["patterns"])
         elif kind == "chosen":
             self.chosen = event
+        elif kind == "compared":
+            self.compared[event["by"]] = event
         elif kind == "refine":
             self.refinement = Refinement(Pattern(event["pattern"]), event["costs"])
         elif kind in OUTCOMES and self.refinement is not None:

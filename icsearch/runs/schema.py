@@ -55,6 +55,7 @@ RUN_OPTION_FIELDS = {
     "kernels": optional(one_of("blockwise", "reference")),
     "block_elements": optional(whole(1024)),
 }
+COMPARED = ("kascade", "fisher")  # measures whose pattern a similarity baseline scores beside its own
 REMOVED_STRATEGIES, LAST_WITH_THEM = ("race", "lazy", "race+lazy"), "0.1.0"
 OPTION_FIELDS = {
     "method": one_of("greedy", "fisher", "dp-baseline"),
@@ -191,6 +192,7 @@ def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
         },
         "proposed": {"round": whole(0), "patterns": list_of(pattern)},
         "chosen": {"pattern": pattern, "objective": NUMBER},
+        "compared": {"by": one_of(*COMPARED), "pattern": pattern, "objective": NUMBER},
         "refine": {"pattern": pattern, "costs": list_of(optional(NUMBER), num_layers)},
         "judged": {"pattern": pattern, "moves": moves, "qualified": moves},
         "swap": trial,
