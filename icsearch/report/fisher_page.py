@@ -70,18 +70,20 @@ def foretold(fisher: FisherView, name: str, found: Pattern) -> Figure:
         predicted, measured = pair(known)
         if measured.delta > 2 * unit:
             place = (predicted.delta, measured.delta)
-            note(axes, f"layer {known.layer}", place, (-7, 5), SERIES[0], "right", bbox=None)
+            note(axes, f"layer {known.layer}", place, (7, -6), SERIES[0], "left", bbox=None)
     axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, zorder=1.1)
     for axis, setter in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         if logarithmic:
             setter("log")
         else:
             setter("symlog", linthresh=unit, linscale=0.5)
-        least = low if logarithmic else (5 if axis is axes.xaxis else 1) * unit  # where labels would run together
-        decades = [sign * 10.0**power for power in range(-9, 4) if 10.0**power >= least for sign in (-1, 1)]
-        axis.set_major_locator(FixedLocator([0.0, *decades]))
+        beside = axis is axes.xaxis  # labels that would run together
+        least = low if logarithmic else (5 if beside else 1) * unit
+        decades = [10.0**power for power in range(-9, 4) if 10.0**power >= least]
+        below = [-decade for decade in decades if decade <= -low]
+        axis.set_major_locator(FixedLocator([*below[-1 if beside else 0 :], 0.0, *decades]))
         axis.set_minor_locator(FixedLocator([]))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("e-0", "e-").replace("-", "−")))
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.grid(linewidth=0.6)

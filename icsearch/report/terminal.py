@@ -82,7 +82,8 @@ def summary_table(record: RunRecord) -> RenderableType:
 
 def _losses(view: RunView) -> Table:
     by_table = view.record.by_table
-    table = _table("pattern", "F layers", "loss", "delta to baseline", *(["KL to baseline"] if by_table else []))
+    kl, gap = (["KL to baseline"], 0) if by_table else ([], 1)
+    table = _table("pattern", "F layers", "loss", "delta to baseline", *kl, gap=gap)
     points = [("baseline", view.points[0])]
     if view.final.step:
         on_curve = "nested path" if by_table and view.off_curve else "searched"

@@ -340,6 +340,7 @@ def test_the_terminal_shows_loss_and_kl(off_path: RunView) -> None:
     assert record.pattern.letters in lines
     assert any(line.startswith("searched, off the path") for line in lines)
     assert any(line.startswith("nested path ") for line in lines)
+    assert not any("…" in line for line in lines)
     for commit in record.commits:
         assert any(line.lstrip().startswith(f"{commit.step} ") and commit.pattern in line for line in lines)
     text = " ".join(lines)
@@ -465,6 +466,7 @@ def test_runs_of_both_kinds_on_one_page_and_a_card(tmp_path: Path) -> None:
     write_report(runs, tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert Page(text).open == []
+    assert "Stars: the best measured of their size, off a nested path." in text
     assert "3 runs compared" in text and "fisher, second-order" in text and text.count("<h3>Ties</h3>") == 1
     card = model_card(runs[:2])
     assert "fisher, second-order, by lm-loss" in card
