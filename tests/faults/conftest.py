@@ -28,12 +28,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cases(glm_checkpoint: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
-    """greedy, dp-baseline and eval on a tiny checkpoint and 12 sequences of 40 tokens, run to their ends."""
+    """greedy, fisher, dp-baseline and eval on a tiny checkpoint and 12 sequences of 40 tokens, run to their ends."""
     calibration = ("--calibration", text, "--seq-len", 40, "--num-sequences", 12)
     common = (glm_checkpoint, *calibration, "--threads", 1)
     folder = tmp_path_factory.mktemp("undisturbed")
     arguments: dict[str, tuple[object, ...]] = {
         "greedy": ("greedy", *common, "--batch-size", 4, "--num-shared", 3),
+        "fisher": ("fisher", *common, "--batch-size", 4, "--num-shared", 3, "--draws", 1, "--finalists", 2),
         "dp-baseline": ("dp-baseline", *common, "--batch-size", 2, "--num-shared", 3),
         "eval": ("eval", *common, "--batch-size", 2, "--pattern", "uniform:1/2", "--pattern", "FFSFFS"),
     }

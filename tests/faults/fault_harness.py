@@ -25,6 +25,7 @@ from icsearch.runs.record import load_run
 
 PRELOAD = (
     "icsearch.cli.app",
+    "icsearch.commands.fisher",
     "icsearch.commands.greedy",
     "icsearch.commands.baseline",
     "icsearch.commands.evaluate",
@@ -258,6 +259,8 @@ def outcome(run: Path) -> dict[str, Any]:
         "nll": record.nll,
         "heldout": record.heldout and record.heldout.nll,
         "commits": record.commits,
+        "proposals": record.proposals,
+        "fisher": (record.fisher.drawn, record.fisher.true),
         "similarity": record.similarity,
     }
 

@@ -83,7 +83,7 @@ def test_ended_at_random_moments(cases: dict[str, Case], commands: Commands, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["greedy", "dp-baseline", "eval"])
+@pytest.mark.parametrize("name", ["greedy", "fisher", "dp-baseline", "eval"])
 def test_ended_at_many_random_moments(cases: dict[str, Case], commands: Commands, tmp_path: Path, name: str) -> None:
     case, total = cases[name], 0
     seconds = seconds_of(case, commands, tmp_path)
@@ -99,6 +99,7 @@ def test_ended_at_many_random_moments(cases: dict[str, Case], commands: Commands
 
 def operations(case: Case, commands: Commands, tmp_path: Path) -> int:
     """How many operations on files in its RUN a command does in all."""
+    tmp_path.mkdir(exist_ok=True)
     counted = count_operations(tmp_path / "counted", tmp_path / "number")
     assert commands.run(case.into(tmp_path / "counted"), counted).status == 0
     return int((tmp_path / "number").read_text())
@@ -116,15 +117,16 @@ def killed_at(case: Case, commands: Commands, out: Path, moments: Iterator[int])
 
 
 def test_killed_before_a_file_operation(cases: dict[str, Case], commands: Commands, tmp_path: Path) -> None:
-    """Two of them: between events, and while the results are written."""
-    total = operations(cases["greedy"], commands, tmp_path)
-    assert total > 30
-    moments = [random.Random(3).randrange(part * total // 3, (part + 1) * total // 3) + 1 for part in (1, 2)]
-    killed_at(cases["greedy"], commands, tmp_path / "run", iter(moments))
+    """Two of each: between events, and while the results are written."""
+    for name in ("greedy", "fisher"):
+        total = operations(cases[name], commands, tmp_path / name)
+        assert total > 30
+        moments = [random.Random(3).randrange(part * total // 3, (part + 1) * total // 3) + 1 for part in (1, 2)]
+        killed_at(cases[name], commands, tmp_path / name / "run", iter(moments))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["greedy", "dp-baseline", "eval"])
+@pytest.mark.parametrize("name", ["greedy", "fisher", "dp-baseline", "eval"])
 def test_killed_before_every_file_operation(
     cases: dict[str, Case], commands: Commands, tmp_path: Path, name: str
 ) -> None:
