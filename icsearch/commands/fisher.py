@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from icsearch.commands.requests import FisherRequest
@@ -23,6 +22,7 @@ from icsearch.commands.setup import Inputs, pattern_start
 from icsearch.core.pattern import Pattern
 from icsearch.planning import rehearsal
 from icsearch.planning.rows import model_rows, process_rows, stage_rows, table_rows, weight_rows
+from icsearch.planning.work import pair_cost
 from icsearch.runs.directory import part_of
 from icsearch.runs.fisher_file import drawing_of, read_table, save_table
 from icsearch.runs.journal import Event
@@ -31,9 +31,9 @@ from icsearch.search.loop import Progress, Scoring, run_proposals, run_refinemen
 from icsearch.search.protocol import SearchTask
 from icsearch.search.registry import make_strategy
 from icsearch.search.second_order import DRAWS
-from icsearch.sweep.branches import cut_waves, make_place
-from icsearch.sweep.distributed.launch import HELDOUT, check_device, grids
-from icsearch.sweep.fisher import FisherSweep
+from icsearch.sweep.branches import Batch, cut_waves, make_place
+from icsearch.sweep.distributed.launch import HELDOUT, TABLE, check_device, grids
+from icsearch.sweep.fisher import FisherSweep, table_runs
 from icsearch.sweep.states import Keeping
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def fisher(
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             scoring = make_scoring(here, record, loaded, listener)
             _announce(here, loaded, scoring)
-            _fill_table(loaded, scoring, reused, request.out)
+            _fill_table(here, loaded, scoring, reused)
             score_baseline(scoring, here.inputs.layout)
             heldout = make_scorer(here, record, loaded, HELDOUT) if here.inputs.heldout else None
             if heldout is not None and request.refine is not None:
@@ -112,12 +112,12 @@ def _announce(here: Opened, loaded: Loaded, scoring: Scoring) -> None:
     record, memory, layout = scoring.record, loaded.memory, here.inputs.layout
     sequences, layers, draws = len(record.tokens), layout.num_layers, record.start["options"]["draws"]
     flips = len(layout.start_pattern.full_layers) - 1
-    table, singles = layers * (3 + draws), layers * flips // 2
+    table, singles = round(_table_runs(here)), layers * flips // 2
     rows = [
         *model_rows(record.start),
         *process_rows(memory, sequences),
         *weight_rows(memory, flips, sequences, loaded.bytes_per_second),
-        ("table", f"{draws} draws a sequence: about {table} layer evaluations, and each pair of layers' attention"),
+        ("table", f"{draws} draws a sequence: about {table} layer evaluations, each pair's attention by its FLOPs"),
         *table_rows(memory),
         ("single flips", f"{flips}, about {singles} layer evaluations"),
         ("then", f"the nested path, and at most {record.start['options']['rounds']} rounds"),
@@ -127,28 +127,56 @@ def _announce(here: Opened, loaded: Loaded, scoring: Scoring) -> None:
     scoring.progress.planned(rows, (table + 2 * singles) * sequences, record.layer_sequences)
 
 
-def _fill_table(loaded: Loaded, scoring: Scoring, reused: list[Event], out: Path) -> None:
+def _fill_table(here: Opened, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
     """The table, wave by wave, as far as the journal lacks it."""
-    record, plan = scoring.record, loaded.memory.table
+    record = scoring.record
     if not record.fisher.true:
         scoring.fill(lambda: iter(reused))
     left = [batch for batch in loaded.batches if batch.first >= len(record.fisher.true)]
-    if not left or plan is None:
+    if not left:
         return
-    options, entries = record.start["options"], out / ENTRIES
-    runs = len(loaded.dsa.layers) * (3 + options["draws"])
-    scoring.progress.step_started("table", 0, runs * sum(len(batch.input_ids) for batch in left))
-    place = make_place(plan.place, loaded.dsa.device, entries)
-    sweep = FisherSweep(loaded.dsa, options["draws"], options["label_seed"], place)
+    total = sum(len(batch.input_ids) for batch in left) * _table_runs(here)
+    scoring.progress.step_started("table", 0, round(total))
 
     def tables() -> Iterator[Event]:
-        for wave in cut_waves(left, plan.batches_per_wave):
-            for event in sweep.events(wave, scoring.progress.layer_done):
-                notes = event.pop("notes")
-                yield event
-                scoring.note(notes)
+        for event in _tables(here, loaded, left, scoring.progress.layer_done):
+            notes = event.pop("notes")
+            yield event
+            scoring.note(notes)
 
     try:
         scoring.fill(tables)
     finally:
-        shutil.rmtree(entries, ignore_errors=True)
+        shutil.rmtree(here.run.path / ENTRIES, ignore_errors=True)
+
+
+def _pair_cost(here: Opened) -> float:
+    """Of a family whose work is not counted, as much as a whole layer: the reference modules run all of attention."""
+    sizes = here.inputs.layout.sizes
+    return 1.0 if sizes is None else pair_cost(sizes, here.inputs.calibration.seq_len)
+
+
+def _table_runs(here: Opened) -> float:
+    """Runs of a layer that the table takes for each sequence."""
+    layout = here.inputs.layout
+    return table_runs(layout.start_pattern, layout.num_layers, here.start["options"]["draws"], _pair_cost(here))
+
+
+def _tables(here: Opened, loaded: Loaded, batches: Sequence[Batch], on_layer: Callable[[int], None]) -> Iterator[Event]:
+    """The events of all batches, by one process or by all."""
+    memory, options, entries = loaded.memory, here.start["options"], here.run.path / ENTRIES
+    if memory.table is None:
+        raise RuntimeError("a table was not planned for")
+    job = {"draws": options["draws"], "seed": options["label_seed"], "pair_cost": _pair_cost(here)}
+    waves = cut_waves(batches, memory.table.batches_per_wave)
+    if loaded.coordinator is not None:
+        firsts = [[batch.first for batch in wave] for wave in waves]
+        together = memory.grid.waves_per_job(len(waves))
+        items = [{"waves": firsts[first : first + together]} for first in range(0, len(firsts), together)]
+        shared = {**job, "place": memory.table.place, "directory": str(entries)}
+        for events in loaded.coordinator.do_jobs(TABLE, shared, items, on_layer):
+            yield from events
+        return
+    sweep = FisherSweep(loaded.dsa, place=make_place(memory.table.place, loaded.dsa.device, entries), **job)
+    for wave in waves:
+        yield from sweep.events(wave, on_layer)

@@ -322,6 +322,7 @@ def plan_table(job: Job, machine: Machine, memory: Memory) -> TablePlan:
     cotangents, layers = job.draws + 1, max(map(len, job.blocks(grid)))
     layer = shape.differentiated_bytes(cotangents)
     one = layers * shape.entry_bytes + shape.selections_bytes(len(job.layer_indices))
+    one *= grid.pipeline  # waves that are on their way before the first one comes back
     several = one + cotangents * shape.entry_bytes  # what a batch has while others of its wave are at work
     batches = -(-largest_share(job.sequences, shape.batch_size, grid) // shape.batch_size)
     wanted = grid.batches_per_wave(batches) if streamed else 1

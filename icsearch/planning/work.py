@@ -97,6 +97,17 @@ def layer_work(shape: ModelShape, index: int, full: bool, length: int, widths: W
     return _count(shape, _prefill(shape, length), widths or Widths(), int(full), 1, dense, 1 - dense, 0)
 
 
+def pair_cost(shape: ModelShape, length: int) -> float:
+    """What a layer's core attention under another's selection costs, in runs of a layer: FLOPs, all layers F.
+
+    With its outcome brought from latents to heads; queries are brought to latents once for all selections.
+    """
+    whole = prefill_work(shape, Pattern.full(shape.dsa_layers), length)
+    up = 2 * length * shape.heads * shape.kv_lora_rank * shape.v_head_dim
+    layer = (whole.total.flops - whole.lm_head.flops) / shape.layers
+    return (whole.attention.flops / shape.dsa_layers + up) / layer
+
+
 def _prefill(shape: ModelShape, length: int) -> _Pass:
     short = min(length, shape.index_topk)
     selected = short * (short + 1) // 2 + (length - short) * shape.index_topk

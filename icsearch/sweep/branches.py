@@ -54,14 +54,12 @@ class InCpuMemory(OnDevice):
 
 
 class OnDisk(OnDevice):
-    """States are files in a directory of their own, which holds nothing else.
-
-    A file goes with the state that stands for it; what a run that was killed has left goes when the next one begins.
-    """
+    """States are files in a directory of their own. A file goes with the state that stands for it, and it with this."""
 
     def __init__(self, directory: Path, device: torch.device) -> None:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
         directory.mkdir(parents=True)
+        weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
         self._directory = directory
         self._device = device
         self._numbers = itertools.count()

@@ -98,24 +98,10 @@ class FisherSweep:
 
     def run(self, wave: Sequence[Batch], on_layer: Callable[[int], None] = lambda layer_sequences: None) -> list[Pass]:
         """Each batch with its rows of the table. Raises IcsearchError where a number is not finite, ModelError."""
-        between = self._place if len(wave) > 1 else OnDevice()
-        with computing(torch.no_grad):
-            passes = [
-                Pass(batch, self._block.calls_for(batch), self._place.put(self._dsa.embed(batch.input_ids)), between)
-                for batch in wave
-            ]
-            for index in self._dsa.held:
-                with self._dsa.holding(index):
-                    for through in passes:
-                        self._forth(index, through)
-                        self._count(through, 1, on_layer)
-            for through in passes:
-                self._turn(through)
-            for index in reversed(self._dsa.held):
-                with self._dsa.holding(index, back=True):
-                    for through in passes:
-                        self._back(index, through)
-                        self._count(through, 2 + self._draws, on_layer, self._position.get(index))
+        passes = self.begin(wave)
+        self.forth(passes, on_layer)
+        self.turn(passes)
+        self.back(passes, on_layer)
         return passes
 
     def events(self, wave: Sequence[Batch], on_layer: Callable[[int], None]) -> list[Event]:
@@ -123,23 +109,96 @@ class FisherSweep:
         started, before = time.monotonic(), self._dsa.weights.bytes_read
         with kernel_notes() as notes:
             passes = self.run(wave, on_layer)
-        seconds, read = time.monotonic() - started, self._dsa.weights.bytes_read - before
+        return self.events_of(passes, notes, time.monotonic() - started, self._dsa.weights.bytes_read - before)
+
+    def events_of(self, passes: Sequence[Pass], notes: Iterable[str], seconds: float, bytes_read: int) -> list[Event]:
+        """One for each batch; what was noted, seconds, and bytes of weights that were read are those of all of them."""
         events: list[Event] = []
         for through in passes:
-            table = table_of(through.rows)
+            table = table_of(through.rows, len(self._dsa.layer_indices))
             event = {
                 "event": "fisher",
                 "sequences": [through.batch.first, through.batch.last],
                 "drawn": table.drawn,
                 "true": table.true,
                 "layer_sequences": through.layer_sequences,
-                "seconds": round(seconds / len(wave), 3),
+                "seconds": round(seconds / len(passes), 3),
                 "notes": sorted(notes),
             }
             events.append(event)
-        if read:
-            events[0]["weight_bytes"] = read
+        if bytes_read:
+            events[0]["weight_bytes"] = bytes_read
         return events
+
+    @computing(torch.no_grad)
+    def begin(self, wave: Sequence[Batch]) -> list[Pass]:
+        """Batches in front of the first layer."""
+        states = (self._place.put(self._dsa.embed(batch.input_ids)) for batch in wave)
+        return [self._pass(batch, embedded, wave) for batch, embedded in zip(wave, states, strict=True)]
+
+    def _pass(self, batch: Batch, states: Any, wave: Sequence[Batch]) -> Pass:
+        return Pass(batch, self._block.calls_for(batch), states, self._place if len(wave) > 1 else OnDevice())
+
+    @computing(torch.no_grad)
+    def forth(self, passes: Sequence[Pass], on_layer: Callable[[int], None]) -> None:
+        """Through the layers that this process has."""
+        for index in self._dsa.held:
+            with self._dsa.holding(index):
+                for through in passes:
+                    self._forth(index, through)
+                    self._count(through, 1, on_layer)
+
+    @computing(torch.no_grad)
+    def turn(self, passes: Sequence[Pass]) -> None:
+        """Behind the last layer: cotangents of what it returned; what it handed on reaches no loss."""
+        for through in passes:
+            states, more = (self._place.fetch(each) for each in (through.states, through.more))
+            through.states = through.more = None
+            of_states = label_cotangents(self._dsa, states, through.batch, self._draws, self._seed)
+            _check_finite("a gradient at the LM head is", through.batch, of_states)
+            handed = [torch.zeros_like(tensor) for tensor in floating(states, more)[1:]]
+            through.cotangents = _each(through.between.put, [[cotangent, *handed] for cotangent in of_states])
+
+    @computing(torch.no_grad)
+    def back(self, passes: Sequence[Pass], on_layer: Callable[[int], None]) -> None:
+        """Through the same layers from the last one."""
+        for index in reversed(self._dsa.held):
+            with self._dsa.holding(index, back=True):
+                for through in passes:
+                    self._back(index, through)
+                    self._count(through, 2 + self._draws, on_layer, self._position.get(index))
+
+    def hand_on(self, passes: Sequence[Pass]) -> list[Any]:
+        """What the process that has the next layers takes up of these batches."""
+        handed = []
+        for through in passes:
+            selections = [[self._place.fetch(kept.placed), kept.dtype] for kept in through.selections]
+            handed.append([self._place.fetch(through.states), self._place.fetch(through.more), selections])
+            through.states = through.more = None
+        return handed
+
+    @computing(torch.no_grad)
+    def take_up(self, wave: Sequence[Batch], handed: Sequence[Any]) -> list[Pass]:
+        """Batches in front of this process's first layer, by what the one before has handed on."""
+        passes = []
+        for batch, (states, more, selections) in zip(wave, handed, strict=True):
+            through = self._pass(batch, self._place.put(states), wave)
+            through.more = self._place.put(more)
+            known: dict[int, KeptSelection] = {}  # a borrowed selection is the same tensor
+            for small, dtype in selections:
+                kept = known.get(id(small)) or KeptSelection(self._place.put(small), dtype)
+                through.selections.append(known.setdefault(id(small), kept))
+            passes.append(through)
+        return passes
+
+    def hand_back(self, passes: Sequence[Pass]) -> list[list[Cotangent]]:
+        """The cotangents of each batch at this process's first entry."""
+        return [_each(through.between.fetch, through.cotangents) for through in passes]
+
+    def take_back(self, passes: Sequence[Pass], handed: Sequence[Sequence[Cotangent]]) -> None:
+        """The cotangents of each batch behind this process's last layer."""
+        for through, cotangents in zip(passes, handed, strict=True):
+            through.cotangents = _each(through.between.put, cotangents)
 
     def _forth(self, index: int, through: Pass) -> None:
         """One layer of the unmodified model; its entry is kept, and what it selected."""
@@ -168,15 +227,6 @@ class FisherSweep:
     def _fetch(self, kept: KeptSelection) -> torch.Tensor:
         selection: torch.Tensor = self._place.fetch(kept.placed)
         return selection.to(kept.dtype)
-
-    def _turn(self, through: Pass) -> None:
-        """Cotangents of what the last layer returned; what it handed on reaches no loss."""
-        states, more = (self._place.fetch(each) for each in (through.states, through.more))
-        through.states = through.more = None
-        of_states = label_cotangents(self._dsa, states, through.batch, self._draws, self._seed)
-        _check_finite("a gradient at the LM head is", through.batch, of_states)
-        handed = [torch.zeros_like(tensor) for tensor in floating(states, more)[1:]]
-        through.cotangents = _each(through.between.put, [[cotangent, *handed] for cotangent in of_states])
 
     def _back(self, index: int, through: Pass) -> None:
         """Cotangents of what a layer returned become those of its entry; of a DSA layer, its row of the table."""
@@ -217,14 +267,36 @@ def pair_runs(start: Pattern, position: int) -> int:
     return start.letters.count(FULL, 0, position) - (not start.is_full(position))
 
 
-def table_of(rows: Rows) -> BatchTable:
-    """The rows of all DSA layers, by sequence."""
+def table_runs(start: Pattern, layers: int, draws: int, pair_cost: float) -> float:
+    """Runs of a layer that a sequence takes: forth, again, a backward for each cotangent; and the pairs."""
+    return layers * (3 + draws) + pair_cost * sum(pair_runs(start, position) for position in range(len(start)))
+
+
+def table_of(rows: Rows, layers: int) -> BatchTable:
+    """The rows by sequence; of a layer that another process has, an empty one."""
+    some = next(iter(rows.values()))
+    empty = some[..., :0]
     by_sequence = [
-        [[rows[layer][sequence, r].tolist() for layer in range(len(rows))] for r in range(rows[0].shape[1])]
-        for sequence in range(rows[0].shape[0])
+        [[rows.get(layer, empty)[sequence, r].tolist() for layer in range(layers)] for r in range(some.shape[1])]
+        for sequence in range(some.shape[0])
     ]
     true = [[[-value for value in row] for row in triangles[-1]] for triangles in by_sequence]
     return BatchTable([triangles[:-1] for triangles in by_sequence], true)
+
+
+def join_events(parts: Sequence[Event]) -> Event:
+    """A batch's event by those of the processes that share the layers: each has the rows of its own."""
+    joined = {name: _filled([part[name] for part in parts]) for name in ("drawn", "true")}
+    sums = {name: sum(part.get(name, 0) for part in parts) for name in ("layer_sequences", "weight_bytes")}
+    notes = sorted({note for part in parts for note in part["notes"]})
+    return {**parts[0], **joined, **{name: value for name, value in sums.items() if value}, "notes": notes}
+
+
+def _filled(parts: Sequence[Any]) -> Any:
+    """Nested lists alike but for empty rows: with what any of them has."""
+    if not all(parts):
+        return next(filter(None, parts), [])
+    return [_filled(each) for each in zip(*parts, strict=True)]
 
 
 def _each(function: Callable[[Any], Any], cotangents: Iterable[Cotangent]) -> list[Cotangent]:

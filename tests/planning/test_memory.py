@@ -209,6 +209,17 @@ def test_streamed_weights_have_the_fewest_waves() -> None:
     assert shared.batches_per_wave == 2
 
 
+def test_a_pipeline_keeps_the_entries_of_a_wave_for_each_of_its_places() -> None:
+    """Its first process has two waves on their way, each with half of the layers and with all selections."""
+    half = 2 * (2 * ENTRY + 4 * 2 * 100 * 16)
+    assert table(half, grid=Grid(1, 2)) == TablePlan(DEVICE, 1, LAYER, half)
+    with pytest.raises(IcsearchError, match="for the entries of all layers"):
+        table(half - 1, grid=Grid(1, 2))
+    assert [Grid(1, 2).waves_per_job(waves) for waves in (1, 7, 100)] == [1, 7, 8]
+    assert [Grid(2, 2).waves_per_job(waves) for waves in (1, 7, 100)] == [1, 4, 8]
+    assert Grid(3, 1).waves_per_job(100) == 1
+
+
 def test_a_table_without_room_is_refused() -> None:
     job = Job(SHAPE, SIZES, LAYERS, 7, offload="none", draws=DRAWS)
     with pytest.raises(

@@ -18,6 +18,7 @@ from icsearch.core.errors import ModelError, PatternError
 from icsearch.core.pattern import Pattern
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import ModelShape
+from icsearch.planning.modelfile import open_model_file
 from icsearch.planning.work import (
     PAPER_RATES,
     Breakdown,
@@ -27,8 +28,10 @@ from icsearch.planning.work import (
     cost_rows,
     decode_work,
     layer_work,
+    pair_cost,
     prefill_work,
 )
+from plan_fixtures import GLM
 from tiny import FAMILIES, SIZES
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
@@ -317,3 +320,14 @@ def test_parameters_are_those_of_the_model() -> None:
         indexer = sum(p.numel() for p in model.model.layers[0].self_attn.indexer.parameters())
         assert shape.layer_parameters(0) - shape.layer_parameters(0, with_indexer=False) == indexer
         assert shape.embedding_weights == model.lm_head.weight.numel() == model.model.embed_tokens.weight.numel()
+
+
+def test_what_a_pair_costs_is_a_layers_attention() -> None:
+    """Of GLM-5 at 16K tokens, by hand: 64 heads, 2,048 tokens of 576 + 512 numbers, and 512 x 256 up to a head."""
+    shape, length = open_model_file(GLM).shape, 16384
+    selected = 2048 * 2049 // 2 + (length - 2048) * 2048
+    flops = 2 * 64 * (selected * (576 + 512) + length * 512 * 256)
+    whole = prefill_work(shape, Pattern.full(78), length)
+    layer = (whole.total.flops - whole.lm_head.flops) / 78
+    assert pair_cost(shape, length) == pytest.approx(flops / layer)
+    assert 0.1 < pair_cost(shape, length) < 0.5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import itertools
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import pytest
 import torch
 
 import tiny
+from icsearch.cli import app
 from icsearch.core.errors import IcsearchError
 from icsearch.model import loading
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.model import DsaModel
 from icsearch.model.shape import DISK, RESIDENT
+from icsearch.planning import memory
 from icsearch.runs.journal import Event
 from icsearch.sweep import fisher
 from icsearch.sweep.branches import Batch, InCpuMemory, OnDisk, cut_batches, cut_waves
@@ -125,6 +129,52 @@ class Counting(OnDisk):
         placed = super().put(value)
         self.most = max(self.most, len(list(self._directory.iterdir())))
         return placed
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_a_run_whose_entries_are_on_disk(
+    glm_checkpoint: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """In a directory of the run, which is gone when it is done."""
+    planned, seen = memory.plan_table, list[int]()
+    put = OnDisk.put
+
+    def noted(place: OnDisk, value: Any) -> Any:
+        seen.append(len(list((tmp_path / "disk" / "entries").iterdir())))
+        return put(place, value)
+
+    def run(out: Path) -> list[Event]:
+        arguments = ["fisher", glm_checkpoint, "--calibration", tokens, "--out", out, "--num-shared", 2, "--draws", 2]
+        assert app._run([*map(str, arguments), "--batch-size", "2", "--threads", "1", "--quiet"], debug=True) == 0
+        lines = (out / "journal.jsonl").read_text().splitlines()
+        found = [event for event in map(json.loads, lines) if event["event"] == "fisher"]
+        return [{name: value for name, value in event.items() if name != "seconds"} for event in found]
+
+    expected = run(tmp_path / "device")
+    monkeypatch.setattr(
+        memory, "plan_table", lambda *given: replace(planned(*given), place=DISK, batches_per_wave=together)
+    )
+    monkeypatch.setattr(OnDisk, "put", noted)
+    assert run(tmp_path / "disk") == expected
+    assert max(seen) >= 2 * LAYERS * together
+    assert not (tmp_path / "disk" / "entries").exists()
+
+
+def test_parts_of_an_event_are_put_together(expected: list[Event]) -> None:
+    """Of two processes, each with the rows of half the layers."""
+    for event in expected:
+        parts = []
+        for held in (range(3), range(3, LAYERS)):
+            own = {
+                "true": [[row if layer in held else [] for layer, row in enumerate(t)] for t in event["true"]],
+                "drawn": [
+                    [[row if layer in held else [] for layer, row in enumerate(t)] for t in draws]
+                    for draws in event["drawn"]
+                ],
+            }
+            parts.append({**event, **own, "layer_sequences": len(held), "weight_bytes": 7, "notes": [str(held.start)]})
+        joined = fisher.join_events(parts)
+        assert joined == {**event, "layer_sequences": LAYERS, "weight_bytes": 14, "notes": ["0", "3"]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.uint8, torch.bool])

@@ -394,3 +394,82 @@ def test_out_of_memory_on_one_rank_names_it(deeper: Path, tmp_path: Path) -> Non
             assert "rank 1" in line
             assert "out of memory" in line
             assert "--memory" in line
+
+
+def table(model: Path, tokens: Path, out: Path, *more: object) -> list[object]:
+    fixed = ["--batch-size", 2, "--threads", 1, "--num-shared", 3, "--draws", 2, "--timeout", TIMEOUT, "--quiet"]
+    return ["fisher", model, "--calibration", tokens, "--out", out, *fixed, *more]
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The events of a run's table."""
+    found = [event for event in events(run) if event["event"] == "fisher"]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("how", ["--dp", "--pp"])
+def test_a_table_by_several(glm_checkpoint: Path, tokens: Path, tmp_path: Path, how: str) -> None:
+    """Its bits, its cost and what comes of it are those of one process."""
+    more = ["--stages", 2]
+    alone(table(glm_checkpoint, tokens, tmp_path / "one", *more))
+    with Ranks(2, table(glm_checkpoint, tokens, tmp_path / "two", *more, how, 2), tmp_path / "logs") as ranks:
+        assert ranks.wait() == [0, 0], ranks.said(0)
+        assert ranks.said(1) == ""
+    assert rows_of(tmp_path / "two") == rows_of(tmp_path / "one")
+    assert same_result(tmp_path / "two", tmp_path / "one")
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "how", "more"),
+    [
+        (4, ["--pp", 4], []),
+        (4, ["--dp", 2, "--pp", 2], ["--block-elements", 1024]),
+        (3, ["--dp", 3], ["--offload", "disk"]),
+        (2, ["--pp", 2], ["--offload", "disk"]),
+        (2, ["--pp", 2], ["--kernels", "reference"]),
+    ],
+)
+def test_a_table_on_every_grid(
+    deeper: Path, longer: Path, tmp_path: Path, processes: int, how: list[object], more: list[object]
+) -> None:
+    """15 sequences in batches of 2; with streamed weights each process reads its layers twice for each wave."""
+    stages = ["--stages", 4 if how[0] == "--pp" and how[1] == 4 else 2 if "--pp" in how else 1]
+    kernels = [option for option in more if option not in ("--offload", "disk")]
+    alone(table(deeper, longer, tmp_path / "one", *stages, *kernels))
+    with Ranks(processes, table(deeper, longer, tmp_path / "two", *stages, *how, *more), tmp_path / "logs") as ranks:
+        assert ranks.wait() == [0] * processes, ranks.said(0)
+    found = rows_of(tmp_path / "two")
+    read = [event.pop("weight_bytes", 0) for event in found]
+    assert found == rows_of(tmp_path / "one")
+    if "disk" in more:
+        waves = 3 if how[0] == "--dp" else -(-8 // 2)  # of dp one each; of pp two batches, by what a pipeline shares
+        assert sum(read) == 2 * waves * _layer_bytes(deeper)
+    else:
+        assert not any(read)
+    assert same_result(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--dp", "--pp"])
+def test_a_table_goes_on_where_a_process_was_killed(deeper: Path, longer: Path, tmp_path: Path, how: str) -> None:
+    alone(table(deeper, longer, tmp_path / "one", "--stages", 2))
+    out, more = tmp_path / "run", ["--stages", 2, how, 2, "--timeout", SHORT]
+    with Ranks(2, table(deeper, longer, out, *more), tmp_path / "logs") as ranks:
+        ranks.wait_for_lines(out / "journal.jsonl", 2)
+        ranks.processes[1].send(signal.SIGKILL)
+        assert ranks.wait([0]) == [1]
+    alone(table(deeper, longer, out, "--stages", 2))
+    assert rows_of(out) == rows_of(tmp_path / "one")
+    assert same_result(out, tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["--dp", "--pp"])
+def test_a_table_that_is_not_finite_names_layer_and_sequence(longer: Path, tmp_path: Path, how: str) -> None:
+    model = tiny.save_checkpoint(tmp_path / "model", num_hidden_layers=4, shard_size="5GB")
+    tiny.overflow_in(model, 3)
+    with Ranks(2, table(model, longer, tmp_path / "run", how, 2), tmp_path / "logs") as ranks:
+        assert_refused(ranks, "the states behind decoder layer 3 are not finite in sequence")

@@ -9,6 +9,7 @@ import torch
 
 from icsearch.core.errors import ModelError
 from icsearch.core.pattern import Pattern
+from icsearch.model.families.calls import Handed
 from icsearch.sweep.branches import Branch
 from icsearch.sweep.distributed.transport import Packet, _pack, _unpack
 
@@ -41,6 +42,26 @@ def test_packed_and_unpacked() -> None:
     assert all(map(torch.equal, first, packet.branches[0].selections))
     assert [id(selection) for selection in first] == [id(selection) for selection in second]
     assert third == [None, None]
+
+
+def test_a_table_goes_forth_and_back() -> None:
+    """States and what is handed on beside them, selections with the types that they had, cotangents; in their nests."""
+    borrowed, states = torch.ones(2, 3, dtype=torch.uint8), torch.randn(2, 5)
+    latents = Handed(None, {"shared": {"rope": (torch.randn(2), torch.randn(3))}})
+    forth = [[states, latents, [[borrowed, torch.int32], [borrowed, torch.int32]]], [states, None, []]]
+    header, tensors = _pack(Packet([], passes=forth))
+    assert len(tensors) == 4
+    (first, second) = _unpack(json.loads(json.dumps(header)), tensors).passes
+    assert torch.equal(first[0], states) and torch.equal(second[0], states) and second[1:] == [None, []]
+    assert isinstance(first[1], Handed) and first[1].selection is None
+    assert all(map(torch.equal, first[1].more["shared"]["rope"], latents.more["shared"]["rope"]))
+    (one, dtype), (other, _) = first[2]
+    assert one is other and torch.equal(one, borrowed) and dtype == torch.int32
+    back = [[[torch.randn(2), torch.randn(3)], [torch.randn(2), torch.randn(3)]]]
+    header, tensors = _pack(Packet([], passes=back))
+    found = _unpack(json.loads(json.dumps(header)), tensors).passes
+    for cotangent, other in zip(*found, *back, strict=True):
+        assert all(map(torch.equal, cotangent, other)) and len(cotangent) == len(other) == 2
 
 
 def test_no_branches_are_a_packet_too() -> None:

@@ -22,6 +22,7 @@ from icsearch.search.loop import Scores
 from icsearch.sweep.distributed.launch import CALIBRATION, Grid
 from icsearch.sweep.distributed.worker import Order, Worker
 from icsearch.sweep.distributed.world import World
+from icsearch.sweep.fisher import join_events
 from icsearch.sweep.states import Keeping, Rehearsal
 
 Range = tuple[int, int]  # sequences [first, last)
@@ -136,10 +137,14 @@ class Coordinator:
             for coming in orders[told : number + 2]:  # one round ahead, so that nobody waits for the next one
                 self.world.tell(coming)
                 told += 1
-            parts = [self.worker.do_job(order, on_layer) or []]
-            for rank in range(1, len(rounds[number])):
-                parts.append(self.world.take(f"events/{order['item']}/{rank}", f"results from rank {rank}"))
-                on_layer(sum(event["layer_sequences"] for event in parts[-1]))
+            by_rank = [self.worker.do_job(order, on_layer) or []]
+            for rank in range(1, len(rounds[number]) * self.grid.pipeline):
+                by_rank.append(self.world.take(f"events/{order['item']}/{rank}", f"results from rank {rank}"))
+                on_layer(sum(event["layer_sequences"] for event in by_rank[-1]))
+            parts = by_rank
+            if (places := self.grid.pipeline) > 1:
+                pipelines = (by_rank[first : first + places] for first in range(0, len(by_rank), places))
+                parts = [[join_events(part) for part in zip(*each, strict=True)] for each in pipelines]
             events = [event for part in parts for event in part]
             for event, seconds in zip(events, [time.monotonic() - started, *[0.0] * len(events)], strict=False):
                 event["seconds"] = round(seconds, 3)

@@ -15,7 +15,8 @@ from icsearch.core.jsonfile import shown
 from icsearch.search.greedy import split_stages
 
 CALIBRATION, HELDOUT = "calibration", "heldout"  # the sets of sequences that a run scores
-MEASURE, COMPARE = "measure", "compare"  # what processes do with a wave beside scoring it: see `Worker.do_job`
+# What processes do with a wave beside scoring it: see `Worker.do_job`.
+MEASURE, COMPARE, TABLE = "measure", "compare", "table"
 WAVES_PER_PLACE = 2  # of a pipeline whose layers are streamed
 IN_FLIGHT = 2  # packets of branches that may be on their way to the next process of a pipeline before one waits
 
@@ -90,6 +91,10 @@ class Grid:
     def packets(self) -> int:
         """How often a sweep's branches are there beside those at work: come, or on their way to the next process."""
         return 1 + IN_FLIGHT if self.pipeline > 1 else 0
+
+    def waves_per_job(self, waves: int) -> int:
+        """How many waves of a table a pipeline gets at once, so that its processes seldom wait for one another."""
+        return 1 if self.pipeline == 1 else max(1, min(2 * WAVES_PER_PLACE * self.pipeline, -(-waves // self.data)))
 
     @property
     def words(self) -> str:

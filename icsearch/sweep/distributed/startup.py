@@ -116,7 +116,7 @@ def serve(world: World) -> NoReturn:
                 world.post(f"traced/{order['item']}", where)
         elif order["do"] == "job":
             if (events := worker.do_job(order)) is not None:
-                world.post(f"events/{order['item']}/{worker.data_rank}", events)
+                world.post(f"events/{order['item']}/{world.rank}", events)
         elif (losses := worker.sweep(order)) is not None:
             world.post(f"losses/{order['item']}/{worker.data_rank}", losses)
 

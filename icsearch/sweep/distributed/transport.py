@@ -1,14 +1,15 @@
 """Branches from one process of a pipeline to the next, point to point, several packets in flight.
 
-A packet is what a block of layers leaves of one wave: its branches, with hidden states and selections. What it holds
-is announced through the store; the tensors follow by isend. A selection that branches share goes once.
+A packet is what a block of layers leaves of one wave: its branches, with hidden states and selections; or of a table of
+second order, the states of each batch, and on the way back its cotangents. What it holds is announced through the
+store; the tensors follow by isend. A tensor that is there several times goes once.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,41 +30,45 @@ class Packet:
     """The branches of one wave behind a block, and what the blocks so far took and noted."""
 
     branches: list[Branch]
-    layer_sequences: int
+    layer_sequences: int = 0
     bytes_read: int = 0  # of weights, from the checkpoint
     notes: tuple[str, ...] = ()
+    passes: list[Any] = field(default_factory=list)  # of a table: nested lists with tensors and their types
 
 
 class Transport:
     """To the process behind this one in a pipeline, and from the one before it; `device` is where branches live.
 
-    `direct`: tensors go from device to device, else by way of CPU memory.
+    `direct`: tensors go from device to device, else by way of CPU memory. `back`: the other way. Not both ways may be
+    direct: what two GPUs send to each other at the same time, NCCL has in one queue, and each would wait for the other.
     """
 
-    def __init__(self, world: World, device: torch.device, direct: bool) -> None:
+    def __init__(self, world: World, device: torch.device, direct: bool, back: bool = False) -> None:
         self._world = world
+        step = -1 if back else 1
+        self._to, self._source = world.rank + step, world.rank - step
         self._device = device
         self._between = device if direct else torch.device("cpu")
         self._sent: deque[tuple[str, list[Any], list[torch.Tensor]]] = deque()
         self._tags_sent, self._tags_received = itertools.count(), itertools.count()
 
-    def send(self, item: int, packet: Packet) -> None:
+    def send(self, item: int | str, packet: Packet) -> None:
         """Hand a packet on; waits while there are too many that the next process has not taken."""
-        to = self._world.rank + 1
+        here, to = self._world.rank, self._to
         header, tensors = _pack(packet)
         while len(self._sent) >= IN_FLIGHT:
             taken, works, _ = self._sent.popleft()
             self._world.take(taken, f"rank {to} to take branches")
             self._wait(works, to)
-        self._world.post(f"branches/{to}/{item}", header)
+        self._world.post(f"branches/{here}/{to}/{item}", header)
         tensors = [tensor.to(self._between).contiguous() for tensor in tensors]
         works = [distributed.isend(tensor, to, tag=next(self._tags_sent) % TAGS) for tensor in tensors]
-        self._sent.append((f"taken/{to}/{item}", works, tensors))
+        self._sent.append((f"taken/{here}/{to}/{item}", works, tensors))
 
-    def receive(self, item: int) -> Packet:
+    def receive(self, item: int | str) -> Packet:
         """The packet of this item from the process before."""
-        source, here = self._world.rank - 1, self._world.rank
-        header = self._world.take(f"branches/{here}/{item}", f"branches from rank {source}")
+        source, here = self._source, self._world.rank
+        header = self._world.take(f"branches/{source}/{here}/{item}", f"branches from rank {source}")
         tensors = [
             torch.empty(shape, dtype=getattr(torch, dtype), device=self._between) for shape, dtype in header["tensors"]
         ]
@@ -71,7 +76,7 @@ class Transport:
             self._wait(
                 [distributed.irecv(tensor, source, tag=next(self._tags_received) % TAGS) for tensor in tensors], source
             )
-        self._world.post(f"taken/{here}/{item}", True)
+        self._world.post(f"taken/{source}/{here}/{item}", True)
         return _unpack(header, [tensor.to(self._device) for tensor in tensors])
 
     def _wait(self, works: list[Any], rank: int) -> None:
@@ -106,6 +111,11 @@ def _pack(packet: Packet) -> tuple[dict[str, Any], list[torch.Tensor]]:
         }
         return {"selection": number_of(handed.selection), "more": more}
 
+    def nested(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return _name(value)
+        return [nested(each) for each in value] if isinstance(value, list) else numbered(value)
+
     branches = [
         {
             "patterns": [pattern.letters for pattern in branch.patterns],
@@ -114,9 +124,14 @@ def _pack(packet: Packet) -> tuple[dict[str, Any], list[torch.Tensor]]:
         }
         for branch in packet.branches
     ]
-    shapes = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in tensors]
+    passes = nested(packet.passes)
+    shapes = [[list(tensor.shape), _name(tensor.dtype)] for tensor in tensors]
     others = {name: getattr(packet, name) for name in ("layer_sequences", "bytes_read", "notes")}
-    return {"branches": branches, "tensors": shapes, **others}, tensors
+    return {"branches": branches, "passes": passes, "tensors": shapes, **others}, tensors
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _unpack(header: dict[str, Any], tensors: list[torch.Tensor]) -> Packet:
@@ -129,6 +144,11 @@ def _unpack(header: dict[str, Any], tensors: list[torch.Tensor]) -> Packet:
         }
         return Handed(handed(item["selection"]), more)
 
+    def nested(item: Any) -> Any:
+        if isinstance(item, str):
+            return getattr(torch, item)
+        return [nested(each) for each in item] if isinstance(item, list) else handed(item)
+
     branches = [
         Branch(
             [Pattern(letters) for letters in branch["patterns"]],
@@ -137,4 +157,5 @@ def _unpack(header: dict[str, Any], tensors: list[torch.Tensor]) -> Packet:
         )
         for branch in header["branches"]
     ]
-    return Packet(branches, header["layer_sequences"], header["bytes_read"], tuple(header["notes"]))
+    passes = nested(header["passes"])
+    return Packet(branches, header["layer_sequences"], header["bytes_read"], tuple(header["notes"]), passes)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from icsearch.core.errors import NonFiniteLossError
 from icsearch.core.pattern import Pattern
 from icsearch.model.model import DsaModel
 from icsearch.runs.journal import Event
-from icsearch.sweep.branches import Batch, Branch, BranchState
-from icsearch.sweep.distributed.launch import MEASURE, Grid
+from icsearch.sweep.branches import Batch, Branch, BranchState, make_place
+from icsearch.sweep.distributed.launch import MEASURE, TABLE, Grid
 from icsearch.sweep.distributed.transport import Packet, Transport
 from icsearch.sweep.distributed.world import World, has_own_gpu
+from icsearch.sweep.fisher import FisherSweep, Pass
 from icsearch.sweep.measures import WaveMeasures
 from icsearch.sweep.similarity import SimilaritySweep
 from icsearch.sweep.states import Keeping, StateStore
@@ -33,7 +37,9 @@ class Worker:
         self._batches = {name: {batch.first: batch for batch in several} for name, several in batches.items()}
         self._sweepers: dict[str, Sweeper] = {}
         direct = dsa.device.type == "cpu" or has_own_gpu(world.launch)
+        self._places = grid.pipeline
         self._transport = Transport(world, dsa.device, direct)
+        self._back = Transport(world, dsa.device, direct=dsa.device.type == "cpu", back=True)
 
     def batches_of(self, name: str) -> list[Batch]:
         """All batches of a set; this process scores its share of them."""
@@ -116,16 +122,62 @@ class Worker:
         return where or None
 
     def do_job(self, order: Order, on_layer: Callable[[int], None] = lambda _: None) -> list[Event] | None:
-        """This process's part of a job: its wave, if there is one for it. Every process must hold all layers."""
+        """This process's part of a job: its wave, if there is one for it; of a table, several waves.
+
+        For all else every process must hold all layers.
+        """
         own = order["items"][self.data_rank]
         if own is None:
             return None
+        if order["job"] == TABLE:
+            return self._tables(order, own["waves"], self._heeding(on_layer))
         wave = [self._batches[order["set"]][first] for first in own["batches"]]
         shared, on_layer = order["shared"], self._heeding(on_layer)
         if order["job"] == MEASURE:
             measures = WaveMeasures(self._dsa, shared["bucket_edges"], shared["index_topk"])
             return [measures.event([Pattern(letters) for letters in own["patterns"]], wave, on_layer)]
         return SimilaritySweep(self._dsa, shared["index_topk"], shared["keep_on_cpu"]).events(wave, on_layer)
+
+    def _tables(self, order: Order, waves: list[list[int]], on_layer: Callable[[int], None]) -> list[Event]:
+        """The rows of a second-order table that are of this process's layers.
+
+        In a pipeline a wave goes back through this process as soon as one more is on its way forth than there are
+        processes behind: so everybody has work, and entries are kept of few waves.
+        """
+        shared, item, batches = order["shared"], order["item"], self._batches[order["set"]]
+        directory = Path(shared["directory"]) / f"rank{self._world.rank}"
+        place = make_place(shared["place"], self._dsa.device, directory)
+        sweep = FisherSweep(self._dsa, shared["draws"], shared["seed"], place, shared["pair_cost"])
+        forth, back = self._transport, self._back
+        started, read, done = time.monotonic(), self._dsa.weights.bytes_read, list[Pass]()
+
+        def finish(number: int, passes: list[Pass]) -> None:
+            if not self._is_last:
+                sweep.take_back(passes, back.receive(f"{item}.{number}").passes)
+            sweep.back(passes, on_layer)
+            if self._place:
+                back.send(f"{item}.{number}", Packet([], passes=sweep.hand_back(passes)))
+            done.extend(passes)
+
+        under_way: deque[tuple[int, list[Pass]]] = deque()
+        with kernel_notes() as notes:
+            for number, firsts in enumerate(waves):
+                wave = [batches[first] for first in firsts]
+                if self._place:
+                    passes = sweep.take_up(wave, forth.receive(f"{item}.{number}").passes)
+                else:
+                    passes = sweep.begin(wave)
+                sweep.forth(passes, on_layer)
+                if self._is_last:
+                    sweep.turn(passes)
+                else:
+                    forth.send(f"{item}.{number}", Packet([], passes=sweep.hand_on(passes)))
+                under_way.append((number, passes))
+                if len(under_way) == self._places - self._place:
+                    finish(*under_way.popleft())
+            while under_way:
+                finish(*under_way.popleft())
+        return sweep.events_of(done, notes, time.monotonic() - started, self._dsa.weights.bytes_read - read)
 
     def _heeding(self, on_layer: Callable[[int], None]) -> Callable[[int], None]:
         """Between two layers this process hears what ends the run."""
