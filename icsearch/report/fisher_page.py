@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SQUARE = 3.3  # inches of a scatter's axes
 SQUARE_MARGINS = (0.8, 0.15, 0.1, 0.5)
-NAMED = 3  # single flips whose layers are written beside them
+NAMED = 3  # single flips whose layers stand above them
 FINALISTS_SHOWN = 24
 SIGNS = {FLIP: ("o", SERIES[0]), PATH: ("s", SERIES[2]), FINALIST: ("^", SERIES[3]), UNIFORM: ("D", PALETTE["uniform"])}
 PLURALS = {FLIP: "single flips", PATH: "nested path", FINALIST: "finalists", UNIFORM: "uniform"}
@@ -70,7 +70,7 @@ def foretold(fisher: FisherView, name: str, found: Pattern) -> Figure:
         predicted, measured = pair(known)
         if measured.delta > 2 * unit:
             place = (predicted.delta, measured.delta)
-            note(axes, f"layer {known.layer}", place, (7, -6), SERIES[0], "left", bbox=None)
+            note(axes, str(known.layer), place, (-4, 7), SERIES[0], "right", bbox=None, weight="bold")
     axes.plot([low, high], [low, high], color=MUTED, linewidth=0.9, zorder=1.1)
     for axis, setter in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
         if logarithmic:
