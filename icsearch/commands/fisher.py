@@ -29,8 +29,7 @@ from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Progress, Scoring, run_proposals, run_refinement
 from icsearch.search.protocol import SearchTask
-from icsearch.search.registry import make_strategy
-from icsearch.search.second_order import DRAWS
+from icsearch.search.registry import DRAWS, make_strategy
 from icsearch.sweep.branches import Batch, cut_waves, make_place
 from icsearch.sweep.distributed.launch import HELDOUT, TABLE, check_device, grids
 from icsearch.sweep.fisher import FisherSweep, table_runs

@@ -37,8 +37,7 @@ from icsearch.model.config import Backbone
 from icsearch.model.shape import CPU, DISK, RESIDENT
 from icsearch.planning.devices import parse_rate
 from icsearch.search.greedy import split_stages
-from icsearch.search.registry import EXACT, STRATEGIES
-from icsearch.search.second_order import FINALISTS, ROUNDS
+from icsearch.search.registry import EXACT, FINALISTS, ROUNDS, STRATEGIES
 from icsearch.sweep.distributed.launch import pipeline_blocks
 
 KL = "kl"

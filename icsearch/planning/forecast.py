@@ -23,8 +23,7 @@ from icsearch.planning.memory import MEMORY_SHARE, Job, Kept, Machine, Memory, W
 from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
 from icsearch.planning.rehearsal import Sweep, Workload, layer_evaluations
 from icsearch.planning.work import Widths, layer_work
-from icsearch.search.registry import STRATEGIES
-from icsearch.search.second_order import DRAWS
+from icsearch.search.registry import DRAWS, STRATEGIES
 from icsearch.sweep.distributed.launch import Grid, can_be_cut
 from icsearch.sweep.states import LayerRuns
 

@@ -8,8 +8,7 @@ from itertools import accumulate, islice, product
 
 from icsearch.core.pattern import Pattern, references
 from icsearch.search.protocol import SearchTask, Strategy
-from icsearch.search.registry import make_strategy
-from icsearch.search.second_order import FINALISTS
+from icsearch.search.registry import FINALISTS, make_strategy
 from icsearch.sweep.states import Keeping, LayerRuns, Rehearsal
 
 

@@ -8,6 +8,8 @@ from icsearch.search.greedy import Greedy
 from icsearch.search.protocol import SearchTask, Strategy
 
 EXACT = "exact"
+# Of a search on the second-order table, by default: labels drawn a sequence, patterns measured a round, rounds at most.
+DRAWS, FINALISTS, ROUNDS = 4, 8, 4
 STRATEGIES: dict[str, Callable[[SearchTask], Strategy]] = {EXACT: Greedy}
 
 

@@ -26,7 +26,6 @@ from icsearch.core.pattern import FULL, Pattern
 from icsearch.search.dynamic_program import solve
 
 LOSS, KL = 0, 1  # rows of what is predicted and measured
-DRAWS, FINALISTS, ROUNDS = 4, 8, 4  # by default: labels drawn a sequence, patterns measured a round, rounds at most
 RANDOM_STARTS = 4
 RANKED = 1024  # patterns that a search returns at most
 # The prior of a correction: how far a layer's number may be off, in parts of what its single flip costs, and how far a
