@@ -213,5 +213,36 @@ def dp_events(made_up: MadeUpRun, chosen: bool = True) -> list[Event]:
     return [start, similarity, choice, losses, {"event": "finish", "pattern": letters}]
 
 
+def compared_events(made_up: MadeUpRun) -> list[Event]:
+    """The same with Kascade's score and a second-order table, whose patterns are scored too."""
+    start, similarity, choice, losses, finish = dp_events(made_up)
+    layers, sequences = made_up.num_layers, made_up.num_sequences
+    chance = random.Random(f"{made_up.seed}/table")
+    similarity["kept"] = [[sequences * value for value in row] for row in triangles(layers)["overlap"]]
+    similarity["importance"] = [sequences * (0.02 + 0.1 * chance.random()) for _ in range(layers)]
+    fisher = {
+        "event": "fisher",
+        "sequences": [0, sequences],
+        "drawn": [[_gaussian(chance, layers) for _ in range(2)] for _ in range(sequences)],
+        "true": [_gaussian(chance, layers) for _ in range(sequences)],
+        "layer_sequences": 0,
+        "seconds": 0.0,
+    }
+    options = {**start["options"], "draws": 2, "label_seed": 0}
+    kept = choice["pattern"].count("F")
+    others = {"kascade": "F" * kept + "S" * (layers - kept), "fisher": "F" + "S" * (layers - kept) + "F" * (kept - 1)}
+    compared: list[Event] = [
+        {"event": "compared", "by": name, "pattern": letters, "objective": 0.1} for name, letters in others.items()
+    ]
+    more = [event["pattern"] for event in compared]
+    scored = {**losses, "patterns": losses["patterns"] + more}
+    scored["nll"] = [nll_sums(made_up, letters) for letters in scored["patterns"]]
+    return [{**start, "options": options}, similarity, fisher, choice, *compared, scored, finish]
+
+
+def _gaussian(chance: random.Random, layers: int) -> list[list[float]]:
+    return [[chance.gauss(0, 1) for _ in range(layer)] for layer in range(layers)]
+
+
 def dp_record(made_up: MadeUpRun) -> RunRecord:
     return RunRecord.replay(dp_events(made_up))

@@ -30,6 +30,7 @@ OFF_SCALE = 2.0  # a uniform pattern higher than this many times the curve's hei
 EDGE_LINE = 0.06  # of the picture's height, for a label at the edge
 DODGE = 0.014  # of the picture's width, between patterns with as many F layers
 CELL_GAP = 0.04  # of a cell's width
+TRIANGLE, NARROW_TRIANGLE = 370.0, 225.0  # pixels; two and three in a row
 CELL_MARGINS = (0.65, 0.1, 0.05, 0.42)
 
 
@@ -400,13 +401,18 @@ def step_rows(view: RunView) -> dict[int, int]:
 
 
 @drawing()
-def triangle(rows: Sequence[Sequence[float]], pattern: Pattern, scale: CostScale | ShareScale | None = None) -> Figure:
+def triangle(
+    rows: Sequence[Sequence[float]],
+    pattern: Pattern,
+    scale: CostScale | ShareScale | None = None,
+    side: float = TRIANGLE,
+) -> Figure:
     """`rows[layer][source]` below the diagonal, each S layer's own source outlined, the pattern along both edges.
 
-    Without a scale the values are shares.
+    Without a scale the values are shares. `side`: pixels, where layers are neither very few nor very many.
     """
     n = len(pattern)
-    width = max(6.0, min(24.0, 370 / n))
+    width = max(6.0, min(24.0, side / n))
     figure, axes = new_figure()
     values = {
         (float(source), float(layer)): value for layer, row in enumerate(rows) for source, value in enumerate(row)

@@ -93,13 +93,11 @@ class FisherView:
 
 def view_fisher(record: RunRecord) -> FisherView | None:
     """None for a search without a table, and while the table is not whole."""
-    if not record.by_table or len(record.fisher.true) < len(record.tokens):
+    tables = tables_of(record) if record.by_table else []
+    if not tables:
         return None
-    from icsearch.search.loop import table_of  # with numpy, which no other page needs
-
-    layers = len(record.start_pattern)
-    asked, tables = _asked(record), _of_each_sequence(table_of(record))
-    predicted = _predict(tables, list(asked))
+    asked = _asked(record)
+    predicted = predict(tables, list(asked))
     full = set(record.start_pattern.full_layers)
     flipped = {pattern: min(full - set(pattern.full_layers)) for pattern in asked}  # its first layer that shares
     start, heldout = record.start_pattern.letters, record.heldout
@@ -115,12 +113,7 @@ def view_fisher(record: RunRecord) -> FisherView | None:
         )
         for pattern, prices in zip(asked, predicted, strict=True)
     )
-    pairs = [table.pair_costs() * table.tokens[0] for table in tables]  # [2, N, N] of each sequence, in nats
-    loss, kl = (
-        [[_mean([sums[row, i, j] for sums in pairs], record.tokens) for j in range(i)] for i in range(layers)]
-        for row in (LOSS, KL)
-    )
-    return FisherView(record.start["options"]["draws"], loss, kl, measured)
+    return FisherView(record.start["options"]["draws"], pair_costs(tables, LOSS), pair_costs(tables, KL), measured)
 
 
 def _asked(record: RunRecord) -> dict[Pattern, tuple[str, str]]:
@@ -139,18 +132,30 @@ def _asked(record: RunRecord) -> dict[Pattern, tuple[str, str]]:
     return names
 
 
-def _of_each_sequence(table: SecondOrderTable) -> list[SecondOrderTable]:
-    """The table cut up, since errors are taken over sequences."""
+def tables_of(record: RunRecord) -> list[SecondOrderTable]:
+    """The second-order table of each sequence, since errors are taken over them; none while it is not whole."""
+    if len(record.fisher.true) < len(record.tokens):
+        return []
+    from icsearch.search.loop import table_of  # with numpy, which no other page needs
     from icsearch.search.second_order import SecondOrderTable
 
+    table = table_of(record)
     each = [slice(at, at + 1) for at in range(len(table.tokens))]
     return [SecondOrderTable(table.drawn[at], table.true[at], table.tokens[at]) for at in each]
 
 
-def _predict(tables: Sequence[SecondOrderTable], patterns: Sequence[Pattern]) -> list[Prices]:
+def pair_costs(tables: Sequence[SecondOrderTable], price: int) -> list[list[Difference]]:
+    """What each layer alone costs under each earlier one's selection, in nats per token: a lower triangle."""
+    tokens = [table.tokens[0] for table in tables]
+    pairs = [table.pair_costs()[price] * table.tokens[0] for table in tables]  # [N, N] of each sequence, in nats
+    return [[_mean([sums[i, j] for sums in pairs], tokens) for j in range(i)] for i in range(len(pairs[0]))]
+
+
+def predict(tables: Sequence[SecondOrderTable], patterns: Sequence[Pattern]) -> list[Prices]:
+    """What the tables of all sequences say of each pattern; nothing where there is no table."""
     from icsearch.search.second_order import full_of
 
-    if not patterns:
+    if not patterns or not tables:
         return []
     sums = [table.predict(full_of(patterns)) * table.tokens[0] for table in tables]  # [2, P] of each sequence, in nats
     tokens = [table.tokens[0] for table in tables]

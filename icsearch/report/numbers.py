@@ -42,6 +42,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%" if abs(share) >= 0.0995 else f"{100 * share:.1f}%"
 
 
+def exact_percent(share: float | None) -> str:
+    """A share in per cent to one decimal; a dash where there is none."""
+    return "–" if share is None else f"{100 * share:.1f}%"
+
+
 def count(value: float) -> str:
     """A count with thin separators, one decimal only where it is not whole: 12,345."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.1f}"

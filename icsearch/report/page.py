@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from icsearch.core.pattern import Pattern
 from icsearch.engines.engine import ExportError
 from icsearch.engines.export import Export, exports_of_type
-from icsearch.report import canvas, figures, fisher_page, numbers, sentences
+from icsearch.report import canvas, figures, fisher_page, fisher_view, numbers, sentences
 from icsearch.report.eval_view import EvalRow, EvalView, Gap
 from icsearch.report.tables import Cell, Row, Table, Tile, difference_tile, make_table, minus, with_note
 from icsearch.report.view import Refined, RunView, Swap, predictions
@@ -146,16 +147,16 @@ def run_section(view: RunView, number: int) -> Section:
             figure = fisher_page.foretold(view.fisher, key, found)
             told = "Each pattern that was measured, by what the table had predicted."
             drawn["foretold"] += (canvas.svg(figure, f"{name}-{key}", "scatter", "Predicted and measured", told),)
-    if similarity := view.record.similarity:
+    if view.record.similarity:
         drawn["similarity"] = tuple(
             canvas.svg(
-                figures.triangle(similarity[key], view.record.pattern),
-                f"{name}-{key}",
+                figure,
+                f"{name}-measure-{at}",
                 "heat triangle",
                 title,
                 "Each layer under the selections of the layers before it.",
             )
-            for key, title in (("cosine", "Similarity of attention outputs"), ("overlap", "Overlap of selections"))
+            for at, (title, figure) in enumerate(zip(sentences.measures(view), _measures(view), strict=True))
         )
     return Section(
         view,
@@ -239,20 +240,44 @@ def _reference_table(view: RunView) -> Table:
     return make_table(heads, {"": rows})
 
 
+def _measures(view: RunView) -> list[Figure]:
+    """What each of `sentences.measures` says of every layer and source, with the pattern that it chose."""
+    similarity, chosen = view.record.similarity or {}, view.record.pattern
+    others = {name: Pattern(event["pattern"]) for name, event in view.record.compared.items()}
+    draw = partial(figures.triangle, side=figures.NARROW_TRIANGLE if others else figures.TRIANGLE)
+    pictures = [draw(similarity["cosine"], chosen)]
+    if "kascade" in others:
+        lost = [[row[-1] - score for score in row[:-1]] for row in similarity["kascade"]]
+        scale = figures.kl_scale([score for row in lost for score in row])
+        pictures.append(draw(lost, others["kascade"], scale))
+    if "fisher" in others:
+        pairs = fisher_view.pair_costs(view.tables, fisher_view.LOSS)
+        costs = [[pair.delta for pair in row] for row in pairs]
+        errors = (pair.std_err for row in pairs for pair in row)
+        scale = figures.cost_scale([cost for row in costs for cost in row], errors)
+        pictures.append(draw(costs, others["fisher"], scale))
+    return [*pictures, draw(similarity["overlap"], chosen)]
+
+
 def _prediction_table(view: RunView) -> Table:
-    heads = ("pattern", "F layers", "similarity, sum", "mean per S layer", "loss", "above baseline")
-    rows = [
-        (
-            row.name,
-            str(row.full),
-            "–" if row.similarity is None else f"{row.similarity:.4f}",
-            "–" if row.mean is None else f"{row.mean:.4f}",
-            numbers.loss(row.loss),
-            numbers.difference(row.difference),
-        )
-        for row in predictions(view)
-    ]
-    return make_table(heads, {"": rows})
+    """What the measures say of each pattern, those that the run has, and what was measured."""
+    rows = predictions(view)
+    columns: dict[str, list[str]] = {
+        "F layers": [str(row.full) for row in rows],
+        "similarity, sum": ["–" if row.similarity is None else f"{row.similarity:.4f}" for row in rows],
+        "mean per S layer": ["–" if row.mean is None else f"{row.mean:.4f}" for row in rows],
+    }
+    if any(row.kept is not None for row in rows):
+        columns["Kascade: kept"] = [numbers.exact_percent(row.kept) for row in rows]
+    if any(row.foretold for row in rows):
+        columns["Fisher: predicted"] = [numbers.difference(row.foretold) for row in rows]
+    if len(columns) > 3:  # no room for the sum
+        full, _, mean, *more = columns.items()
+        columns = dict([full, ("similarity, mean", mean[1]), *more])
+    columns["loss"] = [numbers.loss(row.loss) for row in rows]
+    columns["above baseline"] = [numbers.difference(row.difference) for row in rows]
+    names = [Cell(row.name, row.pattern.letters if view.record.compared else "") for row in rows]
+    return make_table(("pattern", *columns), {"": zip(names, *columns.values(), strict=True)})
 
 
 def _set_table(refined: Refined) -> Table:

@@ -263,6 +263,32 @@ def similarity_reading(view: RunView) -> tuple[str, ...]:
     return tuple(filter(None, sentences))
 
 
+def measures(view: RunView) -> tuple[str, ...]:
+    """Titles of the pictures of a similarity baseline."""
+    known = {"kascade": "Kascade: what is lost", "fisher": "Fisher: loss, nats per token"}
+    others = (title for name, title in known.items() if name in view.record.compared)
+    return "Similarity of attention outputs", *others, "Overlap of selections"
+
+
+def compared_reading(view: RunView) -> tuple[str, ...]:
+    """What the other measures promised of the patterns that they chose, and what was measured."""
+    rows, sentences = {row.pattern.letters: row for row in predictions(view)}, []
+    for name, event in view.record.compared.items():
+        row = rows.get(event["pattern"])
+        if row is None or row.difference is None:
+            continue
+        kept, foretold = numbers.exact_percent(row.kept), numbers.difference(row.foretold)
+        promised = {
+            "kascade": f"By Kascade’s score the pattern that it chose keeps {kept} of attention",
+            "fisher": f"The second-order table predicts {foretold} for the pattern that it chose",
+        }[name]
+        sentences.append(
+            f"{promised}; measured, its loss is {numbers.difference(row.difference)} nats per token above that of "
+            f"{view.baseline_name}."
+        )
+    return tuple(sentences)
+
+
 def _similarity_outcome(reference: Reference) -> str:
     """What the losses say of the choice; no more than two standard errors carry."""
     difference = reference.searched_minus_uniform

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import linear_regression
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
-from icsearch.report.fisher_view import FisherView, view_fisher
+from icsearch.report.fisher_view import FisherView, predict, tables_of, view_fisher
 from icsearch.runs.record import RunRecord
 from icsearch.runs.refinement import Refinement, Trial
 
+if TYPE_CHECKING:
+    from icsearch.search.second_order import SecondOrderTable
+
+COMPARED = {"kascade": "Kascade", "fisher": "Fisher"}  # measures beside similarity, as they are called
 SIMILARITY_METHOD = "dp-baseline"  # chooses a whole pattern: no steps, no candidates
 
 
@@ -119,13 +124,19 @@ class Refined:
 
 @dataclass(frozen=True)
 class Prediction(Counted):
-    """The summed similarity of a pattern beside its loss; without a similarity for the baseline, which borrows none."""
+    """The summed similarity of a pattern beside its loss; without a similarity for the baseline, which borrows none.
+
+    `kept`: the share of attention that it keeps by Kascade's score, which counts layers by their importance.
+    `foretold`: the loss above the baseline's that a second-order table says. Both where the run has them.
+    """
 
     name: str
     pattern: Pattern
     similarity: float | None
     loss: float
     difference: Difference | None
+    kept: float | None = None
+    foretold: Difference | None = None
 
     @property
     def mean(self) -> float | None:
@@ -152,6 +163,11 @@ class RunView:
     refinement: Refined | None = None
     frontier: tuple[Point, ...] = ()
     fisher: FisherView | None = None
+
+    @cached_property
+    def tables(self) -> list[SecondOrderTable]:
+        """A second-order table of each sequence, where the run has one."""
+        return tables_of(self.record)
 
     @property
     def start(self) -> dict[str, Any]:
@@ -309,19 +325,34 @@ def similarity_sum(cosine: Sequence[Sequence[float]], pattern: Pattern) -> float
     return math.fsum(cosine[layer][source] for layer, source in pairs if layer != source)
 
 
+def kascade_share(kascade: Sequence[Sequence[float]], pattern: Pattern) -> float:
+    """The sum of a pattern's scores over all layers, in parts of what it would be if all were F."""
+    of_all = math.fsum(row[-1] for row in kascade)
+    return math.fsum(kascade[layer][source] for layer, source in enumerate(pattern.sources())) / of_all if of_all else 1
+
+
 def predictions(view: RunView) -> tuple[Prediction, ...]:
-    """What similarity says of the baseline, the pattern chosen and the uniform ones; none before both are known."""
-    similarity = view.record.similarity
+    """What each measure says of the baseline, of the patterns that the measures chose, and of the uniform ones.
+
+    None before similarity and the baseline are known.
+    """
+    similarity, record = view.record.similarity, view.record
     if similarity is None or not view.points:
         return ()
-    baseline, chosen = view.points[0], view.record.pattern
+    baseline, kascade = view.points[0], similarity.get("kascade")
     rows = [Prediction(view.baseline_name, baseline.pattern, None, baseline.loss, None)]
-    if len(view.points) > 1:
-        final = view.final
-        rows.append(Prediction("chosen by similarity", chosen, similarity["objective"], final.loss, final.difference))
-    for reference in view.references:
-        predicted = similarity_sum(similarity["cosine"], reference.pattern)
-        rows.append(Prediction(reference.label, reference.pattern, predicted, reference.loss, reference.difference))
+    chosen = [("chosen by similarity", record.pattern)] if len(view.points) > 1 else []
+    chosen += [(f"chosen by {COMPARED[name]}", Pattern(event["pattern"])) for name, event in record.compared.items()]
+    named = [(name, pattern) for name, pattern in chosen if record.nll.is_complete(pattern.letters)]
+    named += [(reference.label, reference.pattern) for reference in view.references]
+    for name, pattern in named:
+        loss, difference = record.loss(pattern.letters), record.difference(pattern.letters)
+        rows.append(Prediction(name, pattern, similarity_sum(similarity["cosine"], pattern), loss, difference))
+    if kascade is not None:
+        rows = [replace(row, kept=kascade_share(kascade, row.pattern)) for row in rows]
+    foretold = predict(view.tables, [row.pattern for row in rows[1:]])
+    if foretold:
+        rows[1:] = [replace(row, foretold=prices.loss) for row, prices in zip(rows[1:], foretold, strict=True)]
     return tuple(rows)
 
 

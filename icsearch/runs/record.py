@@ -243,6 +243,10 @@ class RunRecord(Record):
                 (first, last), known = event["sequences"], len(self.fisher.true)
                 if first != known or not len(event["drawn"]) == len(event["true"]) == last - first:
                     raise FieldError(f"the table of sequences {first} to {last - 1} behind {known} sequences")
+            elif kind == "compared":
+                measured = {"kascade": self.similarity_sums.importance, "fisher": self.fisher.true}
+                if not measured[event["by"]]:
+                    raise FieldError(f"a pattern by {event['by']}, of which nothing is known")
             elif kind == "proposed":
                 if event["round"] != len(self.proposals):
                     raise FieldError(f"round {event['round']} behind {len(self.proposals)} rounds")

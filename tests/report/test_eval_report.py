@@ -15,14 +15,20 @@ from typing import Any
 import pytest
 from test_report import HOSTILE, Page, console_messages, corners, needs_browser, rows_of, texts, xdata
 
-from eval_fixtures import MadeUpEval, dp_events, dp_record, made_up_document, triangles
+from eval_fixtures import MadeUpEval, compared_events, dp_events, dp_record, made_up_document, triangles
 from icsearch.core.errors import IcsearchError
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference
 from icsearch.report import canvas, figures, numbers
 from icsearch.report.eval_view import EvalView, view_eval
 from icsearch.report.page import estimate_table, eval_section, measured_table, render_page, run_section
-from icsearch.report.sentences import eval_headline, eval_warnings, overlap_summary, similarity_reading
+from icsearch.report.sentences import (
+    compared_reading,
+    eval_headline,
+    eval_warnings,
+    overlap_summary,
+    similarity_reading,
+)
 from icsearch.report.tables import with_note
 from icsearch.report.terminal import eval_table, short_verdict, summary_table
 from icsearch.report.view import predictions, similarity_sum, view_run
@@ -38,6 +44,8 @@ from icsearch.runs.evaluation import verdict
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import JOURNAL_NAME, RunRecord
 from icsearch.runs.results import guessing_notes
+from icsearch.search.loop import table_of
+from icsearch.search.second_order import LOSS, full_of
 from run_fixtures import MadeUpRun, write_run
 
 BARE = MadeUpEval(tasks=False, overlap=False, savings=False, in_sample=(), foreign=())
@@ -589,6 +597,45 @@ def test_reading_says_what_the_losses_carry(delta: float, error: float, words: s
     view = view_run(dp_record(MadeUpRun()))
     references = [replace(r, searched_minus_uniform=Difference(delta, error)) for r in view.references]
     assert words in similarity_reading(replace(view, references=tuple(references)))[2]
+
+
+def test_what_all_measures_say_stands_beside_the_losses() -> None:
+    record = RunRecord.replay(compared_events(MadeUpRun()))
+    view = view_run(record)
+    section = run_section(view, 1)
+    table, rows = section.tables["predictions"], predictions(view)
+    assert table is not None and len(section.figures["similarity"]) == 4
+    assert table.heads[2:5] == ("similarity, mean", "Kascade: kept", "Fisher: predicted")
+    by_name = {row.name: row for row in rows}
+    assert list(by_name)[1:4] == ["chosen by similarity", "chosen by Kascade", "chosen by Fisher"]
+    whole = table_of(record)
+    for row, cells in zip(rows, rows_of(table), strict=True):
+        if row.difference is None:
+            assert (row.kept, row.foretold, cells[4].text) == (1, None, "–")
+            continue
+        assert row.foretold is not None and row.kept is not None
+        assert row.foretold.delta == pytest.approx(whole.predict(full_of([row.pattern]))[LOSS, 0], rel=1e-9)
+        assert row.difference == record.difference(row.pattern.letters)
+        importance, sums = record.similarity_sums.importance, record.similarity_sums.kept
+        kept = [1.0 if i == j else sums[i][j] / len(record.tokens) for i, j in enumerate(row.pattern.sources())]
+        share = sum(a * b for a, b in zip(importance, kept, strict=True)) / sum(importance)
+        assert row.kept == pytest.approx(share) and cells[3].text == f"{100 * share:.1f}%"
+    kascade, fisher = compared_reading(view)
+    assert f"{100 * (by_name['chosen by Kascade'].kept or 0):.1f}% of attention" in kascade
+    assert numbers.difference(by_name["chosen by Fisher"].foretold) in fisher
+    assert numbers.difference(by_name["chosen by Fisher"].difference) in fisher
+    text = render_page([view])
+    assert Page(text).open == [] and "--table FILE.npz" not in text
+    assert "--table FILE.npz" in render_page([view_run(dp_record(MadeUpRun()))])
+
+
+def test_unfinished_comparisons_are_shown_as_such() -> None:
+    events = compared_events(MadeUpRun())
+    for count in range(1, len(events)):
+        record = RunRecord.replay(events[:count])
+        text = render_page([view_run(record)])
+        assert "unfinished" in text and Page(text).open == []
+        printed(summary_table(record))
 
 
 def test_page_of_a_similarity_baseline() -> None:

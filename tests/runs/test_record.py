@@ -121,7 +121,8 @@ def kascade_events() -> list[Event]:
     start, first, second, *rest = dp_events()
     kept = [[3 / (1 + (layer == 1))] * layer for layer in range(6)]
     more = {"kept": kept, "importance": [0.3 * layer for layer in range(6)]}
-    return [start, {**first, **more}, {**second, **more}, *rest]
+    other = {"event": "compared", "by": "kascade", "pattern": "FFFSSS", "objective": -0.5}
+    return [start, {**first, **more}, {**second, **more}, rest[0], other, *rest[1:]]
 
 
 def use(events: list[Event]) -> RunRecord:
@@ -231,13 +232,23 @@ def test_kascade_is_a_mean_over_sequences_times_a_mean_over_sequences() -> None:
 @pytest.mark.parametrize("without", [1, 2])
 def test_without_the_score_of_some_sequences_there_is_none(without: int) -> None:
     """As of a run that an earlier version began."""
-    events = kascade_events()
+    events = [event for event in kascade_events() if event["event"] != "compared"]
     for name in ("kept", "importance"):
         del events[without][name]
     similarity = RunRecord.replay(events).similarity
     assert similarity is not None and "kascade" not in similarity
     events[without]["kept"] = [[0.5] * layer for layer in range(6)]
     with pytest.raises(JournalError, match=f"journal line {without + 1} is damaged .*kept and importance"):
+        RunRecord.replay(events)
+
+
+@pytest.mark.parametrize(("by", "words"), [("fisher", "of which nothing is known"), ("luck", "by is 'luck'")])
+def test_a_pattern_by_a_measure_that_is_not_there(by: str, words: str) -> None:
+    events = kascade_events()
+    assert list(RunRecord.replay(events).compared) == ["kascade"]
+    (at,) = (number for number, event in enumerate(events) if event["event"] == "compared")
+    events[at] = {**events[at], "by": by}
+    with pytest.raises(JournalError, match=f"journal line {at + 1} is damaged .*{words}"):
         RunRecord.replay(events)
 
 
