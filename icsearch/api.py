@@ -23,7 +23,7 @@ from icsearch.commands.requests import (
 )
 from icsearch.core.errors import IcsearchError, PatternError
 from icsearch.core.pattern import FULL, SHARED, Pattern
-from icsearch.core.pattern_file import PatternFile, Step
+from icsearch.core.pattern_file import PatternFile, Step, load_pattern_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,17 +135,16 @@ def find_pattern(
     from icsearch.commands.greedy import greedy
     from icsearch.commands.progress import make_listener
     from icsearch.report.write import write_results
-    from icsearch.runs import results
 
     if method not in ("greedy", "fisher"):
         raise IcsearchError(f"method {method!r} is unknown: give greedy or fisher")
     given: dict[str, Any] = {"model": str(model), "source": str(calibration), "out": Path(out)}
     with closing(make_listener(not progress, on_step)) as listener:
         if method == "fisher":
-            record = fisher(_request(FisherRequest, options, **given), listener, write_results)
+            fisher(_request(FisherRequest, options, **given), listener, write_results)
         else:
-            record = greedy(_request(GreedyRequest, options, **given), listener, write_results)
-    return results.pattern_file(record)
+            greedy(_request(GreedyRequest, options, **given), listener, write_results)
+    return load_pattern_file(Path(out) / "pattern.json")
 
 
 def evaluate_patterns(

@@ -13,19 +13,22 @@ import run_fixtures
 from icsearch.core.pattern import Pattern
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import JOURNAL_NAME, RunRecord
-from icsearch.search.loop import Progress, Scores, Scoring, run_proposals
+from icsearch.search.loop import Progress, Scores, Scoring, run_proposals, run_refinement
 from run_fixtures import MadeUpRun, nll_sums
 
 DRAWS, TOKENS = 2, 2047
 OPTIONS = {"method": "fisher", "strategy": "second-order", "draws": DRAWS, "label_seed": 0, "finalists": 4, "rounds": 3}
 
 
-def fisher_events(made_up: MadeUpRun, heldout: bool = False, **options: Any) -> list[Event]:
-    """The journal's events in order: start, table, references, single flips, nested path, rounds, what was chosen."""
+def fisher_events(made_up: MadeUpRun, heldout: bool = False, refined: bool = False, **options: Any) -> list[Event]:
+    """The journal's events in order: start, table, references, single flips, nested path, rounds, what was chosen.
+
+    `heldout` sequences choose among the best, or confirm swaps where it is to be `refined`.
+    """
     start = run_fixtures.events(made_up)[0]
     start["options"] |= {**OPTIONS, **options}
     start["exact"] = {"candidate_evaluations": 100, "layer_evaluations": 2000}
-    if heldout:
+    if heldout or refined:
         start["refine_on"] = {"tokens": start["tokens"][:3]}
     with TemporaryDirectory() as directory:
         journal = Journal(Path(directory) / JOURNAL_NAME)
@@ -33,12 +36,16 @@ def fisher_events(made_up: MadeUpRun, heldout: bool = False, **options: Any) -> 
         journal.append(_table(made_up, start["start_pattern"]))
         record = RunRecord.replay(journal.events())
         scorer, other = _Losses(made_up, len(start["tokens"])), _Losses(made_up, 3)
-        run_proposals(Scoring(journal, record, scorer, Progress()), other if heldout else None)
+        scoring = Scoring(journal, record, scorer, Progress())
+        if refined:
+            run_proposals(scoring, then=lambda: run_refinement(scoring, other))
+        else:
+            run_proposals(scoring, other if heldout else None)
         return journal.events()
 
 
-def fisher_record(made_up: MadeUpRun, heldout: bool = False, **options: Any) -> RunRecord:
-    return RunRecord.replay(fisher_events(made_up, heldout, **options))
+def fisher_record(made_up: MadeUpRun, **more: Any) -> RunRecord:
+    return RunRecord.replay(fisher_events(made_up, **more))
 
 
 class _Losses:

@@ -143,7 +143,7 @@ def found_where(view: RunView) -> str:
             f"This pattern is not on the nested path ({known.told if known else 'measured'}): its {view.objective} "
             f"minus that of the path’s pattern of as many F layers is {numbers.difference(change)}"
         )
-    return f"{text}{'; held-out sequences chose among the best' if record.heldout else ''}."
+    return f"{text}{'; held-out sequences chose among the best' if record.heldout and not record.refinement else ''}."
 
 
 def foretold(fisher: FisherView) -> str:

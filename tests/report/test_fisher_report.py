@@ -475,6 +475,30 @@ def test_runs_of_both_kinds_on_one_page_and_a_card(tmp_path: Path) -> None:
     assert load_run(runs[0]).pattern.letters in card
 
 
+def test_swaps_behind_a_search_on_the_table(tmp_path: Path) -> None:
+    """With little measured there are swaps left to make; loss and KL are told of both sets."""
+    run = written(tmp_path / "run", MadeUpRun(seed=8, num_sequences=8), refined=True, rounds=1, finalists=1)
+    record = load_run(run)
+    assert record.refinement is not None and record.refinement.swaps and record.heldout is not None
+    view = view_run(record)
+    assert view.refinement is not None and view.off_curve is not None and view.off_curve in view.off_path
+    start, end = record.refinement.start.letters, record.pattern.letters
+    changes = {row.name: row.change for row in view.refinement.sets}
+    assert changes["searched on"] == record.difference(end, start)
+    assert changes["searched on, KL"] == record.kl.difference(end, start) != changes["searched on"]
+    assert changes["held out, KL"] == record.heldout.kl.difference(end, start)
+    assert sentences.found_where(view) == "" and "swaps " in sentences.table_cost(record)
+    assert {known.told for known in fisher_of(view).measured if known.kind == FINALIST} >= {"swaps"}
+    write_results(run, record)
+    told = load_pattern_file(run / "pattern.json").refinement
+    assert told is not None and told["kl_delta"] == record.kl.difference(end, start).delta
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert Page(text).open == [] and "Refinement by swaps" in text
+    assert any(line.startswith("searched, then swaps") for line in terminal_of(record))
+    unmoved = fisher_record(MadeUpRun(seed=9, num_sequences=8), refined=True, rounds=1, finalists=1)
+    assert "held-out" not in sentences.found_where(view_run(unmoved)) != ""
+
+
 def test_a_page_of_many_layers_is_no_larger_than_a_picture() -> None:
     made_up = MadeUpRun(num_layers=78, num_shared=58, num_sequences=3)
     assert len(render_page([view_of(made_up)]).encode()) < 1_200_000
