@@ -26,7 +26,7 @@ from icsearch.report.numbers import difference as shown
 from icsearch.runs.evaluation import EvalRecord, load_eval
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import RunRecord, load_run
-from icsearch.search.loop import measured, table_of
+from icsearch.search.loop import measured_prices, table_of
 from icsearch.search.second_order import KL, LOSS, correction, full_of
 
 BUDGETS = ("1/2", "1/4", "1/8")
@@ -89,7 +89,7 @@ def random_patterns(layers: int) -> list[str]:
 def correlations(record: RunRecord, directory: Path) -> dict[str, float]:
     """Spearman's rank correlations of predicted and measured KL and loss."""
     table = table_of(record)
-    known = measured(record)
+    known = measured_prices(record)
     singles = {pattern: prices for pattern, prices in known.items() if len(pattern.shared_layers) == 1}
     evaluation, nll = sums(directory)
     tokens, start = evaluation.start["tokens"], evaluation.start["start_pattern"]

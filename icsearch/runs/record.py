@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,10 @@ class RunRecord(Record):
             elif kind == "proposed":
                 if event["round"] != len(self.proposals):
                     raise FieldError(f"round {event['round']} behind {len(self.proposals)} rounds")
+                self._check_proposed([Pattern(letters) for letters in event["patterns"]])
+            elif kind == "chosen" and self.start["options"]["method"] == "fisher":
+                if event["pattern"] not in map(str, self.measured()):
+                    raise FieldError(f"{event['pattern']} is chosen and was not measured")
             elif kind == "refine":
                 if self.heldout is None or self.refinement is not None or event["pattern"] != self.searched.letters:
                     raise FieldError(
@@ -269,6 +274,16 @@ class RunRecord(Record):
         for name in self._tables():
             if [len(sums) for sums in event[name]] != [last - first] * len(event["patterns"]):
                 raise FieldError(f"{name} does not hold one sum for each pattern and sequence")
+
+    def _check_proposed(self, patterns: Sequence[Pattern]) -> None:
+        """Raise FieldError unless these can be the nested path, or else a round of finalists."""
+        flips = self.start["options"]["num_shared"]
+        counts = range(1, flips + 1) if not self.proposals else [flips] * len(patterns)
+        shared = [{*self.start_pattern.full_layers} - {*pattern.full_layers} for pattern in patterns]
+        nested = bool(self.proposals) or all(one < other for one, other in pairwise(shared))
+        allowed = all(layers.isdisjoint(self.stay_full) for layers in shared)
+        if [len(layers) for layers in shared] != list(counts) or not nested or not allowed:
+            raise FieldError(f"round {len(self.proposals)} proposes what this search cannot")
 
     def _check_swap(self, before: str, after: str) -> None:
         """Raise FieldError unless both sets say that the pattern is better for the swap."""
@@ -398,19 +413,20 @@ class RunRecord(Record):
 
     @property
     def stay_full(self) -> frozenset[int]:
-        """Layers that the search leaves F: those to keep, and the first ones of stages."""
-        return frozenset(self.start["options"].get("keep_full") or ()) | {
-            first for first, _ in self.start.get("blocks") or []
-        }
+        """Layers that the search leaves F: those to keep, and the first ones of stages, where they have indexers."""
+        firsts = {first for first, _ in self.start.get("blocks") or []}
+        return frozenset(self.start_pattern.full_layers) & {*firsts, *(self.start["options"].get("keep_full") or ())}
+
+    def measured(self) -> list[Pattern]:
+        """The patterns that were scored on every sequence and have F where the search leaves it."""
+        complete = (Pattern(letters) for letters in self.objective if self.objective.is_complete(letters))
+        return [pattern for pattern in complete if self.stay_full <= {*pattern.full_layers}]
 
     def frontier(self) -> dict[int, Pattern]:
-        """By the number of F layers: of the patterns that were measured and may be run, the one of lowest objective."""
+        """By the number of F layers, most first: of the measured patterns the one of lowest objective."""
         best: dict[int, tuple[float, str]] = {}
-        for letters in self.objective:
-            pattern = Pattern(letters)
-            if not self.nll.is_complete(letters) or not self.stay_full <= set(pattern.full_layers):
-                continue
-            count, price = len(pattern.full_layers), (self.objective.loss(letters), letters)
+        for pattern in self.measured():
+            count, price = len(pattern.full_layers), (self.objective.loss(pattern.letters), pattern.letters)
             best[count] = min(best.get(count, price), price)
         return {count: Pattern(letters) for count, (_, letters) in sorted(best.items(), reverse=True)}
 

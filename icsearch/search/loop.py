@@ -246,25 +246,17 @@ def run_proposals(scoring: Scoring, heldout: Scorer | None = None, then: Callabl
 
     Single flips are measured, then the nested path that follows from table and flips, then round after round what the
     table, mended by all that was measured, holds for best; until a round finds nothing better, or there were enough.
-    Where there is a scorer of `heldout` sequences, these choose among the best.
+    Where there is a scorer of `heldout` sequences, these choose among the best. What was proposed is journaled before
+    it is measured, and a run that goes on takes it from there.
     """
     record = scoring.record
-    start, options, objective = record.start_pattern, record.start["options"], KL if record.by_kl else LOSS
-    kept = len(start.full_layers) - options["num_shared"]
+    start = record.start_pattern
     scoring.score_references()
     movable = [layer for layer in start.full_layers if layer and layer not in record.stay_full]
     scoring.score(1, [start.flip(layer) for layer in movable], "single flips")
-    table = table_of(record)
-
-    def search(by: int) -> PatternSearch:
-        return PatternSearch(table, start, record.stay_full, by, correction(table, measured(record)))
-
-    def propose(patterns: list[Pattern]) -> None:
-        letters = [pattern.letters for pattern in patterns]
-        scoring.append({"event": "proposed", "round": len(record.proposals), "patterns": letters})
-
+    proposals = Proposals(record)
     if not record.proposals:
-        propose(search(objective).path(options["num_shared"]))
+        scoring.append(proposals.event(proposals.path()))
     path = [Pattern(letters) for letters in record.proposals[0]]
     scoring.score(1, path, "nested path")
     for before, after in list(pairwise([start, *path]))[len(record.commits) :]:
@@ -272,26 +264,76 @@ def run_proposals(scoring: Scoring, heldout: Scorer | None = None, then: Callabl
         candidates = tuple(movable) if before == start else (layer,)
         scoring.append(Choice(len(record.commits) + 1, layer, after.letters, candidates, ()).to_event())
         scoring.progress.committed(record)
-    while True:
-        number = len(record.proposals) - 1
-        if number:
-            scoring.score(len(path), [Pattern(letters) for letters in record.proposals[-1]], f"round {number}")
-        if record.chosen or number == options["rounds"]:
-            break
-        if number and record.frontier()[kept].letters not in record.proposals[-1]:
-            break
-        if not (finalists := _finalists(search, kept, record, options["finalists"])):
-            break
-        propose(finalists)
+    _run_rounds(scoring, proposals)
     if record.chosen is None:
-        pattern = record.frontier()[kept]
-        if heldout is not None:
-            pattern = _confirmed(scoring.of(HELDOUT_SET, heldout), kept)
+        pattern = proposals.best if heldout is None else _confirmed(scoring.of(HELDOUT_SET, heldout), proposals)
         price = record.objective.difference(pattern.letters, start.letters).delta
         scoring.append({"event": "chosen", "pattern": pattern.letters, "objective": price})
     then()
     if not record.finished:
         scoring.append({"event": "finish", "pattern": record.pattern.letters})
+
+
+def _run_rounds(scoring: Scoring, proposals: Proposals) -> None:
+    """Rounds of finalists, from the last one that was proposed on."""
+    record, options = scoring.record, scoring.record.start["options"]
+    while True:
+        number = len(record.proposals) - 1
+        if number:
+            finalists = [Pattern(letters) for letters in record.proposals[number]]
+            scoring.score(len(record.commits), finalists, f"round {number}")
+            if proposals.best not in finalists:
+                return  # nothing better in this round
+        if record.chosen or number == options["rounds"]:
+            return
+        if not (finalists := proposals.finalists(options["finalists"])):
+            return  # all that can be looked at has been measured
+        scoring.append(proposals.event(finalists))
+
+
+class Proposals:
+    """What the table of a run, corrected by all that was measured so far, has to propose."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+        self._table = table_of(record)
+        self._objective = KL if record.by_kl else LOSS
+        self._flips = record.start["options"]["num_shared"]
+        self._kept = len(record.start_pattern.full_layers) - self._flips
+
+    def path(self) -> list[Pattern]:
+        """The nested path."""
+        return self._search(self._objective).path(self._flips)
+
+    def finalists(self, count: int) -> list[Pattern]:
+        """Patterns to measure: three quarters by the objective, the rest by the other measure; local optima first."""
+        found: list[Pattern] = []
+        for by, share in ((self._objective, count - count // 4), (LOSS + KL - self._objective, count // 4)):
+            ranked = (pattern for _, pattern in self._search(by).best(self._kept, [self.best]))
+            new = (each for each in ranked if each.letters not in self._record.nll and each not in found)
+            found += list(islice(new, share))
+        return found
+
+    def event(self, patterns: Sequence[Pattern]) -> Event:
+        """The event that proposes these patterns."""
+        letters = [pattern.letters for pattern in patterns]
+        return {"event": "proposed", "round": len(self._record.proposals), "patterns": letters}
+
+    @property
+    def best(self) -> Pattern:
+        """The best that was measured of the budget asked for."""
+        return self.measured()[0]
+
+    def measured(self) -> list[Pattern]:
+        """All of the budget asked for that were measured and may be run, the best first."""
+        table = self._record.objective
+        possible = [each for each in self._record.measured() if len(each.full_layers) == self._kept]
+        return sorted(possible, key=lambda each: (table.loss(each.letters), each.letters))
+
+    def _search(self, by: int) -> PatternSearch:
+        record = self._record
+        numbers = correction(self._table, measured_prices(record))
+        return PatternSearch(self._table, record.start_pattern, record.stay_full, by, numbers)
 
 
 def table_of(record: RunRecord) -> SecondOrderTable:
@@ -300,7 +342,7 @@ def table_of(record: RunRecord) -> SecondOrderTable:
     return SecondOrderTable(np.array(drawn), np.array(list(map(square_of, true))), record.tokens)
 
 
-def measured(record: RunRecord) -> dict[Pattern, tuple[float, float]]:
+def measured_prices(record: RunRecord) -> dict[Pattern, tuple[float, float]]:
     """Loss above the start pattern's and KL, in nats per token, of every pattern that was scored on all sequences."""
     start = record.start_pattern.letters
     return {
@@ -310,25 +352,11 @@ def measured(record: RunRecord) -> dict[Pattern, tuple[float, float]]:
     }
 
 
-def _finalists(search: Callable[[int], PatternSearch], kept: int, record: RunRecord, count: int) -> list[Pattern]:
-    """What to measure next: of all that was not, the best by the objective, and for a quarter by the other measure."""
-    objective = KL if record.by_kl else LOSS
-    best, found = [record.frontier()[kept]] if kept in record.frontier() else [], list[Pattern]()
-    for by, share in ((objective, count - count // 4), (LOSS + KL - objective, count // 4)):
-        ranked = (pattern for _, pattern in search(by).best(kept, best))
-        new = (pattern for pattern in ranked if pattern.letters not in record.nll and pattern not in found)
-        found += islice(new, share)
-    return found
-
-
-def _confirmed(heldout: Scoring, kept: int) -> Pattern:
+def _confirmed(heldout: Scoring, proposals: Proposals) -> Pattern:
     """Of the best measured patterns, the one of lowest objective on held-out sequences."""
-    record = heldout.record
-    patterns = [Pattern(letters) for letters in record.objective if record.nll.is_complete(letters)]
-    possible = [p for p in patterns if len(p.full_layers) == kept and record.stay_full <= set(p.full_layers)]
-    best = sorted(possible, key=lambda p: (record.objective.loss(p.letters), p.letters))[:CONFIRMED]
-    heldout.score(len(record.commits), sorted([record.start_pattern, *best], key=str))
-    return min(best, key=lambda p: (heldout.losses.objective.loss(p.letters), p.letters))
+    best = proposals.measured()[:CONFIRMED]
+    heldout.score(len(heldout.record.commits), sorted([heldout.record.start_pattern, *best], key=str))
+    return min(best, key=lambda each: (heldout.losses.objective.loss(each.letters), each.letters))
 
 
 def run_refinement(scoring: Scoring, heldout: Scorer) -> None:

@@ -28,9 +28,9 @@ from icsearch.search.dynamic_program import solve
 LOSS, KL = 0, 1  # rows of what is predicted and measured
 RANDOM_STARTS = 4
 RANKED = 1024  # patterns that a search returns at most
-# The prior of a correction: how far a layer's number may be off, in parts of what its single flip costs, and how far a
-# measured pattern may be from a sum over its layers.
-SMALLEST, SCATTER = 1e-4, 0.05  # nats per token; parts of what is to be explained
+# How far a measured pattern may be from a sum over its layers, in nats per token and in parts of what it costs: for what
+# no sum can say. Sampling errors are left out, for table and losses are of the same sequences.
+SMALLEST, SCATTER = 1e-4, 0.05
 
 Full = Any  # bool [P, N]: which layers are F, of P patterns
 Prices = Any  # float64 [2, P]: loss above the unmodified model's and KL, in nats per token
@@ -108,6 +108,7 @@ def correction(table: SecondOrderTable, measured: Mapping[Pattern, tuple[float, 
     residuals = np.array([measured[pattern] for pattern in patterns]).T - table.predict(full)  # [2, M]
     shared = sources != layers  # [M, N]
     singles = {int(row.argmax()): number for number, row in enumerate(shared) if row.sum() == 1}
+    prices = np.abs(np.array(list(measured.values())).T)  # [2, M]
     for price, residual in enumerate(residuals):
         spread = np.full(count, SMALLEST)
         for layer, number in singles.items():
@@ -118,7 +119,7 @@ def correction(table: SecondOrderTable, measured: Mapping[Pattern, tuple[float, 
             both = np.outer(shared[:, layer], shared[:, layer])
             same = both & (sources[:, layer, None] == sources[None, :, layer])
             alike += prior[layer] * (both / 2 + same / 2)
-        scatter = SMALLEST + SCATTER * np.abs(residual)
+        scatter = SMALLEST + SCATTER * prices[price]
         scatter[list(singles.values())] = SMALLEST
         weights = np.linalg.solve(alike + np.diag(scatter**2), residual)  # [M]
         for layer in range(count):
@@ -162,12 +163,14 @@ class PatternSearch:
         return path
 
     def best(self, kept: int, also: Iterable[Pattern] = ()) -> list[tuple[float, Pattern]]:
-        """Patterns with `kept` F layers by price: the lowest of all that local search has seen on its ways.
+        """Patterns with `kept` F layers and their prices: distinct local optima, then what the ways there have passed.
 
-        It exchanges one F layer with one S layer as long as that helps, from the greedy path, the exact optimum of the
-        additive part, the most even pattern, some random ones (seeded) and `also`.
+        Each by price, at most RANKED. The search exchanges one F layer with one S layer as long as that helps, from the
+        greedy path, the exact optimum of the additive part, the most even pattern, some random ones (seeded) and
+        `also`.
         """
         seen: dict[bytes, float] = {}
+        optima = set()
         for full in self._starts(kept, also):
             price = float(self.price(full[None])[0])
             seen[full.tobytes()] = price
@@ -177,9 +180,13 @@ class PatternSearch:
                 if not len(after) or not prices.min() < price:
                     break
                 full, price = after[prices.argmin()], float(prices.min())
-        lowest = heapq.nsmallest(RANKED, seen.items(), key=itemgetter(1))
-        priced = [(price, patterns_of(np.frombuffer(row, bool)[None])[0]) for row, price in lowest]
-        return sorted(priced, key=lambda pair: (pair[0], pair[1].letters))
+            optima.add(full.tobytes())
+        lowest = [row for row, _ in heapq.nsmallest(RANKED, seen.items(), key=itemgetter(1)) if row not in optima]
+        full = np.array([np.frombuffer(row, bool) for row in (*optima, *lowest)])
+        ranked = zip(range(len(full)), self.price(full).tolist(), patterns_of(full), strict=True)
+        # priced once more, all in one way: `exchanges` may be a rounding off, and equal prices go by letters
+        order = sorted(ranked, key=lambda each: (each[0] >= len(optima), each[1], each[2].letters))
+        return [(price, pattern) for _, price, pattern in order]
 
     def exchanges(self, full: Any) -> tuple[Full, Any]:
         """All patterns in which one movable F layer has changed places with one S layer, and their prices.

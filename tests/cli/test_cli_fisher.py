@@ -13,7 +13,6 @@ from test_cli import refused, same_result
 
 import tiny
 from icsearch.cli import app
-from icsearch.core.pattern import Pattern
 from icsearch.runs.record import load_run
 from in_process import run
 
@@ -173,7 +172,10 @@ def test_held_out_sequences(
 
 def test_stages(capsys: pytest.CaptureFixture[str], glm_checkpoint: Path, tokens: Path, tmp_path: Path) -> None:
     assert run(capsys, *fisher(glm_checkpoint, tokens, tmp_path / "run", *FLIPS, "--stages", 2))[0] == 0
-    assert all(Pattern(entry["pattern"]).is_full(3) for entry in document(tmp_path / "run")["frontier"])
+    record = load_run(tmp_path / "run")
+    assert len(record.proposals) > 1
+    assert all(letters[3] == "F" for some in record.proposals for letters in some)
+    assert record.pattern.is_full(3)
 
 
 @pytest.mark.parametrize(

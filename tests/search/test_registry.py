@@ -62,7 +62,7 @@ def test_it_can_be_asked_for_and_is_planned(last_first: str) -> None:
     request = GreedyRequest(CalibrationRequest("demo", "demo"), Path("out"), strategy=last_first)
     assert request.strategy == last_first
     for forecasts in plan(plan_request("demo", "1xH200", sequences=4, seq_len=None)).forecasts.values():
-        assert [forecast.strategy for forecast in forecasts] == ["exact", last_first]
+        assert [forecast.strategy for forecast in forecasts] == ["fisher", "exact", last_first]
         assert forecasts[1].layer_evaluations < forecasts[0].layer_evaluations
 
 

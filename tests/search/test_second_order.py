@@ -128,15 +128,61 @@ def test_corrections_of_the_loss_and_of_the_kl_are_apart() -> None:
 @pytest.mark.parametrize("objective", [LOSS, KL])
 @pytest.mark.parametrize("seed", range(4))
 def test_the_best_are_those_of_an_exhaustive_search(objective: int, seed: int) -> None:
-    table = made_up(seed)
-    numbers = a_world(table, seed)
-    search = PatternSearch(table, Pattern.full(LAYERS), frozenset(), objective, numbers)
-    for kept in range(1, LAYERS + 1):
-        patterns = all_patterns(kept)
+    layers = 13
+    table, numbers = (
+        made_up(seed, layers),
+        np.tril(np.random.default_rng(seed).normal(size=(2, layers, layers)), -1) / 9,
+    )
+    search = PatternSearch(table, Pattern.full(layers), frozenset(), objective, numbers)
+    looked_at = 0
+    for kept in range(2, layers):
+        patterns = all_patterns(kept, layers)
         prices = table.predict(full_of(patterns), numbers)[objective]
-        price, pattern = search.best(kept)[0]
-        assert pattern == patterns[int(prices.argmin())]
-        assert price == pytest.approx(prices.min(), rel=1e-9)
+        found = search.best(kept)
+        assert found[0][1] == patterns[int(prices.argmin())]
+        assert found[0][0] == pytest.approx(prices.min(), rel=1e-9)
+        looked_at += len(found) < len(patterns)
+    assert looked_at >= 5  # not because it has looked at all of them
+
+
+def test_local_optima_come_first() -> None:
+    layers = 13
+    table, numbers = made_up(5, layers), np.zeros((2, layers, layers))
+    search = PatternSearch(table, Pattern.full(layers), frozenset(), KL, numbers)
+    ranked = search.best(6)
+    at_an_optimum = [not (search.exchanges(full_of([p])[0])[1] < price).any() for price, p in ranked]
+    distinct = at_an_optimum.index(False)
+    assert distinct >= 1 and not any(at_an_optimum[distinct:])
+    for part in (ranked[:distinct], ranked[distinct:]):
+        assert [price for price, _ in part] == sorted(price for price, _ in part)
+
+
+def test_what_a_sum_cannot_say_is_not_learned_by_heart() -> None:
+    """One pattern that is off by an interaction moves the others less than it is off itself."""
+    table = made_up()
+    singles = measured_in(
+        table, np.zeros((2, LAYERS, LAYERS)), [Pattern.full(LAYERS).flip(i) for i in range(1, LAYERS)]
+    )
+    odd = Pattern("FFSSFSSF")
+    loss, kl = table.predict(full_of([odd]))[:, 0]
+    numbers = correction(table, {**singles, odd: (loss + 0.5, kl + 0.5)})
+    off = float(summed(numbers, sources_of(full_of([odd])))[LOSS, 0])
+    assert 0.01 < off < 0.5
+    again = table.predict(full_of(singles), numbers) - np.array(list(singles.values())).T
+    assert np.abs(again).max() < off / 2
+
+
+def test_all_budgets_of_a_large_model_in_seconds() -> None:
+    """78 layers, 64 sequences of 4 draws: a path through all budgets, and what is best at one of them."""
+    chance, layers = np.random.default_rng(0), 78
+    drawn = np.tril(chance.normal(size=(64, 4, layers, layers)), -1)
+    table = SecondOrderTable(drawn, np.tril(chance.normal(size=(64, layers, layers)), -1), [1000] * 64)
+    search = PatternSearch(table, Pattern.full(layers), frozenset(), KL, np.zeros((2, layers, layers)))
+    path = search.path(layers - 1)
+    assert [len(pattern.full_layers) for pattern in path] == list(range(layers - 1, 0, -1))
+    (price, pattern), *_ = search.best(70, [path[7]])
+    assert len(pattern.full_layers) == 70
+    assert price <= float(table.predict(full_of([path[7]]))[KL, 0])
 
 
 def test_exchanges_are_priced_as_whole_patterns_are() -> None:
