@@ -46,7 +46,7 @@ def calibrate(request: CachedCalibrationRequest) -> None:
 
 
 def fisher(context: typer.Context, request: FisherRequest, session: Session) -> None:
-    """Find the layers whose indexer is missed least, in a few passes.
+    """Find the layers to share, in a few passes.
 
     Every flip is priced by gradients, to second order; what is proposed is measured. For Algorithm 1 itself: greedy.
     """

@@ -53,13 +53,13 @@ def fisher(
     wanted = grids(size, request.dp, request.pp)
     check_device(request.device, size)
     with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
-        reused = [read_table(request.table, here.start)] if request.table else []
         record = RunRecord.replay(here.existing)
+        reused = [read_table(request.table, here.start)] if request.table and not record.fisher.true else []
         if not record.finished:
             loaded = load(request, here, world, wanted, listener)
             record = RunRecord.replay(here.run.open(here.start, here.existing))
             scoring = make_scoring(here, record, loaded, listener)
-            _announce(here, loaded, scoring)
+            _announce(request, here, loaded, scoring)
             _fill_table(here, loaded, scoring, reused)
             score_baseline(scoring, here.inputs.layout)
             heldout = make_scorer(here, record, loaded, HELDOUT) if here.inputs.heldout else None
@@ -106,45 +106,61 @@ def _exact(start: Event, inputs: Inputs) -> dict[str, int]:
     return {"candidate_evaluations": evaluations, "layer_evaluations": rehearsal.layer_evaluations(sweeps)}
 
 
-def _announce(here: Opened, loaded: Loaded, scoring: Scoring) -> None:
-    """The plan, before anything runs."""
+def _announce(request: FisherRequest, here: Opened, loaded: Loaded, scoring: Scoring) -> None:
+    """The plan, before anything runs. What is measured is taken to take half a forward each."""
     record, memory, layout = scoring.record, loaded.memory, here.inputs.layout
-    sequences, layers, draws = len(record.tokens), layout.num_layers, record.start["options"]["draws"]
-    flips = len(layout.start_pattern.full_layers) - 1
-    table, singles = round(_table_runs(here)), layers * flips // 2
+    sequences, options = len(record.tokens), record.start["options"]
+    flips, path, finalists = len(request.flippable(layout.start_pattern)), options["num_shared"], options["finalists"]
+    table = 0 if request.table and not record.fisher.layer_sequences else round(_table_runs(here))
+    measuring = (flips + path + 2 * finalists) * layout.num_layers // 2
+    made = f"{options['draws']} draws a sequence: about {table} layer evaluations, each pair's attention by its FLOPs"
     rows = [
         *model_rows(record.start),
         *process_rows(memory, sequences),
         *weight_rows(memory, flips, sequences, loaded.bytes_per_second),
-        ("table", f"{draws} draws a sequence: about {table} layer evaluations, each pair's attention by its FLOPs"),
-        *table_rows(memory),
-        ("single flips", f"{flips}, about {singles} layer evaluations"),
-        ("then", f"the nested path, and at most {record.start['options']['rounds']} rounds"),
+        ("table", made if table else f"{request.table}"),
+        *(table_rows(memory) if table else ()),
+        (
+            "then measured",
+            f"{flips} single flips, a nested path of {path}, rounds of {finalists} patterns (at most "
+            f"{options['rounds']}): about {measuring} layer evaluations with two rounds",
+        ),
         ("exact greedy", f"{record.start['exact']['layer_evaluations']} layer evaluations (counted, not run)"),
         *stage_rows(record.start),
     ]
-    scoring.progress.planned(rows, (table + 2 * singles) * sequences, record.layer_sequences)
+    scoring.progress.planned(rows, (table + measuring) * sequences, record.layer_sequences)
 
 
 def _fill_table(here: Opened, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
-    """The table, wave by wave, as far as the journal lacks it."""
-    record = scoring.record
+    """The table, wave by wave, as far as the journal lacks it; where memory runs out, by waves of half as many batches.
+
+    Of several processes one that runs out of memory ends the run.
+    """
+    record, plan = scoring.record, loaded.memory.table
     if not record.fisher.true:
         scoring.fill(lambda: iter(reused))
-    left = [batch for batch in loaded.batches if batch.first >= len(record.fisher.true)]
-    if not left:
-        return
-    total = sum(len(batch.input_ids) for batch in left) * _table_runs(here)
-    scoring.progress.step_started("table", 0, round(total))
+    together = plan.batches_per_wave if plan else 1
 
     def tables() -> Iterator[Event]:
-        for event in _tables(here, loaded, left, scoring.progress.layer_done):
+        left = [batch for batch in loaded.batches if batch.first >= len(record.fisher.true)]
+        if not left:
+            return
+        total = sum(len(batch.input_ids) for batch in left) * _table_runs(here)
+        scoring.progress.step_started("table", 0, round(total))
+        for event in _tables(here, loaded, cut_waves(left, together), scoring.progress.layer_done):
             notes = event.pop("notes")
             yield event
             scoring.note(notes)
 
+    def shrink() -> str:
+        nonlocal together
+        if together == 1 or loaded.coordinator is not None:
+            return ""
+        failed, together = together, together // 2
+        return f"memory ran out in a wave of {failed} batches; the table goes on with {together} at a time"
+
     try:
-        scoring.fill(tables)
+        scoring.fill(tables, shrink)
     finally:
         shutil.rmtree(here.run.path / ENTRIES, ignore_errors=True)
 
@@ -161,13 +177,14 @@ def _table_runs(here: Opened) -> float:
     return table_runs(layout.start_pattern, layout.num_layers, here.start["options"]["draws"], _pair_cost(here))
 
 
-def _tables(here: Opened, loaded: Loaded, batches: Sequence[Batch], on_layer: Callable[[int], None]) -> Iterator[Event]:
+def _tables(
+    here: Opened, loaded: Loaded, waves: Sequence[Sequence[Batch]], on_layer: Callable[[int], None]
+) -> Iterator[Event]:
     """The events of all batches, by one process or by all."""
     memory, options, entries = loaded.memory, here.start["options"], here.run.path / ENTRIES
     if memory.table is None:
         raise RuntimeError("a table was not planned for")
     job = {"draws": options["draws"], "seed": options["label_seed"], "pair_cost": _pair_cost(here)}
-    waves = cut_waves(batches, memory.table.batches_per_wave)
     if loaded.coordinator is not None:
         firsts = [[batch.first for batch in wave] for wave in waves]
         together = memory.grid.waves_per_job(len(waves))

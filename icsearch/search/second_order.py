@@ -28,8 +28,8 @@ from icsearch.search.dynamic_program import solve
 LOSS, KL = 0, 1  # rows of what is predicted and measured
 RANDOM_STARTS = 4
 RANKED = 1024  # patterns that a search returns at most
-# How far a measured pattern may be from a sum over its layers, in nats per token and in parts of what it costs: for what
-# no sum can say. Sampling errors are left out, for table and losses are of the same sequences.
+# How far a measured pattern may be from a sum over its layers, in nats per token and in parts of what it costs: for
+# what no sum can say. Sampling errors are left out, for table and losses are of the same sequences.
 SMALLEST, SCATTER = 1e-4, 0.05
 
 Full = Any  # bool [P, N]: which layers are F, of P patterns
