@@ -7,11 +7,11 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-all lint checkpoint results bench clean
 
 demo: $(STAMP)
-	$(BIN)/icsearch greedy demo --calibration demo --retention 1/4 --out runs/demo
+	$(BIN)/icsearch fisher demo --calibration demo --retention 1/4 --out runs/demo
 	@echo
 	@echo "vLLM:   " && $(BIN)/icsearch export runs/demo/pattern.json --engine vllm
 	@echo
-	@echo "Open runs/demo/report.html for the curve, the heatmap and the evidence."
+	@echo "Open runs/demo/report.html for the curve, what was predicted and measured, and the evidence."
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
