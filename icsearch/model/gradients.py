@@ -85,7 +85,8 @@ def differentiate(
         for number, gradients in enumerate(found):
             rest = ops.gradients(core.inputs, entry, pulled.pop(0))
             found[number] = [a + b for a, b in zip(gradients, rest, strict=True)]
-        return DifferentiatedLayer(found, CoreAttention(own.detach(), attention, core.detached()))
+        own = own.detach()
+        return DifferentiatedLayer(found, CoreAttention(own, attention, core.detached().prepared(own, selection)))
     with torch.no_grad():  # the attention function may have another kernel where gradients are wanted
         return DifferentiatedLayer(found, CoreAttention(core(selection), attention, core))
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from icsearch.core.errors import ModelError
 from icsearch.model import ops, shape
-from icsearch.model.families.attention import Observer
+from icsearch.model.families.attention import Core, Observer
 from icsearch.model.families.calls import instead_of_forward
 
 NAME = "icsearch"  # of our attention, in transformers' registry
@@ -163,6 +163,35 @@ class LatentAttention:
         mine = weights[:, first:], own[:, first:]
         return lambda other: ops.kept_mass(*mine, other[:, first:], own.shape[1], elements)
 
+    def prepared(self, output: torch.Tensor, selection: torch.Tensor) -> Core:
+        """The same for many selections as large as this one, which gave `output`: what follows from none is made once.
+
+        Blocks of queries that have no choice, since they see no more tokens than a selection holds, stay as they are.
+        """
+        elements, topk = self.blockwise.block_elements, selection.shape[-1]
+        if self._gathers(selection):
+            rows, (up_key, up_value) = self._rows(self.latents, self.rope_keys), self._up_projections
+            blocks = [block for block in ops.gather_blocks(rows, selection, elements) if block[1] > topk]
+            absorbed = {first: ops.absorb(self.query[:, :, first:last], up_key) for first, last in blocks}
+
+            def attend(chosen: torch.Tensor, first: int, last: int) -> torch.Tensor:
+                return ops.gather_block(absorbed[first], rows, chosen[:, first:last], first, up_value, self.scaling)
+        else:
+            keys, values = self._expanded(self.latents, self.rope_keys)
+            blocks = [block for block in ops.dense_blocks(selection, elements) if block[1] > topk]
+
+            def attend(chosen: torch.Tensor, first: int, last: int) -> torch.Tensor:
+                seen = (keys[:, :, :last], values[:, :, :last])
+                return ops.dense_block(self.query[:, :, first:last], *seen, chosen[:, first:last], first, self.scaling)
+
+        def attention(chosen: torch.Tensor) -> torch.Tensor:
+            found = output.clone()
+            for first, last in blocks:
+                found[:, first:last] = attend(chosen, first, last)
+            return found
+
+        return attention
+
     @property
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """What gradients are taken of: query, latents, RoPE part of keys."""
@@ -180,8 +209,11 @@ class LatentAttention:
         with torch.enable_grad():
             made = (self._rows(latents, rope_keys),) if gathers else self._expanded(latents, rope_keys)
 
+        up_key, up_value = self._up_projections
+
         def gather(part: torch.Tensor, rows: torch.Tensor, first: int, last: int) -> torch.Tensor:
-            return ops.gather_block(part, rows, selection[:, first:last], first, *self._up_projections, self.scaling)
+            absorbed = ops.absorb(part, up_key)
+            return ops.gather_block(absorbed, rows, selection[:, first:last], first, up_value, self.scaling)
 
         def dense(part: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, first: int, last: int) -> torch.Tensor:
             return ops.dense_block(part, keys, values, selection[:, first:last], first, self.scaling)

@@ -152,8 +152,8 @@ def gather_attention(
     batch, heads, length, _ = query.shape
     output = query.new_empty(batch, length, heads, up_value.shape[1])
     for first, last in gather_blocks(latents, selection, block_elements):
-        chosen = selection[:, first:last]
-        output[:, first:last] = gather_block(query[:, :, first:last], latents, chosen, first, up_key, up_value, scaling)
+        absorbed = absorb(query[:, :, first:last], up_key)
+        output[:, first:last] = gather_block(absorbed, latents, selection[:, first:last], first, up_value, scaling)
     return output
 
 
@@ -163,45 +163,43 @@ def gather_blocks(latents: torch.Tensor, selection: torch.Tensor, block_elements
     return blocks(0, length, block_size(batch * topk * latents.shape[-1], block_elements))
 
 
+def absorb(query: torch.Tensor, up_key: torch.Tensor) -> torch.Tensor:
+    """Queries [B, H, b, N + R] as latents meet them: [B*b, H, L + R]."""
+    no_rope = up_key.shape[1]
+    return _by_query(torch.cat([query[..., :no_rope] @ up_key, query[..., no_rope:]], dim=-1))
+
+
 def gather_block(
-    query: torch.Tensor,
+    absorbed: torch.Tensor,
     latents: torch.Tensor,
     selection: torch.Tensor,
     first: int,
-    up_key: torch.Tensor,
     up_value: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """`gather_attention` of the b queries from `first` on: query [B, H, b, N + R], selection [B, b, k].
+    """`gather_attention` of the b queries from `first` on: absorbed [B*b, H, L + R], selection [B, b, k].
 
     Latents may end behind the last token that is selected. Returns [B, b, H, V].
     """
-    batch, heads, count, _ = query.shape
-    latent = up_key.shape[-1]
-    weights, gathered = _gathered(query, latents, selection, first, up_key, scaling)
-    mixed = torch.bmm(weights.to(query.dtype), gathered[..., :latent]).view(batch, count, heads, latent)
+    batch, count, _ = selection.shape
+    heads, _, latent = up_value.shape
+    weights, gathered = _gathered(absorbed, latents, selection, first, scaling)
+    mixed = torch.bmm(weights.to(latents.dtype), gathered[..., :latent]).view(batch, count, heads, latent)
     return (mixed.transpose(1, 2) @ up_value.transpose(1, 2)).transpose(1, 2)
 
 
 def _gathered(
-    query: torch.Tensor,
-    latents: torch.Tensor,
-    selection: torch.Tensor,
-    first: int,
-    up_key: torch.Tensor,
-    scaling: float,
+    absorbed: torch.Tensor, latents: torch.Tensor, selection: torch.Tensor, first: int, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a block's queries the attention weights, float32 [B*b, H, k], and the latents they are of [B*b, k, L + R]."""
     batch, count, topk = selection.shape
-    no_rope = up_key.shape[1]
     length, width = latents.shape[1:]
     chosen = selection.long()
     rows = latents.reshape(batch * length, width)
-    offsets = torch.arange(batch, device=query.device).view(batch, 1, 1) * length
-    absorbed = torch.cat([query[..., :no_rope] @ up_key, query[..., no_rope:]], dim=-1)  # [B, H, b, L + R]
+    offsets = torch.arange(batch, device=latents.device).view(batch, 1, 1) * length
     gathered = rows.index_select(0, (chosen + offsets).flatten()).view(-1, topk, width)  # [B*b, k, L + R]
-    scores = torch.bmm(_by_query(absorbed).float(), gathered.float().transpose(1, 2)).mul_(scaling)  # [B*b, H, k]
-    future = chosen > torch.arange(first, first + count, device=query.device).view(1, -1, 1)
+    scores = torch.bmm(absorbed.float(), gathered.float().transpose(1, 2)).mul_(scaling)  # [B*b, H, k]
+    future = chosen > torch.arange(first, first + count, device=latents.device).view(1, -1, 1)
     scores.masked_fill_(future.view(-1, 1, topk), float("-inf"))
     return scores.softmax(dim=-1), gathered
 
@@ -217,8 +215,8 @@ def attention_weights(
     """The weights of `gather_attention`, mean over the heads: float32 [B, S, k], in the order of the selection."""
     weights = torch.empty(selection.shape, dtype=torch.float32, device=query.device)
     for first, last in gather_blocks(latents, selection, block_elements):
-        chosen = selection[:, first:last]
-        of_heads, _ = _gathered(query[:, :, first:last], latents, chosen, first, up_key, scaling)
+        chosen, absorbed = selection[:, first:last], absorb(query[:, :, first:last], up_key)
+        of_heads, _ = _gathered(absorbed, latents, chosen, first, scaling)
         weights[:, first:last] = of_heads.mean(dim=1).view(chosen.shape)
     return weights
 

@@ -43,7 +43,7 @@ def masked(sequences: int) -> Batch:
 
 def swept(dsa: DsaModel, batch: Batch) -> Any:
     """Of the batch's last sequence: [draws + 1, N, N]."""
-    table = table_of(FisherSweep(dsa, DRAWS, SEED).run([batch])[0].rows)
+    table = table_of(FisherSweep(dsa, DRAWS, SEED).run([batch])[0].rows, len(dsa.slots))
     return np.stack([square_of(triangle) for triangle in [*table.drawn[-1], table.true[-1]]])
 
 
