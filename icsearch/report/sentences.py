@@ -34,8 +34,8 @@ BLOCKWISE_KERNELS = (
     "0.24% of the queries have such a tie; it moved the loss by 0.002; benchmarks/kernels.py)."
 )
 TABLE_COUNT = (
-    "In the table’s count the way forth, the recomputation and each backward pass (one for each draw, one for the text’s "
-    "own labels) are a run of the layer, and a core attention under another layer’s selection is its part by FLOPs. "
+    "In the table’s count the way forth, the recomputation and each backward pass (one for each draw, one for the "
+    "text’s own labels) are a run of the layer, and a core attention under another layer’s selection is its part by FLOPs. "
     "Exact greedy is counted as this program would run it: a sweep for all flips of a step."
 )
 KINK_METHOD = (
