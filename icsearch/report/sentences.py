@@ -35,8 +35,8 @@ BLOCKWISE_KERNELS = (
 )
 TABLE_COUNT = (
     "In the table’s count the way forth, the recomputation and each backward pass (one for each draw, one for the "
-    "text’s own labels) are a run of the layer, and a core attention under another layer’s selection is its part by FLOPs. "
-    "Exact greedy is counted as this program would run it: a sweep for all flips of a step."
+    "text’s own labels) are a run of the layer, and a core attention under another layer’s selection is its part by "
+    "FLOPs. Exact greedy is counted as this program would run it: a sweep for all flips of a step."
 )
 KINK_METHOD = (
     "How the kink is found: two straight lines that meet at a step are fitted to the curve by least squares, for each "
