@@ -115,7 +115,10 @@ class Call:
         back = cotangents * (state + attended)  # to the entry and to attention
         sums, own, block = self._attention_back(cotangents)
         core, core_block = self._attention
-        changed = 2 * shape.heads * shape.v_head_dim * FLOAT  # attention's change, and its product with a gradient
+        # Queries as latents meet them; attention's change, and its product with a gradient.
+        changed = (
+            shape.heads * shape.latent * width if self.gathers else 0
+        ) + 2 * shape.heads * shape.v_head_dim * FLOAT
         return {
             "again": self.tokens * (before + cotangents * state) + graph + again,
             "behind attention": self.tokens * (before + back + state) + graph + working,

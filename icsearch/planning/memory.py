@@ -268,9 +268,13 @@ def fit(job: Job, machine: Machine, grid: Grid) -> Memory:
     def short(weights: int) -> int:
         return weights + needed - machine.budget
 
+    def fits(weights: int) -> bool:
+        resident = Memory(machine.budget, weights, shape, 1, grid=grid)
+        return short(weights) <= 0 and not (job.draws and plan_table(job, machine, resident).missing)
+
     largest = max(job.blocks(grid), key=lambda block: sum(job.weights.layers[block.start : block.stop]))
     sizes, cpu_free = job.weights.of_block(largest), machine.cpu_free // machine.processes
-    offload = choose_offload(job.offload, machine.on_cpu, sizes, lambda weights: short(weights) <= 0, cpu_free)
+    offload = choose_offload(job.offload, machine.on_cpu, sizes, fits, cpu_free)
     weights = offload.device_bytes
     if grid.size > 1:
         one_pass = pass_bytes(offload.where, job.weights) if offload.streamed else 0  # however unequal the blocks are

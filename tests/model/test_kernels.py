@@ -221,3 +221,23 @@ def test_indexers_that_do_something_else_are_refused(family_checkpoint: Path, mo
     with pytest.raises(ModelError, match="--kernels reference"):
         kernels.find_rotation(indexer)
     assert indexer.index_topk == tiny.SIZES["index_topk"]
+
+
+@torch.no_grad()
+def test_attention_prepared_for_many_selections_is_the_same(
+    tmp_path: Path, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit; blocks of queries that see no more than a selection holds are not computed again."""
+    dsa = load(tiny.save_checkpoint(tmp_path, index_topk=20), 2000)  # 60 tokens in blocks of 16: one has no choice
+    heard: list[tuple[torch.Tensor, torch.Tensor, Core]] = []
+    with dsa.observed(lambda *found: heard.append(found)):
+        Sweeper(dsa).sweep([Pattern.full(6)], random_batches(2))
+    (_, other, _), (output, own, core) = heard[2], heard[4]
+    assert isinstance(core, kernels.LatentAttention)
+    prepared, blocks = core.prepared(output, own), list[int]()
+    name = "gather_block" if side == "gathered" else "dense_block"
+    block, first = getattr(ops, name), 3 if side == "gathered" else 4
+    monkeypatch.setattr(ops, name, lambda *args: blocks.append(args[first]) or block(*args))
+    assert torch.equal(prepared(other), core(other))
+    assert blocks == [16, 32, 48, 0, 16, 32, 48]
+    assert torch.equal(prepared(own), output) and not torch.equal(prepared(other), output)

@@ -237,9 +237,11 @@ def test_weights_are_streamed_where_only_the_table_has_no_room() -> None:
     job = Job(SHAPE, sizes, LAYERS, 7, draws=DRAWS)
     budget = 3 * 10**6 + 100 + LAYER + ONE  # on a CPU device: two layers, and what reading one takes
     assert plan_memory(replace(job, draws=0), Machine(True, sizes.total + LAYER, 0)).offload.where == "none"
-    found = plan_memory(job, Machine(True, budget, 0))
-    assert found.offload.where == DISK
-    assert found.table == TablePlan(DEVICE, 1, LAYER, ONE)
+    for room in (0, 10**6 - 1):  # the second: all weights and a layer fit, the entries do not
+        found = plan_memory(job, Machine(True, budget + room, 0))
+        assert (found.offload.where, found.table and found.table.place) == (DISK, DEVICE)
+    resident = plan_memory(job, Machine(True, sizes.total + LAYER, 0, disk_free=10 * ONE))
+    assert (resident.offload.where, resident.table) == ("none", TablePlan(DISK, 1, LAYER, ONE))
 
 
 def test_the_peak_of_a_table() -> None:
