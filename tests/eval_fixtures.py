@@ -228,7 +228,7 @@ def compared_events(made_up: MadeUpRun) -> list[Event]:
         "layer_sequences": 0,
         "seconds": 0.0,
     }
-    options = {**start["options"], "draws": 2, "label_seed": 0}
+    options = {**start["options"], "draws": 2, "seed": 0}
     kept = choice["pattern"].count("F")
     others = {"kascade": "F" * kept + "S" * (layers - kept), "fisher": "F" + "S" * (layers - kept) + "F" * (kept - 1)}
     compared: list[Event] = [

@@ -17,7 +17,7 @@ from icsearch.search.loop import Progress, Scores, Scoring, run_proposals, run_r
 from run_fixtures import MadeUpRun, nll_sums
 
 DRAWS, TOKENS = 2, 2047
-OPTIONS = {"method": "fisher", "strategy": "second-order", "draws": DRAWS, "label_seed": 0, "finalists": 4, "rounds": 3}
+OPTIONS = {"method": "fisher", "strategy": "second-order", "draws": DRAWS, "seed": 0, "finalists": 4, "rounds": 3}
 
 
 def fisher_events(made_up: MadeUpRun, heldout: bool = False, refined: bool = False, **options: Any) -> list[Event]:

@@ -82,7 +82,7 @@ def _start(request: FisherRequest, inputs: Inputs, existing: list[Event]) -> Eve
         **METHOD,
         "objective": request.objective,
         "draws": draws,
-        "label_seed": request.calibration.seed,
+        "seed": request.calibration.seed,
         "finalists": request.finalists,
         "rounds": request.rounds,
     }
@@ -184,7 +184,7 @@ def _tables(
     memory, options, entries = loaded.memory, here.start["options"], here.run.path / ENTRIES
     if memory.table is None:
         raise RuntimeError("a table was not planned for")
-    job = {"draws": options["draws"], "seed": options["label_seed"], "pair_cost": _pair_cost(here)}
+    job = {"draws": options["draws"], "seed": options["seed"], "pair_cost": _pair_cost(here)}
     if loaded.coordinator is not None:
         firsts = [[batch.first for batch in wave] for wave in waves]
         together = memory.grid.waves_per_job(len(waves))

@@ -23,12 +23,13 @@ from icsearch.planning.memory import MEMORY_SHARE, Job, Kept, Machine, Memory, W
 from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
 from icsearch.planning.rehearsal import Sweep, Workload, layer_evaluations
 from icsearch.planning.work import Widths, layer_work
-from icsearch.search.registry import DRAWS, STRATEGIES
+from icsearch.search.registry import DRAWS, ROUNDS, STRATEGIES
 from icsearch.sweep.distributed.launch import Grid, can_be_cut
 from icsearch.sweep.states import LayerRuns
 
 SECONDS_AN_HOUR = 3600.0
 FISHER = "fisher"  # beside the strategies of greedy
+LIKELY_ROUNDS = 2  # of finalists: the second one, as a rule, finds nothing better
 INDEX_SCORES, ATTENTION, REST, HEAD = "index scores", "attention", "projections, experts", "LM head"
 
 
@@ -170,7 +171,10 @@ def make_plan(case: Case) -> Plan:
     def forecast(placement: Placement, name: str) -> Forecast:
         per_sweep, course = placement.memory.patterns_per_sweep, Course(case, placement, clock)
         if name == FISHER:
-            sweeps = bound = [*clock.table(DRAWS), *case.workload.proposed(per_sweep, case.workload.keeping())]
+            nothing_kept, table = case.workload.keeping(), clock.table(DRAWS)
+            sweeps, bound = (
+                [*table, *case.workload.proposed(per_sweep, nothing_kept, rounds)] for rounds in (LIKELY_ROUNDS, ROUNDS)
+            )
         else:
             sweeps, bound = likely(name, per_sweep, placement.kept.keeping.stride), most(name, per_sweep)
         hours, computing, bringing = (seconds / SECONDS_AN_HOUR for seconds in course.seconds(sweeps))

@@ -113,11 +113,10 @@ class Workload:
         preview(self._strategy(name), self._tokens, count)
         return sweeps
 
-    def proposed(self, per_sweep: int, keeping: Keeping) -> list[Sweep]:
-        """The sweeps of a search on the second-order table behind the table: what it has measured, at most.
+    def proposed(self, per_sweep: int, keeping: Keeping, rounds: int) -> list[Sweep]:
+        """The sweeps of a search on the second-order table behind the table.
 
-        The path shares the first layers first, which leaves most to run; finalists differ from its end in one exchange,
-        and two rounds of them are counted: the second one, as a rule, finds nothing better.
+        The path shares the first layers first, which leaves most to run; finalists differ from its end in one exchange.
         """
         rehearsal, flippable = Rehearsal(keeping, self.start), sorted(self.flippable)
         sweeps = swept(rehearsal, [self.start, *self.references], per_sweep)
@@ -127,7 +126,7 @@ class Workload:
         shared, full = flippable[: self.num_shared], flippable[self.num_shared :]
         exchanged = [
             Pattern.from_full_layers({*path[-1].full_layers} - {taken} | {given}, len(self.start))
-            for given, taken in islice(product(shared, reversed(full)), 2 * FINALISTS)
+            for given, taken in islice(product(shared, reversed(full)), rounds * FINALISTS)
         ]
         for first in range(0, len(exchanged), FINALISTS):
             sweeps += swept(rehearsal, exchanged[first : first + FINALISTS], per_sweep)

@@ -40,15 +40,15 @@ def _identity(start: Event) -> dict[str, Any]:
         "model": start["model"]["fingerprint"],
         "calibration": start["calibration"]["fingerprint"],
         "draws": options["draws"],
-        "label_seed": options["label_seed"],
+        "seed": options["seed"],
         "numerics": numerics(options),
     }
 
 
 def drawing_of(path: Path) -> dict[str, int]:
-    """The options by which the labels of a saved table were drawn: `draws`, `label_seed`. Raises IcsearchError."""
+    """The options by which the labels of a saved table were drawn: `draws`, `seed`. Raises IcsearchError."""
     manifest = _manifest(path)
-    return {"draws": manifest["draws"], "label_seed": manifest["label_seed"]}
+    return {"draws": manifest["draws"], "seed": manifest["seed"]}
 
 
 def read_table(path: Path, start: Event) -> Event:
@@ -58,9 +58,7 @@ def read_table(path: Path, start: Event) -> Event:
     """
     manifest, wanted = _manifest(path), _identity(start)
     differing = [
-        f"{name} {manifest[name]}, now {wanted[name]}"
-        for name in ("draws", "label_seed")
-        if manifest[name] != wanted[name]
+        f"{name} {manifest[name]}, now {wanted[name]}" for name in ("draws", "seed") if manifest[name] != wanted[name]
     ]
     there, here = manifest["numerics"], wanted["numerics"]
     differing += [f"{name} {there.get(name)}, now {here[name]}" for name in here if there.get(name) != here[name]]
@@ -87,7 +85,7 @@ def _triangle(square: Any) -> list[list[float]]:
 def _manifest(path: Path) -> dict[str, Any]:
     described = path.parent / f"{path.stem or 'fisher'}.json"
     manifest = read_object(described, expected=_EXPECTED, advice=_ADVICE, error=IcsearchError, version=FISHER_FORMAT)
-    fields = {"model": TEXT, "calibration": TEXT, "draws": whole(1), "label_seed": whole(0), "numerics": OBJECT}
+    fields = {"model": TEXT, "calibration": TEXT, "draws": whole(1), "seed": whole(0), "numerics": OBJECT}
     try:
         check_fields(manifest, fields)
     except FieldError as error:

@@ -66,7 +66,7 @@ OPTION_FIELDS = {
     "stages": optional(whole(1)),
     "keep_full": optional(layers()),
     **dict.fromkeys(("draws", "finalists", "rounds"), optional(whole(1))),
-    "label_seed": optional(whole(0)),
+    "seed": optional(whole(0)),
     "confirm": optional(FLAG),
     **RUN_OPTION_FIELDS,
 }

@@ -10,7 +10,7 @@ the flip does to second order and what it does with all others:
 - true[i][j] = -<g_i, D_ij> with the text's own labels: the change of the summed NLL to first order.
 
 Forward, each layer's entry is kept; then from the last layer back, each layer runs again and is differentiated by
-itself (`model.gradients`). A layer's weights are touched twice, whatever the number of layers, draws and sequences.
+itself (`model.gradients`). A layer's weights are touched twice a wave, whatever the number of layers and draws.
 Ancestors: Optimal Brain Surgeon (Hassibi and Stork, 1993), Fisher pruning of masks (Kwon and others, 2022).
 """
 

@@ -113,7 +113,7 @@ def test_a_finished_run_prints_its_result(
         ([*FLIPS, "--draws", 3], "draws 2, now 3"),
         ([*FLIPS, "--finalists", 5], "finalists 4, now 5"),
         ([*FLIPS, "--objective", "kl"], "objective lm-loss, now kl"),
-        ([*FLIPS, "--seed", 3], "label_seed 0, now 3"),
+        ([*FLIPS, "--seed", 3], "seed 0, now 3"),
     ],
 )
 def test_other_options_are_refused(
@@ -217,7 +217,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "another model": (lambda p: changed(p, model="0" * 64), "another model"),
     "another calibration": (lambda p: changed(p, calibration="0" * 64), "another calibration"),
     "other draws": (lambda p: changed(p, draws=3), "draws 3, now 2"),
-    "another seed": (lambda p: changed(p, label_seed=5), "label_seed 5, now 0"),
+    "another seed": (lambda p: changed(p, seed=5), "seed 5, now 0"),
     "other numerics": (lambda p: changed(p, numerics={"dtype": "bfloat16"}), "dtype bfloat16, now float32"),
     "another version": (lambda p: changed(p, format="icsearch.fisher/9"), "icsearch.fisher/9"),
     "no numerics": (lambda p: changed(p, numerics=None), "numerics"),

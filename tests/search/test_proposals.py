@@ -26,7 +26,7 @@ OPTIONS = {
     "objective": "lm-loss",
     "num_shared": FLIPS,
     "draws": DRAWS,
-    "label_seed": 0,
+    "seed": 0,
     "finalists": 2,
     "rounds": 3,
 }
