@@ -72,7 +72,6 @@ def read_table(path: Path, start: Event) -> Event:
         "sequences": [0, sequences],
         "drawn": [[_triangle(square) for square in draws] for draws in arrays["drawn"]],
         "true": [_triangle(square) for square in arrays["true"]],
-        "numerics": there,
         "layer_sequences": 0,
         "seconds": 0.0,
     }

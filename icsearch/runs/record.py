@@ -155,13 +155,12 @@ class SimilaritySums:
 class FisherRows:
     """The second-order table as it comes in: for each sequence, a lower triangle for each draw, and one of its labels.
 
-    `numerics` are those that it was measured with, where that was another run's; the cost is its part of the run's.
+    The cost is its part of the run's.
     `measuring` is the cost, in layer runs x sequences, of the patterns that were measured then, by the part of the run.
     """
 
     drawn: list[list[list[list[float]]]] = field(default_factory=list)
     true: list[list[list[float]]] = field(default_factory=list)
-    numerics: dict[str, Any] | None = None
     layer_sequences: int = 0
     seconds: float = 0.0
     measuring: dict[str, int] = field(default_factory=dict)
@@ -170,7 +169,6 @@ class FisherRows:
         """Take in an event whose sequences are those that come next."""
         self.drawn += event["drawn"]
         self.true += event["true"]
-        self.numerics = event.get("numerics")
         self.layer_sequences += event["layer_sequences"]
         self.seconds += event["seconds"]
 

@@ -187,7 +187,6 @@ def event_fields(start: Event) -> dict[str, dict[str, Kind]]:
             "sequences": wave,
             "drawn": list_of(list_of(triangle, start["options"].get("draws"))),
             "true": list_of(triangle),
-            "numerics": optional(OBJECT),
             **_COST,
         },
         "proposed": {"round": whole(0), "patterns": list_of(pattern)},
