@@ -161,18 +161,23 @@ class FisherSweep:
 
     @computing(torch.no_grad)
     def back(self, passes: Sequence[Pass], on_layer: Callable[[int], None]) -> None:
-        """Through the same layers from the last one."""
+        """Through the same layers from the last one. Rows stay, and cotangents that another process waits for."""
         for index in reversed(self._dsa.held):
             with self._dsa.holding(index, back=True):
                 for through in passes:
                     self._back(index, through)
                     self._count(through, 2 + self._draws, on_layer, self._position.get(index))
+        for through in passes:
+            through.selections.clear()
+            if 0 in self._dsa.held:
+                through.cotangents.clear()
 
     def hand_on(self, passes: Sequence[Pass]) -> list[Any]:
         """What the process that has the next layers takes up of these batches."""
         handed = []
         for through in passes:
-            selections = [[self._place.fetch(kept.placed), kept.dtype] for kept in through.selections]
+            small = {kept: self._place.fetch(kept.placed) for kept in through.selections}  # a borrowed one once
+            selections = [[small[kept], kept.dtype] for kept in through.selections]
             handed.append([self._place.fetch(through.states), self._place.fetch(through.more), selections])
             through.states = through.more = None
         return handed
@@ -193,7 +198,10 @@ class FisherSweep:
 
     def hand_back(self, passes: Sequence[Pass]) -> list[list[Cotangent]]:
         """The cotangents of each batch at this process's first entry."""
-        return [_each(through.between.fetch, through.cotangents) for through in passes]
+        handed = [_each(through.between.fetch, through.cotangents) for through in passes]
+        for through in passes:
+            through.cotangents.clear()
+        return handed
 
     def take_back(self, passes: Sequence[Pass], handed: Sequence[Sequence[Cotangent]]) -> None:
         """The cotangents of each batch behind this process's last layer."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import native_fixtures
 import tiny
 from icsearch.cli import app
 from icsearch.core.errors import IcsearchError
@@ -175,6 +176,35 @@ def test_parts_of_an_event_are_put_together(expected: list[Event]) -> None:
             parts.append({**event, **own, "layer_sequences": len(held), "weight_bytes": 7, "notes": [str(held.start)]})
         joined = fisher.join_events(parts)
         assert joined == {**event, "layer_sequences": LAYERS, "weight_bytes": 14, "notes": ["0", "3"]}
+
+
+@pytest.mark.parametrize("letters", ["FFFFFF", "FSFFSS"])
+def test_layers_in_two_parts(tmp_path: Path, batches: list[Batch], letters: str) -> None:
+    """As two processes have them, with states on disk; also of a checkpoint whose last layers share by themselves."""
+    types = ["full" if letter == "F" else "shared" for letter in letters]
+    source = open_checkpoint(str(native_fixtures.save_native(tmp_path / "model", "glm_moe_dsa", indexer_types=types)))
+    expected = made(FisherSweep(loading.load(source, block_elements=2**12), DRAWS, SEED), batches, 3)
+    first, last = (
+        FisherSweep(
+            loading.load(source, block_elements=2**12, layers=layers), DRAWS, SEED, OnDisk(tmp_path / name, CPU)
+        )
+        for name, layers in (("first", range(2)), ("last", range(2, LAYERS)))
+    )
+    through = first.begin(batches)
+    first.forth(through, lambda _: None)
+    arrived = last.take_up(batches, first.hand_on(through))
+    assert len(set(arrived[0].selections)) == letters[:2].count("F")
+    last.forth(arrived, lambda _: None)
+    last.turn(arrived)
+    last.back(arrived, lambda _: None)
+    first.take_back(through, last.hand_back(arrived))
+    first.back(through, lambda _: None)
+    parts = [sweep.events_of(passes, [], 0.0, 0) for sweep, passes in ((first, through), (last, arrived))]
+    joined = [fisher.join_events(part) for part in zip(*parts, strict=True)]
+    assert [{name: value for name, value in event.items() if name != "seconds"} for event in joined] == expected
+    assert not [*(tmp_path / "first").iterdir(), *(tmp_path / "last").iterdir()]
+    if letters != "FFFFFF":
+        assert all(triangle[4][3] == triangle[5][3] == triangle[1][0] == 0 for triangle in joined[0]["true"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int16, torch.uint8, torch.bool])
