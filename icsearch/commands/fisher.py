@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from icsearch.commands.requests import FisherRequest
@@ -54,6 +55,8 @@ def fisher(
     check_device(request.device, size)
     with opened(request, lambda inputs, existing: _start(request, inputs, existing), listener) as here:
         record = RunRecord.replay(here.existing)
+        if 0 < len(record.fisher.true) < len(here.start["tokens"]):  # one of its own is begun
+            request = replace(request, table=None)
         reused = [read_table(request.table, here.start)] if request.table and not record.fisher.true else []
         if not record.finished:
             loaded = load(request, here, world, wanted, listener)
@@ -111,7 +114,7 @@ def _announce(request: FisherRequest, here: Opened, loaded: Loaded, scoring: Sco
     record, memory, layout = scoring.record, loaded.memory, here.inputs.layout
     sequences, options = len(record.tokens), record.start["options"]
     flips, path, finalists = len(request.flippable(layout.start_pattern)), options["num_shared"], options["finalists"]
-    table = 0 if request.table and not record.fisher.layer_sequences else round(_table_runs(here))
+    table = 0 if request.table else round(_table_runs(here))
     measuring = (flips + path + 2 * finalists) * layout.num_layers // 2
     made = f"{options['draws']} draws a sequence: about {table} layer evaluations, each pair's attention by its FLOPs"
     rows = [

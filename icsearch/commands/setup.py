@@ -222,7 +222,7 @@ def memory_job(request: RunRequest, inputs: Inputs, options: dict[str, Any]) -> 
         heldout=inputs.heldout.num_sequences if inputs.heldout else 0,
         offload=request.offload,
         by_kl=measures_kl(options),
-        draws=options.get("draws", 0),
+        draws=0 if getattr(request, "table", None) else options.get("draws", 0),  # one from a file is there
         may_offload_states=isinstance(request, SearchRequest),
     )
 
