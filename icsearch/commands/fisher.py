@@ -25,7 +25,7 @@ from icsearch.planning import rehearsal
 from icsearch.planning.rows import model_rows, process_rows, stage_rows, table_rows, weight_rows
 from icsearch.planning.work import pair_cost
 from icsearch.runs.directory import part_of
-from icsearch.runs.fisher_file import drawing_of, read_table, save_table
+from icsearch.runs.fisher_file import drawing_of, measured_beside, read_table, save_table
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Progress, Scoring, run_proposals, run_refinement
@@ -57,7 +57,9 @@ def fisher(
         record = RunRecord.replay(here.existing)
         if 0 < len(record.fisher.true) < len(here.start["tokens"]):  # one of its own is begun
             request = replace(request, table=None)
-        reused = [read_table(request.table, here.start)] if request.table and not record.fisher.true else []
+        reused: list[Event] = []
+        if request.table and not record.fisher.true:
+            reused = [read_table(request.table, here.start), *measured_beside(request.table, here.start)]
         if not record.finished:
             loaded = load(request, here, world, wanted, listener)
             record = RunRecord.replay(here.run.open(here.start, here.existing))

@@ -164,11 +164,9 @@ class PatternFile:
             if len(pattern.full_layers) == kept:
                 return pattern
         counts = sorted({len(pattern.full_layers) for pattern in known})
-        whole_range = counts[-1] - counts[0] < len(counts)  # of what was measured besides, some counts may be missing
-        held = f"{counts[0]} to {counts[-1]}" if whole_range else ", ".join(map(str, counts))
         raise PatternError(
-            f"the file holds no pattern with {kept} F layers (retention {retention}): it holds {held} of "
-            f"{len(self.pattern)}; search with {'a smaller' if kept < counts[0] else 'that'} --retention"
+            f"the file holds no pattern with {kept} F layers (retention {retention}): "
+            f"it holds {counts[0]} to {counts[-1]} of {len(self.pattern)}; search with a smaller --retention"
         )
 
 

@@ -253,6 +253,7 @@ def _notes(plan: Plan) -> RenderableType:
         f"the likely course, by rehearsal; at most {forecast.most_layer_evaluations}, which take "
         f"{duration(forecast.most_hours)} with {best.words}",
     )
+    rows.add_row("rows", "of each placement: fisher, whose steps are its sweeps; below it greedy")
     rows.add_row(
         "time",
         "an order of magnitude: of each phase max(FLOPs / (rate x efficiency), bytes / bandwidth), or of bringing "

@@ -398,7 +398,7 @@ def _cost_table(view: RunView) -> Table:
         rows.append(("layer evaluations of a naive search", numbers.count(naive), "calculated"))
     if run > 0 and not view.by_similarity and not view.record.by_table:
         rows.append(("naive / done", numbers.ratio(naive / run), "calculated"))
-    rows.append(("time spent scoring", numbers.duration(cost["seconds"]), "measured"))
+    rows.append(("time spent scoring", numbers.duration(cost["seconds"] - cost.get("table_seconds", 0.0)), "measured"))
     if read := sentences.weights_sentence(view.record):
         rows.append(("weights read", read, "counted"))
     return make_table(("what", "how much", "kind"), {"": rows}, texts=("what", "kind"), css="narrow")

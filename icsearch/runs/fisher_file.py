@@ -15,8 +15,8 @@ from icsearch.core.errors import IcsearchError
 from icsearch.core.files import typed_path, write_atomically
 from icsearch.core.jsonfile import OBJECT, TEXT, FieldError, check_fields, read_object, whole, write_object
 from icsearch.core.text import first_line
-from icsearch.runs.journal import Event
-from icsearch.runs.record import RunRecord
+from icsearch.runs.journal import Event, Journal
+from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
 from icsearch.runs.similarity_file import numerics, square_of
 
 FISHER_FORMAT = "icsearch.fisher/1"
@@ -75,6 +75,34 @@ def read_table(path: Path, start: Event) -> Event:
         "layer_sequences": 0,
         "seconds": 0.0,
     }
+
+
+def measured_beside(path: Path, start: Event) -> list[Event]:
+    """What the run that saved a table measured of the unmodified model and of single flips, as events of another run.
+
+    Every run on the table measures these, with the same bits. Nothing where no journal of such a run lies beside.
+    """
+    if not Journal(path.parent / JOURNAL_NAME).exists():
+        return []
+    record = load_run(path.parent)
+    if not record.by_table or _identity(record.start) != _identity(start):
+        return []
+    first, complete = record.start_pattern.letters, [each for each in record.nll if record.nll.is_complete(each)]
+    flips = [each for each in complete if sum(map(str.__ne__, each, first)) == 1]
+    return [
+        {
+            "event": "losses",
+            "step": step,
+            "sequences": [0, len(record.tokens)],
+            "patterns": patterns,
+            "nll": [record.nll.sums(each) for each in patterns],
+            "kl": [record.kl.sums(each) for each in patterns],
+            "layer_sequences": 0,
+            "seconds": 0.0,
+        }
+        for step, patterns in ((0, [each for each in complete if each == first]), (1, flips))
+        if patterns
+    ]
 
 
 def _triangle(square: Any) -> list[list[float]]:

@@ -421,9 +421,13 @@ class RunRecord(Record):
         return [pattern for pattern in complete if self.stay_full <= {*pattern.full_layers}]
 
     def frontier(self) -> dict[int, Pattern]:
-        """By the number of F layers, most first: of the measured patterns the one of lowest objective."""
+        """By the number of F layers, most first: of the measured patterns the one of lowest objective.
+
+        Down to what was asked for: below that nothing was searched, and only uniform patterns are known.
+        """
+        fewest = len(self.start_pattern.full_layers) - self.start["options"]["num_shared"]
         best: dict[int, tuple[float, str]] = {}
-        for pattern in self.measured():
+        for pattern in (each for each in self.measured() if len(each.full_layers) >= fewest):
             count, price = len(pattern.full_layers), (self.objective.loss(pattern.letters), pattern.letters)
             best[count] = min(best.get(count, price), price)
         return {count: Pattern(letters) for count, (_, letters) in sorted(best.items(), reverse=True)}

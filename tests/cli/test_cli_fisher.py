@@ -67,11 +67,22 @@ def test_another_budget_on_the_same_table(
     assert run(capsys, *fisher(glm_checkpoint, tokens, tmp_path / "again", *more, *table))[0] == 0
     assert run(capsys, *fisher(glm_checkpoint, tokens, tmp_path / "own", *more))[0] == 0
     assert same_result(tmp_path / "again", tmp_path / "own")
-    assert document(tmp_path / "again")["cost"]["table_layer_evaluations"] == 0
+    spared = [document(tmp_path / name)["cost"] for name in ("own", "again")]
+    assert spared[1]["table_layer_evaluations"] == 0
+    flips = 4 * 6 / 2  # those of layers 1, 2, 4 and 5, at least; and the unmodified model
+    assert (
+        spared[0]["layer_evaluations"] - spared[1]["layer_evaluations"] > spared[0]["table_layer_evaluations"] + flips
+    )
     assert document(tmp_path / "own")["cost"]["table_layer_evaluations"] > 0
     assert 3 in document(tmp_path / "own")["full_layers"]
     own, again = (np.load(tmp_path / name / "fisher.npz") for name in ("own", "again"))
     assert np.array_equal(own["drawn"], again["drawn"])
+    (tmp_path / "alone").mkdir()
+    for name in ("fisher.npz", "fisher.json"):  # without the journal, flips are measured again
+        shutil.copy(finished / name, tmp_path / "alone")
+    table = ["--table", tmp_path / "alone" / "fisher.npz"]
+    assert run(capsys, *fisher(glm_checkpoint, tokens, tmp_path / "third", *more, *table))[0] == 0
+    assert same_result(tmp_path / "third", tmp_path / "own")
 
 
 def test_draws_follow_the_table(
@@ -144,6 +155,8 @@ def test_a_run_is_taken_up_by_other_commands(
     assert frontier[5] == min(
         (letters for letters in load_run(finished).nll if letters.count("S") == 1), key=load_run(finished).loss
     )
+    line = refused(capsys, "export", finished, "--engine", "vllm", "--retention", "1/3")  # uniform alone was measured
+    assert "it holds 3 to 6 of 6" in line
     other = tiny.save_tokens(tmp_path / "other", seed=9)
     spec = ["--pattern", finished, "--pattern", f"{finished}@5/6"]
     options = ["--calibration", other, "--threads", 1, "--out", tmp_path / "eval"]
