@@ -26,7 +26,7 @@ from icsearch.report.numbers import difference as shown
 from icsearch.runs.evaluation import EvalRecord, load_eval
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import RunRecord, load_run
-from icsearch.search.loop import measured_prices, table_of
+from icsearch.search.proposals import measured_prices, table_of
 from icsearch.search.second_order import KL, LOSS, correction, full_of
 
 BUDGETS = ("1/2", "1/4", "1/8")

@@ -31,7 +31,8 @@ from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.runs.similarity_file import other_numerics, read_similarity, save_similarity, square_of
 from icsearch.search.dynamic_program import solve
-from icsearch.search.loop import Progress, Scoring, table_of
+from icsearch.search.loop import Progress, Scoring
+from icsearch.search.proposals import table_of
 from icsearch.search.second_order import LOSS, PatternSearch, correction
 from icsearch.sweep.branches import Batch, cut_waves
 from icsearch.sweep.distributed.launch import COMPARE, check_device, grids

@@ -136,7 +136,7 @@ def tables_of(record: RunRecord) -> list[SecondOrderTable]:
     """The second-order table of each sequence, since errors are taken over them; none while it is not whole."""
     if len(record.fisher.true) < len(record.tokens):
         return []
-    from icsearch.search.loop import table_of  # with numpy, which no other page needs
+    from icsearch.search.proposals import table_of  # with numpy, which no other page needs
     from icsearch.search.second_order import SecondOrderTable
 
     table = table_of(record)

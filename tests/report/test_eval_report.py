@@ -44,7 +44,7 @@ from icsearch.runs.evaluation import verdict
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import JOURNAL_NAME, RunRecord
 from icsearch.runs.results import guessing_notes
-from icsearch.search.loop import table_of
+from icsearch.search.proposals import table_of
 from icsearch.search.second_order import LOSS, full_of
 from run_fixtures import MadeUpRun, write_run
 

@@ -31,7 +31,7 @@ from icsearch.report.write import CSV_COLUMNS, ReportError, curve_csv, model_car
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
 from icsearch.runs.results import cost, pattern_file
-from icsearch.search.loop import table_of
+from icsearch.search.proposals import table_of
 from icsearch.search.second_order import full_of
 from run_fixtures import MadeUpRun
 

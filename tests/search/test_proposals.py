@@ -212,7 +212,7 @@ def test_a_damaged_journal_is_refused(tmp_path: Path, event: Event, words: str) 
 
 
 def test_the_table_of_a_record(tmp_path: Path) -> None:
-    from icsearch.search.loop import table_of
+    from icsearch.search.proposals import table_of
 
     found = table_of(RunRecord.replay([{**START, "options": OPTIONS}, table(range(SEQUENCES))]))
     assert found.drawn.shape == (SEQUENCES, DRAWS, LAYERS, LAYERS)

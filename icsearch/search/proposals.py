@@ -1,0 +1,75 @@
+"""What a run's second-order table, corrected by all that the run has measured so far, has to propose. Numbers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+
+from icsearch.core.pattern import Pattern
+from icsearch.runs.journal import Event
+from icsearch.runs.record import RunRecord
+from icsearch.runs.similarity_file import square_of
+from icsearch.search.second_order import KL, LOSS, PatternSearch, SecondOrderTable, correction
+
+
+class Proposals:
+    """What the table of a run, corrected by all that was measured so far, has to propose."""
+
+    def __init__(self, record: RunRecord) -> None:
+        self._record = record
+        self._table = table_of(record)
+        self._objective = KL if record.by_kl else LOSS
+        self._flips = record.start["options"]["num_shared"]
+        self._kept = len(record.start_pattern.full_layers) - self._flips
+
+    def path(self) -> list[Pattern]:
+        """The nested path."""
+        return self._search(self._objective).path(self._flips)
+
+    def finalists(self, count: int) -> list[Pattern]:
+        """Patterns to measure: three quarters by the objective, the rest by the other measure; local optima first."""
+        found: list[Pattern] = []
+        for by, share in ((self._objective, count - count // 4), (LOSS + KL - self._objective, count // 4)):
+            ranked = (pattern for _, pattern in self._search(by).best(self._kept, [self.best]))
+            new = (each for each in ranked if each.letters not in self._record.nll and each not in found)
+            found += list(islice(new, share))
+        return found
+
+    def event(self, patterns: Sequence[Pattern]) -> Event:
+        """The event that proposes these patterns."""
+        letters = [pattern.letters for pattern in patterns]
+        return {"event": "proposed", "round": len(self._record.proposals), "patterns": letters}
+
+    @property
+    def best(self) -> Pattern:
+        """The best that was measured of the budget asked for."""
+        return self.measured()[0]
+
+    def measured(self) -> list[Pattern]:
+        """All of the budget asked for that were measured and may be run, the best first."""
+        table = self._record.objective
+        possible = [each for each in self._record.measured() if len(each.full_layers) == self._kept]
+        return sorted(possible, key=lambda each: (table.loss(each.letters), each.letters))
+
+    def _search(self, by: int) -> PatternSearch:
+        record = self._record
+        numbers = correction(self._table, measured_prices(record))
+        return PatternSearch(self._table, record.start_pattern, record.stay_full, by, numbers)
+
+
+def table_of(record: RunRecord) -> SecondOrderTable:
+    """The second-order table of a journal that holds all of it."""
+    drawn, true = ([list(map(square_of, triangles)) for triangles in record.fisher.drawn], record.fisher.true)
+    return SecondOrderTable(np.array(drawn), np.array(list(map(square_of, true))), record.tokens)
+
+
+def measured_prices(record: RunRecord) -> dict[Pattern, tuple[float, float]]:
+    """Loss above the start pattern's and KL, in nats per token, of every pattern that was scored on all sequences."""
+    start = record.start_pattern.letters
+    return {
+        Pattern(letters): (record.difference(letters).delta, record.kl.loss(letters))
+        for letters in record.nll
+        if letters != start and record.nll.is_complete(letters)
+    }
