@@ -27,7 +27,8 @@ from icsearch.runs.evaluation import EvalRecord, load_eval
 from icsearch.runs.journal import Journal
 from icsearch.runs.record import RunRecord, load_run
 from icsearch.search.proposals import measured_prices, table_of
-from icsearch.search.second_order import KL, LOSS, correction, full_of
+from icsearch.search.protocol import KL, LOSS
+from icsearch.search.second_order import correction, full_of
 
 BUDGETS = ("1/2", "1/4", "1/8")
 SIZES = (4, 8, 16, 32)

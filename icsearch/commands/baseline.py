@@ -26,14 +26,16 @@ from icsearch.commands.setup import Inputs, pattern_start
 from icsearch.core.pattern import Pattern
 from icsearch.model.layout import Layout
 from icsearch.planning.rows import model_rows, process_rows, stage_rows, weight_rows
+from icsearch.runs.arrays import square_of
 from icsearch.runs.fisher_file import drawing_of, read_table
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
-from icsearch.runs.similarity_file import other_numerics, read_similarity, save_similarity, square_of
+from icsearch.runs.similarity_file import other_numerics, read_similarity, save_similarity
 from icsearch.search.dynamic_program import solve
 from icsearch.search.loop import Progress, Scoring
 from icsearch.search.proposals import table_of
-from icsearch.search.second_order import LOSS, PatternSearch, correction
+from icsearch.search.protocol import LOSS
+from icsearch.search.second_order import PatternSearch, correction
 from icsearch.sweep.branches import Batch, cut_waves
 from icsearch.sweep.distributed.launch import COMPARE, check_device, grids
 from icsearch.sweep.similarity import SimilaritySweep
@@ -67,7 +69,7 @@ def dp_baseline(
             scoring = make_scoring(here, record, loaded, listener)
             if not record.fisher.true:
                 scoring.fill(lambda: iter(tables))
-            _compare(request, here.inputs.layout, loaded, scoring, reused)
+            _compare(here.inputs.layout, loaded, scoring, reused)
         save_similarity(request.out, record)
         publish(request.out, record)
         return record
@@ -78,7 +80,7 @@ def _start(request: BaselineRequest, inputs: Inputs, existing: list[Event]) -> E
     return pattern_start(request, inputs, existing, {**METHOD, **(drawing_of(request.table) if request.table else {})})
 
 
-def _compare(request: BaselineRequest, layout: Layout, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
+def _compare(layout: Layout, loaded: Loaded, scoring: Scoring, reused: list[Event]) -> None:
     """Similarity, wave by wave what the journal lacks; then the patterns; then what they cost beside the references."""
     record, memory = scoring.record, loaded.memory
     patterns = [record.start_pattern, *map(Pattern, record.references.values())]
@@ -101,7 +103,7 @@ def _compare(request: BaselineRequest, layout: Layout, loaded: Loaded, scoring: 
     scoring.fill(lambda: _similarities(loaded, shared, cut_waves(left, per_wave), scoring.progress.layer_done))
     if not record.similarity_sums.importance:
         scoring.note([NO_KASCADE])
-    _choose(request, scoring)
+    _choose(scoring)
     score_baseline(scoring, layout, record.pattern, *(Pattern(e["pattern"]) for e in record.compared.values()))
     scoring.append({"event": "finish", "pattern": record.pattern.letters})
 
@@ -120,17 +122,15 @@ def _similarities(
         yield from sweep.events(wave, on_layer)
 
 
-def _choose(request: BaselineRequest, scoring: Scoring) -> None:
+def _choose(scoring: Scoring) -> None:
     """The pattern of each measure, journaled as far as it is not."""
     record = scoring.record
     start, means = record.start_pattern, record.similarity_sums.means()
-    stages = frozenset(first for first, _ in record.start["blocks"])
     native = frozenset(record.start["model"]["native_shared"])
     kept = len(start.full_layers) - record.start["options"]["num_shared"]
 
     def best(measure: Any) -> Event:
-        must = (request.keep_full | stages) - native - {0}
-        solutions = solve(measure.tolist(), must_be_full=must, must_be_shared=native)
+        solutions = solve(measure.tolist(), must_be_full=record.stay_full - {0}, must_be_shared=native)
         return {"pattern": solutions.pattern(kept).letters, "objective": solutions.objective(kept)}
 
     if record.chosen is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -96,18 +96,15 @@ def _start(request: FisherRequest, inputs: Inputs, existing: list[Event]) -> Eve
     if request.confirm_on is not None:
         method["confirm"] = True
     start = pattern_start(request, inputs, existing, method)
-    return {**start, "exact": _exact(start, inputs)}
+    return {**start, "exact": _exact(SearchTask.of(start), request, inputs, start["references"].values())}
 
 
-def _exact(start: Event, inputs: Inputs) -> dict[str, int]:
+def _exact(task: SearchTask, request: FisherRequest, inputs: Inputs, references: Iterable[str]) -> dict[str, int]:
     """What an exact greedy search of as many flips would take, counted, with all states kept between its steps."""
-    pattern, options, tokens = inputs.layout.start_pattern, start["options"], tuple(start["tokens"])
-    task = SearchTask(pattern, frozenset(options["keep_full"]), options["num_shared"], options["stages"], tokens)
-    flippable = frozenset(pattern.full_layers) - task.keep_full - {first for first, _ in start["blocks"]}
-    keeping = Keeping(inputs.layout.num_layers, inputs.layout.layer_indices, flippable, stride=1)
-    references = [Pattern(letters) for letters in start["references"].values()]
-    sweeps = rehearsal.rehearsed(lambda: make_strategy(task), tokens, references, keeping, len(pattern))
-    evaluations, _ = rehearsal.preview(make_strategy(task), tokens, len)
+    layout, uniform = inputs.layout, [Pattern(letters) for letters in references]
+    keeping = Keeping(layout.num_layers, layout.layer_indices, frozenset(request.flippable(task.start)), stride=1)
+    sweeps = rehearsal.rehearsed(lambda: make_strategy(task), task.tokens, uniform, keeping, len(task.start))
+    evaluations, _ = rehearsal.preview(make_strategy(task), task.tokens, len)
     return {"candidate_evaluations": evaluations, "layer_evaluations": rehearsal.layer_evaluations(sweeps)}
 
 

@@ -76,15 +76,7 @@ def _start(request: GreedyRequest, inputs: Inputs, existing: list[Event]) -> Eve
 
 def strategy_of(record: RunRecord) -> Strategy:
     """The strategy of a run, at its beginning."""
-    options = record.start["options"]
-    task = SearchTask(
-        start=record.start_pattern,
-        keep_full=frozenset(options["keep_full"]),
-        num_shared=options["num_shared"],
-        stages=options["stages"],
-        tokens=tuple(record.tokens),
-    )
-    return make_strategy(task, options["strategy"])
+    return make_strategy(SearchTask.of(record.start), record.start["options"]["strategy"])
 
 
 def _plan(request: GreedyRequest, layout: Layout, loaded: Loaded, record: RunRecord) -> SearchPlan:

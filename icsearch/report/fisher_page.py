@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from icsearch.core.pattern import Pattern
@@ -94,11 +94,16 @@ def foretold(fisher: FisherView, name: str, found: Pattern) -> Figure:
 
 def pair_costs(fisher: FisherView, found: Pattern) -> tuple[Figure, Figure]:
     """What it costs each layer alone to borrow from each earlier one, by the table: KL, and loss."""
-    kl, loss = ([[pair.delta for pair in row] for row in rows] for rows in (fisher.pair_kl, fisher.pair_loss))
-    errors = (pair.std_err for row in fisher.pair_loss for pair in row)
-    kl_scale = figures.kl_scale([cost for row in kl for cost in row])
-    loss_scale = figures.cost_scale([cost for row in loss for cost in row], errors)
-    return figures.triangle(kl, found, kl_scale), figures.triangle(loss, found, loss_scale)
+    kl = [[pair.delta for pair in row] for row in fisher.pair_kl]
+    scale = figures.kl_scale([cost for row in kl for cost in row])
+    return figures.triangle(kl, found, scale), loss_costs(fisher.pair_loss, found)
+
+
+def loss_costs(pairs: list[list[Difference]], found: Pattern, draw: Callable[..., Figure] = figures.triangle) -> Figure:
+    """The loss part, in a triangle of any size."""
+    costs = [[pair.delta for pair in row] for row in pairs]
+    errors = (pair.std_err for row in pairs for pair in row)
+    return draw(costs, found, figures.cost_scale([cost for row in costs for cost in row], errors))
 
 
 def _prices(known: Measured) -> tuple[Cell, ...]:

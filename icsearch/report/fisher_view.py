@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference, paired_difference, rank_correlation
 from icsearch.runs.record import RunRecord
+from icsearch.search.protocol import KL, LOSS
 
 if TYPE_CHECKING:
     from icsearch.search.second_order import SecondOrderTable
 
-LOSS, KL = 0, 1  # rows of a table's prices
 FLIP, PATH, FINALIST, UNIFORM = "single flip", "nested path", "finalist", "uniform"
 FEWEST_RANKED = 3  # patterns below which an order says nothing
 

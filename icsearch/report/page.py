@@ -19,6 +19,7 @@ from icsearch.report.view import Refined, RunView, Swap, predictions
 from icsearch.runs import results
 from icsearch.runs.results import split_notes
 from icsearch.runs.schema import PHASES
+from icsearch.search.protocol import LOSS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -251,11 +252,8 @@ def _measures(view: RunView) -> list[Figure]:
         scale = figures.kl_scale([score for row in lost for score in row])
         pictures.append(draw(lost, others["kascade"], scale))
     if "fisher" in others:
-        pairs = fisher_view.pair_costs(view.tables, fisher_view.LOSS)
-        costs = [[pair.delta for pair in row] for row in pairs]
-        errors = (pair.std_err for row in pairs for pair in row)
-        scale = figures.cost_scale([cost for row in costs for cost in row], errors)
-        pictures.append(draw(costs, others["fisher"], scale))
+        pairs = fisher_view.pair_costs(view.tables, LOSS)
+        pictures.append(fisher_page.loss_costs(pairs, others["fisher"], draw))
     return [*pictures, draw(similarity["overlap"], chosen)]
 
 

@@ -5,50 +5,48 @@ Per sequence and draw, so that standard errors and every other budget, constrain
 
 from __future__ import annotations
 
-import io
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from icsearch.core.errors import IcsearchError
-from icsearch.core.files import typed_path, write_atomically
+from icsearch.core.files import typed_path
 from icsearch.core.jsonfile import OBJECT, TEXT, FieldError, check_fields, read_object, whole, write_object
-from icsearch.core.text import first_line
+from icsearch.runs.arrays import identity, read_arrays, save_arrays, square_of, triangle_of
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import JOURNAL_NAME, RunRecord, load_run
-from icsearch.runs.similarity_file import numerics, square_of
 
 FISHER_FORMAT = "icsearch.fisher/1"
-_HEADER_BYTES = 4096  # far more than numpy writes before an array
+_DRAWING = ("draws", "seed")  # options that the labels follow
 _EXPECTED, _ADVICE = "the fisher.npz and fisher.json that icsearch fisher wrote", "leave --table out"
 
 
 def save_table(out: Path, record: RunRecord) -> None:
-    """`drawn` float64 [S, R, N, N] and `true` [S, N, N], rows layers and columns sources; fisher.json says whose."""
-    rows = record.fisher
-    drawn = np.array([[square_of(triangle) for triangle in draws] for draws in rows.drawn])
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, drawn=drawn, true=np.array([square_of(triangle) for triangle in rows.true]))
-    write_atomically(out / "fisher.npz", buffer.getvalue())
+    """fisher.npz, as `arrays_of`, rows layers and columns sources; fisher.json says whose it is."""
+    save_arrays(out / "fisher.npz", arrays_of(record))
     write_object(out / "fisher.json", {"format": FISHER_FORMAT, **_identity(record.start)})
 
 
-def _identity(start: Event) -> dict[str, Any]:
-    options = start["options"]
+def arrays_of(record: RunRecord) -> dict[str, Any]:
+    """A record's table as `drawn` float64 [S, R, N, N] and `true` [S, N, N]."""
+    drawn, true = record.fisher.drawn, record.fisher.true
     return {
-        "model": start["model"]["fingerprint"],
-        "calibration": start["calibration"]["fingerprint"],
-        "draws": options["draws"],
-        "seed": options["seed"],
-        "numerics": numerics(options),
+        "drawn": np.array([list(map(square_of, draws)) for draws in drawn]),
+        "true": np.array([*map(square_of, true)]),
     }
+
+
+def _identity(start: Event) -> dict[str, Any]:
+    """Of a table, how its labels were drawn too."""
+    return {**identity(start), **{name: start["options"][name] for name in _DRAWING}}
 
 
 def drawing_of(path: Path) -> dict[str, int]:
     """The options by which the labels of a saved table were drawn: `draws`, `seed`. Raises IcsearchError."""
     manifest = _manifest(path)
-    return {"draws": manifest["draws"], "seed": manifest["seed"]}
+    return {name: manifest[name] for name in _DRAWING}
 
 
 def read_table(path: Path, start: Event) -> Event:
@@ -57,9 +55,7 @@ def read_table(path: Path, start: Event) -> Event:
     Raises IcsearchError unless it is whole, and of the same model, batches, draws and numerics.
     """
     manifest, wanted = _manifest(path), _identity(start)
-    differing = [
-        f"{name} {manifest[name]}, now {wanted[name]}" for name in ("draws", "seed") if manifest[name] != wanted[name]
-    ]
+    differing = [f"{name} {manifest[name]}, now {wanted[name]}" for name in _DRAWING if manifest[name] != wanted[name]]
     there, here = manifest["numerics"], wanted["numerics"]
     differing += [f"{name} {there.get(name)}, now {here[name]}" for name in here if there.get(name) != here[name]]
     differing += [f"another {name}" for name in ("model", "calibration") if manifest[name] != wanted[name]]
@@ -70,8 +66,8 @@ def read_table(path: Path, start: Event) -> Event:
     return {
         "event": "fisher",
         "sequences": [0, sequences],
-        "drawn": [[_triangle(square) for square in draws] for draws in arrays["drawn"]],
-        "true": [_triangle(square) for square in arrays["true"]],
+        "drawn": [[triangle_of(square) for square in draws] for draws in arrays["drawn"]],
+        "true": [triangle_of(square) for square in arrays["true"]],
         "layer_sequences": 0,
         "seconds": 0.0,
     }
@@ -105,10 +101,6 @@ def measured_beside(path: Path, start: Event) -> list[Event]:
     ]
 
 
-def _triangle(square: Any) -> list[list[float]]:
-    return [row[:layer] for layer, row in enumerate(square.tolist())]
-
-
 def _manifest(path: Path) -> dict[str, Any]:
     described = path.parent / f"{path.stem or 'fisher'}.json"
     manifest = read_object(described, expected=_EXPECTED, advice=_ADVICE, error=IcsearchError, version=FISHER_FORMAT)
@@ -121,19 +113,10 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Arrays of these shapes. What is larger is not read: a small archive can hold arrays larger than memory."""
+    """Arrays of these shapes; raises IcsearchError."""
     path = typed_path(str(path), IcsearchError)
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            small = all(
-                archive.zip.getinfo(f"{name}.npy").file_size <= 8 * int(np.prod(shape)) + _HEADER_BYTES
-                for name, shape in shapes.items()
-            )
-            arrays = {name: archive[name] for name in shapes} if small else {}
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds by the kind of damage
-        raise IcsearchError(
-            f"cannot use {path} ({type(error).__name__}: {first_line(error)}): expected {_EXPECTED}; {_ADVICE}"
-        ) from None
+    numbers = {name: math.prod(shape) for name, shape in shapes.items()}
+    arrays = read_arrays(path, numbers, _EXPECTED, _ADVICE)
     for name, shape in shapes.items():
         array = arrays.get(name, np.zeros(0))
         if array.shape != shape or array.dtype != np.float64 or not np.isfinite(array).all():

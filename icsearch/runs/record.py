@@ -155,8 +155,8 @@ class SimilaritySums:
 class FisherRows:
     """The second-order table as it comes in: for each sequence, a lower triangle for each draw, and one of its labels.
 
-    The cost is its part of the run's.
-    `measuring` is the cost, in layer runs x sequences, of the patterns that were measured then, by the part of the run.
+    The cost is its part of the run's; `measuring` is that of the patterns that were measured then, in layer runs x
+    sequences, by the part of the run.
     """
 
     drawn: list[list[list[list[float]]]] = field(default_factory=list)

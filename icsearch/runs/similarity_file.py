@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from icsearch.core.errors import IcsearchError
-from icsearch.core.files import typed_path, write_atomically
+from icsearch.core.files import typed_path
 from icsearch.core.jsonfile import (
     OBJECT,
     TEXT,
@@ -21,12 +20,11 @@ from icsearch.core.jsonfile import (
     whole,
     write_object,
 )
-from icsearch.core.text import first_line
+from icsearch.runs.arrays import identity, read_arrays, save_arrays, square_of, triangle_of
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 
 SIMILARITY_FORMAT = "icsearch.similarity/1"
-_HEADER_BYTES = 4096  # far more than numpy writes before an array
 _ROUNDING = 1e-6  # by which a mean cosine may pass 1
 _MANIFEST_FIELDS = {
     "format": TEXT,
@@ -36,7 +34,6 @@ _MANIFEST_FIELDS = {
     "numerics": optional(OBJECT),
 }
 _ARRAYS, _KASCADE = ("cosine", "overlap"), "kascade"  # which is left out where it was not measured
-_NUMERICS = ("dtype", "device", "batch_size", "attention", "kernels", "block_elements", "threads")
 
 
 def _is_share(square: Any) -> bool:
@@ -63,41 +60,17 @@ def save_similarity(out: Path, record: RunRecord) -> None:
     """
     means = record.similarity_sums.means()
     arrays = {name: square_of(means[name]) for name in (*_ARRAYS, _KASCADE) if name in means}
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    write_atomically(out / "similarity.npz", buffer.getvalue())
-    identity, measured = _identity(record.start), record.similarity_sums.numerics
-    manifest = {"format": SIMILARITY_FORMAT, "queries": means["queries"], **identity}
+    save_arrays(out / "similarity.npz", arrays)
+    measured = record.similarity_sums.numerics
+    manifest = {"format": SIMILARITY_FORMAT, "queries": means["queries"], **identity(record.start)}
     if measured is not None:
         manifest["numerics"] = measured
     write_object(out / "similarity.json", manifest)
 
 
-def square_of(rows: list[list[float]]) -> Any:
-    """A lower triangle of N rows as float64 [N, N], with zeros above."""
-    square = np.zeros((len(rows), len(rows)))
-    for layer, row in enumerate(rows):
-        square[layer, : len(row)] = row
-    return square
-
-
-def _identity(start: Event) -> dict[str, Any]:
-    options = start["options"]
-    return {
-        "model": start["model"]["fingerprint"],
-        "calibration": start["calibration"]["fingerprint"],
-        "numerics": numerics(options),
-    }
-
-
-def numerics(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run that the bits of its numbers follow."""
-    return {name: options.get(name) for name in _NUMERICS}
-
-
 def other_numerics(measured: dict[str, Any], start: Event) -> list[str]:
     """A note where a similarity from a file was measured with other numerics than the losses of this run."""
-    here = _identity(start)["numerics"]
+    here = identity(start)["numerics"]
     differing = [f"{name} {measured.get(name)}, here {here[name]}" for name in here if measured.get(name) != here[name]]
     if not differing:
         return []
@@ -118,7 +91,7 @@ def read_similarity(path: Path, start: Event) -> Event:
     except FieldError as error:
         raise IcsearchError(f"{described} is damaged ({error}): {advice}") from None
     found = {name: manifest[name] for name in ("model", "calibration")}
-    wanted = {name: _identity(start)[name] for name in found}
+    wanted = {name: identity(start)[name] for name in found}
     if manifest["format"] != SIMILARITY_FORMAT or found != wanted:
         other = [name for name in found if found[name] != wanted[name]] or ["format"]
         raise IcsearchError(f"{path} belongs to another {' and another '.join(other)}: {advice}")
@@ -129,7 +102,7 @@ def read_similarity(path: Path, start: Event) -> Event:
         "sequences": [0, sequences],
         "queries": queries,
         "numerics": strict(manifest.get("numerics") or {}),
-        **{name: _triangle(squares[name] * queries) for name in _ARRAYS},
+        **{name: triangle_of(squares[name] * queries) for name in _ARRAYS},
         **(_kascade_sums(squares[_KASCADE], sequences) if _KASCADE in squares else {}),
         "layer_sequences": 0,
         "seconds": 0.0,
@@ -140,29 +113,14 @@ def _kascade_sums(kascade: Any, sequences: int) -> dict[str, Any]:
     """Its two factors, summed over sequences; what a layer without importance keeps is not known, and plays no part."""
     importance = kascade.diagonal()
     kept = kascade / np.where(importance > 0, importance, 1.0)[:, None]
-    return {"kept": _triangle(kept * sequences), "importance": (importance * sequences).tolist()}
-
-
-def _triangle(square: Any) -> list[list[float]]:
-    return [row[:layer] for layer, row in enumerate(square.tolist())]
+    return {"kept": triangle_of(kept * sequences), "importance": (importance * sequences).tolist()}
 
 
 def _read_squares(path: Path, layers: int) -> dict[str, Any]:
-    """The arrays of a similarity.npz, float64 [layers, layers] each; raises IcsearchError.
-
-    What is larger than that is not read: a small archive can hold arrays larger than memory.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = [*_ARRAYS, *(name for name in arrays.files if name == _KASCADE)]
-            sizes = [arrays.zip.getinfo(f"{name}.npy").file_size for name in names]
-            small = max(sizes) <= 8 * layers * layers + _HEADER_BYTES
-            squares = {name: arrays[name] for name in names} if small else {}
-    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds by the kind of damage
-        raise IcsearchError(
-            f"cannot use {path} ({type(error).__name__}: {first_line(error)}): expected a similarity.npz of "
-            "dp-baseline; leave --similarity out"
-        ) from None
+    """The arrays of a similarity.npz, float64 [layers, layers] each; raises IcsearchError."""
+    sizes = dict.fromkeys((*_ARRAYS, _KASCADE), layers * layers)
+    expected, advice = "a similarity.npz of dp-baseline", "leave --similarity out"
+    squares = read_arrays(path, sizes, expected, advice, optional=frozenset({_KASCADE}))
     if not squares or any(square.shape != (layers, layers) for square in squares.values()):
         raise IcsearchError(f"{path} is not {layers} x {layers}, the model's DSA layers: leave --similarity out")
     for name, square in squares.items():

@@ -327,11 +327,9 @@ def run_refinement(scoring: Scoring, heldout: Scorer) -> None:
 
 def make_swaps(record: RunRecord, refinement: Refinement) -> Swaps:
     """The swaps of a run, at their beginning: what stays F and what has no indexer are the search's."""
-    start = record.start
-    blocks = start.get("blocks") or []
     return Swaps(
         refinement.start,
-        fixed=frozenset(start["options"]["keep_full"]) | {first for first, _ in blocks},
+        fixed=record.stay_full,
         native=frozenset(record.start_pattern.shared_layers),
         tokens=record.tokens,
         heldout_tokens=record.heldout.tokens if record.heldout else (),

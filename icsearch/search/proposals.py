@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-import numpy as np
-
 from icsearch.core.pattern import Pattern
+from icsearch.runs.fisher_file import arrays_of
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
-from icsearch.runs.similarity_file import square_of
-from icsearch.search.second_order import KL, LOSS, PatternSearch, SecondOrderTable, correction
+from icsearch.search.protocol import KL, LOSS
+from icsearch.search.second_order import PatternSearch, SecondOrderTable, correction
 
 
 class Proposals:
@@ -61,8 +60,7 @@ class Proposals:
 
 def table_of(record: RunRecord) -> SecondOrderTable:
     """The second-order table of a journal that holds all of it."""
-    drawn, true = ([list(map(square_of, triangles)) for triangles in record.fisher.drawn], record.fisher.true)
-    return SecondOrderTable(np.array(drawn), np.array(list(map(square_of, true))), record.tokens)
+    return SecondOrderTable(**arrays_of(record), tokens=record.tokens)
 
 
 def measured_prices(record: RunRecord) -> dict[Pattern, tuple[float, float]]:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from icsearch.core.pattern import Pattern
+from icsearch.runs.journal import Event
 from icsearch.runs.record import Choice
+
+LOSS, KL = 0, 1  # rows of prices, of a search on a second-order table
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,18 @@ class SearchTask:
     num_shared: int
     stages: int
     tokens: tuple[int, ...]
+
+    @classmethod
+    def of(cls, start: Event) -> SearchTask:
+        """That of a run which began so."""
+        options = start["options"]
+        return cls(
+            start=Pattern(start["start_pattern"]),
+            keep_full=frozenset(options["keep_full"]),
+            num_shared=options["num_shared"],
+            stages=options["stages"],
+            tokens=tuple(start["tokens"]),
+        )
 
 
 class Strategy(Protocol):

@@ -24,8 +24,8 @@ import numpy as np
 
 from icsearch.core.pattern import FULL, Pattern
 from icsearch.search.dynamic_program import solve
+from icsearch.search.protocol import KL, LOSS
 
-LOSS, KL = 0, 1  # rows of what is predicted and measured
 RANDOM_STARTS = 4
 RANKED = 1024  # patterns that a search returns at most
 # How far a measured pattern may be from a sum over its layers, in nats per token and in parts of what it costs: for

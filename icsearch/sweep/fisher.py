@@ -36,7 +36,7 @@ from icsearch.model.shape import HEAD_CHUNK_TOKENS
 from icsearch.model.slot import SelectionStore
 from icsearch.runs.journal import Event
 from icsearch.sweep.branches import Batch, LayerBlock, OnDevice
-from icsearch.sweep.similarity import smallest_index_type
+from icsearch.sweep.similarity import made_small
 from icsearch.sweep.sweep import computing, kernel_notes
 
 Triangle = list[list[float]]  # row i has i numbers, one for each earlier layer
@@ -222,15 +222,11 @@ class FisherSweep:
         through.states = self._place.put(states)
         if any(store.more.values()):
             through.more = self._place.put(Handed(None, store.more))
-        if position is not None:
-            length = through.batch.input_ids.shape[1]
-            through.selections.append(through.selections[-1] if borrows else self._keep(store.selection, length))
-
-    def _keep(self, selection: torch.Tensor, length: int) -> KeptSelection:
-        small = selection
-        if selection.dtype != torch.bool:  # a mask is small as it is
-            small = selection.to(smallest_index_type(length, signed=bool((selection < 0).any())))
-        return KeptSelection(self._place.put(small), selection.dtype)
+        if borrows:
+            through.selections.append(through.selections[-1])
+        elif position is not None:
+            small = made_small(store.selection, through.batch.input_ids.shape[1])
+            through.selections.append(KeptSelection(self._place.put(small), store.selection.dtype))
 
     def _fetch(self, kept: KeptSelection) -> torch.Tensor:
         selection: torch.Tensor = self._place.fetch(kept.placed)

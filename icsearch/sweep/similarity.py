@@ -148,16 +148,20 @@ class SimilaritySweep:
         through.sums.overlap.append(overlap)
         if kept_mass is not None:
             through.sums.kept.append(kept)
-        small, dtype = selection, selection.dtype
-        if dtype != torch.bool:  # a mask is small as it is
-            signed = bool((selection < 0).any())
-            small = selection.to(smallest_index_type(through.batch.input_ids.shape[1], signed))
-        through.earlier.append((small.cpu() if self._keep_on_cpu else small, dtype))
+        small = made_small(selection, through.batch.input_ids.shape[1])
+        through.earlier.append((small.cpu() if self._keep_on_cpu else small, selection.dtype))
 
     def _importance(self, before: torch.Tensor, behind: torch.Tensor) -> float:
         """1 - cosine of a layer's input and output [B, T, ...], mean over choosing queries, summed over sequences."""
         similarity = functional.cosine_similarity(before.flatten(2).float(), behind.flatten(2).float(), dim=-1)
         return float((1 - similarity[:, self._topk :].double()).clamp_min(0.0).mean(1).sum())
+
+
+def made_small(selection: torch.Tensor, length: int) -> torch.Tensor:
+    """A selection of tokens of a sequence that long in the smallest type that holds it; a mask is small as it is."""
+    if selection.dtype == torch.bool:
+        return selection
+    return selection.to(smallest_index_type(length, signed=bool((selection < 0).any())))
 
 
 def smallest_index_type(length: int, signed: bool = False) -> torch.dtype:

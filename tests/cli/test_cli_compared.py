@@ -19,7 +19,8 @@ from icsearch.cli import app
 from icsearch.commands.baseline import NO_KASCADE
 from icsearch.core.pattern import Pattern
 from icsearch.runs.record import RunRecord, load_run
-from icsearch.search.second_order import LOSS, SecondOrderTable, full_of
+from icsearch.search.protocol import LOSS
+from icsearch.search.second_order import SecondOrderTable, full_of
 
 SHARED = ["--num-shared", 3]
 EVERY = [Pattern.from_full_layers({0, *more}, 6) for more in combinations(range(1, 6), 2)]

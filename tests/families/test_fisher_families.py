@@ -20,7 +20,7 @@ from icsearch.core.errors import ModelError
 from icsearch.model import loading, shape
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.model import DsaModel
-from icsearch.runs.similarity_file import square_of
+from icsearch.runs.arrays import square_of
 from icsearch.sweep.branches import Batch, cut_batches
 from icsearch.sweep.fisher import FisherSweep, direct_table, table_of
 from ties import broken_by_our_rule

@@ -45,7 +45,8 @@ from icsearch.runs.journal import Journal
 from icsearch.runs.record import JOURNAL_NAME, RunRecord
 from icsearch.runs.results import guessing_notes
 from icsearch.search.proposals import table_of
-from icsearch.search.second_order import LOSS, full_of
+from icsearch.search.protocol import LOSS
+from icsearch.search.second_order import full_of
 from run_fixtures import MadeUpRun, write_run
 
 BARE = MadeUpEval(tasks=False, overlap=False, savings=False, in_sample=(), foreign=())

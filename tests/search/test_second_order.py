@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from icsearch.core.pattern import Pattern
+from icsearch.search.protocol import KL, LOSS
 from icsearch.search.second_order import (
-    KL,
-    LOSS,
     SMALLEST,
     PatternSearch,
     SecondOrderTable,
