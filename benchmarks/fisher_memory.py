@@ -8,13 +8,12 @@ Usage: python benchmarks/fisher_memory.py [--case LENGTH:SEQUENCES:BATCH:TOPK[:L
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from pathlib import Path
 
 import checkpoints
-from measuring import RESULTS, WORK, Clock, Json, Results, high_water, machine, run_child, write_json
+from measuring import WORK, Clock, Json, Results, high_water, run_cases, run_child, write_json
 
 FORMAT = "icsearch.bench.fisher-memory/1"
 CASES = ("256:4:4:12", "8192:1:1:128", "32768:1:1:128")
@@ -112,23 +111,14 @@ def table(results: Results) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--case", nargs="*", default=list(CASES), metavar="LENGTH:SEQUENCES:BATCH:TOPK[:LAYERS]")
-    parser.add_argument("--memory", type=int, help="bytes of budget, instead of most of what is free")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "fisher-memory.jsonl")
-    parser.add_argument("--fresh", action="store_true", help="discard what --out holds")
-    arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(child(json.loads(arguments.child))))
+    done = run_cases(
+        __doc__, "LENGTH:SEQUENCES:BATCH:TOPK[:LAYERS]", CASES, "fisher-memory.jsonl", child, measure, 60.0
+    )
+    if done is None:
         return
-    results = Results.open(arguments.out, machine(arguments.threads), arguments.fresh)
-    clock = Clock(60.0 * len(arguments.case))
-    for case in arguments.case:
-        measure(results, case, arguments.memory, arguments.threads, clock)
+    out, results = done
     rows = [{name: value for name, value in line.items() if name not in ("machine", "dirty")} for line in results.lines]
-    write_json(arguments.out.with_suffix(".json"), {"format": FORMAT, **results.origin(), "rows": rows})
+    write_json(out.with_suffix(".json"), {"format": FORMAT, **results.origin(), "rows": rows})
     print(table(results))
 
 

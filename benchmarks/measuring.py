@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -11,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -213,6 +214,38 @@ class Clock:
 
     def skip(self, expected: float) -> None:
         self._left = max(0.0, self._left - expected)
+
+
+def run_cases(
+    about: str | None,
+    case: str,
+    cases: Sequence[str],
+    out: str,
+    child: Callable[[Json], Json],
+    measure: Callable[[Results, str, int | None, int, Clock], object],
+    seconds: float,
+) -> tuple[Path, Results] | None:
+    """The command line of a script that measures memory, case by case, each in a child with memory of its own.
+
+    Where the results are, and they; None in such a child, which prints what it has measured. `case` is the form of one,
+    `out` the name of the results by default, and `seconds` what a case takes.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs="*", default=list(cases), metavar=case)
+    parser.add_argument("--memory", type=int, help="bytes of budget, instead of most of what is free")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    parser.add_argument("--fresh", action="store_true", help="discard what --out holds")
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(child(json.loads(arguments.child))))
+        return None
+    results = Results.open(arguments.out, machine(arguments.threads), arguments.fresh)
+    clock = Clock(seconds * len(arguments.case))
+    for each in arguments.case:
+        measure(results, each, arguments.memory, arguments.threads, clock)
+    return arguments.out, results
 
 
 def minutes(seconds: float) -> str:

@@ -8,14 +8,12 @@ Usage: python benchmarks/memory.py [--case SHAPE:LENGTH:SEQUENCES[:BATCH] ...] [
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import checkpoints
-from measuring import RESULTS, WORK, Clock, Json, Results, high_water, machine, run_child, write_json
+from measuring import WORK, Clock, Json, Results, high_water, run_cases, run_child, write_json
 
 FORMAT = "icsearch.bench.memory/1"
 LAYERS = 4
@@ -128,23 +126,12 @@ def table(document: Json) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--case", nargs="*", default=list(CASES), metavar="SHAPE:LENGTH:SEQUENCES[:BATCH]")
-    parser.add_argument("--memory", type=int, help="bytes of budget, instead of most of what is free")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "memory.jsonl")
-    parser.add_argument("--fresh", action="store_true", help="discard what --out holds")
-    arguments = parser.parse_args()
-    if arguments.child:
-        print(json.dumps(child(json.loads(arguments.child))))
+    done = run_cases(__doc__, "SHAPE:LENGTH:SEQUENCES[:BATCH]", CASES, "memory.jsonl", child, measure, 30.0)
+    if done is None:
         return
-    results = Results.open(arguments.out, machine(arguments.threads), arguments.fresh)
-    clock = Clock(30.0 * len(arguments.case))
-    for case in arguments.case:
-        measure(results, case, arguments.memory, arguments.threads, clock)
+    out, results = done
     document = summarise(results)
-    write_json(arguments.out.with_suffix(".json"), document)
+    write_json(out.with_suffix(".json"), document)
     print(table(document))
 
 
