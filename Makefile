@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 demo: $(STAMP)
 	$(BIN)/icsearch fisher demo --calibration demo --retention 1/4 --out runs/demo
 	@echo
-	@echo "vLLM:   " && $(BIN)/icsearch export runs/demo/pattern.json --engine vllm
+	@$(BIN)/icsearch export runs/demo/pattern.json --engine vllm
 	@echo
 	@echo "Open runs/demo/report.html for the curve, what was predicted and measured, and the evidence."
 
