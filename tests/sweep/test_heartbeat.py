@@ -7,13 +7,17 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
 from icsearch.core.errors import IcsearchError
+from icsearch.core.pattern import Pattern
 from icsearch.core.signals import Terminated
-from icsearch.sweep.distributed import heartbeat, startup
+from icsearch.sweep.branches import Branch
+from icsearch.sweep.distributed import heartbeat, startup, transport
 from icsearch.sweep.distributed.heartbeat import End, Ended, Heartbeat
 from icsearch.sweep.distributed.launch import Launch
+from icsearch.sweep.distributed.transport import Packet, Transport
 from icsearch.sweep.distributed.world import World
 
 
@@ -93,6 +97,19 @@ def test_what_a_message_that_failed_means(pair: Pair) -> None:
     assert isinstance(error, Ended)
     pair.look()
     assert "rank 1 is gone" in str(pair.second.lost(0, "connection reset"))
+
+
+def test_a_message_that_cannot_even_begin(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo may know that the other one is gone when a message is given to it, and not only when it is waited for."""
+    world = World(Launch(rank=0, size=2), HashStore(), pair.first)
+
+    def begin(*_: object, **__: object) -> None:
+        raise RuntimeError("Connection closed by peer\nat ...")
+
+    monkeypatch.setattr(transport.distributed, "isend", begin)
+    packet = Packet([Branch([Pattern("FF")], [torch.zeros(1)], [None])])
+    with pytest.raises(Ended, match=r"rank 0: rank 1 is gone \(Connection closed by peer\)"):
+        Transport(world, torch.device("cpu"), direct=False).send(0, packet)
 
 
 def test_all_waiting_for_one_another_is_a_network_that_is_gone(pair: Pair) -> None:

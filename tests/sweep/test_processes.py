@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -382,10 +383,7 @@ def test_out_of_memory_on_one_rank_names_it(deeper: Path, tmp_path: Path) -> Non
         status = Path(f"/proc/{ranks.processes[1].pid}/status").read_text()
         (kilobytes,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmPeak"))
     limit = int(kilobytes) * 1024 - (100 << 20)  # one call takes 8 x 500^2 x 25 x 4 bytes = 200 MB
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-
+    limited = partial(resource.setrlimit, resource.RLIMIT_AS, (limit, limit))  # it goes to the process pickled
     command = greedy(deeper, tokens, tmp_path / "run", *long_calls)
     with Ranks(2, command, tmp_path / "logs", {1: limited}) as ranks:
         assert ranks.wait() == [1, 1]

@@ -59,10 +59,12 @@ class Transport:
         while len(self._sent) >= IN_FLIGHT:
             taken, works, _ = self._sent.popleft()
             self._world.take(taken, f"rank {to} to take branches")
-            self._wait(works, to)
+            with self._world.exchange_with(to):
+                _finish(works)
         self._world.post(f"branches/{here}/{to}/{item}", header)
         tensors = [tensor.to(self._between).contiguous() for tensor in tensors]
-        works = [distributed.isend(tensor, to, tag=next(self._tags_sent) % TAGS) for tensor in tensors]
+        with self._world.exchange_with(to):
+            works = [distributed.isend(tensor, to, tag=next(self._tags_sent) % TAGS) for tensor in tensors]
         self._sent.append((f"taken/{here}/{to}/{item}", works, tensors))
 
     def receive(self, item: int | str) -> Packet:
@@ -72,19 +74,15 @@ class Transport:
         tensors = [
             torch.empty(shape, dtype=getattr(torch, dtype), device=self._between) for shape, dtype in header["tensors"]
         ]
-        with self._world.heartbeat.waiting(f"branches from rank {source}"):
-            self._wait(
-                [distributed.irecv(tensor, source, tag=next(self._tags_received) % TAGS) for tensor in tensors], source
-            )
+        with self._world.heartbeat.waiting(f"branches from rank {source}"), self._world.exchange_with(source):
+            _finish([distributed.irecv(tensor, source, tag=next(self._tags_received) % TAGS) for tensor in tensors])
         self._world.post(f"taken/{source}/{here}/{item}", True)
         return _unpack(header, [tensor.to(self._device) for tensor in tensors])
 
-    def _wait(self, works: list[Any], rank: int) -> None:
-        try:
-            for work in works:
-                work.wait()
-        except RuntimeError as error:
-            raise self._world.heartbeat.lost(rank, str(error).splitlines()[0]) from None
+
+def _finish(works: list[Any]) -> None:
+    for work in works:
+        work.wait()
 
 
 def _pack(packet: Packet) -> tuple[dict[str, Any], list[torch.Tensor]]:

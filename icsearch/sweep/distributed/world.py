@@ -91,12 +91,17 @@ class World:
 
     def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
         """Rank 0's CPU tensor, put into those of the same shape that all others bring; returns it."""
-        with self.heartbeat.waiting("the calibration batches"):
-            try:
-                distributed.broadcast(tensor, src=0)
-            except RuntimeError as error:
-                raise self.heartbeat.lost(0, str(error).splitlines()[0]) from None
+        with self.heartbeat.waiting("the calibration batches"), self.exchange_with(0):
+            distributed.broadcast(tensor, src=0)
         return tensor
+
+    @contextlib.contextmanager
+    def exchange_with(self, rank: int) -> Iterator[None]:
+        """For calls of torch.distributed alone: one that fails, as it starts or ends, says that `rank` is gone."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.heartbeat.lost(rank, str(error).splitlines()[0]) from None
 
     def finish(self, status: int) -> int:
         """End the run for all processes; rank 0 waits for them, since the store may live in it. Returns its status.
