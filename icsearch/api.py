@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 from icsearch.commands.options import RequestT, declared, request_of
 from icsearch.commands.requests import (
-    CalibrationRequest,
+    CachedCalibrationRequest,
     EvalRequest,
     ExportRequest,
     FisherRequest,
@@ -62,6 +62,13 @@ class RunOptions(CalibrationOptions, total=False):
     fresh: bool
 
 
+class BatchOptions(RunOptions, total=False):
+    """Which tokens count: ``all``, or ``far`` ones, whose loss falls by more than `far_gain` nats by far context."""
+
+    count: str
+    far_gain: float
+
+
 class SearchOptions(RunOptions, total=False):
     """How far to go, which layers must stay F, and what belongs to one of the methods.
 
@@ -99,18 +106,17 @@ def calibrate(
     model: str | Path,
     source: str | Path,
     out: str | Path,
-    *,
-    fresh: bool = False,
-    **options: Unpack[CalibrationOptions],
+    **options: Unpack[BatchOptions],
 ) -> Calibration:
     """Batches of a text source for a model, as `icsearch calibrate` makes them, cached in the directory `out`.
 
     `source` is what the command takes: ``demo``, a text file, ``hf:NAME``, or a directory of ready batches. The same
     call again reads the cache; another one is refused unless `fresh`. Raises IcsearchError for bad input.
     """
-    from icsearch.commands.setup import calibrate as make
+    from icsearch.commands.calibrate import calibrate as make
 
-    return make(_request(CalibrationRequest, options, model=str(model), source=str(source)), Path(out), fresh)[0]
+    named = {"model": str(model), "source": str(source), "out": Path(out)}
+    return make(_request(CachedCalibrationRequest, options, **named))[0]
 
 
 def find_pattern(

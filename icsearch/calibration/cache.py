@@ -25,6 +25,7 @@ from icsearch.calibration.batches import (
     described,
     tokenizer_fingerprint,
 )
+from icsearch.calibration.far import ALL, Counting
 from icsearch.calibration.sources import MANIFEST_FILE, TOKENS_FILE, ReadyTokens, TextSource, parse_source
 from icsearch.core.errors import CalibrationError
 from icsearch.core.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory, write_atomically
@@ -48,6 +49,7 @@ def obtain(
     limits: Limits,
     rebuild: bool = False,
     copy_ready: bool = False,
+    counting: Counting | None = None,
 ) -> tuple[Calibration, bool]:
     """The calibration that SOURCE names, checked against the model's limits, and whether it was there already.
 
@@ -55,12 +57,18 @@ def obtain(
     for other sizes; with `copy_ready` the tokens are also saved in `cache_dir`. Any other source is built into
     `cache_dir` (with the defaults for sizes that are None), or taken from it where it was built from the same text,
     with the same tokenizer and options. What else lies there is overwritten only with `rebuild`. `tokenizer_loader`
-    returns None for a model without tokenizer; that is an error only where text has to be tokenised.
+    returns None for a model without tokenizer; that is an error only where text has to be tokenised. `counting` says
+    which of the tokens count; ready ones come into `cache_dir` then, whatever the source.
     """
     source = parse_source(source_text)
     if isinstance(source, ReadyTokens):
         sizes = {"seq_len": seq_len, "num_sequences": num_sequences}
         calibration = _ready(source.directory, sizes, tokenizer_loader, limits)
+        if counting is not None:
+            if source.directory.resolve() == cache_dir.resolve():
+                raise CalibrationError(f"--out {cache_dir} is the SOURCE itself: give another directory")
+            key = {"source_fingerprint": calibration.fingerprint, **counting.key}
+            return _obtain(cache_dir, key, partial(masked, calibration, counting, key), limits, rebuild)
         return calibration, not copy_ready or _copy(calibration, source.directory, cache_dir, rebuild)
     seq_len = default_seq_len if seq_len is None else seq_len
     num_sequences = default_num_sequences if num_sequences is None else num_sequences
@@ -68,7 +76,24 @@ def obtain(
     tokenizer = tokenizer_loader()
     check_request(tokenizer, seq_len, num_sequences)
     key = cache_key(source, tokenizer_fingerprint(tokenizer), seq_len, num_sequences, seed)
-    make = partial(build, source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
+
+    def make() -> Calibration:
+        made = build(source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
+        return made if counting is None else masked(made, counting, {})
+
+    return _obtain(cache_dir, {**key, **(counting.key if counting else {})}, make, limits, rebuild)
+
+
+def masked(calibration: Calibration, counting: Counting, more: Mapping[str, Any]) -> Calibration:
+    """The same tokens, of which fewer count; their manifest says why, and `more`."""
+    mask = counting.mask(calibration) & calibration.counted()
+    return described(calibration.input_ids, mask, {**calibration.manifest, **more, **counting.key})
+
+
+def _obtain(
+    cache_dir: Path, key: Mapping[str, Any], make: Callable[[], Calibration], limits: Limits, rebuild: bool
+) -> tuple[Calibration, bool]:
+    """What `make` makes, or what a cache of this key holds; and whether it was there already."""
     hit = not rebuild and (cache_dir / TOKENS_FILE).exists()
     try:
         calibration = _cached(cache_dir, key) if hit else make()
@@ -156,10 +181,11 @@ def _cached(cache_dir: Path, key: Mapping[str, Any]) -> Calibration:
             f"{cache_dir} holds tokens that icsearch did not build: give {cache_dir} itself as SOURCE, choose another "
             f"directory, or overwrite them with --fresh"
         )
+    there = {"count": ALL, **calibration.manifest}
     differences = [
-        f"{name} (there {short(calibration.manifest.get(name))}, asked for {short(wanted)})"
-        for name, wanted in key.items()
-        if calibration.manifest.get(name) != wanted
+        f"{name} (there {short(there.get(name))}, asked for {short(wanted)})"
+        for name, wanted in {"count": ALL, **key}.items()
+        if there.get(name) != wanted
     ]
     if differences:
         raise CalibrationError(
@@ -249,7 +275,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CalibrationError(
             f"{path} has format {shown(manifest.get('format'))}: expected {CALIBRATION_FORMAT!r}; {advice}"
         )
-    taken_over = ("source", "source_revision")  # by a run's journal
+    taken_over = ("source", "source_revision", "count")  # by a run's journal
     try:
         check_fields(manifest, dict.fromkeys(taken_over, optional(TEXT)))
     except FieldError as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from icsearch.calibration.far import FAR
 from icsearch.cli.running import Session, print_result, running
 from icsearch.commands.requests import (
     BaselineRequest,
@@ -32,17 +33,21 @@ FISHER_RESULTS = f"{RESULTS}, fisher.npz, fisher.json"
 BASELINE_RESULTS = f"{RESULTS}, similarity.npz, similarity.json"
 
 
-def calibrate(request: CachedCalibrationRequest) -> None:
+def calibrate(context: typer.Context, request: CachedCalibrationRequest) -> None:
     """Make calibration batches of a text.
 
     Tokenised by the model's tokenizer, packed into sequences, and cached: the same command again reads them.
     """
-    from icsearch.commands.setup import calibrate as make
+    with running(context, request, Session()) as (progress, _):
+        from icsearch.commands.calibrate import calibrate as make
 
-    batches, hit = make(request.calibration, request.out, request.fresh)
+        batches, hit = make(request, progress)
     state = "already there, reused" if hit else "written"
     size = f"{batches.num_sequences} x {batches.seq_len} tokens"
     typer.echo(f"{request.out}: {size}, {state} (fingerprint {batches.fingerprint[:12]})")
+    if request.count == FAR:
+        counted, of = sum(batches.counted_tokens()), batches.num_sequences * (batches.seq_len - 1)
+        typer.echo(f"{counted} of {of} predictions count ({counted / of:.1%}), those of far tokens")
 
 
 def fisher(context: typer.Context, request: FisherRequest, session: Session) -> None:

@@ -29,7 +29,7 @@ from icsearch.runs.results import guessing_notes
 from icsearch.search.loop import Progress, Run
 from icsearch.sweep.branches import cut_waves
 from icsearch.sweep.distributed.launch import MEASURE, check_device, grids
-from icsearch.sweep.measures import Share, Work, bucket_edges, bucket_tokens, measure_missing
+from icsearch.sweep.measures import Share, Work, bucket_edges, bucket_tokens, measure_missing, shared_settings
 from icsearch.sweep.timing import Timing, measure
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ def _start(request: EvalRequest, inputs: Inputs, existing: list[Event]) -> Event
         bucket_edges=edges,
         bucket_tokens=bucket_tokens(torch.from_numpy(calibration.counted()), edges),
         choosing_queries=calibration.seq_len - layout.selection.kept,
+        masked=calibration.loss_mask is not None,
     )
     target = Target(
         layout.model_type,
@@ -147,7 +148,7 @@ def _shared_by(loaded: Loaded, record: EvalRecord, listener: Progress) -> Share 
     coordinator = loaded.coordinator
     if coordinator is None:
         return None
-    shared = {name: record.start[name] for name in ("bucket_edges", "index_topk")}
+    shared = shared_settings(record.start)
 
     def measure_all(work: Sequence[Work]) -> Iterator[Event]:
         items = [

@@ -13,6 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+from icsearch.calibration.far import ALL, DEFAULT_GAIN, FAR
 from icsearch.commands.options import (
     CALIBRATION,
     CHECKPOINT,
@@ -131,15 +132,6 @@ class CalibrationRequest(Request):
 
 
 @dataclass(frozen=True)
-class CachedCalibrationRequest(Request):
-    """Batches to make ready, and the directory for them."""
-
-    calibration: CalibrationRequest
-    out: Annotated[Path, Option("For calibration.safetensors and calibration.json", OUTPUT, "DIR")]
-    fresh: Annotated[bool, Option("Replace other batches that lie there", OUTPUT)] = False
-
-
-@dataclass(frozen=True)
 class RunRequest(Request):
     """What every command that runs a model can be asked. None means: choose for me."""
 
@@ -196,6 +188,27 @@ class RunRequest(Request):
 
         `layers` are its decoder layers, by default one for each letter.
         """
+
+
+@dataclass(frozen=True)
+class CachedCalibrationRequest(RunRequest):
+    """Batches to make ready, and the directory for them. The model runs where far tokens are to be found."""
+
+    out: Annotated[Path, Option("For calibration.safetensors and calibration.json", OUTPUT, "DIR")]
+    fresh: Annotated[bool, Option("Replace other batches that lie there", OUTPUT)] = False
+    count: Annotated[
+        str, Option("Tokens whose loss counts: all, or far look-ups", CALIBRATION, "NAME", choices=(ALL, FAR))
+    ] = ALL
+    far_gain: Annotated[
+        float | None, Option("Far: the far context gains more", CALIBRATION, "NATS", default=f"{DEFAULT_GAIN:g}")
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.far_gain is not None and self.count != FAR:
+            raise IcsearchError("--far-gain belongs to --count far: give both, or leave it out")
+        if self.far_gain is not None and not 0 <= self.far_gain < math.inf:
+            raise IcsearchError(f"--far-gain {self.far_gain:g} is out of range: give 0 or more nats")
 
 
 @dataclass(frozen=True)

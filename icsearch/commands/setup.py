@@ -13,6 +13,7 @@ import torch
 
 from icsearch.calibration import cache
 from icsearch.calibration.batches import Calibration, Limits, check_heldout
+from icsearch.calibration.far import Counting
 from icsearch.commands.requests import (
     DEFAULT_NUM_SEQUENCES,
     CalibrationRequest,
@@ -53,12 +54,6 @@ def open_model(request: CalibrationRequest) -> tuple[Checkpoint, Layout]:
     return source, inspect(source, request.trust_remote_code)
 
 
-def calibrate(request: CalibrationRequest, out: Path, fresh: bool) -> tuple[Calibration, bool]:
-    """A source's sequences for a model, cached in `out`, and whether they were there already."""
-    source, layout = open_model(request)
-    return obtain(request, source, layout, out, fresh, copy_ready=True)
-
-
 def obtain_heldout(
     request: RunRequest, source: Checkpoint, layout: Layout, calibration: Calibration
 ) -> Calibration | None:
@@ -79,6 +74,7 @@ def obtain(
     fresh: bool,
     copy_ready: bool = False,
     like: Calibration | None = None,
+    counting: Counting | None = None,
 ) -> tuple[Calibration, bool]:
     """A source's sequences, and whether the directory had them already; `like` others in size where none is asked for.
 
@@ -98,6 +94,7 @@ def obtain(
         limits=Limits(layout.vocab_size, selection.kept, layout.max_positions, selection.holds),
         rebuild=fresh,
         copy_ready=copy_ready,
+        counting=counting,
     )
 
 
@@ -175,6 +172,7 @@ def _identity(calibration: Calibration, fallback: str) -> dict[str, Any]:
         "source": calibration.manifest.get("source", fallback),
         "source_revision": calibration.manifest.get("source_revision"),
         "sequences": calibration.sequence_digests(),
+        **({"count": calibration.manifest["count"]} if "count" in calibration.manifest else {}),
     }
 
 

@@ -102,6 +102,7 @@ def _eval_section(view: EvalView) -> str:
     source = dataset_of(batches, view.model_name)["dataset_name"]
     in_sample = any(row.in_sample for row in view.rows)
     columns = ("pattern", "F layers", "loss", "above the model as it is", "perplexity", "KL", "top-1 agreement")
+    of_all = ("all tokens, above the model as it is",) if view.counted_name else ()
     tasks = [column for column in view.task_columns if column[1] == "generated"]
     rows = []
     for row in view.rows:
@@ -112,6 +113,8 @@ def _eval_section(view: EvalView) -> str:
             "" if row.is_baseline else numbers.difference(row.kl, sign=False),
             numbers.percent(row.top1_agreement),
         ]
+        if row.all_tokens is not None:
+            compared.append("" if row.is_baseline else numbers.difference(row.all_tokens.difference))
         accuracies = [numbers.percent(row.tasks[column].share) if column in row.tasks else "" for column in tasks]
         rows.append([row.name + marks, str(row.full), numbers.loss(row.loss), *compared, *accuracies])
     return "\n\n".join(
@@ -121,7 +124,7 @@ def _eval_section(view: EvalView) -> str:
             + (f"; rows marked {IN_SAMPLE} were searched on some of them." if in_sample else "."),
             *_cautions(view.document.get("notes") or ()),
             _table(
-                (*columns, *(f"{kind.replace('_', ' ')}" for kind, _ in tasks)),
+                (*columns, *of_all, *(f"{kind.replace('_', ' ')}" for kind, _ in tasks)),
                 rows,
             ),
             "\n".join(f"- {row.name}: `{row.pattern}`: {row.verdict}" for row in view.rows if not row.is_baseline),

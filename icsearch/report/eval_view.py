@@ -31,8 +31,20 @@ class Bucket:
 
 
 @dataclass(frozen=True)
+class AllTokens:
+    """Loss and KL over all tokens, where a mask counts some alone."""
+
+    loss: float
+    difference: Difference
+    kl: Difference
+
+
+@dataclass(frozen=True)
 class EvalRow(Counted):
-    """One pattern. `overlap`: by S layer, the share of its borrowed selection that its own indexer would choose."""
+    """One pattern. `overlap`: by S layer, the share of its borrowed selection that its own indexer would choose.
+
+    `all_tokens` is there where a mask says which tokens count: all other losses are over those alone.
+    """
 
     name: str
     pattern: Pattern
@@ -48,6 +60,7 @@ class EvalRow(Counted):
     overlap: dict[int, float]
     tasks: dict[tuple[str, str], Accuracy]
     verdict: str
+    all_tokens: AllTokens | None
 
     @property
     def is_baseline(self) -> bool:
@@ -98,6 +111,12 @@ class EvalView:
     @property
     def baseline_name(self) -> str:
         return "the checkpoint as it is" if self.baseline.shared else "the all-F model"
+
+    @property
+    def counted_name(self) -> str:
+        """What the tokens are called that a mask counts; "" without a mask."""
+        far = (self.document.get("calibration") or {}).get("count") == "far"
+        return "" if self.baseline.all_tokens is None else "far tokens" if far else "counted tokens"
 
     @property
     def task_columns(self) -> tuple[tuple[str, str], ...]:
@@ -167,4 +186,12 @@ def _row(row: dict[str, Any]) -> EvalRow:
             if way in task
         },
         verdict=row["verdict"],
+        all_tokens=_all_tokens(row.get("all_tokens")),
     )
+
+
+def _all_tokens(found: dict[str, Any] | None) -> AllTokens | None:
+    if found is None:
+        return None
+    difference = Difference(found["delta"], _number(found["std_err"]))
+    return AllTokens(found["loss"], difference, Difference(found["kl"], _number(found["kl_std_err"])))

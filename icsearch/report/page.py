@@ -463,6 +463,7 @@ def eval_section(view: EvalView, number: int) -> Section:
         {
             "patterns": pattern_table(view),
             "gaps": _gap_table(view.gaps) if view.gaps else None,
+            "all_tokens": _all_tokens_table(view) if view.counted_name else None,
             "positions": _position_table(view),
             "estimates": estimate_table(view.document.get("cost_rows") or (), view.baseline_name),
             "measured": measured_table(view.document.get("measured") or ()),
@@ -515,6 +516,18 @@ def pattern_table(view: EvalView) -> Table:
     answered = [f"{kind.replace('_', ' ')}, {way}" for kind, way in view.task_columns]
     heads = ("pattern", "loss", "above baseline", "perplexity", "KL", "same top token", *answered)
     return make_table(heads, groups, css="patterns")
+
+
+def _all_tokens_table(view: EvalView) -> Table:
+    """Over the tokens that a mask counts, and over all of them."""
+    rows = []
+    for row in view.rows:
+        if (beside := row.all_tokens) is None or row.is_baseline:
+            continue
+        counted, everything = ((with_note(part.difference), with_note(part.kl, sign=False)) for part in (row, beside))
+        rows.append((_named(row), *counted, *everything))
+    heads = ("pattern", f"loss, {view.counted_name}", f"KL, {view.counted_name}", "loss, all tokens", "KL, all tokens")
+    return make_table(heads, {"": rows})
 
 
 def _named(row: EvalRow, note: str = "") -> Cell:

@@ -162,6 +162,8 @@ def eval_table(document: dict[str, Any]) -> RenderableType:
         cells = ["", "", ""] if row.is_baseline else compared
         patterns.add_row(_name(row), str(row.full), numbers.loss(row.loss), *cells, short_verdict(row.verdict))
     parts: list[RenderableType] = [Text(sentences.eval_headline(view)), Text(), patterns]
+    if view.counted_name:
+        parts += [Text(), _beside(view)]
     if view.task_columns:
         parts += [Text(), _tasks(view)]
     if view.gaps:
@@ -183,6 +185,20 @@ def short_verdict(verdict: str) -> str:
     """The verdict in two or three words: ``clear loss``, ``no loss seen``."""
     head = re.split(r"[:,]| than | says ", verdict, maxsplit=1)[0]
     return re.sub(r"^(a|the) | model$", "", head).replace("measurable", "small")
+
+
+def _beside(view: EvalView) -> Table:
+    """The loss over the tokens that count, and over all of them."""
+    table = _table("pattern", view.counted_name, "all tokens", "KL of all", gap=0)
+    for row in view.rows:
+        if row.all_tokens is None:
+            continue
+        losses = [numbers.loss(row.loss), numbers.loss(row.all_tokens.loss), ""]
+        costs = [numbers.difference(row.difference), numbers.difference(row.all_tokens.difference)]
+        table.add_row(_name(row), *(losses if row.is_baseline else [*costs, numbers.compact(row.all_tokens.kl.delta)]))
+    table.caption = f"loss, and what is above that of {view.baseline_name}, in nats per token"
+    table.caption_justify = "left"
+    return table
 
 
 def _tasks(view: EvalView) -> Table:

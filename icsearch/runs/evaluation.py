@@ -13,7 +13,7 @@ from icsearch.core.jsonfile import FieldError, read_object
 from icsearch.core.pattern import Pattern
 from icsearch.core.statistics import Difference, mean_loss, paired_difference, wilson_interval
 from icsearch.runs.journal import Event, Record
-from icsearch.runs.schema import WAYS, check_document, check_eval_start, check_later
+from icsearch.runs.schema import ALL_TOKENS, WAYS, check_document, check_eval_start, check_later
 
 EVAL_FORMAT = "icsearch.eval/1"
 _FROM_START = ("icsearch_version", "start_pattern", "layer_indices", "model", "calibration", "options", "environment")
@@ -26,6 +26,7 @@ class SequenceMeasures:
 
     `bucket_nll` splits `nll` by position; `overlap` holds, by S layer, the summed share of its borrowed selection
     that its own indexer would have chosen, over the queries that have more than index_topk tokens to choose from.
+    Where a mask says which tokens count, `all_nll` and `all_kl` are the sums over all of them.
     """
 
     nll: float
@@ -33,6 +34,8 @@ class SequenceMeasures:
     agree: float
     bucket_nll: tuple[float, ...]
     overlap: dict[int, float]
+    all_nll: float | None = None
+    all_kl: float | None = None
 
 
 @dataclass
@@ -87,6 +90,7 @@ class EvalRecord(Record):
                     table["agree"][offset],
                     tuple(table["bucket_nll"][offset]),
                     overlap,
+                    *(table[name][offset] for name in ALL_TOKENS if name in table),
                 )
         self.layer_sequences += event["layer_sequences"]
         self.seconds += event["seconds"]
@@ -127,6 +131,7 @@ class EvalRecord(Record):
             "kl": kl.delta,
             "kl_std_err": kl.std_err,
             "top1_agreement": sum(measures.agree for measures in own) / sum(tokens),
+            **self._all_tokens(own, base),
             "positions": self._positions(own, base),
             "borrowed_overlap": {
                 str(layer): sum(measures.overlap[layer] for measures in own) / queries
@@ -134,6 +139,24 @@ class EvalRecord(Record):
             },
             "tasks": [_task_row(event) for (pattern, _), event in self.tasks.items() if pattern == letters],
             "verdict": verdict(difference, letters == full),
+        }
+
+    def _all_tokens(self, own: Sequence[SequenceMeasures], base: Sequence[SequenceMeasures]) -> dict[str, Any]:
+        """Loss and KL over all tokens, where a mask counts some alone."""
+        if not self.start.get("masked"):
+            return {}
+        tokens = [self.start["calibration"]["seq_len"] - 1] * len(own)
+        nll = [measures.all_nll or 0.0 for measures in own]
+        difference = paired_difference(nll, [measures.all_nll or 0.0 for measures in base], tokens)
+        kl = paired_difference([measures.all_kl or 0.0 for measures in own], [0.0] * len(own), tokens)
+        return {
+            "all_tokens": {
+                "loss": mean_loss(nll, tokens),
+                "delta": difference.delta,
+                "std_err": difference.std_err,
+                "kl": kl.delta,
+                "kl_std_err": kl.std_err,
+            }
         }
 
     def _positions(self, own: Sequence[SequenceMeasures], base: Sequence[SequenceMeasures]) -> list[dict[str, Any]]:

@@ -211,6 +211,7 @@ def _wave(sequences: int) -> Kind:
 
 
 PHASES = ("prefill", "decode")
+ALL_TOKENS = ("all_nll", "all_kl")  # sums beside those of the counted tokens, where a mask counts some alone
 WAYS = ("forced", "generated")
 _FINITE = Kind(  # a perplexity can be far larger than any loss
     "a finite number", lambda value: NUMBER.fits(value) or (type(value) is float and abs(value) <= sys.float_info.max)
@@ -249,16 +250,14 @@ def check_document(document: dict[str, Any]) -> None:
 
 _BOUNDS = dict.fromkeys(("accuracy", "low", "high"), NUMBER)
 _ACCURACY = Kind("accuracy, low and high", lambda value: OBJECT.fits(value) and _has(value, _BOUNDS))
+_LOSS = {"loss": NUMBER, "delta": NUMBER, "std_err": _error, "kl": NUMBER, "kl_std_err": _error}
 _ROW = {
     **_described,
-    "loss": NUMBER,
-    "delta": NUMBER,
-    "std_err": _error,
+    **_LOSS,
     "perplexity": optional(_FINITE),
-    "kl": NUMBER,
-    "kl_std_err": _error,
     "top1_agreement": NUMBER,
     "verdict": TEXT,
+    "all_tokens": optional(Kind("loss and KL of all tokens", lambda value: OBJECT.fits(value) and _has(value, _LOSS))),
     "positions": optional(_each({"first": whole(0), "last": whole(1), "delta": NUMBER, "std_err": _error})),
     "borrowed_overlap": optional(
         Kind(
@@ -314,6 +313,7 @@ EVAL_START_FIELDS = {
     "tokens": list_of(whole(1)),
     "choosing_queries": whole(1),
     "bucket_edges": layers(sys.maxsize),
+    "masked": optional(FLAG),
 }
 
 
@@ -366,5 +366,6 @@ def check_later(event: Event, start: Event) -> None:
                 **dict.fromkeys(("nll", "kl", "agree"), sums),
                 "bucket_nll": list_of(list_of(NUMBER, buckets), last - first),
                 "overlap": by_layer,
+                **(dict.fromkeys(ALL_TOKENS, sums) if start.get("masked") else {}),
             },
         )

@@ -7,7 +7,7 @@ layer's borrowed selection its own indexer would have chosen.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +20,7 @@ from icsearch.runs.evaluation import EvalRecord
 from icsearch.runs.journal import Event
 from icsearch.search.loop import Run
 from icsearch.sweep.branches import Batch
-from icsearch.sweep.sweep import Sweeper, per_sequence, selection_overlap, token_measures
+from icsearch.sweep.sweep import Sweeper, per_sequence, selection_overlap, token_measures, token_nll
 
 
 def bucket_edges(seq_len: int, index_topk: int) -> list[int]:
@@ -41,6 +41,11 @@ def bucket_tokens(counted: torch.Tensor, edges: Sequence[int]) -> list[list[int]
 Work = tuple[list[Pattern], Sequence[Batch]]
 # Has several processes do such work; one event for each, in this order.
 Share = Callable[[Sequence[Work]], Iterator[Event]]
+
+
+def shared_settings(start: Event) -> dict[str, Any]:
+    """What an evaluation's first event says of how waves are measured; one of an earlier version has no masks."""
+    return {"masked": False} | {name: start[name] for name in ("bucket_edges", "index_topk", "masked") if name in start}
 
 
 def measure_missing(
@@ -65,7 +70,7 @@ def measure_missing(
         if several is not None:
             yield from several(work)
             return
-        measures = WaveMeasures(dsa, run.record.start["bucket_edges"], run.record.start["index_topk"])
+        measures = WaveMeasures(dsa, **shared_settings(run.record.start))
         for measured, wave in work:
             yield measures.event(measured, wave, run.progress.layer_done)
 
@@ -100,13 +105,17 @@ def _missing(
 
 
 class WaveMeasures:
-    """Measures patterns against the all-F model, a wave at a time; buckets are cut at the positions `edges`."""
+    """Measures patterns against the all-F model, a wave at a time; buckets are cut at the positions `bucket_edges`.
 
-    def __init__(self, dsa: DsaModel, edges: Sequence[int], index_topk: int) -> None:
+    `masked`: a loss_mask says which tokens count, so NLL and KL of all tokens are summed beside those.
+    """
+
+    def __init__(self, dsa: DsaModel, bucket_edges: Sequence[int], index_topk: int, masked: bool) -> None:
         self._dsa = dsa
         self._sweeper = Sweeper(dsa)
-        self._edges = edges
+        self._edges = bucket_edges
         self._topk = index_topk
+        self._masked = masked
 
     def event(self, patterns: Sequence[Pattern], wave: Sequence[Batch], on_layer: Callable[[int], None]) -> Event:
         """What the journal keeps of a wave. The all-F model must be among the patterns: KL needs its states."""
@@ -149,12 +158,29 @@ class WaveMeasures:
             within = torch.zeros_like(batch.counted)
             within[:, first:last] = batch.counted[:, first:last]
             buckets.append(per_sequence(nll, within))
+        everything = torch.ones_like(batch.counted)
+        beside = {"all_nll": nll, "all_kl": kl} if self._masked else {}
         return {
             "nll": sums.tolist(),
             "kl": per_sequence(kl, batch.counted).tolist(),
             "agree": per_sequence(agree, batch.counted).tolist(),
             "bucket_nll": torch.stack(buckets, dim=1).tolist(),
+            **{name: per_sequence(values, everything).tolist() for name, values in beside.items()},
         }
+
+
+def token_losses(dsa: DsaModel, waves: Iterable[Sequence[Batch]], on_layer: Callable[[int], None]) -> torch.Tensor:
+    """The unmodified model's NLL of each predicted token, in nats: float32 [S, T - 1], on the CPU."""
+    sweeper, rows, pattern = Sweeper(dsa), [], dsa.start_pattern
+
+    def reduce(batch: Batch, states: dict[str, torch.Tensor]) -> None:
+        nll = token_nll(sweeper.normed(states[pattern.letters]), dsa.lm_head, batch.input_ids)
+        sweeper.check_finite(per_sequence(nll, torch.ones_like(batch.counted)), batch, pattern)
+        rows.append(nll.view(len(batch.input_ids), -1).cpu())
+
+    for wave in waves:
+        sweeper.run([pattern], wave, reduce, on_layer)
+    return torch.cat(rows)
 
 
 def naive_measures(dsa: DsaModel, pattern: Pattern, batch: Batch) -> list[tuple[float, float, float]]:

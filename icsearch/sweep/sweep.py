@@ -319,11 +319,18 @@ def sequence_nll(
     prediction of that token counts (position 0 is never predicted). Logits are float32, sums float64.
     Returns float64 [B].
     """
+    return per_sequence(token_nll(hidden_states, lm_head, input_ids), counted)
+
+
+def token_nll(
+    hidden_states: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor], input_ids: torch.Tensor
+) -> torch.Tensor:
+    """NLL of each predicted token in nats, flat float32 [B*(T-1)]; shapes as in `sequence_nll`."""
     chunks = [
         functional.cross_entropy(lm_head(states).float(), targets, reduction="none")
         for states, targets in zip(_chunks(hidden_states), _target_chunks(input_ids), strict=True)
     ]
-    return per_sequence(torch.cat(chunks), counted)
+    return torch.cat(chunks)
 
 
 def token_measures(

@@ -134,7 +134,7 @@ class Worker:
         wave = [self._batches[order["set"]][first] for first in own["batches"]]
         shared, on_layer = order["shared"], self._heeding(on_layer)
         if order["job"] == MEASURE:
-            measures = WaveMeasures(self._dsa, shared["bucket_edges"], shared["index_topk"])
+            measures = WaveMeasures(self._dsa, **shared)
             return [measures.event([Pattern(letters) for letters in own["patterns"]], wave, on_layer)]
         return SimilaritySweep(self._dsa, shared["index_topk"], shared["keep_on_cpu"]).events(wave, on_layer)
 
