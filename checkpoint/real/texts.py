@@ -28,7 +28,9 @@ HELDOUT = ("matplotlib", "networkx")  # docstrings for measuring
 CODE = ("datasets", "accelerate", "rich", "typer", "huggingface_hub")  # source files, for measuring
 NEWS = "gensim/test/test_data/lee_background.cor"  # 300 articles of the Australian Broadcasting Corporation, one a line
 MIN_CHARS = 1500  # a document shorter than that has little past
-SECTIONS, ASKED = 8, 4  # of a document that looks back
+RECALL_ARTICLES = 100  # the last ones are told in reports and asked for again, the others stand as they are
+RECALL_CHARS = 3900  # of a document that looks back: under 1024 tokens
+ASKED = 0.6  # the share of a document's reports that are asked for
 
 
 def package_folder(name: str) -> Path:
@@ -97,22 +99,20 @@ def news() -> list[str]:
     return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if len(line) > 400]
 
 
-def recall(articles: list[str], rng: random.Random) -> Iterator[str]:
-    """Documents whose later part asks for earlier ones: numbered reports, and then some of them told once more."""
-    shuffled = rng.sample(articles, len(articles))
-    for start in range(0, len(shuffled) - SECTIONS + 1, SECTIONS):
-        leads = [" ".join(sentences(article)[:3]) for article in shuffled[start : start + SECTIONS]]
-        numbers = rng.sample(range(100, 1000), SECTIONS)
-        told = "\n\n".join(f"Report {number}\n{lead}" for number, lead in zip(numbers, leads, strict=True))
-        asked = "\n\n".join(
-            f"What did report {numbers[index]} say? It said:\n{leads[index]}"
-            for index in rng.sample(range(SECTIONS), ASKED)
-        )
-        yield f"{told}\n\n{asked}\n"
-
-
-def sentences(text: str) -> list[str]:
-    return re.split(r"(?<=[.!?])\s+", text)
+def recall(articles: list[str], count: int, rng: random.Random) -> Iterator[str]:
+    """Documents whose later part asks for earlier ones: numbered reports, and then most of them told once more."""
+    leads = [" ".join(re.split(r"(?<=[.!?])\s+", article)[:2]) for article in articles]
+    for _ in range(count):
+        numbers, reports, chars = iter(rng.sample(range(100, 1000), len(leads))), [], 0
+        for lead in rng.sample(leads, len(leads)):
+            chars += int((1 + ASKED) * (len(lead) + 30))
+            if chars > RECALL_CHARS:
+                break
+            reports.append((next(numbers), lead))
+        told = [f"Report {number}\n{lead}" for number, lead in reports]
+        asked = rng.sample(reports, int(ASKED * len(reports)))
+        again = [f"What did report {number} say? It said:\n{lead}" for number, lead in asked]
+        yield "\n\n".join([*told, *again]) + "\n"
 
 
 def kinds() -> dict[str, list[str]]:
@@ -125,9 +125,8 @@ def kinds() -> dict[str, list[str]]:
         "code": [text for package in CODE for text in code(package)],
     }
     articles = news()
-    half = len(articles) // 2
-    found["prose"] = articles[:half]
-    found["recall"] = list(recall(articles[half:], random.Random(0)))
+    found["prose"] = articles[:-RECALL_ARTICLES]
+    found["recall"] = list(recall(articles[-RECALL_ARTICLES:], 96, random.Random(0)))
     return found
 
 
