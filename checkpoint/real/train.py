@@ -20,14 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
-from convert import INDEX_TOPK, INDEXERS, base_digest, convert, interleaved, load_gguf, pack_indexers, package_file
 from safetensors.torch import save_file
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from icsearch.calibration.batches import build
-from icsearch.calibration.sources import parse_source
+from convert import INDEX_TOPK, INDEXERS, base_digest, convert, interleaved, load_gguf, pack_indexers, package_file
 from icsearch.model.ops import rotate_interleaved
+from texts import sequences_of
 
 
 @dataclass(frozen=True)
@@ -246,11 +245,6 @@ def top_mask(scores: torch.Tensor) -> torch.Tensor:
     return kept & torch.ones_like(kept).tril()
 
 
-def sequences_of(path: Path, tokenizer, count: int, length: int, seed: int) -> list[list[int]]:
-    key = {"seed": seed, "seq_len": length, "num_sequences": count}
-    return build(parse_source(str(path)), tokenizer, key, vocab_size=len(tokenizer)).input_ids.tolist()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="what texts.py wrote")
@@ -260,7 +254,6 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = Recipe(steps=arguments.steps)
     llama, tokenizer = load_gguf(arguments.gguf or package_file())
-    tokenizer.eos_token = "<|endoftext|>"
     texts = sequences_of(arguments.texts / "docs-train.jsonl", tokenizer, recipe.steps, recipe.seq_len, recipe.seed)
     heldout = sequences_of(arguments.texts / "docs-heldout.jsonl", tokenizer, 16, recipe.seq_len, recipe.seed)
     trainer = Trainer(recipe, llama)
