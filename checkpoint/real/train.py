@@ -25,6 +25,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from convert import INDEX_TOPK, INDEXERS, base_digest, convert, interleaved, load_gguf, pack_indexers, package_file
+from icsearch.core.errors import IcsearchError
 from icsearch.model.ops import rotate_interleaved
 from texts import sequences_of
 
@@ -249,23 +250,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, required=True, help="what texts.py wrote")
     parser.add_argument("--gguf", type=Path, help="another Llama-type GGUF file")
-    parser.add_argument("--out", type=Path, default=INDEXERS, help="training.json comes beside it [%(default)s]")
+    parser.add_argument("--out", type=Path, help="training.json comes beside it [beside this script]")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
     arguments = parser.parse_args()
-    recipe = Recipe(steps=arguments.steps)
-    llama, tokenizer = load_gguf(arguments.gguf or package_file())
-    texts = sequences_of(arguments.texts / "docs-train.jsonl", tokenizer, recipe.steps, recipe.seq_len, recipe.seed)
-    heldout = sequences_of(arguments.texts / "docs-heldout.jsonl", tokenizer, 16, recipe.seq_len, recipe.seed)
+    if arguments.gguf and not arguments.out:
+        parser.error("--gguf needs --out: the indexers beside this script are those of the package's model")
+    try:
+        run(Recipe(steps=arguments.steps), arguments.gguf, arguments.texts, arguments.out or INDEXERS)
+    except IcsearchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
+def run(recipe: Recipe, gguf: Path | None, folder: Path, out: Path) -> None:
+    llama, tokenizer = load_gguf(gguf or package_file())
+    texts = sequences_of(folder / "docs-train.jsonl", tokenizer, recipe.steps, recipe.seq_len, recipe.seed)
+    heldout = sequences_of(folder / "docs-heldout.jsonl", tokenizer, 16, recipe.seq_len, recipe.seed)
     trainer = Trainer(recipe, llama)
     started = time.time()
     trainer.train(texts, heldout)
     seconds = time.time() - started
     measured = trainer.measure(heldout, oracle=True)
     print(json.dumps(measured))
-    trainer.save(arguments.out, base_digest(llama))
+    trainer.save(out, base_digest(llama))
     record = {"recipe": asdict(recipe), "seconds": seconds, "threads": torch.get_num_threads(), "measured": measured}
     record["history"] = trainer.history
-    arguments.out.with_name("training.json").write_text(json.dumps(record, indent=1) + "\n")
+    out.with_name("training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

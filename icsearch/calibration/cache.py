@@ -67,6 +67,11 @@ def obtain(
         if counting is not None:
             if source.directory.resolve() == cache_dir.resolve():
                 raise CalibrationError(f"--out {cache_dir} is the SOURCE itself: give another directory")
+            if "count" in calibration.manifest:
+                raise CalibrationError(
+                    f"{source.directory} counts {calibration.manifest['count']} tokens alone already: give the text or "
+                    "the tokens that it was made of"
+                )
             key = {"source_fingerprint": calibration.fingerprint, **counting.key}
             return _obtain(cache_dir, key, partial(masked, calibration, counting, key), limits, rebuild)
         return calibration, not copy_ready or _copy(calibration, source.directory, cache_dir, rebuild)
@@ -85,7 +90,7 @@ def obtain(
 
 
 def masked(calibration: Calibration, counting: Counting, more: Mapping[str, Any]) -> Calibration:
-    """The same tokens, of which fewer count; their manifest says why, and `more`."""
+    """The same tokens, of which fewer count: of those that counted. Their manifest says why, and `more`."""
     mask = counting.mask(calibration) & calibration.counted()
     return described(calibration.input_ids, mask, {**calibration.manifest, **more, **counting.key})
 
@@ -207,19 +212,31 @@ def save(calibration: Calibration, directory: Path) -> None:
     tensors: dict[str, NDArray[Any]] = {"input_ids": np.ascontiguousarray(calibration.input_ids)}
     if calibration.loss_mask is not None:
         tensors["loss_mask"] = np.ascontiguousarray(calibration.loss_mask)
+    make_place(directory)
     try:
-        make_directory(directory)
         remove_stale_temporaries(directory)
         (directory / TOKENS_FILE).unlink(missing_ok=True)
         sync_directory(directory)
         write_object(directory / MANIFEST_FILE, calibration.manifest)
         write_atomically(directory / TOKENS_FILE, to_bytes(tensors))
     except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise CalibrationError(
-            f"cannot write the calibration to {directory}: {error.strerror or error}; choose another place"
-        ) from None
+        raise _no_place(directory, error) from None
+
+
+def make_place(directory: Path) -> None:
+    """Make a directory for a calibration. Raises CalibrationError where that cannot be, and OSError on a full disk."""
+    try:
+        make_directory(directory)
+    except OSError as error:
+        raise _no_place(directory, error) from None
+
+
+def _no_place(directory: Path, error: OSError) -> Exception:
+    if is_disk_full(error):
+        return error
+    return CalibrationError(
+        f"cannot write the calibration to {directory}: {error.strerror or error}; choose another place"
+    )
 
 
 def load(directory: Path) -> Calibration:

@@ -26,7 +26,7 @@ DEFAULT_GAIN = 1.0  # nats
 
 @dataclass(frozen=True)
 class Counting:
-    """Which tokens a calibration is to count: `key` decides the mask, as that of a cache decides the tokens."""
+    """Which tokens a calibration is to count. `key` tells masks apart, as that of a cache the tokens."""
 
     key: Mapping[str, Any]
     mask: Callable[[Calibration], NDArray[np.bool_]]
@@ -54,8 +54,8 @@ def short_sequences(input_ids: NDArray[np.int64], near: int) -> NDArray[np.int64
     return np.concatenate([[row[start : start + 2 * near] for start, _ in pieces] for row in input_ids])
 
 
-def far_tokens(long: NDArray[Any], short: NDArray[Any], near: int, gain: float) -> NDArray[np.bool_]:
-    """Which tokens are far: bool [S, T].
+def far_gains(long: NDArray[Any], short: NDArray[Any], near: int) -> NDArray[np.float64]:
+    """What each token gains by the far past, in nats: [S, T]; -inf where the nearest tokens are all there is.
 
     `long` [S, T - 1] are the losses of whole sequences, `short` [S x pieces, 2 `near` - 1] those of their pieces; the
     first token of either is never predicted.
@@ -65,9 +65,9 @@ def far_tokens(long: NDArray[Any], short: NDArray[Any], near: int, gain: float) 
     sequences, seq_len = long.shape[0], long.shape[1] + 1
     pieces = short_pieces(seq_len, near)
     by_piece = short.reshape(sequences, len(pieces), 2 * near - 1)
-    far = np.zeros((sequences, seq_len), dtype=np.bool_)
+    gains = np.full((sequences, seq_len), -np.inf)
     for number, (start, first) in enumerate(pieces):
         last = min(first + near, seq_len)
         alone = by_piece[:, number, first - start - 1 : last - start - 1]
-        far[:, first:last] = alone - long[:, first - 1 : last - 1] > gain
-    return far
+        gains[:, first:last] = alone - long[:, first - 1 : last - 1]
+    return gains

@@ -33,15 +33,15 @@ FISHER_RESULTS = f"{RESULTS}, fisher.npz, fisher.json"
 BASELINE_RESULTS = f"{RESULTS}, similarity.npz, similarity.json"
 
 
-def calibrate(context: typer.Context, request: CachedCalibrationRequest) -> None:
+def calibrate(context: typer.Context, request: CachedCalibrationRequest, session: Session) -> None:
     """Make calibration batches of a text.
 
     Tokenised by the model's tokenizer, packed into sequences, and cached: the same command again reads them.
     """
-    with running(context, request, Session()) as (progress, _):
+    with running(context, request, session) as (progress, world):
         from icsearch.commands.calibrate import calibrate as make
 
-        batches, hit = make(request, progress)
+        batches, hit = make(request, progress, world)
     state = "already there, reused" if hit else "written"
     size = f"{batches.num_sequences} x {batches.seq_len} tokens"
     typer.echo(f"{request.out}: {size}, {state} (fingerprint {batches.fingerprint[:12]})")

@@ -56,8 +56,7 @@ def running(context: typer.Context, request: RunRequest, session: Session) -> It
     except (KeyboardInterrupt, Terminated) as ending:
         listener.close()
         how = "terminated" if isinstance(ending, Terminated) else "interrupted"
-        command = "the same command without --fresh" if request.fresh else "the same command"
-        typer.echo(f"{how}; {command} continues {request.out}", err=True)
+        typer.echo(f"{how}; {request.after_interruption}", err=True)
         raise
     finally:
         listener.close()

@@ -148,7 +148,7 @@ def _fill_table(here: Opened, loaded: Loaded, scoring: Scoring, reused: list[Eve
         if not left:
             return
         total = sum(len(batch.input_ids) for batch in left) * _table_runs(here)
-        scoring.progress.step_started("table", 0, round(total))
+        scoring.progress.step_started(TABLE, 0, round(total))
         for event in _tables(here, loaded, cut_waves(left, together), scoring.progress.layer_done):
             notes = event.pop("notes")
             yield event

@@ -17,6 +17,7 @@ from icsearch.report import numbers
 from icsearch.runs.record import RunRecord
 from icsearch.runs.refinement import CALIBRATION_SET, HELDOUT_SET
 from icsearch.search.loop import Progress
+from icsearch.sweep.distributed.launch import TABLE
 
 SECONDS_BETWEEN_LINES = 10.0
 OnStep = Callable[[Step], object]
@@ -64,10 +65,8 @@ class Plain(Quiet):
         self._clock.start_step(step, layer_sequences)
         self._silent = patterns == 0
         if step != self._step:  # swaps are scored in rounds, and a smaller plan begins to score again
-            self.info(
-                _step_name(step)
-                + (f": scoring {numbers.plural(patterns, 'pattern')}" if patterns else ": every layer, forth and back")
-            )
+            scored = f"scoring {numbers.plural(patterns, 'pattern')}" if patterns else "every layer"
+            self.info(f"{_step_name(step)}: {scored}{', forth and back' if step == TABLE else ''}")
         self._step = step
 
     def layer_done(self, layer_sequences: int) -> None:

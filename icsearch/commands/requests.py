@@ -27,6 +27,7 @@ from icsearch.commands.options import (
     SEARCH,
     Option,
     Request,
+    declared,
 )
 from icsearch.core.errors import IcsearchError, PatternError
 from icsearch.core.jsonfile import MAX_LAYERS, shown
@@ -174,6 +175,12 @@ class RunRequest(Request):
         return self.calibration.model
 
     @property
+    def after_interruption(self) -> str:
+        """What the same command would do then, in words."""
+        command = "the same command without --fresh" if self.fresh else "the same command"
+        return f"{command} continues {self.out}"
+
+    @property
     def heldout_source(self) -> str | None:
         """Where held-out sequences come from, for a command that needs some beside those that it scores on."""
         return None
@@ -205,10 +212,16 @@ class CachedCalibrationRequest(RunRequest):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.far_gain is not None and self.count != FAR:
-            raise IcsearchError("--far-gain belongs to --count far: give both, or leave it out")
+        for option in declared(type(self)) if self.count != FAR else ():
+            of_a_run = option.field == "far_gain" or option.option.panel in (NUMERICS, MACHINES)
+            if of_a_run and getattr(self, option.field) != option.default:
+                raise IcsearchError(f"{option.flag} belongs to --count far: give both, or leave it out")
         if self.far_gain is not None and not 0 <= self.far_gain < math.inf:
             raise IcsearchError(f"--far-gain {self.far_gain:g} is out of range: give 0 or more nats")
+
+    @property
+    def after_interruption(self) -> str:
+        return "nothing was kept: the same command begins again"
 
 
 @dataclass(frozen=True)

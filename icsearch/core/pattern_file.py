@@ -61,6 +61,7 @@ CALIBRATION_FIELDS = {
     "source_revision": optional(TEXT),  # of a dataset of the hub; absent before it was recorded
     "num_sequences": optional(whole(0)),
     "seq_len": optional(whole(0)),
+    "count": optional(TEXT),  # which tokens, where it is not all of them
 }
 
 

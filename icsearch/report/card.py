@@ -85,7 +85,7 @@ def _run_section(view: RunView) -> str:
                 ((name, str(full), numbers.loss(loss), cost) for name, full, loss, cost in rows),
             ),
             f"In-sample: measured on the {batches.get('num_sequences')} x {batches.get('seq_len')} tokens of {source} "
-            "that were searched on.",
+            f"that were searched on{f', of which {count} tokens count' if (count := batches.get('count')) else ''}.",
             *serving(results.pattern_file(view.record)),
             _table(("searched with", ""), facts.items()),
         ]
@@ -103,6 +103,7 @@ def _eval_section(view: EvalView) -> str:
     in_sample = any(row.in_sample for row in view.rows)
     columns = ("pattern", "F layers", "loss", "above the model as it is", "perplexity", "KL", "top-1 agreement")
     of_all = ("all tokens, above the model as it is",) if view.counted_name else ()
+    counting = f", of which {view.counted_name} count" if view.counted_name else ""
     tasks = [column for column in view.task_columns if column[1] == "generated"]
     rows = []
     for row in view.rows:
@@ -120,7 +121,7 @@ def _eval_section(view: EvalView) -> str:
     return "\n\n".join(
         [
             "## Evaluation",
-            f"On {batches.get('num_sequences')} x {batches.get('seq_len')} tokens of {source}"
+            f"On {batches.get('num_sequences')} x {batches.get('seq_len')} tokens of {source}{counting}"
             + (f"; rows marked {IN_SAMPLE} were searched on some of them." if in_sample else "."),
             *_cautions(view.document.get("notes") or ()),
             _table(
@@ -177,12 +178,15 @@ def _results(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> Iterat
             metrics = {"loss": row.loss, "perplexity": row.perplexity}
             if not row.is_baseline:
                 metrics |= {"kl_divergence": row.kl.delta, "top1_agreement": row.top1_agreement}
-            in_sample = f", {IN_SAMPLE}" if row.in_sample else ""
-            told.append((metrics, f"{row.name}, {row.full} of {view.num_layers} indexers{in_sample}", dataset))
+            marks = [IN_SAMPLE] * row.in_sample + [view.counted_name] * bool(view.counted_name)
+            label = ", ".join([row.name, f"{row.full} of {view.num_layers} indexers", *marks])
+            told.append((metrics, label, dataset))
     for run in runs:
         dataset = dataset_of(run.start["calibration"], run.model_name)
         for name, point in (("baseline", run.points[0]), ("searched", run.final)):
+            count = run.start["calibration"].get("count")
             label = f"{name}, {point.full} of {run.num_layers} indexers, {IN_SAMPLE}"
+            label += f", {count} tokens" if count else ""
             told.append(({"loss": point.loss}, label, dataset))
     for metrics, label, dataset in told:
         for metric, value in metrics.items():

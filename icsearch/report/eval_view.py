@@ -115,8 +115,8 @@ class EvalView:
     @property
     def counted_name(self) -> str:
         """What the tokens are called that a mask counts; "" without a mask."""
-        far = (self.document.get("calibration") or {}).get("count") == "far"
-        return "" if self.baseline.all_tokens is None else "far tokens" if far else "counted tokens"
+        count = (self.document.get("calibration") or {}).get("count", "counted")
+        return "" if self.baseline.all_tokens is None else f"{count} tokens"
 
     @property
     def task_columns(self) -> tuple[tuple[str, str], ...]:

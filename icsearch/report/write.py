@@ -187,14 +187,14 @@ def eval_csv(view: EvalView) -> str:
     Where a mask counts some tokens alone, those over all stand beside them.
     """
     *columns, last = EVAL_CSV_COLUMNS
-    of_all = ("all_tokens_loss", "all_tokens_delta", "all_tokens_std_err") if view.counted_name else ()
+    of_all = ("all_tokens_loss", "all_tokens_delta", "all_tokens_std_err", "all_tokens_kl") if view.counted_name else ()
     rows: list[list[object]] = [[*columns, *of_all, *(f"{kind}_{way}" for kind, way in view.task_columns), last]]
     for row in view.rows:
         flags = [str(flag).lower() for flag in (row.in_sample, row.foreign)]
         loss = [row.loss, row.difference.delta, row.difference.std_err, row.perplexity]
         beside = [row.kl.delta, row.kl.std_err, row.top1_agreement]
         if (everything := row.all_tokens) is not None:
-            beside += [everything.loss, everything.difference.delta, everything.difference.std_err]
+            beside += [everything.loss, everything.difference.delta, everything.difference.std_err, everything.kl.delta]
         tasks = [row.tasks[column].share if column in row.tasks else "" for column in view.task_columns]
         named = [row.name, row.method, row.pattern.retention, row.full]
         rows.append([*named, *flags, *loss, *beside, *tasks, row.pattern.letters])

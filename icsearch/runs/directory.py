@@ -31,7 +31,7 @@ RESULT_NAMES = (
 _LOCK_NAME = ".lock"
 _MUST_AGREE = ("options", "model", "calibration")
 # Names, and what follows from a fingerprint: runs of earlier versions have not all of them.
-_MAY_DIFFER = ("name_or_path", "revision", "source", "source_revision", "sequences", "tokens")
+_MAY_DIFFER = ("name_or_path", "revision", "source", "source_revision", "sequences", "tokens", "count")
 _WHERE_BOTH_HAVE = ("refine_on",)  # runs with a refinement and without differ in an option already
 _SHORT = 24  # characters of a value that are shown whole
 _BEFORE_THE_OPTION = {"kernels": "reference"}  # what runs did that do not record it yet

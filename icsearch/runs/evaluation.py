@@ -34,8 +34,8 @@ class SequenceMeasures:
     agree: float
     bucket_nll: tuple[float, ...]
     overlap: dict[int, float]
-    all_nll: float | None = None
-    all_kl: float | None = None
+    all_nll: float = math.nan
+    all_kl: float = math.nan
 
 
 @dataclass
@@ -146,9 +146,9 @@ class EvalRecord(Record):
         if not self.start.get("masked"):
             return {}
         tokens = [self.start["calibration"]["seq_len"] - 1] * len(own)
-        nll = [measures.all_nll or 0.0 for measures in own]
-        difference = paired_difference(nll, [measures.all_nll or 0.0 for measures in base], tokens)
-        kl = paired_difference([measures.all_kl or 0.0 for measures in own], [0.0] * len(own), tokens)
+        nll = [measures.all_nll for measures in own]
+        difference = paired_difference(nll, [measures.all_nll for measures in base], tokens)
+        kl = paired_difference([measures.all_kl for measures in own], [0.0] * len(own), tokens)
         return {
             "all_tokens": {
                 "loss": mean_loss(nll, tokens),
