@@ -89,7 +89,8 @@ class Runs:
             found[f"similarity DP {budget}"] = record.pattern.letters
             found[f"Kascade's score {budget}"] = record.compared["kascade"]["pattern"]
             for method in ("greedy", "staged"):
-                found[f"{method} {budget}"] = _at(load_run(self.out / method), budget)
+                if (self.out / method / "pattern.json").exists():
+                    found[f"{method} {budget}"] = _at(load_run(self.out / method), budget)
             found[f"fisher {budget}"] = load_run(self.out / f"fisher-{_named(budget)}").pattern.letters
         for name in (*OTHERS, *LOOKING_BACK):
             if self._has(name):
