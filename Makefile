@@ -26,7 +26,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every figure of the README's results, on the demo checkpoint: searched on one set of texts, measured on another.
+# Every figure of docs/demo.md, on the demo checkpoint: searched on one set of texts, measured on another.
 R := runs/results
 FLIPS := FSFFFFFFFFFFFFFF FFSFFFFFFFFFFFFF FFFSFFFFFFFFFFFF FFFFSFFFFFFFFFFF FFFFFSFFFFFFFFFF \
   FFFFFFSFFFFFFFFF FFFFFFFSFFFFFFFF FFFFFFFFSFFFFFFF FFFFFFFFFSFFFFFF FFFFFFFFFFSFFFFF \

@@ -71,31 +71,35 @@ class Runs:
         size = ("--seq-len", LENGTH, "--num-sequences", SEQUENCES)
         docs = self.text("docs")
         table = self.make("fisher", "fisher-1-4", docs, *size, "--retention", "1/4") / "fisher.npz"
-        for budget in ("1/2", "1/3", "1/8"):
-            self.make("fisher", f"fisher-{_named(budget)}", docs, *size, "--retention", budget, "--table", table)
+        self.make("greedy", "greedy", docs, *size, "--retention", "1/8")
         similarity = self.out / "dp-1-4" / "similarity.npz"
         self.make("dp-baseline", "dp-1-4", docs, *size, "--retention", "1/4", "--table", table)
-        for budget in ("1/2", "1/3", "1/8"):
+        for budget in ("1/8", "1/2", "1/3"):
             again = ("--similarity", similarity)
             self.make("dp-baseline", f"dp-{_named(budget)}", docs, *size, "--retention", budget, *again)
-        self.make("greedy", "greedy", docs, *size, "--retention", "1/8")
+        for budget in ("1/8", "1/2", "1/3"):
+            self.make("fisher", f"fisher-{_named(budget)}", docs, *size, "--retention", budget, "--table", table)
         self.make("greedy", "staged", docs, *size, "--retention", "1/8", "--stages", 2)
 
     def patterns(self) -> dict[str, str]:
         """Every pattern that was found, by name: method and budget."""
         found = {}
         for budget in BUDGETS:
-            record = load_run(self.out / f"dp-{_named(budget)}")
-            found[f"similarity DP {budget}"] = record.pattern.letters
-            found[f"Kascade's score {budget}"] = record.compared["kascade"]["pattern"]
+            if (run := self._finished(f"dp-{_named(budget)}")) is not None:
+                found[f"similarity DP {budget}"] = run.pattern.letters
+                found[f"Kascade's score {budget}"] = run.compared["kascade"]["pattern"]
             for method in ("greedy", "staged"):
-                if (self.out / method / "pattern.json").exists():
-                    found[f"{method} {budget}"] = _at(load_run(self.out / method), budget)
-            found[f"fisher {budget}"] = load_run(self.out / f"fisher-{_named(budget)}").pattern.letters
+                if (run := self._finished(method)) is not None:
+                    found[f"{method} {budget}"] = _at(run, budget)
+            if (run := self._finished(f"fisher-{_named(budget)}")) is not None:
+                found[f"fisher {budget}"] = run.pattern.letters
         for name in (*OTHERS, *LOOKING_BACK):
-            if self._has(name):
-                found[f"fisher on {name} 1/4"] = load_run(self.out / f"fisher-on-{_named(name)}").pattern.letters
+            if (run := self._finished(f"fisher-on-{_named(name)}")) is not None:
+                found[f"fisher on {name} 1/4"] = run.pattern.letters
         return found
+
+    def _finished(self, name: str) -> RunRecord | None:
+        return load_run(self.out / name) if (self.out / name / "pattern.json").exists() else None
 
     def specs(self) -> list[str]:
         uniform = [f"uniform:{budget}" for budget in BUDGETS]
@@ -163,20 +167,17 @@ class Runs:
         greedy, fisher = load_run(self.out / "greedy"), load_run(self.out / "fisher-1-4")
         flips = _flips(greedy)
         summary["kendall"] = {"greedy, fisher": _tau(flips, _flips(fisher))}
-        runs = {name: load_run(self.out / f"fisher-on-{_named(name)}") for name in OTHERS if self._has(name)}
-        runs = {"documentation": fisher, **runs}
+        others = {name: self._finished(f"fisher-on-{_named(name)}") for name in OTHERS}
+        runs = {"documentation": fisher} | {name: run for name, run in others.items() if run is not None}
         for (one, first), (two, second) in itertools.combinations(runs.items(), 2):
             summary["kendall"][f"{one}, {two}"] = _tau(_flips(first), _flips(second))
         costs = {}
         for name in ("fisher-1-4", "fisher-1-8", "greedy", "staged"):
-            if (self.out / name / "pattern.json").exists():
+            if self._finished(name) is not None:
                 costs[name] = json.loads((self.out / name / "pattern.json").read_text())["cost"]
         summary["cost"] = costs
         print("\n" + json.dumps(summary, indent=1))
         write_object(self.out / "summary.json", summary)
-
-    def _has(self, name: str) -> bool:
-        return (self.out / f"fisher-on-{_named(name)}" / "pattern.json").exists()
 
 
 def _named(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The README's results table, from an eval.json.
+"""A results table, from an eval.json.
 
 Usage: python benchmarks/results_table.py runs/results/eval/eval.json
 """

@@ -1,4 +1,4 @@
-"""Results as Markdown tables for the README.
+"""Results as Markdown tables.
 
 Usage: python benchmarks/tables.py benchmarks/results/kernels.json [benchmarks/results/search.json ...]
 """
