@@ -218,7 +218,7 @@ def _run_tiles(view: RunView) -> list[Tile]:
         difference_tile("cost, nats per token", numbers.difference(final.difference)),
     ]
     if final.kl is not None:
-        tiles.append(difference_tile("KL to all-F, nats per token", numbers.difference(final.kl)))
+        tiles.append(difference_tile("KL, nats per token", numbers.difference(final.kl, sign=False)))
     if reference := view.same_retention:
         tiles.append(difference_tile("uniform, as many F", numbers.difference(reference.difference)))
     return tiles

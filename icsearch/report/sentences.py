@@ -338,6 +338,9 @@ def eval_headline(view: EvalView) -> str:
     sentences = [f"With the pattern “{best.name}”, {kept(best.full, view.num_layers)} and {change}."]
     if (gap := view.gap_of(best)) is not None:
         sentences.append(_gap_sentence(gap, view.baseline_name))
+    if best.all_tokens is not None:
+        cost = numbers.difference(best.all_tokens.difference)
+        sentences.append(f"That is over {view.counted_name} alone; over all tokens it is {cost}.")
     if best.in_sample:
         sentences.append(f"In-sample: it was {SEARCHED_HERE}.")
     if best.foreign:

@@ -227,6 +227,7 @@ def test_eval_shows_counted_and_all_tokens(
     tokens = save_tokens(tmp_path / "tokens", sequences=4, length=LENGTH)
     icsearch.calibrate(glm_checkpoint, tokens, tmp_path / "far", count="far", far_gain=0.2, **NUMERICS)
     arguments = ["eval", glm_checkpoint, "--calibration", tmp_path / "far", "--pattern", "uniform:1/2"]
+    arguments += ["--pattern", "FFSSSS"]
     arguments += ["--threads", 1, "--kernels", "reference"]
     assert app._run([str(word) for word in [*arguments, "--out", tmp_path / "eval"]], debug=True) == 0
     assert "far tokens" in capfd.readouterr().out
@@ -240,6 +241,6 @@ def test_eval_shows_counted_and_all_tokens(
             assert found == pytest.approx(sum(nll) / sum(calibration.counted_tokens()), rel=1e-6)
     assert document["rows"][0]["all_tokens"]["delta"] == 0 and document["rows"][1]["all_tokens"]["kl"] > 0
     page = (tmp_path / "eval" / "report.html").read_text()
-    assert "Far tokens, and all tokens" in page
+    assert "Far tokens, and all tokens" in page and "That is over far tokens alone; over all tokens it is" in page
     header = (tmp_path / "eval" / "eval.csv").read_text().splitlines()[0]
     assert "all_tokens_delta" in header
