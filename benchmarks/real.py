@@ -37,8 +37,9 @@ from icsearch.runs.record import RunRecord, load_run
 from stability import kendall_tau
 
 BUDGETS = ("1/2", "1/3", "1/4", "1/8")
-LENGTH, SEQUENCES, HELDOUT = 512, 8, 16
-KINDS = {"documentation": "docs-heldout", "code": "code", "news": "prose"}  # what is measured on, and its file
+LENGTH, SEQUENCES = 512, 8
+# What is measured on: its file, and how many sequences.
+KINDS = {"documentation": ("docs-heldout", 16), "code": ("code", 8), "news": ("prose", 8)}
 LOOKING_BACK = {"looking back": "all", "far tokens": "far"}  # searched on, and which tokens count
 OTHERS = {"other documentation": ("docs", 1), "code": ("code", 1), "news": ("prose", 1)}  # searched on, and its seed
 DISTANCES, KEYS = (100, 300, 800), 10
@@ -93,10 +94,20 @@ class Runs:
                     found[f"{method} {budget}"] = _at(run, budget)
             if (run := self._finished(f"fisher-{_named(budget)}")) is not None:
                 found[f"fisher {budget}"] = run.pattern.letters
+            elif (letters := self._on_the_way(budget)) is not None:
+                found[f"fisher {budget}"] = letters
         for name in (*OTHERS, *LOOKING_BACK):
             if (run := self._finished(f"fisher-on-{_named(name)}")) is not None:
                 found[f"fisher on {name} 1/4"] = run.pattern.letters
         return found
+
+    def _on_the_way(self, budget: str) -> str | None:
+        """The best pattern of a larger budget that the fisher run at 1/4 has measured."""
+        if (run := self._finished("fisher-1-4")) is None:
+            return None
+        kept = num_full(parse_retention(budget), len(run.start_pattern))
+        best = icsearch.load_pattern_file(self.out / "fisher-1-4" / "pattern.json").frontier
+        return next((found.pattern for found in best if found.full_layers == kept), None)
 
     def _finished(self, name: str) -> RunRecord | None:
         return load_run(self.out / name) if (self.out / name / "pattern.json").exists() else None
@@ -106,10 +117,11 @@ class Runs:
         return [word for spec in [*uniform, *dict.fromkeys(self.patterns().values())] for word in ("--pattern", spec)]
 
     def measure(self) -> None:
-        for kind, name in KINDS.items():
-            size = ("--seq-len", LENGTH, "--num-sequences", HELDOUT, "--seed", 2)
+        for kind, (name, sequences) in KINDS.items():
+            size = ("--seq-len", LENGTH, "--num-sequences", sequences, "--seed", 2)
             self.make("eval", f"eval-{_named(kind)}", self.text(name), *size, *self.specs())
-        self.make("eval", "eval-looking-back", self.looking_back("batches-heldout", 2), *self.specs())
+            if kind == "documentation":
+                self.make("eval", "eval-looking-back", self.looking_back("batches-heldout", 2), *self.specs())
 
     def stability(self) -> None:
         for name, (text, seed) in OTHERS.items():
