@@ -60,7 +60,7 @@ def test_kinds_have_no_text_in_common(place: Path) -> None:
 
 
 def test_patterns_come_in_the_order_that_is_told(place: Path) -> None:
-    """Held out on documentation of other packages: searched, then uniform; the similarity DP is no better than it."""
+    """Held out: what was searched loses less than uniform, and so does the similarity DP."""
     model, docs = place / "checkpoint", place / "texts" / "docs.jsonl"
     icsearch("fisher", model, "--calibration", docs, *SIZE, "--retention", "1/4", "--out", place / "fisher")
     icsearch("dp-baseline", model, "--calibration", docs, *SIZE, "--retention", "1/4", "--out", place / "dp")
@@ -69,6 +69,6 @@ def test_patterns_come_in_the_order_that_is_told(place: Path) -> None:
     icsearch("eval", model, "--calibration", heldout, *SIZE, *patterns, "--out", place / "eval")
     rows = {row["method"]: row for row in json.loads((place / "eval" / "eval.json").read_text())["rows"]}
     found, similar, uniform = (rows[method] for method in ("fisher", "dp-baseline", "uniform"))
-    assert found["delta"] + 2 * found["std_err"] < uniform["delta"]
-    assert found["kl"] < uniform["kl"]
-    assert similar["delta"] > found["delta"]
+    for better in (found, similar):
+        assert better["delta"] + 2 * better["std_err"] < uniform["delta"]
+        assert better["kl"] < uniform["kl"]
