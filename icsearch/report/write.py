@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,8 @@ def _checked_out(out: Path, example: str) -> Path:
         raise ReportError(f"{out} is a directory: give the name of a file, such as {out / example}")
     if not out.parent.is_dir():
         raise ReportError(f"no directory {out.parent} to write {out.name} into: create it, or give another --out")
+    with _writing(out):
+        tempfile.TemporaryFile(dir=out.parent).close()
     return out
 
 
@@ -146,8 +150,14 @@ def _is_page(path: Path) -> bool:
 
 
 def _write(out: Path, content: str) -> None:
-    try:
+    with _writing(out):
         write_atomically(out, content)
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if is_disk_full(error):
             raise
