@@ -58,7 +58,8 @@ real: runs/real/checkpoint/config.json
 	  --pattern $(R)/fisher-1-4 --pattern uniform:1/4 --out $(R)/first-eval
 
 REAL_SIZE := --seq-len 512
-runs/real/checkpoint/config.json: $(WITH_REAL)
+# Made once: packages that are installed anew later make no other checkpoint.
+runs/real/checkpoint/config.json: | $(WITH_REAL)
 	$(BIN)/python checkpoint/real/texts.py --out runs/real/texts
 	$(BIN)/python checkpoint/real/convert.py --out runs/real/checkpoint --texts runs/real/texts/docs-heldout.jsonl
 
