@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def obtain(
                     "the tokens that it was made of"
                 )
             key = {"source_fingerprint": calibration.fingerprint, **counting.key}
-            return _obtain(cache_dir, key, partial(masked, calibration, counting, key), limits, rebuild)
+            return _obtain(cache_dir, key, partial(_masked, calibration, counting, key), limits, rebuild)
         return calibration, not copy_ready or _copy(calibration, source.directory, cache_dir, rebuild)
     seq_len = default_seq_len if seq_len is None else seq_len
     num_sequences = default_num_sequences if num_sequences is None else num_sequences
@@ -81,18 +81,17 @@ def obtain(
     tokenizer = tokenizer_loader()
     check_request(tokenizer, seq_len, num_sequences)
     key = cache_key(source, tokenizer_fingerprint(tokenizer), seq_len, num_sequences, seed)
+    make = partial(build, source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
+    if counting is None:
+        return _obtain(cache_dir, key, make, limits, rebuild)
+    key_of_mask = {**key, **counting.key}
+    return _obtain(cache_dir, key_of_mask, lambda: _masked(make(), counting, key_of_mask), limits, rebuild)
 
-    def make() -> Calibration:
-        made = build(source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
-        return made if counting is None else masked(made, counting, {})
 
-    return _obtain(cache_dir, {**key, **(counting.key if counting else {})}, make, limits, rebuild)
-
-
-def masked(calibration: Calibration, counting: Counting, more: Mapping[str, Any]) -> Calibration:
-    """The same tokens, of which fewer count: of those that counted. Their manifest says why, and `more`."""
+def _masked(calibration: Calibration, counting: Counting, key: Mapping[str, Any]) -> Calibration:
+    """The same tokens, of which fewer count: of those that counted. Their manifest has the `key` too."""
     mask = counting.mask(calibration) & calibration.counted()
-    return described(calibration.input_ids, mask, {**calibration.manifest, **more, **counting.key})
+    return described(calibration.input_ids, mask, {**calibration.manifest, **key})
 
 
 def _obtain(
@@ -212,31 +211,43 @@ def save(calibration: Calibration, directory: Path) -> None:
     tensors: dict[str, NDArray[Any]] = {"input_ids": np.ascontiguousarray(calibration.input_ids)}
     if calibration.loss_mask is not None:
         tensors["loss_mask"] = np.ascontiguousarray(calibration.loss_mask)
-    make_place(directory)
-    try:
+    with _writing(directory):
+        make_directory(directory)
         remove_stale_temporaries(directory)
         (directory / TOKENS_FILE).unlink(missing_ok=True)
         sync_directory(directory)
         write_object(directory / MANIFEST_FILE, calibration.manifest)
         write_atomically(directory / TOKENS_FILE, to_bytes(tensors))
-    except OSError as error:
-        raise _no_place(directory, error) from None
 
 
-def make_place(directory: Path) -> None:
-    """Make a directory for a calibration. Raises CalibrationError where that cannot be, and OSError on a full disk."""
-    try:
+@contextlib.contextmanager
+def place(directory: Path) -> Iterator[None]:
+    """A directory for a calibration that takes long to make; what was made for one that failed is not left behind.
+
+    Raises CalibrationError where it cannot be made, and OSError where the disk is full.
+    """
+    made_now = not directory.exists()
+    with _writing(directory):
         make_directory(directory)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # something is in it
+            if made_now:
+                directory.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise _no_place(directory, error) from None
-
-
-def _no_place(directory: Path, error: OSError) -> Exception:
-    if is_disk_full(error):
-        return error
-    return CalibrationError(
-        f"cannot write the calibration to {directory}: {error.strerror or error}; choose another place"
-    )
+        if is_disk_full(error):
+            raise
+        raise CalibrationError(
+            f"cannot write the calibration to {directory}: {error.strerror or error}; choose another place"
+        ) from None
 
 
 def load(directory: Path) -> Calibration:

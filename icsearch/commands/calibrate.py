@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,25 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from icsearch.calibration.batches import Calibration
-from icsearch.calibration.cache import make_place
+from icsearch.calibration.cache import place
 from icsearch.calibration.far import DEFAULT_GAIN, FAR, Counting, far_gains, short_pieces, short_sequences
 from icsearch.commands.requests import CachedCalibrationRequest
-from icsearch.commands.setup import (
-    Inputs,
-    kernel_options,
-    machine_here,
-    memory_job,
-    obtain,
-    open_model,
-    run_options,
-    start_event,
-)
+from icsearch.commands.scoring import Opened, load
+from icsearch.commands.setup import Inputs, kernel_options, obtain, open_model, run_options, start_event
 from icsearch.core.errors import CalibrationError, IcsearchError, NonFiniteLossError
 from icsearch.model.checkpoint import Checkpoint, fingerprint
 from icsearch.model.layout import Layout
-from icsearch.model.loading import bring_up, resolve_device
-from icsearch.planning.memory import plan_memory
+from icsearch.model.loading import resolve_device
 from icsearch.planning.rows import model_rows, weight_rows
+from icsearch.runs.directory import RunDirectory
 from icsearch.search.loop import Progress
 from icsearch.sweep.branches import cut_waves, device_batches
 from icsearch.sweep.distributed.launch import grids
@@ -74,45 +65,40 @@ def _far_mask(
     near = layout.selection.kept
     pieces = len(short_pieces(calibration.seq_len, near))  # refused before any weights are read
     short = Calibration(short_sequences(calibration.input_ids, near))
-    make_place(request.out)
     inputs = Inputs(source, layout, calibration)
     options = run_options(request, inputs, [])
-    job, machine = memory_job(request, inputs, options), machine_here(request, options["device"])
-    memory = plan_memory(job, machine, grids(1, None, 1))
-    listener.info(f"loading {request.model} ...")
-    dsa = bring_up(source, options, request.calibration.trust_remote_code, offload=memory.offload.where)
-    # As many tokens a layer call, and as many calls a wave: what the memory was planned for.
-    as_many = calibration.seq_len // (2 * near)
-    long_waves, short_waves = (
-        cut_waves(device_batches(part, size, dsa.device), memory.batches_per_wave)
-        for part, size in ((calibration, options["batch_size"]), (short, options["batch_size"] * as_many))
-    )
-    total = len(dsa.layers) * (calibration.num_sequences + short.num_sequences)
-    both = calibration.num_sequences + -(-short.num_sequences // as_many)
-    rows = [
-        *model_rows(start_event(inputs, {"method": "calibrate", **options})),
-        (
-            "passes",
-            f"{calibration.num_sequences} x {calibration.seq_len} tokens, and their {short.num_sequences} pieces of "
-            f"{short.seq_len}",
-        ),
-        *weight_rows(memory, 1, both, None),
-    ]
-    listener.planned(rows, total, 0)
-    listener.step_started("far tokens", 0, total)
-    long_losses = token_losses(dsa, long_waves, listener.layer_done)
-    try:
-        short_losses = token_losses(dsa, short_waves, listener.layer_done)
-    except NonFiniteLossError as error:
-        at = f"a short context of it, {error.sequence % pieces + 1} of {pieces}"
-        raise NonFiniteLossError(error.value, error.sequence // pieces, str(dsa.start_pattern), at) from None
-    gains = np.where(calibration.counted(), far_gains(long_losses.numpy(), short_losses.numpy(), near), -np.inf)
-    best = gains.max(axis=1)
-    if not (best > gain).all():
-        with contextlib.suppress(OSError):  # only where nothing is in it
-            request.out.rmdir()
-        raise CalibrationError(_too_little(best, gain))
-    return gains > gain
+    start = start_event(inputs, {"method": "calibrate", **options})
+    with place(request.out):
+        here = Opened(inputs, RunDirectory(request.out), [], start)
+        loaded = load(request, here, None, grids(1, None, 1), listener)
+        # As many tokens a layer call, and as many calls a wave: what the memory was planned for.
+        as_many = calibration.seq_len // (2 * near)
+        short_batches = device_batches(short, options["batch_size"] * as_many, loaded.dsa.device)
+        both = calibration.num_sequences + -(-short.num_sequences // as_many)
+        told = f"{calibration.num_sequences} x {calibration.seq_len} tokens, and their {short.num_sequences} pieces of "
+        rows = [
+            *model_rows(start),
+            ("passes", f"{told}{short.seq_len}"),
+            *weight_rows(loaded.memory, 1, both, loaded.bytes_per_second),
+        ]
+        total = len(loaded.dsa.layers) * (calibration.num_sequences + short.num_sequences)
+        listener.planned(rows, total, 0)
+        for note in loaded.notes:
+            listener.info(note)
+        listener.step_started("far tokens", 0, total)
+        per_wave = loaded.memory.batches_per_wave
+        long_losses = token_losses(loaded.dsa, cut_waves(loaded.batches, per_wave), listener.layer_done)
+        try:
+            short_losses = token_losses(loaded.dsa, cut_waves(short_batches, per_wave), listener.layer_done)
+        except NonFiniteLossError as error:
+            at = f"a short context of it, {error.sequence % pieces + 1} of {pieces}"
+            pattern = str(layout.start_pattern)
+            raise NonFiniteLossError(error.value, error.sequence // pieces, pattern, at) from None
+        gains = np.where(calibration.counted(), far_gains(long_losses.numpy(), short_losses.numpy(), near), -np.inf)
+        best = gains.max(axis=1)
+        if not (best > gain).all():
+            raise CalibrationError(_too_little(best, gain))
+        return gains > gain
 
 
 def _too_little(best: NDArray[np.float64], gain: float) -> str:

@@ -85,11 +85,16 @@ def _run_section(view: RunView) -> str:
                 ((name, str(full), numbers.loss(loss), cost) for name, full, loss, cost in rows),
             ),
             f"In-sample: measured on the {batches.get('num_sequences')} x {batches.get('seq_len')} tokens of {source} "
-            f"that were searched on{f', of which {count} tokens count' if (count := batches.get('count')) else ''}.",
+            f"that were searched on{_counting(view)}.",
             *serving(results.pattern_file(view.record)),
             _table(("searched with", ""), facts.items()),
         ]
     )
+
+
+def _counting(view: RunView | EvalView) -> str:
+    """Which tokens count, where it is not all of them."""
+    return f", of which {view.counted_name} count" if view.counted_name else ""
 
 
 def _cautions(notes: Sequence[str]) -> list[str]:
@@ -103,7 +108,6 @@ def _eval_section(view: EvalView) -> str:
     in_sample = any(row.in_sample for row in view.rows)
     columns = ("pattern", "F layers", "loss", "above the model as it is", "perplexity", "KL", "top-1 agreement")
     of_all = ("all tokens, above the model as it is",) if view.counted_name else ()
-    counting = f", of which {view.counted_name} count" if view.counted_name else ""
     tasks = [column for column in view.task_columns if column[1] == "generated"]
     rows = []
     for row in view.rows:
@@ -121,7 +125,7 @@ def _eval_section(view: EvalView) -> str:
     return "\n\n".join(
         [
             "## Evaluation",
-            f"On {batches.get('num_sequences')} x {batches.get('seq_len')} tokens of {source}{counting}"
+            f"On {batches.get('num_sequences')} x {batches.get('seq_len')} tokens of {source}{_counting(view)}"
             + (f"; rows marked {IN_SAMPLE} were searched on some of them." if in_sample else "."),
             *_cautions(view.document.get("notes") or ()),
             _table(
@@ -178,15 +182,11 @@ def _results(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> Iterat
             metrics = {"loss": row.loss, "perplexity": row.perplexity}
             if not row.is_baseline:
                 metrics |= {"kl_divergence": row.kl.delta, "top1_agreement": row.top1_agreement}
-            marks = [IN_SAMPLE] * row.in_sample + [view.counted_name] * bool(view.counted_name)
-            label = ", ".join([row.name, f"{row.full} of {view.num_layers} indexers", *marks])
-            told.append((metrics, label, dataset))
+            told.append((metrics, _label(row.name, row.full, view, row.in_sample), dataset))
     for run in runs:
         dataset = dataset_of(run.start["calibration"], run.model_name)
         for name, point in (("baseline", run.points[0]), ("searched", run.final)):
-            count = run.start["calibration"].get("count")
-            label = f"{name}, {point.full} of {run.num_layers} indexers, {IN_SAMPLE}"
-            label += f", {count} tokens" if count else ""
+            label = _label(name, point.full, run, in_sample=True)
             told.append(({"loss": point.loss}, label, dataset))
     for metrics, label, dataset in told:
         for metric, value in metrics.items():
@@ -195,6 +195,11 @@ def _results(runs: Sequence[RunView], evaluations: Sequence[EvalView]) -> Iterat
                 yield EvalResult(
                     task_type="text-generation", metric_type=metric, metric_value=value, metric_name=name, **dataset
                 )
+
+
+def _label(name: str, full: int, view: RunView | EvalView, in_sample: bool) -> str:
+    parts = (name, f"{full} of {view.num_layers} indexers", IN_SAMPLE if in_sample else "", view.counted_name)
+    return ", ".join(part for part in parts if part)
 
 
 # --- how to serve it --------------------------------------------------------------------------------------------------

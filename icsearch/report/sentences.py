@@ -183,11 +183,11 @@ def in_sample(view: RunView) -> str:
     """That a run's losses are no test of its pattern."""
     chose = "the similarities come from" if view.by_similarity else "the search chose by, which favours its pattern"
     text = f"In-sample: these losses are of the batches that {chose}. Confirm on held-out text with icsearch eval."
-    batches = view.start["calibration"]
-    if (count := batches.get("count")) is None:
+    if not view.counted_name:
         return text
+    batches = view.start["calibration"]
     counted, of = sum(view.record.tokens), batches["num_sequences"] * (batches["seq_len"] - 1)
-    return f"{text} Losses are over {count} tokens alone, {numbers.count(counted)} of {numbers.count(of)}."
+    return f"{text} Losses are over {view.counted_name} alone, {numbers.count(counted)} of {numbers.count(of)}."
 
 
 def kink_sentence(view: RunView) -> str:

@@ -219,6 +219,12 @@ class RunView:
         return tuple(self.start["model"].get("native_shared") or ())
 
     @property
+    def counted_name(self) -> str:
+        """What the tokens are called that losses are over, where it is not all of them; else ""."""
+        count = self.start["calibration"].get("count")
+        return f"{count} tokens" if count else ""
+
+    @property
     def baseline_name(self) -> str:
         return "the checkpoint's own pattern" if self.native_shared else "the all-F baseline"
 

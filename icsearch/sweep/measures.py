@@ -158,15 +158,17 @@ class WaveMeasures:
             within = torch.zeros_like(batch.counted)
             within[:, first:last] = batch.counted[:, first:last]
             buckets.append(per_sequence(nll, within))
-        everything = torch.ones_like(batch.counted)
-        beside = {"all_nll": nll, "all_kl": kl} if self._masked else {}
-        return {
+        table = {
             "nll": sums.tolist(),
             "kl": per_sequence(kl, batch.counted).tolist(),
             "agree": per_sequence(agree, batch.counted).tolist(),
             "bucket_nll": torch.stack(buckets, dim=1).tolist(),
-            **{name: per_sequence(values, everything).tolist() for name, values in beside.items()},
         }
+        if self._masked:
+            everything = torch.ones_like(batch.counted)
+            beside = {"all_nll": nll, "all_kl": kl}
+            table |= {name: per_sequence(values, everything).tolist() for name, values in beside.items()}
+        return table
 
 
 def token_losses(dsa: DsaModel, waves: Iterable[Sequence[Batch]], on_layer: Callable[[int], None]) -> torch.Tensor:
