@@ -176,18 +176,14 @@ class Runs:
             for row in view.rows:
                 if not row.is_baseline:
                     print(f"| {' | '.join(_cells(view, row, names))} |")
-        greedy, fisher = load_run(self.out / "greedy"), load_run(self.out / "fisher-1-4")
-        flips = _flips(greedy)
-        summary["kendall"] = {"greedy, fisher": _tau(flips, _flips(fisher))}
-        others = {name: self._finished(f"fisher-on-{_named(name)}") for name in OTHERS}
-        runs = {"documentation": fisher} | {name: run for name, run in others.items() if run is not None}
-        for (one, first), (two, second) in itertools.combinations(runs.items(), 2):
-            summary["kendall"][f"{one}, {two}"] = _tau(_flips(first), _flips(second))
-        costs = {}
-        for name in ("fisher-1-4", "fisher-1-8", "greedy", "staged"):
-            if self._finished(name) is not None:
-                costs[name] = json.loads((self.out / name / "pattern.json").read_text())["cost"]
-        summary["cost"] = costs
+        places = {"documentation": "fisher-1-4"} | {name: f"fisher-on-{_named(name)}" for name in OTHERS}
+        runs = {name: run for name, place in places.items() if (run := self._finished(place)) is not None}
+        summary["kendall"] = {
+            f"{one}, {two}": _tau(_flips(first), _flips(second))
+            for (one, first), (two, second) in itertools.combinations(runs.items(), 2)
+        }
+        files = {name: self.out / name / "pattern.json" for name in ("fisher-1-4", "fisher-1-8", "greedy", "staged")}
+        summary["cost"] = {name: json.loads(file.read_text())["cost"] for name, file in files.items() if file.exists()}
         print("\n" + json.dumps(summary, indent=1))
         write_object(self.out / "summary.json", summary)
 

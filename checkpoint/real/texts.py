@@ -15,7 +15,7 @@ import json
 import random
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +139,24 @@ def sequences_of(path: Path, tokenizer: Any, count: int, length: int, seed: int 
     return build(parse_source(str(path)), tokenizer, key, vocab_size=len(tokenizer)).input_ids.tolist()
 
 
+def run_script(work: Callable[[], object]) -> None:
+    """Do the work of one of the scripts here; bad input is one line and exit status 2."""
+    try:
+        work()
+    except IcsearchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_status)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a directory for one .jsonl file a kind")
     out = parser.parse_args().out
-    try:
-        found = kinds()
-    except IcsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+    run_script(lambda: write(out))
+
+
+def write(out: Path) -> None:
+    found = kinds()
     out.mkdir(parents=True, exist_ok=True)
     for kind, documents in found.items():
         (out / f"{kind}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))

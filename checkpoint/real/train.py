@@ -25,9 +25,8 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from convert import INDEX_TOPK, INDEXERS, base_digest, convert, interleaved, load_gguf, pack_indexers, package_file
-from icsearch.core.errors import IcsearchError
 from icsearch.model.ops import rotate_interleaved
-from texts import sequences_of
+from texts import run_script, sequences_of
 
 
 @dataclass(frozen=True)
@@ -166,11 +165,11 @@ class Trainer:
         parameters = [p for indexer in self.indexers for p in indexer.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=recipe.betas, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
-        self.start(torch.tensor(sequences[:1]))
+        self.start(batch(sequences[0]))
         generator = torch.Generator().manual_seed(recipe.seed)
         started = time.time()
         for step in range(recipe.steps):
-            ids = torch.tensor(sequences[step % len(sequences)])[None]
+            ids = batch(sequences[step % len(sequences)])
             candidates = torch.arange(INDEX_TOPK, recipe.seq_len)
             rows = candidates[torch.randperm(len(candidates), generator=generator)[: recipe.queries]].sort().values
             kls: list[float] = []
@@ -255,11 +254,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.gguf and not arguments.out:
         parser.error("--gguf needs --out: the indexers beside this script are those of the package's model")
-    try:
-        run(Recipe(steps=arguments.steps), arguments.gguf, arguments.texts, arguments.out or INDEXERS)
-    except IcsearchError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
+    recipe, out = Recipe(steps=arguments.steps), arguments.out or INDEXERS
+    run_script(lambda: run(recipe, arguments.gguf, arguments.texts, out))
 
 
 def run(recipe: Recipe, gguf: Path | None, folder: Path, out: Path) -> None:
