@@ -93,10 +93,16 @@ def summed(numbers: Any, sources: Any) -> Any:
     return numbers[:, layers, sources].sum(-1)
 
 
-def correction(table: SecondOrderTable, measured: Mapping[Pattern, tuple[float, float]]) -> Any:
+def correction(
+    table: SecondOrderTable,
+    measured: Mapping[Pattern, tuple[float, float]],
+    chance: np.random.Generator | None = None,
+) -> Any:
     """float64 [2, N, N]: what to add to the prices for each S layer and source; zeros where nothing was measured.
 
-    Single flips say how far each layer's prices may be off. Half of a layer's number is common to all sources.
+    Single flips say how far each layer's prices may be off. Half of a layer's number is common to all sources. These
+    are the most likely numbers. With `chance` they are drawn from all that agree with what was measured, each as likely
+    as it is (the posterior, by Matheron's rule), and differ most where little is known.
     """
     count = table.drawn.shape[2]
     numbers = np.zeros((2, count, count))
@@ -121,6 +127,12 @@ def correction(table: SecondOrderTable, measured: Mapping[Pattern, tuple[float, 
             alike += prior[layer] * (both / 2 + same / 2)
         scatter = SMALLEST + SCATTER * prices[price]
         scatter[list(singles.values())] = SMALLEST
+        if chance is not None:  # numbers and scatter of a world that nobody has measured, moved to agree with this one
+            numbers[price] = np.sqrt(prior / 2)[:, None] * (
+                chance.normal(size=(count, 1)) + chance.normal(size=(count, count))
+            )
+            numbers[price, layers, layers] = 0.0
+            residual = residual - summed(numbers, sources)[price] - scatter * chance.normal(size=len(patterns))
         weights = np.linalg.solve(alike + np.diag(scatter**2), residual)  # [M]
         for layer in range(count):
             heard = weights * shared[:, layer]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,19 +108,37 @@ def test_the_steps_are_the_nested_path(tmp_path: Path) -> None:
     assert [candidate.layer for candidate in record.candidates(1)] == list(range(1, LAYERS))
 
 
-def test_rounds_end_when_one_helps_no_more(tmp_path: Path) -> None:
-    record = run(tmp_path / "j", WithKl(), rounds=10, finalists=3)
-    assert 2 <= len(record.proposals) < 11
-    measured = record.measured()
-    if (
-        len([p for p in measured if len(p.full_layers) == LAYERS - FLIPS]) < 10
-    ):  # else there was nothing left to look at
-        assert record.pattern.letters not in record.proposals[-1]
-    for number, earlier in enumerate(record.proposals[1:-1], start=2):  # every round but the last one had helped
-        before = {letters for some in record.proposals[: number - 1] for letters in some}
-        assert min(map(hidden, map(Pattern, earlier))) < min(
-            hidden(Pattern(x)) for x in before if x.count("S") == FLIPS
-        )
+class Odd(WithKl):
+    """Losses that no sum over layers can say."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        self.world = world
+
+    def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Any) -> Scores:
+        scores = super().score(patterns, wave, on_layer)
+        for pattern in patterns:
+            if len(pattern.shared_layers) > 1:
+                odd = random.Random(f"{self.world} {pattern.letters}").uniform(-1, 1)
+                scores.nll[pattern.letters] = [loss + odd for loss in scores.nll[pattern.letters]]
+        return scores
+
+
+def test_rounds_end_when_two_in_a_row_find_nothing_better(tmp_path: Path) -> None:
+    went_on, ended, rounds = 0, 0, 4
+    for world in range(20):
+        record = run(tmp_path / f"{world}", Odd(world), rounds=rounds, finalists=1)
+        best = min(record.loss(x) for x in record.nll if x.count("S") == FLIPS and [x] not in record.proposals[1:])
+        helped = []
+        for (letters,) in record.proposals[1:]:
+            helped.append(record.loss(letters) < best)
+            best = min(best, record.loss(letters))
+        in_vain = [not (one or two) for one, two in pairwise(helped)]
+        assert not any(in_vain[:-1])
+        assert in_vain[-1] or len(helped) == rounds
+        went_on += (False, True) in pairwise(helped)
+        ended += len(helped) < rounds
+    assert went_on > 1 and ended > 1
     assert len(run(tmp_path / "one", WithKl(), rounds=1, finalists=1).proposals) == 2
 
 

@@ -156,6 +156,21 @@ def test_local_optima_come_first() -> None:
         assert [price for price, _ in part] == sorted(price for price, _ in part)
 
 
+def test_drawn_corrections_scatter_round_the_likely_one_where_nothing_was_measured() -> None:
+    table = made_up()
+    singles = [Pattern.full(LAYERS).flip(layer) for layer in range(1, LAYERS)]
+    known = measured_in(table, a_world(table), [*singles, *all_patterns(5)[::4]])
+    others = all_patterns(3)[::2]
+    likely = table.predict(full_of(others), correction(table, known))
+    draws = [correction(table, known, np.random.default_rng(seed)) for seed in range(400)]
+    foretold = np.array([table.predict(full_of(others), numbers) for numbers in draws])
+    again = np.array([table.predict(full_of(list(known)), numbers) for numbers in draws])
+    assert foretold.std(0).min() > 5 * again[:, :, : len(singles)].std(0).max() > 0  # single flips are known
+    assert np.abs(foretold.mean(0) - likely).max() < 5 * foretold.std(0).max() / np.sqrt(len(draws))
+    assert np.array_equal(draws[7], correction(table, known, np.random.default_rng(7)))
+    assert not any(numbers[:, range(LAYERS), range(LAYERS)].any() for numbers in draws)
+
+
 def test_what_a_sum_cannot_say_is_not_learned_by_heart() -> None:
     """One pattern that is off by an interaction moves the others less than it is off itself."""
     table = made_up()
