@@ -42,7 +42,7 @@ def decoder_letters(pattern: Pattern, layer_indices: Sequence[int], num_hidden_l
     return "".join(letters)
 
 
-HEEDED, NEEDED = "heeded", "needed"
+SEPARATE, CARRIED, NOT_KNOWN = "separate", "carried", "not known"  # selections, from one pipeline stage to the next
 Render = Callable[[dict[str, Any]], str]
 Split = Callable[[int, int], list[int]]  # (layers, stages) to layers per stage
 
@@ -53,11 +53,12 @@ class Reader:
 
     `order`: the keys that say which layers are F, the first that is there wins; `freq` and `offset` are the names of
     the two numbers, and what the engine makes of `unknown` keys is not known. `past_the_end`: a pattern shorter than
-    the model is F from there on, and what is longer is not read (False: refused here). `switch` says what
-    `use_index_cache` does: nothing (None), false turns all layers F (HEEDED), so does its absence (NEEDED), but for a
-    freq above 1 with `switched_by_freq`. `first_is_full`: layer 0 is F whatever the pattern says. `words`: a pattern
-    that is a list holds full and shared (False: F and S), and the engine takes anything else in it as F. Without any of
-    the keys every `default_freq`-th layer is F.
+    the model is F from there on, and what is longer is not read (False: refused here). `needs_switch`: without
+    `use_index_cache` all layers are F, but for a freq above 1 with `switched_by_freq`; other engines do not read it.
+    `first_is_full`: layer 0 is F whatever the pattern says. `words`: a pattern that is a list holds full and shared
+    (False: F and S), and the engine takes anything else in it as F. `any_case`: letters may be lowercase.
+    `null_is_one`: a freq that is null is 1 (False: an error). `freq_counts_indexed`: freq goes by the layers with an
+    indexer, where letters go by all. Without any of the keys every `default_freq`-th layer is F.
     """
 
     order: tuple[str, ...] = (TYPES, PATTERN, FREQ)
@@ -66,10 +67,13 @@ class Reader:
     offset: str = OFFSET
     unknown: tuple[str, ...] = ()
     past_the_end: bool = False
-    switch: str | None = None
+    needs_switch: bool = False
     switched_by_freq: bool = False
     first_is_full: bool = False
     words: bool = True
+    any_case: bool = False
+    null_is_one: bool = False
+    freq_counts_indexed: bool = False
     default_freq: int = 1
 
 
@@ -83,8 +87,10 @@ class Engine:
     model; a text_config among overrides would replace the model's own there. For `dsa_letters_only` model types letters
     are counted over layers that have an indexer, else over all decoder layers; with `all_layers_alike` it is not known
     how they are counted where some have none. `split` gives the layers of each pipeline stage, None where that is not
-    known. `writes` is the kind of file that can be written, if any. `without_indexers`: the model types that it loads
-    without the indexers of their S layers, and since which pull request of its project.
+    known; `stages` says whether one gets the selection of the one before it (`carried`, with since when), and may then
+    start on S. `writes` is the kind of file that can be written, if any. `inside`: the key under which its options hold
+    overrides of the model's config. `without_indexers`: the model types that it loads without the indexers of their S
+    layers, and since which pull request of its project.
     """
 
     name: str
@@ -103,7 +109,10 @@ class Engine:
     all_layers_alike: bool = False
     split: Split | None = None
     partition_variable: str | None = None
+    stages: str = NOT_KNOWN
+    carried: str = ""
     writes: str | None = None
+    inside: str = ""
     without_indexers: tuple[tuple[str, str], ...] = ()
     reader: Reader = Reader()
     readers: tuple[tuple[str, Reader], ...] = ()  # of model types that it reads in another way
@@ -140,12 +149,22 @@ def config_json(settings: dict[str, Any]) -> str:
 
 
 ATOM = Schedule(default_offset=1, shift=0)
+ATOM_V4 = Schedule(default_offset=0, shift=0, fixed_offset=True)  # over the layers with an indexer
+XLLM = Schedule(zero_is_default=True)
 MINIMAX_M3 = Schedule(default_offset=0, shift=0)  # of ATOM and vLLM, over the sparse layers alone
 MEGATRON = Schedule(default_offset=0, least_offset=1)  # layers from 1: max(n - offset, 0), and n = i + 1
 ASCEND_V4 = Schedule(fixed_offset=True)
 
 GGUF_KEY = "glm-dsa.attention.indexer.types"
 MEGATRON_FREQ, MEGATRON_OFFSET = "dsa_indexer_topk_freq", "dsa_indexer_skip_topk_offset"
+PRIME_RL_PATTERN, PRIME_RL_FREQ = "topk_pattern", "topk_freq"
+PADDLE_PATTERN = "indexcache_topk_pattern"
+LETTER_KEYS = (PATTERN, PRIME_RL_PATTERN, PADDLE_PATTERN)  # that hold a text of F and S
+
+
+def toml(table: str) -> Render:
+    """The settings as a table of a TOML file."""
+    return lambda settings: "\n".join([f"[{table}]", *(f"{key} = {json.dumps(it)}" for key, it in settings.items())])
 
 
 def config_keys(letters: str, _: str | None = None) -> dict[str, Any]:

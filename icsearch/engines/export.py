@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from icsearch.core.files import check_new
 from icsearch.core.jsonfile import FieldError, check_fields, write_object
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import MODEL_FIELDS, PatternFile
-from icsearch.engines.engine import Engine, ExportError, decoder_letters
+from icsearch.engines.engine import CARRIED, NOT_KNOWN, Engine, ExportError, decoder_letters
 from icsearch.engines.gguf import write_gguf
 from icsearch.engines.native import declared_shared, edit_config
 from icsearch.engines.pipeline import (
@@ -168,7 +169,7 @@ def _warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str,
             f"{len(native)} S layers are the checkpoint's own and have no indexer weights: they cannot become F"
         )
     found += [note for of_type, note in engine.notes if of_type in ("", family(model_type))]
-    if engine.split and not layout_known:
+    if engine.split and engine.stages != CARRIED and not layout_known:
         wrong = usual_sizes_on_shared(pattern, file.layer_indices, num_layers or len(pattern), engine.split)
         if wrong:
             found.append(f"{cut_in_words(wrong)}: give --serve-pp {wrong[0]} if you serve it so")
@@ -188,29 +189,32 @@ def _warnings(engine: Engine, pattern: Pattern, file: PatternFile, letters: str,
 def _fit_stages(pattern: Pattern, file: PatternFile, engine: Engine, serving: Serving) -> tuple[Pattern, list[str]]:
     """The pattern as it can be served, and what was changed and why.
 
-    Raises ExportError for a layout that does not fit, and where a stage would start on a layer that the checkpoint
-    itself shares.
+    Raises ExportError for a layout that does not fit, and where a stage that gets no selection would start on a layer
+    that the checkpoint itself shares.
     """
     num_layers = len(decoder_letters(pattern, file.layer_indices, file.model.get("num_hidden_layers")))
     sizes = serving_sizes(serving.layout, num_layers, engine.title, engine.split)
     wrong = stages_on_shared(pattern, file.layer_indices, sizes)
     if not wrong:
         return pattern, []
-    trouble = describe(sizes, wrong)
-    aligned = aligned_partition(pattern, file.layer_indices, sizes) if engine.partition_variable else None
-    partition = f"{engine.partition_variable}={','.join(map(str, aligned))}" if aligned else None
-    elsewhere = f"; or leave the pattern as it is and set {partition}" if partition else ""
-    shared = {file.layer_indices[position] for position in file.model.get("native_shared") or []}
-    if native := [layer for _, layer in wrong if layer in shared]:
-        raise ExportError(
-            f"{trouble}; the checkpoint has no indexer at layer {native[0]}: give other first layers with --serve-pp"
-            f"{elsewhere}"
-        )
+    trouble, title = describe(sizes, wrong), engine.title
+    if engine.stages == CARRIED:
+        return pattern, [f"{trouble}, which {title} serves: a selection goes from stage to stage ({engine.carried})"]
+    if engine.stages == NOT_KNOWN:
+        unsure = f"whether {title} hands a selection on from stage to stage is not known here"
+        return pattern, [f"{trouble}; {unsure}: the pattern is left as it is, try it before you rely on it"]
+    trouble += ", with no selection to reuse"
+    aligned = aligned_partition(pattern, file.layer_indices, sizes)
+    cuts = _cuts(engine, aligned) if aligned else ""
+    fewer = "has fewer F layers than there are stages: serve it in fewer"
+    if lacking := [layer for _, layer in wrong if layer in _without_indexer(file)]:
+        served = f"serve it with {cuts}" if cuts else f"it {fewer}"
+        raise ExportError(f"{trouble}; the checkpoint shares layer {lacking[0]} itself, which cannot be F: {served}")
     if serving.repair == NONE:
-        instead = f", so set {partition}" if partition else ""
-        if engine.partition_variable and not partition:  # too few F layers are all that can lack then
-            instead = ", and has fewer F layers than there are stages: serve it in fewer"
-        return pattern, [f"{trouble}; the pattern is left as it is{instead}"]
+        return pattern, [
+            f"{trouble}; the pattern is left as it is, {f'so serve it with {cuts}' if cuts else f'and {fewer}'}"
+        ]
+    elsewhere = f"; or leave the pattern as it is, and serve it with {cuts}" if cuts else ""
     starts = stage_starts(file.layer_indices, sizes)  # those that are F already must stay so
     added = add_full(pattern, starts, serving.losses)
     moved = move_full(pattern, starts, serving.losses)
@@ -222,6 +226,18 @@ def _fit_stages(pattern: Pattern, file: PatternFile, engine: Engine, serving: Se
         name = SAME if serving.repair == ADD else ADD
         text += f"; --repair {name}: {_in_words(other, pattern, file, serving.losses)}"
     return chosen.pattern, [text + elsewhere]
+
+
+def _cuts(engine: Engine, sizes: Sequence[int]) -> str:
+    """How an engine is made to cut the layers into stages of these sizes, and what export is told of it."""
+    typed = f"--serve-pp {','.join(map(str, accumulate([0, *sizes[:-1]])))}"
+    return f"{engine.partition_variable}={','.join(map(str, sizes))}" if engine.partition_variable else typed
+
+
+def _without_indexer(file: PatternFile) -> set[int]:
+    """Decoder layers that must not be made F: without indexer weights, or said to be shared by a config alone."""
+    positions = [*(file.model.get("native_shared") or []), *(file.model.get("declared_shared") or [])]
+    return {file.layer_indices[position] for position in positions}
 
 
 def _lack(added: Repair, starts: Sequence[int], losses: Losses) -> str:
@@ -284,7 +300,7 @@ def with_config(
         raise ExportError(
             f"the pattern is for model_type {known}, {name} has {backbone.model_type}: give the right one"
         )
-    native, notes = file.model.get("native_shared"), []
+    native, declared, notes = file.model.get("native_shared"), list[int](), list[str]()
     if with_indexer is not None:
         native = [position for position, layer in enumerate(backbone.layer_indices) if layer not in with_indexer]
     elif (
@@ -292,6 +308,7 @@ def with_config(
         and TRANSFORMERS.serves(backbone.model_type)
         and (shared := sorted(declared_shared(config, name).intersection(backbone.layer_indices)))
     ):
+        declared = [backbone.layer_indices.index(layer) for layer in shared]
         notes.append(
             f"{name} itself shares layers {_span(shared)}: should the checkpoint have no indexer weights there, they "
             "cannot be F; give its directory with --model-config, and that is checked"
@@ -307,6 +324,7 @@ def with_config(
         "num_hidden_layers": backbone.num_layers,
         "wrapper_config": backbone.wrapper,
         "native_shared": native,
+        "declared_shared": declared,
     }
     return replace(file, model=model), notes
 
@@ -326,7 +344,7 @@ def write_file(result: Export, config: Path | None, gguf: Path | None, out: Path
     """
     kind = find_engine(result.engine).writes
     if kind is None:
-        raise ExportError(f"{result.title} reads no file of ours, it takes flags: leave --out away and paste them")
+        raise ExportError(f"{result.title} reads no file of ours: leave --out away and paste what is printed")
     if kind == "GGUF":
         if gguf is None:
             raise ExportError("--out NEW.gguf is a copy of a model: give that one with --gguf OLD.gguf")

@@ -123,7 +123,7 @@ def describe(sizes: Sequence[int], wrong: Sequence[tuple[int, int]]) -> str:
     plural = "s" if len(wrong) > 1 else ""
     return (
         f"with {len(sizes)} pipeline stages ({'+'.join(map(str, sizes))} layers), stage{plural} {stages} would start "
-        f"on S (layer{plural} {layers}), with no selection to reuse"
+        f"on S (layer{plural} {layers})"
     )
 
 

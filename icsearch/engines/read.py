@@ -9,14 +9,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import tomllib
+
 from icsearch.core.errors import PatternError
-from icsearch.core.files import typed_path
+from icsearch.core.files import read_text, typed_path
 from icsearch.core.jsonfile import MAX_LAYERS, AmbiguityError, shown, unambiguous, whole
 from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.pattern_file import PatternFile
-from icsearch.engines.engine import GGUF_KEY, HEEDED, MEGATRON_FREQ, MEGATRON_OFFSET, Engine, Reader
+from icsearch.engines.engine import GGUF_KEY, LETTER_KEYS, MEGATRON_FREQ, MEGATRON_OFFSET, PRIME_RL_FREQ, Engine, Reader
 from icsearch.engines.gguf import read_gguf
-from icsearch.engines.table import ENGINES, LLAMACPP, find_engine
+from icsearch.engines.table import ENGINES, LLAMACPP, PRIME_RL, find_engine
 from icsearch.model.config import (
     COMMON,
     FREQ,
@@ -32,8 +34,11 @@ from icsearch.model.config import (
     read_backbone,
 )
 
-PATTERN_KEYS = (TYPES, PATTERN, FREQ, OFFSET, SWITCH, GGUF_KEY, MEGATRON_FREQ, MEGATRON_OFFSET)
+PATTERN_KEYS = (
+    TYPES, *LETTER_KEYS, FREQ, OFFSET, SWITCH, GGUF_KEY, MEGATRON_FREQ, MEGATRON_OFFSET, PRIME_RL_FREQ,
+)  # fmt: skip
 MAX_SHOWN = 128  # letters in a message
+_TABLE = re.compile(r"\[[a-z]")  # how a table of a TOML file begins
 _NUMBERS = re.compile(r"freq:(\d{1,6})(?:,offset:(\d{1,6}))?")
 
 
@@ -99,13 +104,13 @@ def is_engine_source(text: str) -> bool:
     A command line is, too: it is refused here, and in no other place with more sense.
     """
     named, rest = _split_engine(text.strip())
-    if named or rest.startswith(("{", "freq:")) or _part_to_give(rest):
+    if named or rest.startswith(("{", "freq:")) or _TABLE.match(rest) or _part_to_give(rest):
         return True
     path = typed_path(rest, EngineConfigError)
     if path.is_dir():
         return (path / "config.json").exists() and not (path / "pattern.json").exists()
     if path.suffix != ".json" or not path.exists():
-        return path.suffix == ".gguf"
+        return path.suffix in (".gguf", ".toml")
     try:
         document = load_config(path)
         keys = language_config(document, "", EngineConfigError)
@@ -165,6 +170,8 @@ def _source(text: str, given: Backbone | None) -> _Source:
             raise EngineConfigError(f"cannot read {text[:60]!r}: expected freq:4 or freq:4,offset:2")
         offset = {} if numbers[2] is None else {OFFSET: int(numbers[2])}
         return _Source(text, {FREQ: int(numbers[1]), **offset}, numbers=True)
+    if _TABLE.match(text):
+        return _of_toml(text, "the text")
     if part := _part_to_give(text):
         raise EngineConfigError(f"a command line is not read here: give {part}")
     path = typed_path(text, EngineConfigError)
@@ -175,10 +182,31 @@ def _source(text: str, given: Backbone | None) -> _Source:
                 f"{path} has no list of layers with an indexer: which ones llama.cpp then takes is not known here"
             )
         return _Source(str(path), keys, engine=LLAMACPP, backbone=backbone)
+    if path.suffix == ".toml":
+        try:
+            return _of_toml(read_text(path), str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise EngineConfigError(
+                f"cannot read {path} ({error}): give the file that prime-rl is started with"
+            ) from None
     document = load_config(path)
     if str(document.get("format", "")).startswith("icsearch."):
         raise EngineConfigError(f"{path} is a file of icsearch itself: give it to eval or export as it is")
     return _of_keys(document, str(path), given)
+
+
+def _of_toml(text: str, name: str) -> _Source:
+    """The table of prime-rl that shares selections, wherever in the file it stands."""
+    try:
+        tables = [tomllib.loads(text)]
+    except tomllib.TOMLDecodeError as error:
+        raise EngineConfigError(f"{name} is not TOML ({error}): give the file that prime-rl is started with") from None
+    while tables:
+        table = tables.pop()
+        if isinstance(keys := table.get(PRIME_RL.inside), dict):
+            return _Source(name, keys, engine=PRIME_RL)
+        tables += [each for each in table.values() if isinstance(each, dict)]
+    raise EngineConfigError(f"{name} has no table {PRIME_RL.inside}: prime-rl goes by the model's own config.json then")
 
 
 def _of_keys(keys: Mapping[str, Any], name: str, given: Backbone | None) -> _Source:
@@ -243,12 +271,14 @@ def _imported(source: _Source, engine: Engine, given: Backbone | None) -> Import
         found = read_backbone(config, source.name)
         over = replace(over, num_layers=found.num_layers, layer_indices=found.layer_indices)
     known = over or given or own
-    counted = None
-    if known:
-        counted = len(known.layer_indices) if engine.counts_indexed(model_type) else known.num_layers
     mtp = max(backbone.mtp_layers if backbone else 0 for backbone in (own, given))
     beneath = over.keys if over and not source.numbers else {}
-    letters, notes = _on_top(keys, beneath, lambda keys: read_letters(keys, engine, counted, mtp, model_type))
+
+    def read(keys: Mapping[str, Any]) -> Read:
+        counted = _counted(keys, engine, known, model_type) if known else None
+        return read_letters(keys, engine, counted, mtp, model_type)
+
+    letters, notes = _on_top(keys, beneath, read)
     backbone = known or Backbone.alike(len(letters))
     if len(letters) == backbone.num_layers != len(backbone.layer_indices):  # letters over all decoder layers
         indexed = set(backbone.layer_indices)
@@ -262,6 +292,13 @@ def _imported(source: _Source, engine: Engine, given: Backbone | None) -> Import
     return Imported(pattern, engine, backbone, (*key_notes, *notes), model_type)
 
 
+def _counted(keys: Mapping[str, Any], engine: Engine, model: Backbone, model_type: str | None) -> int:
+    """How many letters these keys give the layers of a model: one a decoder layer, or one a layer with an indexer."""
+    reader = engine.reader_of(model_type)
+    by_freq = reader.freq_counts_indexed and not any(keys.get(key) for key in LETTER_KEYS)
+    return len(model.layer_indices) if by_freq or engine.counts_indexed(model_type) else model.num_layers
+
+
 def _other_model(source: _Source, layers: Any, given: Backbone) -> EngineConfigError:
     return EngineConfigError(
         f"{source.name[:60]} has {shown(layers)} layers, the model {given.num_layers}: expected the same model"
@@ -273,6 +310,8 @@ def _keys_seen(
 ) -> tuple[Mapping[str, Any], list[str]]:
     """What the language model sees of the keys, as overrides of a model (`over`) or as its own config, and notes."""
     keys = source.keys
+    if isinstance(options := keys.get(engine.inside), dict):
+        keys = options
     if source.numbers:
         names = {FREQ: engine.reader.freq, OFFSET: engine.reader.offset}
         return {**{names[key]: value for key, value in keys.items()}, SWITCH: True}, []
@@ -382,13 +421,15 @@ def _letters_of(key: str, given: Mapping[str, Any], reader: Reader, num_letters:
                     "anything else as all full without a word)"
                 )
         return "".join(LETTERS[kind] for kind in value)
-    if key == PATTERN:
-        return _from_letters(key, value)
+    if key in LETTER_KEYS:
+        return _from_letters(key, value.upper() if reader.any_case and isinstance(value, str) else value)
     if num_letters is None:
         raise EngineConfigError(
             f"{key} alone does not say how many layers there are: give --layers N, or --model-config CONFIG.json"
         )
     freq, offset = given.get(reader.freq), given.get(reader.offset)
+    if freq is None and reader.null_is_one:
+        freq = 1
     if not whole(1, MAX_LAYERS).fits(freq):
         raise EngineConfigError(
             f"{reader.freq} is {shown(freq)}: expected an integer from 1 (transformers and vLLM fail on null); remove "
@@ -454,10 +495,11 @@ def _losing(key: str, given: Mapping[str, Any], letters: str, engine: Engine, re
 
 def _switched(key: str, given: Mapping[str, Any], letters: str, engine: Engine, reader: Reader) -> Read:
     """The letters, or all F where the engine leaves the pattern alone."""
-    if reader.switch is None or SHARED not in letters or given.get(SWITCH) is True:
+    if SHARED not in letters or given.get(SWITCH) is True:
         return letters, []
-    if SWITCH not in given and reader.switch == HEEDED:
-        return letters, [f"{SWITCH} is missing: versions of {engine.title} that ask for it run every layer as F"]
+    if not reader.needs_switch:
+        off = f"{engine.title} does not read {SWITCH}, false here: the pattern runs all the same"
+        return letters, [off] if SWITCH in given else []
     freq = given.get(reader.freq)
     if SWITCH not in given and reader.switched_by_freq and isinstance(freq, int) and freq > 1:
         return letters, []

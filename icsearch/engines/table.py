@@ -8,10 +8,12 @@ from icsearch.engines import engine
 from icsearch.engines.engine import (
     ASCEND_V4,
     ATOM,
-    HEEDED,
+    ATOM_V4,
+    CARRIED,
     MEGATRON,
     MINIMAX_M3,
-    NEEDED,
+    SEPARATE,
+    XLLM,
     Engine,
     ExportError,
     Reader,
@@ -19,7 +21,7 @@ from icsearch.engines.engine import (
     json_flag,
 )
 from icsearch.engines.pipeline import split_front, split_vllm
-from icsearch.model.config import FREQ, KINDS, MODEL_TYPES, PATTERN, TYPES
+from icsearch.model.config import FREQ, KINDS, MODEL_TYPES, OFFSET, PATTERN, TYPES
 
 MAY_IGNORE = "For other types it may ignore the pattern and run every layer as F without a word: check."
 NOT_KNOWN = "Whether it reads the pattern for other types is not known here: check."
@@ -34,6 +36,8 @@ TRANSFORMERS = Engine(
     on_other_types="For other types transformers 5.23 ignores these keys, or (glm5_next) fails on the first S layer.",
     wrapper_note="the config wraps a text model: the keys belong into text_config, as written",
     nested_alone=True,
+    stages=CARRIED,
+    carried="its layers hand it on, on whatever devices they are",
     writes="config.json",
     without_indexers=(("glm_moe_dsa", ""), ("hy_v4", ""), ("mistral_large4", "")),
     readers=(("hy_v4", Reader(order=MODEL_TYPES["hy_v4"].heeded, default_freq=MODEL_TYPES["hy_v4"].freq)),),
@@ -54,13 +58,22 @@ VLLM = Engine(
             "vLLM shares in MiniMax M3 on ROCm alone (vllm-project/vllm pull request 47269), by two numbers over the "
             "sparse layers; elsewhere it runs every layer as F",
         ),
+        (
+            "deepseek_v4",
+            "vLLM shares in DeepSeek V4 by an open pull request alone (vllm-project/vllm pull request 51209), whose "
+            "letters count the layers with an indexer (C4)",
+        ),
     ),
-    dsa_letters_only=("minimax_m3_vl",),
+    dsa_letters_only=("minimax_m3_vl", "deepseek_v4"),
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
+    stages=SEPARATE,
     without_indexers=(("glm_moe_dsa", "from #45895 on"), ("deepseek_v32", "from #45895 on")),
-    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED, words=False),
-    readers=(("minimax_m3_vl", Reader(order=(FREQ,), schedule=MINIMAX_M3, switch=NEEDED, words=False)),),
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, words=False),
+    readers=(
+        ("minimax_m3_vl", Reader(order=(FREQ,), schedule=MINIMAX_M3, needs_switch=True, words=False)),
+        ("deepseek_v4", Reader(order=(PATTERN,), unknown=(TYPES, FREQ), words=False)),
+    ),
 )
 SGLANG = Engine(
     name="sglang",
@@ -82,21 +95,29 @@ SGLANG = Engine(
         ),
     ),
     split=split_front,
-    partition_variable="SGLANG_PP_LAYER_PARTITION",
+    stages=CARRIED,
+    carried="since sgl-project/sglang pull request 28532, June 2026; older ones need F there",
     without_indexers=(("glm_moe_dsa", "from #30531 on"), ("deepseek_v32", "from #30531 on")),
     reader=Reader(order=(PATTERN, FREQ), past_the_end=True, words=False),
 )
 TRTLLM = Engine(
     name="trtllm",
     title="TensorRT-LLM",
-    how="put these keys into the checkpoint's config.json (there is no launch argument); it reads index_topk_pattern",
+    how=(
+        "put these keys into the checkpoint's config.json, or index_topk_pattern, which is what it reads, under "
+        "model_kwargs into the YAML file of --extra_llm_api_options"
+    ),
     settings=engine.config_keys,
     render=config_json,
     model_types=("glm_moe_dsa",),
     on_other_types=NOT_KNOWN,
     wrapper_note="the config wraps a text model: whether TensorRT-LLM looks into text_config is not known here: check",
     writes="config.json",
-    reader=Reader(order=(PATTERN, FREQ), first_is_full=True, words=False),
+    inside="model_kwargs",
+    without_indexers=(("glm_moe_dsa", ""),),
+    reader=Reader(
+        order=(PATTERN, FREQ), past_the_end=True, first_is_full=True, words=False, any_case=True, null_is_one=True
+    ),
 )
 LMDEPLOY = Engine(
     name="lmdeploy",
@@ -107,6 +128,8 @@ LMDEPLOY = Engine(
     model_types=("glm_moe_dsa",),
     on_other_types="It reads indexer_types for glm_moe_dsa alone.",
     wrapper_note="the config wraps a text model: whether LMDeploy merges a nested text_config is not known here: check",
+    stages=SEPARATE,
+    without_indexers=(("glm_moe_dsa", ""),),
 )
 ATOM_ENGINE = Engine(
     name="atom",
@@ -137,16 +160,25 @@ ATOM_ENGINE = Engine(
         ),
     ),
     dsa_letters_only=("minimax_m3_vl",),
+    stages=CARRIED,
+    carried="since ROCm/ATOM pull request 1882, August 2026; older ones need F there",
     without_indexers=(("glm_moe_dsa", "from #1260 on"),),
-    reader=Reader(schedule=ATOM, past_the_end=True, switch=NEEDED, switched_by_freq=True, words=False),
+    reader=Reader(schedule=ATOM, past_the_end=True, needs_switch=True, switched_by_freq=True, words=False),
     readers=(
         (
             "deepseek_v4",
-            Reader(order=(PATTERN,), unknown=(TYPES, FREQ), past_the_end=True, switch=NEEDED, words=False),
+            Reader(
+                order=(PATTERN, FREQ),
+                schedule=ATOM_V4,
+                freq_counts_indexed=True,
+                past_the_end=True,
+                needs_switch=True,
+                words=False,
+            ),
         ),
         (
             "minimax_m3_vl",
-            Reader(order=(PATTERN, FREQ), schedule=MINIMAX_M3, past_the_end=True, switch=NEEDED, words=False),
+            Reader(order=(PATTERN, FREQ), schedule=MINIMAX_M3, past_the_end=True, needs_switch=True, words=False),
         ),
     ),
 )
@@ -169,12 +201,13 @@ VLLM_ASCEND = Engine(
     dsa_letters_only=("deepseek_v4",),
     split=split_vllm,
     partition_variable="VLLM_PP_LAYER_PARTITION",
+    stages=SEPARATE,
     without_indexers=(("glm_moe_dsa", "from #11363 on"),),
-    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, switch=HEEDED, words=False),
+    reader=Reader(order=(PATTERN, FREQ), past_the_end=True, words=False),
     readers=(
         (
             "deepseek_v4",
-            Reader(order=(PATTERN, FREQ), schedule=ASCEND_V4, past_the_end=True, switch=NEEDED, words=False),
+            Reader(order=(PATTERN, FREQ), schedule=ASCEND_V4, past_the_end=True, needs_switch=True, words=False),
         ),
     ),
 )
@@ -190,6 +223,8 @@ LLAMACPP = Engine(
     model_types=("glm_moe_dsa",),
     on_other_types="The key belongs to the architecture glm-dsa.",
     nests=False,
+    stages=CARRIED,
+    carried="one graph runs all layers, on whatever devices they are",
     writes="GGUF",
     reader=Reader(order=(engine.GGUF_KEY, TYPES)),
 )
@@ -201,17 +236,59 @@ MEGATRON_ENGINE = Engine(
     render=lambda settings: " ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items()),
     model_types=("glm_moe_dsa",),
     on_other_types=NOT_KNOWN,
+    notes=(("", "Megatron-LM raises where a pipeline stage would start on S: give --serve-pp if you cut it"),),
     nests=False,
     all_layers_alike=True,
+    stages=SEPARATE,
     reader=Reader(
         order=(engine.MEGATRON_FREQ,), schedule=MEGATRON, freq=engine.MEGATRON_FREQ, offset=engine.MEGATRON_OFFSET
     ),
+)
+XLLM_ENGINE = Engine(
+    name="xllm",
+    title="xLLM",
+    how="put these keys into the checkpoint's config.json; it reads index_topk_pattern",
+    settings=engine.config_keys,
+    render=config_json,
+    model_types=("glm_moe_dsa",),
+    on_other_types=NOT_KNOWN,
+    writes="config.json",
+    wrapper_note="the config wraps a text model: whether xLLM looks into text_config is not known here: check",
+    without_indexers=(("glm_moe_dsa", ""),),
+    reader=Reader(order=(PATTERN, FREQ), schedule=XLLM, words=False, any_case=True),
+)
+PRIME_RL = Engine(
+    name="prime-rl",
+    title="prime-rl",
+    how="put this table into the TOML file of the run (a trainer; without it, it goes by the config's indexer_types)",
+    settings=lambda letters, _: {engine.PRIME_RL_PATTERN: letters},
+    render=engine.toml("trainer.model.index_cache"),
+    model_types=("glm_moe_dsa",),
+    on_other_types=NOT_KNOWN,
+    nests=False,
+    inside="index_cache",
+    reader=Reader(order=(engine.PRIME_RL_PATTERN,), unknown=(engine.PRIME_RL_FREQ, FREQ, PATTERN, OFFSET)),
+)
+PADDLEFLEET = Engine(
+    name="paddlefleet",
+    title="PaddleFleet",
+    how="put this key into the model's config.json (a trainer; its letters count the layers with an indexer)",
+    settings=lambda letters, _: {engine.PADDLE_PATTERN: letters},
+    render=config_json,
+    model_types=("deepseek_v4",),
+    on_other_types="It shares in DeepSeek V4 alone.",
+    nests=False,
+    dsa_letters_only=("deepseek_v4",),
+    stages=CARRIED,
+    carried="in its plain schedule, without virtual stages",
+    reader=Reader(order=(engine.PADDLE_PATTERN, PATTERN), words=False, any_case=True),
 )
 
 ENGINES: dict[str, Engine] = {
     engine.name: engine
     for engine in (
-        TRANSFORMERS, VLLM, SGLANG, TRTLLM, LMDEPLOY, ATOM_ENGINE, VLLM_ASCEND, LLAMACPP, MEGATRON_ENGINE,
+        TRANSFORMERS, VLLM, SGLANG, TRTLLM, LMDEPLOY, ATOM_ENGINE, VLLM_ASCEND, LLAMACPP, MEGATRON_ENGINE, XLLM_ENGINE,
+        PRIME_RL, PADDLEFLEET,
     )
 }  # fmt: skip
 

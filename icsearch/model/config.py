@@ -276,19 +276,21 @@ def fp8_block(config: Mapping[str, Any], name: str) -> tuple[int, int] | None:
 class Schedule:
     """An engine's rule: layer i, from 0, is F iff max(i - offset + shift, 0) % freq == 0.
 
-    `default_offset` is taken where none is given, and what is below `least_offset` is taken as that. With
-    `fixed_offset` an offset that is given is not read.
+    `default_offset` is taken where none is given (with `zero_is_default` also where it is 0), and what is below
+    `least_offset` is taken as that. With `fixed_offset` an offset that is given is not read.
     """
 
     default_offset: int = 2
     shift: int = 1
     least_offset: int | None = None
     fixed_offset: bool = False
+    zero_is_default: bool = False
 
     def effective(self, offset: int | None) -> int:
         """The offset that the engine goes by, where this one is given."""
-        given = self.default_offset if offset is None or self.fixed_offset else offset
-        return given if self.least_offset is None else max(given, self.least_offset)
+        if offset is None or self.fixed_offset or (offset == 0 and self.zero_is_default):
+            offset = self.default_offset
+        return offset if self.least_offset is None else max(offset, self.least_offset)
 
     def letters(self, num_layers: int, freq: int, offset: int | None = None) -> str:
         """The pattern that the engine runs. S may come first: what an engine does with that is its own."""

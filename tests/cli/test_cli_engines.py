@@ -46,12 +46,12 @@ def test_what_is_pasted_is_never_wrapped(columns: str) -> None:
 
 
 def test_a_repair_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, err = run(capsys, "export", DEMO, "--engine", "sglang", "--retention", "1/4", "--serve-pp", "2")
+    status, out, err = run(capsys, "export", DEMO, "--engine", "vllm", "--retention", "1/4", "--serve-pp", "2")
     assert status == 0
     assert '"FFSSSSFSFSSFSSSS"' in out
     assert "stage 2 would start on S (layer 8)" in err and "estimated from the run's losses" in err
-    assert "SGLang: add this flag" in err
-    _, same, _ = run(capsys, "export", DEMO, "--engine", "sglang", "--retention", "1/4", "--serve-pp", "2",
+    assert "vLLM: add this flag" in err
+    _, same, _ = run(capsys, "export", DEMO, "--engine", "vllm", "--retention", "1/4", "--serve-pp", "2",
                      "--repair", "same")  # fmt: skip
     assert same.count("F") == '"FFSSSSFSSSSFSSSS"'.count("F")
     assert "--serve-pp 0,8" in refused(capsys, "export", DEMO, "--engine", "trtllm", "--serve-pp", "2")
@@ -179,7 +179,7 @@ def test_options_of_import_come_from_a_file_too(capsys: pytest.CaptureFixture[st
         ),
         (["import", "freq:4", "--layers", "4", "--engine", "tgi"], "unknown engine 'tgi'"),
         (["export", LONG, "--engine", "megatron"], "the nearest that they can give is"),
-        (["export", DEMO, "--engine", "vllm", "--out", "x.json"], "takes flags"),
+        (["export", DEMO, "--engine", "vllm", "--out", "x.json"], "paste what is printed"),
         (["export", DEMO, "--engine", "vllm", "--repair", "same"], "give both, or leave it out"),
         (["import", "freq:4", "--layers", "4", "--out", DEMO], "exists: give another --out"),
         (

@@ -147,7 +147,7 @@ def test_what_is_no_config_is_not_nested() -> None:
 def test_tensorrt_llm_gets_the_consistent_keys_of_a_config() -> None:
     result = export(pattern_file(), "trtllm")
     assert result.settings == export(pattern_file(), "transformers").settings
-    assert "no launch argument" in result.how
+    assert "under model_kwargs" in result.how
 
 
 def test_lmdeploy_gets_the_list_alone() -> None:

@@ -150,7 +150,7 @@ def test_a_wrapped_config_is_written_inside(tmp_path: Path) -> None:
 def test_files_that_are_not_written(tmp_path: Path) -> None:
     write_object(tmp_path / "config.json", CONFIG)
     for engine, words in (
-        ("vllm", "vLLM reads no file of ours, it takes flags"),
+        ("vllm", "vLLM reads no file of ours: leave --out away"),
         ("llamacpp", "give that one with --gguf"),
         ("transformers", "give the original with --model-config"),
     ):

@@ -15,6 +15,7 @@ from icsearch.core.files import published_patterns
 from icsearch.core.jsonfile import write_object
 from icsearch.core.pattern_file import load_pattern_file
 from icsearch.engines.read import import_pattern, is_engine_source
+from icsearch.engines.table import ENGINES
 from icsearch.model.config import INDEXED_TYPES, Backbone, read_backbone
 
 GLM = {"model_type": "glm_moe_dsa", "num_hidden_layers": 6}
@@ -143,7 +144,8 @@ def test_where_it_is_not_known_what_an_engine_sees_of_a_wrapper(engine: str) -> 
          "index_topk_pattern"),
         ("transformers", {"indexer_types": ["full"] * 7}, {"index_topk_pattern": "FSSSSSS"}, "FFFFFFF",
          "indexer_types"),
-        ("vllm", {"use_index_cache": False}, {"index_topk_freq": 4}, "FFFFFFF", "use_index_cache"),
+        ("atom", {"use_index_cache": False, "index_skip_topk_offset": 1}, {"index_topk_freq": 4}, "FFFFFFF",
+         "index_skip_topk_offset, use_index_cache"),
         ("vllm", {"index_topk_freq": 2, "use_index_cache": True}, {"index_topk_pattern": "FSSSSSS"}, "FSSSSSS", ""),
     ],
 )  # fmt: skip
@@ -220,27 +222,25 @@ def test_a_family_that_mixes_kinds_must_say_where() -> None:
 def test_the_switch() -> None:
     pattern = {"index_topk_pattern": "FSSFSS"}
     assert read({**pattern, "use_index_cache": True}, "atom") == ("FSSFSS", [])
-    assert read(pattern, "vllm")[0] == "FSSFSS"
-    assert "run every layer as F" in read(pattern, "vllm")[1][0]
-    assert read(pattern, "sglang") == ("FSSFSS", [])
-    for keys, engine in (
-        (pattern, "atom"),
-        ({**pattern, "use_index_cache": False}, "vllm"),
-        ({**pattern, "use_index_cache": False}, "atom"),
-    ):
-        letters, notes = read(keys, engine)
+    for engine in ("vllm", "vllm-ascend", "sglang", "trtllm"):  # these never read it
+        assert read(pattern, engine) == ("FSSFSS", [])
+        letters, notes = read({**pattern, "use_index_cache": False}, engine)
+        assert letters == "FSSFSS"
+        assert "does not read use_index_cache, false here: the pattern runs all the same" in notes[0]
+    for keys in (pattern, {**pattern, "use_index_cache": False}):
+        letters, notes = read(keys, "atom")
         assert letters == "FFFFFF"
         assert any("with use_index_cache true alone: as given, every layer is F" in note for note in notes)
     assert read({"index_topk_freq": 3}, "atom") == ("FFSSFS", [])  # a freq above 1 is a switch by itself
 
 
 def test_a_pattern_that_is_shorter_or_longer_than_the_model() -> None:
-    for engine in ("vllm", "sglang"):
+    for engine in ("vllm", "sglang", "trtllm"):
         assert read({"use_index_cache": True, "index_topk_pattern": "FSS"}, engine)[0] == "FSSFFF"
         letters, notes = read({"use_index_cache": True, "index_topk_pattern": "FSSFSSSS"}, engine)
         assert letters == "FSSFSS"
         assert any("reads no further" in note for note in notes)
-    for engine in ("transformers", "trtllm", "lmdeploy"):
+    for engine in ("transformers", "lmdeploy", "xllm"):
         key = {"indexer_types": ["full", "shared"], "index_topk_pattern": "FS"}
         with pytest.raises(PatternError, match="has 2 letters, the model 6"):
             read(key, engine)
@@ -253,7 +253,7 @@ def test_a_pattern_that_is_a_list_has_each_engines_own_names() -> None:
         assert read({"index_topk_pattern": words}, engine)[0] == "FSFSFS"
         with pytest.raises(PatternError, match="index_topk_pattern has 'F' for layer 0: expected full or shared"):
             read({"index_topk_pattern": letters}, engine)
-    for engine in ("vllm", "vllm-ascend", "sglang", "trtllm", "atom"):
+    for engine in ("vllm", "vllm-ascend", "sglang", "trtllm", "atom", "paddlefleet"):
         for backbone in (SIX, Backbone(6, tuple(range(6)), "deepseek_v4")):
             assert read({**switch, "index_topk_pattern": letters}, engine, backbone)[0] == "FSFSFS"
             with pytest.raises(PatternError, match="index_topk_pattern has 'full' for layer 0: expected F or S"):
@@ -282,8 +282,50 @@ def test_deepseek_v4_in_both_encodings() -> None:
     assert read(all_layers, "atom", v4)[0] == "FSS"
     assert read({"use_index_cache": True, "index_topk_pattern": "FSS"}, "vllm-ascend", v4) == ("FSS", [])
     assert read({"use_index_cache": True, "index_topk_freq": 2}, "vllm-ascend", v4)[0] == "FFS"
-    with pytest.raises(PatternError, match="how ATOM reads index_topk_freq for deepseek_v4 is not known"):
-        read({"use_index_cache": True, "index_topk_freq": 2}, "atom", v4)
+    assert read({"index_topk_pattern": "FSS"}, "vllm", v4)[0] == "FSS"
+    assert read({"indexcache_topk_pattern": "fSS"}, "paddlefleet", v4) == ("FSS", [])
+    with pytest.raises(PatternError, match="how vLLM reads index_topk_freq for deepseek_v4 is not known"):
+        read({"index_topk_freq": 2}, "vllm", v4)
+
+
+def test_atom_counts_letters_by_all_layers_of_deepseek_v4_and_freq_by_those_with_an_indexer() -> None:
+    v4 = Backbone(12, (2, 4, 6, 8, 10), "deepseek_v4")
+    freq = {"use_index_cache": True, "index_topk_freq": 4}
+    assert read(freq, "atom", v4) == ("FSSSF", [])
+    assert read({**freq, "index_skip_topk_offset": 3}, "atom", v4)[0] == "FSSSF"  # not read
+    assert read({**freq, "index_topk_pattern": "FFFFSFSFFFSF"}, "atom", v4)[0] == "FSSFS"
+    assert read({"index_topk_freq": 4}, "atom", v4)[0] == "FFFFF"  # the switch is needed
+
+
+def test_tensorrt_llm_is_lenient_as_its_code_is() -> None:
+    assert read({"index_topk_pattern": "fsSFss"}, "trtllm")[0] == "FSSFSS"
+    assert read({"index_topk_freq": None}, "trtllm")[0] == "FFFFFF"
+    assert read({"model_kwargs": {"index_topk_pattern": "FFSFSS"}}, "trtllm")[0] == "FFSFSS"
+    with pytest.raises(PatternError, match="index_topk_freq is None"):
+        read({"index_topk_freq": None}, "vllm")
+
+
+def test_xllm_takes_no_offset_and_0_alike() -> None:
+    for offset in ({}, {"index_skip_topk_offset": 0}, {"index_skip_topk_offset": 2}):
+        assert read({"index_topk_freq": 4, **offset}, "xllm")[0] == "FFSSSF"
+    assert read({"index_topk_freq": 4, "index_skip_topk_offset": 1}, "xllm")[0] == "FSSSFS"
+    assert read({"index_topk_pattern": "fsssfs"}, "xllm")[0] == "FSSSFS"
+
+
+def test_the_table_of_prime_rl(tmp_path: Path) -> None:
+    text = '[trainer.model.index_cache]\ntopk_pattern = "FFSFSS"\n'
+    assert import_pattern(text, None, SIX).pattern.letters == "FFSFSS"
+    (tmp_path / "rl.toml").write_text(f"max_steps = 3\n[trainer.model]\nname = 'x'\n{text}[orchestrator]\nseed = 1\n")
+    found = import_pattern(f"{tmp_path}/rl.toml", None, SIX)
+    assert (found.pattern.letters, found.engine) == ("FFSFSS", ENGINES["prime-rl"])
+    for bad, words in (
+        ("[model]\nname = 1", "no table index_cache: prime-rl goes by the model's own config.json then"),
+        ("[model\n", "the text is not TOML"),
+        ("[model.index_cache]\ntopk_freq = 2", "how prime-rl reads topk_freq for .* is not known"),
+        (f"{tmp_path}/nowhere.toml", "cannot read .*nowhere.toml"),
+    ):
+        with pytest.raises(PatternError, match=words):
+            import_pattern(bad, None, SIX)
 
 
 def test_freq_and_offset_by_each_engines_rule() -> None:
@@ -302,15 +344,15 @@ def test_freq_and_offset_by_each_engines_rule() -> None:
     ("text", "backbone", "names"),
     [
         ('{"use_index_cache": true, "index_topk_pattern": "FS"}', None,
-         "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend"),
+         "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, xllm, paddlefleet"),
         ('{"index_topk_pattern": "FS"}', Backbone(2, (0, 1), "deepseek_v32"), "vllm, sglang, atom, vllm-ascend"),
         ('{"text_config": {"indexer_types": ["full"]}}', None, "transformers, lmdeploy, atom, llamacpp"),
         ('{"glm-dsa.attention.indexer.types": [true, false]}', None, "llamacpp"),
         ('{"dsa_indexer_topk_freq": 2}', SIX, "megatron"),
         ('{"model_type": "hy_v4", "num_hidden_layers": 6}', None, "transformers"),
-        ("freq:4", SIX, "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, megatron"),
+        ("freq:4", SIX, "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, megatron, xllm"),
         ("freq:4", Backbone(6, (2, 4), "minimax_m3_vl"), "vllm, atom"),
-        ('{"hidden_size": 4}', Backbone(6, (0, 1), "axk2"), "transformers, .* megatron"),
+        ('{"hidden_size": 4}', Backbone(6, (0, 1), "axk2"), "transformers, .* paddlefleet"),
     ],
 )  # fmt: skip
 def test_an_engine_must_be_named_and_those_that_could_be_meant_are(

@@ -11,19 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine_files import pattern_file
+from icsearch.core.files import published_patterns
 from icsearch.core.pattern import Pattern
-from icsearch.core.pattern_file import PatternFile, Step
+from icsearch.core.pattern_file import PatternFile, Step, load_pattern_file
 from icsearch.engines.engine import ExportError
-from icsearch.engines.export import Serving, export
+from icsearch.engines.export import Serving, export, with_config
 from icsearch.engines.pipeline import (
     add_full,
     flip_costs,
     losses_of_file,
     losses_of_run,
     move_full,
-    split_front,
+    split_vllm,
     stages_on_shared,
 )
+from icsearch.engines.table import ENGINES
 from icsearch.runs import results
 from run_fixtures import MadeUpRun, write_run
 
@@ -126,22 +128,22 @@ def test_the_repair_says_stage_layer_number_and_loss() -> None:
     assert result.warnings == (
         "with 2 pipeline stages (4+4 layers), stage 2 would start on S (layer 4), with no selection to reuse: F at 4 "
         "(7 F instead of 6, loss 2.1000 for 2.3000, measured in the run); --repair same: F at 4 and S at 6 (6 F as "
-        "before, loss 2.4000 for 2.3000, estimated from the run's losses, evaluate it); or leave the pattern as it is "
-        "and set VLLM_PP_LAYER_PARTITION=3,5",
+        "before, loss 2.4000 for 2.3000, estimated from the run's losses, evaluate it); or leave the pattern as it is, "
+        "and serve it with VLLM_PP_LAYER_PARTITION=3,5",
     )
     same = export(file, "vllm", serving=Serving("2", "same", losses))
     assert same.pattern.letters == "FFSFFFSF"
     left = export(file, "vllm", serving=Serving("2", "none", losses))
     assert left.pattern.letters == "FFSFSFFF"
-    assert left.warnings[0].endswith("; the pattern is left as it is, so set VLLM_PP_LAYER_PARTITION=3,5")
+    assert left.warnings[0].endswith("; the pattern is left as it is, so serve it with VLLM_PP_LAYER_PARTITION=3,5")
 
 
 def test_no_partition_is_named_where_none_can_help() -> None:
     file = searched("FSSSSSSS")
     lack = ", and has fewer F layers than there are stages: serve it in fewer"
-    for engine, words in (("vllm", lack), ("trtllm", "")):
+    for engine in ("vllm", "lmdeploy"):
         left = export(file, engine, serving=Serving("0,4", "none"))
-        assert left.warnings[0].endswith(f"; the pattern is left as it is{words}")
+        assert left.warnings[0].endswith(f"; the pattern is left as it is{lack}")
 
 
 def test_a_layout_that_fits_changes_nothing() -> None:
@@ -157,11 +159,11 @@ def test_no_stage_of_a_repaired_pattern_starts_on_shared(
     path, scored = along_a_search([random.uniform(-1, 1) for _ in range(n)])
     pattern = Pattern(data.draw(st.sampled_from(path)))
     try:
-        result = export(pattern_file(pattern.letters), "sglang", serving=Serving(str(stages), repair, scored))
+        result = export(pattern_file(pattern.letters), "vllm", serving=Serving(str(stages), repair, scored))
     except ExportError as refused:
         assert "layers must become F, and only" in str(refused)
         return
-    assert stages_on_shared(result.pattern, range(n), split_front(n, stages)) == []
+    assert stages_on_shared(result.pattern, range(n), split_vllm(n, stages)) == []
     if repair == "same":
         assert len(result.pattern.full_layers) == len(pattern.full_layers)
 
@@ -190,8 +192,47 @@ def test_layers_are_those_of_the_decoder() -> None:
 
 
 def test_a_layer_that_the_checkpoint_shares_cannot_start_a_stage() -> None:
-    with pytest.raises(ExportError, match="no indexer at layer 4: give other first layers .*PARTITION=3,5"):
-        export(pattern_file("FFSFSFFF", native_shared=[4]), "vllm", serving=Serving("2"))
+    for engine, layout, cuts in (
+        ("vllm", "2", "VLLM_PP_LAYER_PARTITION=3,5"),
+        ("vllm-ascend", "2", "VLLM_PP_LAYER_PARTITION=3,5"),
+        ("lmdeploy", "0,4", "--serve-pp 0,3"),
+    ):
+        with pytest.raises(ExportError, match=f"shares layer 4 itself, which cannot be F: serve it with {cuts}$"):
+            export(pattern_file("FFSFSFFF", native_shared=[4]), engine, serving=Serving(layout))
+    with pytest.raises(ExportError, match="it has fewer F layers than there are stages: serve it in fewer"):
+        export(pattern_file("FSSSSSSS", native_shared=list(range(1, 8))), "vllm", serving=Serving("2"))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_export_makes_a_layer_without_an_indexer_full(engine: str) -> None:
+    own = load_pattern_file(published_patterns() / "glm-5.2-native.json")
+    for layout in ("0,39", "0,20,40,60"):
+        for repair in ("add", "same", "none"):
+            try:
+                served = export(own, engine, serving=Serving(layout, repair)).pattern
+            except ExportError as refused:
+                assert "serve it with" in str(refused)
+                assert ENGINES[engine].stages == "separate"
+            else:
+                assert served == own.pattern
+
+
+def test_a_layer_that_a_config_alone_shares_is_not_made_full_by_a_repair() -> None:
+    config = {"model_type": "glm_moe_dsa", "num_hidden_layers": 8, "index_topk_pattern": "FFSFSFFF"}
+    file, notes = with_config(pattern_file("FFSFSFFF"), config, "config.json")
+    assert "give its directory with --model-config" in notes[0]
+    with pytest.raises(ExportError, match="shares layer 4 itself"):
+        export(file, "vllm", serving=Serving("2"))
+
+
+def test_a_stage_may_start_on_shared_where_the_selection_travels() -> None:
+    for engine, since in (("sglang", "28532"), ("atom", "1882")):
+        result = export(pattern_file("FFSFSFFF"), engine, serving=Serving("0,4"))
+        assert result.pattern.letters == "FFSFSFFF"
+        assert f"which {ENGINES[engine].title} serves" in result.warnings[0] and since in result.warnings[0]
+    unknown = export(pattern_file("FFSFSFFF"), "trtllm", serving=Serving("0,4"))
+    assert unknown.pattern.letters == "FFSFSFFF"
+    assert "whether TensorRT-LLM hands a selection on from stage to stage is not known here" in unknown.warnings[0]
 
 
 def test_an_unknown_repair() -> None:
