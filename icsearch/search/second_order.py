@@ -100,9 +100,10 @@ def correction(
 ) -> Any:
     """float64 [2, N, N]: what to add to the prices for each S layer and source; zeros where nothing was measured.
 
-    Single flips say how far each layer's prices may be off. Half of a layer's number is common to all sources. These
-    are the most likely numbers. With `chance` they are drawn from all that agree with what was measured, each as likely
-    as it is (the posterior, by Matheron's rule), and differ most where little is known.
+    Single flips say how far each layer's prices may be off. A layer's number has a part that is common to all sources,
+    and one of each source, which may be the larger the dearer that source is beside the single flip's. These are the
+    most likely numbers. With `chance` they are drawn from all that agree with what was measured, each as likely as it
+    is (the posterior, by Matheron's rule), and differ most where little is known.
     """
     count = table.drawn.shape[2]
     numbers = np.zeros((2, count, count))
@@ -115,30 +116,34 @@ def correction(
     shared = sources != layers  # [M, N]
     singles = {int(row.argmax()): number for number, row in enumerate(shared) if row.sum() == 1}
     prices = np.abs(np.array(list(measured.values())).T)  # [2, M]
+    pairs = table.pair_costs()[KL]
     for price, residual in enumerate(residuals):
-        spread = np.full(count, SMALLEST)
+        spread, dearer = np.full(count, SMALLEST), np.ones((count, count))
         for layer, number in singles.items():
-            spread[layer] += abs(residual[number]) + table.predict(full[number : number + 1])[KL, 0]
-        prior = spread**2  # of a layer's number
-        alike = np.zeros((len(patterns), len(patterns)))
+            kl = pairs[layer, sources[number, layer]]
+            spread[layer] += abs(residual[number]) + kl
+            dearer[layer] = np.maximum(1, pairs[layer] / (kl + SMALLEST))
+        common, own = spread**2 / 2, (spread[:, None] * dearer) ** 2 / 2  # [N], [N, N]: priors of both parts
+        own[layers, layers] = 0.0  # an F layer, or one that keeps what it had
+        used = own[layers, sources]  # [M, N]
+        alike = (shared * common) @ shared.T
         for layer in range(count):
-            both = np.outer(shared[:, layer], shared[:, layer])
-            same = both & (sources[:, layer, None] == sources[None, :, layer])
-            alike += prior[layer] * (both / 2 + same / 2)
+            same = sources[:, layer, None] == sources[None, :, layer]
+            alike += same * used[:, layer]
         scatter = SMALLEST + SCATTER * prices[price]
         scatter[list(singles.values())] = SMALLEST
-        if chance is not None:  # numbers and scatter of a world that nobody has measured, moved to agree with this one
-            numbers[price] = np.sqrt(prior / 2)[:, None] * (
-                chance.normal(size=(count, 1)) + chance.normal(size=(count, count))
+        if chance is not None:  # a world that nobody has measured, to be moved until it agrees with this one
+            parts = (
+                np.sqrt(common)[:, None] * chance.normal(size=(count, 1)),
+                np.sqrt(own) * chance.normal(size=own.shape),
             )
-            numbers[price, layers, layers] = 0.0
+            numbers[price] = np.where(layers[:, None] == layers, 0.0, sum(parts))
             residual = residual - summed(numbers, sources)[price] - scatter * chance.normal(size=len(patterns))
         weights = np.linalg.solve(alike + np.diag(scatter**2), residual)  # [M]
         for layer in range(count):
-            heard = weights * shared[:, layer]
-            numbers[price, layer] += prior[layer] * heard.sum() / 2
-            np.add.at(numbers[price, layer], sources[:, layer], prior[layer] * heard / 2)
-        numbers[price, layers, layers] = 0.0  # an F layer, or one that keeps what it had
+            numbers[price, layer] += common[layer] * (weights @ shared[:, layer])
+            np.add.at(numbers[price, layer], sources[:, layer], used[:, layer] * weights)
+        numbers[price, layers, layers] = 0.0
     return numbers
 
 
