@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
-import numpy as np
-
 from icsearch.core.pattern import Pattern
 from icsearch.runs.fisher_file import arrays_of
 from icsearch.runs.journal import Event
@@ -30,18 +28,9 @@ class Proposals:
         return self._search().path(self._flips)
 
     def finalists(self, count: int) -> list[Pattern]:
-        """Patterns to measure: a quarter of them the best by the most likely correction, local optima first.
-
-        The others are each the best by a correction that is drawn (Thompson sampling): where little is known, numbers
-        that are likely to be wrong would keep the search away from what is good.
-        """
-        number, found = len(self._record.proposals), list[Pattern]()
-        for draw in range(count):
-            chance = None if draw < max(count // 4, 1) else np.random.default_rng([number, draw])
-            ranked = (pattern for _, pattern in self._search(chance).best(self._kept, [self.best]))
-            new = (each for each in ranked if each.letters not in self._record.nll and each not in found)
-            found += islice(new, 1)
-        return found
+        """Patterns to measure, by the objective: local optima first."""
+        ranked = (pattern for _, pattern in self._search().best(self._kept, [self.best]))
+        return list(islice((each for each in ranked if each.letters not in self._record.nll), count))
 
     def event(self, patterns: Sequence[Pattern]) -> Event:
         """The event that proposes these patterns."""
@@ -59,9 +48,9 @@ class Proposals:
         possible = [each for each in self._record.measured() if len(each.full_layers) == self._kept]
         return sorted(possible, key=lambda each: (table.loss(each.letters), each.letters))
 
-    def _search(self, chance: np.random.Generator | None = None) -> PatternSearch:
+    def _search(self) -> PatternSearch:
         record = self._record
-        numbers = correction(self._table, measured_prices(record), chance)
+        numbers = correction(self._table, measured_prices(record))
         return PatternSearch(self._table, record.start_pattern, record.stay_full, self._objective, numbers)
 
 

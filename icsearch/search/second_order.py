@@ -93,17 +93,11 @@ def summed(numbers: Any, sources: Any) -> Any:
     return numbers[:, layers, sources].sum(-1)
 
 
-def correction(
-    table: SecondOrderTable,
-    measured: Mapping[Pattern, tuple[float, float]],
-    chance: np.random.Generator | None = None,
-) -> Any:
+def correction(table: SecondOrderTable, measured: Mapping[Pattern, tuple[float, float]]) -> Any:
     """float64 [2, N, N]: what to add to the prices for each S layer and source; zeros where nothing was measured.
 
     Single flips say how far each layer's prices may be off. A layer's number has a part that is common to all sources,
-    and one of each source, which may be the larger the dearer that source is beside the single flip's. These are the
-    most likely numbers. With `chance` they are drawn from all that agree with what was measured, each as likely as it
-    is (the posterior, by Matheron's rule), and differ most where little is known.
+    and one of each source, which may be the larger the dearer that source is beside the single flip's.
     """
     count = table.drawn.shape[2]
     numbers = np.zeros((2, count, count))
@@ -132,13 +126,6 @@ def correction(
             alike += same * used[:, layer]
         scatter = SMALLEST + SCATTER * prices[price]
         scatter[list(singles.values())] = SMALLEST
-        if chance is not None:  # a world that nobody has measured, to be moved until it agrees with this one
-            parts = (
-                np.sqrt(common)[:, None] * chance.normal(size=(count, 1)),
-                np.sqrt(own) * chance.normal(size=own.shape),
-            )
-            numbers[price] = np.where(layers[:, None] == layers, 0.0, sum(parts))
-            residual = residual - summed(numbers, sources)[price] - scatter * chance.normal(size=len(patterns))
         weights = np.linalg.solve(alike + np.diag(scatter**2), residual)  # [M]
         for layer in range(count):
             numbers[price, layer] += common[layer] * (weights @ shared[:, layer])

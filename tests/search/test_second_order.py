@@ -156,19 +156,17 @@ def test_local_optima_come_first() -> None:
         assert [price for price, _ in part] == sorted(price for price, _ in part)
 
 
-def test_drawn_corrections_scatter_round_the_likely_one_where_nothing_was_measured() -> None:
-    table = made_up()
+def test_dear_sources_may_be_further_off_than_cheap_ones() -> None:
+    """What a pattern is off by is laid on the layer whose source is dearer than that of its single flip."""
+    drawn = np.tril(np.ones((SEQUENCES, DRAWS, LAYERS, LAYERS)), -1)
+    drawn[:, :, 5, 2] = 3.0
+    table = SecondOrderTable(drawn, np.zeros((SEQUENCES, LAYERS, LAYERS)), TOKENS)
     singles = [Pattern.full(LAYERS).flip(layer) for layer in range(1, LAYERS)]
-    known = measured_in(table, a_world(table), [*singles, *all_patterns(5)[::4]])
-    others = all_patterns(3)[::2]
-    likely = table.predict(full_of(others), correction(table, known))
-    draws = [correction(table, known, np.random.default_rng(seed)) for seed in range(400)]
-    foretold = np.array([table.predict(full_of(others), numbers) for numbers in draws])
-    again = np.array([table.predict(full_of(list(known)), numbers) for numbers in draws])
-    assert foretold.std(0).min() > 5 * again[:, :, : len(singles)].std(0).max() > 0  # single flips are known
-    assert np.abs(foretold.mean(0) - likely).max() < 5 * foretold.std(0).max() / np.sqrt(len(draws))
-    assert np.array_equal(draws[7], correction(table, known, np.random.default_rng(7)))
-    assert not any(numbers[:, range(LAYERS), range(LAYERS)].any() for numbers in draws)
+    odd = Pattern("FFFSSSSF")
+    loss, kl = table.predict(full_of([odd]))[:, 0]
+    numbers = correction(table, {**measured_in(table, np.zeros((2, LAYERS, LAYERS)), singles), odd: (loss + 1, kl + 1)})
+    assert numbers[KL, 5, 2] > 20 * numbers[KL, 6, 2] > 0
+    assert numbers[KL, 6, 2] == pytest.approx(numbers[KL, 4, 2])
 
 
 def test_what_a_sum_cannot_say_is_not_learned_by_heart() -> None:
