@@ -30,7 +30,7 @@ from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.search.loop import Progress, Scoring, run_proposals, run_refinement
 from icsearch.search.protocol import SearchTask
-from icsearch.search.registry import DRAWS, make_strategy
+from icsearch.search.registry import DRAWS, LIKELY_ROUNDS, make_strategy
 from icsearch.sweep.branches import Batch, cut_waves, make_place
 from icsearch.sweep.distributed.launch import HELDOUT, TABLE, check_device, grids
 from icsearch.sweep.fisher import FisherSweep, table_runs
@@ -114,7 +114,8 @@ def _announce(request: FisherRequest, here: Opened, loaded: Loaded, scoring: Sco
     sequences, options = len(record.tokens), record.start["options"]
     flips, path, finalists = len(request.flippable(layout.start_pattern)), options["num_shared"], options["finalists"]
     table = 0 if request.table else round(_table_runs(here))
-    measuring = (flips + path + 2 * finalists) * layout.num_layers // 2
+    rounds = min(LIKELY_ROUNDS, options["rounds"])
+    measuring = (flips + path + rounds * finalists) * layout.num_layers // 2
     made = f"{options['draws']} draws a sequence: about {table} layer evaluations, each pair's attention by its FLOPs"
     rows = [
         *model_rows(record.start),
@@ -125,7 +126,7 @@ def _announce(request: FisherRequest, here: Opened, loaded: Loaded, scoring: Sco
         (
             "then measured",
             f"{flips} single flips, a nested path of {path}, rounds of {finalists} patterns (at most "
-            f"{options['rounds']}): about {measuring} layer evaluations with two rounds",
+            f"{options['rounds']}): about {measuring} layer evaluations with {rounds} rounds",
         ),
         ("exact greedy", f"{record.start['exact']['layer_evaluations']} layer evaluations (counted, not run)"),
         *stage_rows(record.start),

@@ -374,7 +374,7 @@ class FisherRequest(SearchRequest):
     finalists: Annotated[int, Option("Patterns measured a round", SEARCH, "M", least=1, most=MOST_FINALISTS)] = (
         FINALISTS
     )
-    rounds: Annotated[int, Option("Rounds at most; they end when one helps no more", SEARCH, "N", least=1)] = ROUNDS
+    rounds: Annotated[int, Option("Rounds at most; two in a row in vain end them", SEARCH, "N", least=1)] = ROUNDS
     table: Annotated[Path | None, Option("That of an earlier run on the same batches", SEARCH, "FILE.npz")] = None
     confirm_on: Annotated[
         str | None, Option("Held-out sequences that choose among the best", SEARCH, "SOURCE", read=str)

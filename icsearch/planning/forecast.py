@@ -23,13 +23,12 @@ from icsearch.planning.memory import MEMORY_SHARE, Job, Kept, Machine, Memory, W
 from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
 from icsearch.planning.rehearsal import Sweep, Workload, layer_evaluations
 from icsearch.planning.work import Widths, layer_work
-from icsearch.search.registry import DRAWS, ROUNDS, STRATEGIES
+from icsearch.search.registry import DRAWS, LIKELY_ROUNDS, ROUNDS, STRATEGIES
 from icsearch.sweep.distributed.launch import Grid, can_be_cut
 from icsearch.sweep.states import LayerRuns
 
 SECONDS_AN_HOUR = 3600.0
 FISHER = "fisher"  # beside the strategies of greedy
-LIKELY_ROUNDS = 2  # of finalists: the second one, as a rule, finds nothing better
 INDEX_SCORES, ATTENTION, REST, HEAD = "index scores", "attention", "projections, experts", "LM head"
 
 
