@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,7 @@ from icsearch.commands.options import EXCLUSIVE
 from icsearch.core.errors import IcsearchError
 from icsearch.core.files import read_text
 from icsearch.core.jsonfile import shown
-from icsearch.core.text import did_you_mean, first_line
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from icsearch.core.text import did_you_mean, first_line, parse_toml
 
 PREFIX = "ICSEARCH"
 COMMON = "common"
@@ -52,7 +46,7 @@ def read_tables(path: Path) -> dict[str, Any]:
     """The document of a TOML file. Raises ConfigError."""
     expected = "expected TOML with tables such as [common] and [greedy]"
     try:
-        return tomllib.loads(read_text(path))
+        return parse_toml(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"no config file {path}: {expected}") from None
     except OSError as error:

@@ -71,7 +71,9 @@ def opened(
     source, layout = open_model(request.calibration)
     request.check(layout.start_pattern, layout.backbone)
     run = RunDirectory(request.out)
-    with run.locked():
+    with run.locked() as without_locks:
+        if without_locks:
+            listener.info(without_locks)
         calibration, hit = obtain(request.calibration, source, layout, request.out / "calibration", request.fresh)
         inputs = Inputs(source, layout, calibration, obtain_heldout(request, source, layout, calibration))
         existing = [] if request.fresh else run.existing()

@@ -63,7 +63,7 @@ def read_text(path: Path) -> str:
             data += piece
             if len(data) > MAX_READ_BYTES:
                 raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
-    return data.decode()
+    return data.decode("utf-8-sig")  # some editors put a byte order mark in front
 
 
 def make_directory(directory: Path) -> None:
@@ -77,7 +77,10 @@ def make_directory(directory: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make a rename or removal in `directory` survive a power cut; a no-op where it may not be read, or on Windows."""
+    """Make a rename or removal in `directory` survive a power cut.
+
+    A no-op where it may not be read, on Windows, and on file systems that know no such thing (CIFS, FUSE, DrvFs).
+    """
     if os.name != "posix":
         return
     try:
@@ -86,6 +89,9 @@ def sync_directory(directory: Path) -> None:
         return
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EBADF):
+            raise
     finally:
         os.close(descriptor)
 

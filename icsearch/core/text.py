@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.jsonfile import MAX_COUNT, shown
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The document of a TOML text; raises ValueError, and RecursionError for what is nested too deeply."""
+    return tomllib.loads(text)
 
 
 def parse_bytes(text: str) -> int:

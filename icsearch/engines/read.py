@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import tomllib
-
 from icsearch.core.errors import PatternError
 from icsearch.core.files import read_text, typed_path
 from icsearch.core.jsonfile import MAX_LAYERS, AmbiguityError, shown, unambiguous, whole
 from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.pattern_file import PatternFile
+from icsearch.core.text import first_line, parse_toml
 from icsearch.engines.engine import GGUF_KEY, LETTER_KEYS, MEGATRON_FREQ, MEGATRON_OFFSET, PRIME_RL_FREQ, Engine, Reader
 from icsearch.engines.gguf import read_gguf
 from icsearch.engines.table import ENGINES, LLAMACPP, PRIME_RL, find_engine
@@ -198,9 +197,11 @@ def _source(text: str, given: Backbone | None) -> _Source:
 def _of_toml(text: str, name: str) -> _Source:
     """The table of prime-rl that shares selections, wherever in the file it stands."""
     try:
-        tables = [tomllib.loads(text)]
-    except tomllib.TOMLDecodeError as error:
-        raise EngineConfigError(f"{name} is not TOML ({error}): give the file that prime-rl is started with") from None
+        tables = [parse_toml(text)]
+    except (ValueError, RecursionError) as error:
+        raise EngineConfigError(
+            f"{name} is not TOML ({first_line(error)}): give the file that prime-rl is started with"
+        ) from None
     while tables:
         table = tables.pop()
         if isinstance(keys := table.get(PRIME_RL.inside), dict):

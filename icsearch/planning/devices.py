@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -13,11 +12,7 @@ import psutil
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.jsonfile import shown
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from icsearch.core.text import parse_toml
 
 MAX_RATE = 1e24  # far above all devices of the world together
 
@@ -63,7 +58,7 @@ class Devices:
 @cache
 def device_table() -> dict[str, Device]:
     """All devices, by their name in small letters."""
-    table = tomllib.loads(Path(__file__).with_name("devices.toml").read_text(encoding="utf-8"))
+    table = parse_toml(Path(__file__).with_name("devices.toml").read_text(encoding="utf-8"))
     node, total = table.pop("node"), psutil.virtual_memory().total
     machine = {name: [total, "the machine at hand"] for name in ("memory", "node_memory")}
     devices = {}

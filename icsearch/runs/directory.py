@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import os
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
+
+from filelock import SoftFileLock, Timeout
 
 from icsearch.core.errors import JournalError
 from icsearch.core.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory
@@ -28,7 +30,13 @@ RESULT_NAMES = (
     "eval.json",
     "eval.csv",
 )
-_LOCK_NAME = ".lock"
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LOCK_NAME, _OWNER_NAME = ".lock", ".lock.owner"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # some network file systems
 _MUST_AGREE = ("options", "model", "calibration")
 # Names, and what follows from a fingerprint: runs of earlier versions have not all of them.
 _MAY_DIFFER = ("name_or_path", "revision", "source", "source_revision", "sequences", "tokens", "count")
@@ -45,7 +53,8 @@ def _give_up_locks() -> None:
         lock.close()
 
 
-os.register_at_fork(after_in_child=_give_up_locks)  # once: what is registered stays for as long as the process lives
+if fcntl:
+    os.register_at_fork(after_in_child=_give_up_locks)  # once: what is registered stays while the process lives
 
 
 class RunDirectory:
@@ -56,10 +65,12 @@ class RunDirectory:
         self.journal = Journal(path / JOURNAL_NAME)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the directory for this process. The lock dies with its process, however that dies.
+    def locked(self) -> Iterator[str]:
+        """Hold the directory for this process; yields what is to be known about it, mostly nothing.
 
-        A directory that was made for a run which then never began is not left behind. Raises JournalError.
+        The lock dies with its process, however that dies; where there are no such locks, a file names host and process
+        instead, and whoever comes next on this host removes it. A directory that was made for a run which then never
+        began is not left behind. Raises JournalError.
         """
         made_now = not self.path.exists()
         try:
@@ -71,30 +82,47 @@ class RunDirectory:
         with lock:
             remove_stale_temporaries(self.path)
             try:
-                yield
+                yield "" if lock in _held else f"no locks in {self.path}: {_OWNER_NAME} there says who is at work"
             finally:
                 with contextlib.suppress(OSError):  # what stands in the way is no reason to hide the run's own outcome
-                    if made_now and [path.name for path in self.path.iterdir()] == [_LOCK_NAME]:
-                        (self.path / _LOCK_NAME).unlink()
+                    if made_now and {path.name for path in self.path.iterdir()} <= {_LOCK_NAME, _OWNER_NAME}:
+                        for name in (_LOCK_NAME, _OWNER_NAME):
+                            (self.path / name).unlink(missing_ok=True)
                         self.path.rmdir()
 
-    def _take_lock(self) -> TextIO:
-        """The lock file, open and ours.
+    def _take_lock(self) -> TextIO | SoftFileLock:
+        """The lock, ours.
 
-        A run that never began may have taken file and directory away since it was opened: then again.
+        A run that never began may have taken file and directory away since the file was opened: then again.
         """
         path = self.path / _LOCK_NAME
         while True:
             make_directory(self.path)
             lock = path.open("w")
-            if not _acquire(lock):
+            ours = _acquire(lock)
+            if ours is None:
                 lock.close()
-                raise JournalError(f"another icsearch is running in {self.path}: wait for it, or give another --out")
+                return self._take_soft_lock()
+            if not ours:
+                lock.close()
+                raise self._taken("")
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                     _held.add(lock)
                     return lock
             lock.close()
+
+    def _take_soft_lock(self) -> SoftFileLock:
+        """A file that names its owner, who removes it; that of a process which died here does not count."""
+        lock = SoftFileLock(self.path / _OWNER_NAME, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise self._taken(f" (if not, remove {self.path / _OWNER_NAME})") from None
+        return lock
+
+    def _taken(self, more: str) -> JournalError:
+        return JournalError(f"another icsearch is running in {self.path}{more}: wait for it, or give another --out")
 
     def existing(self) -> list[Event]:
         """The events of the run so far; empty where none was started. Raises JournalError for damaged options."""
@@ -129,12 +157,18 @@ class RunDirectory:
             )
 
 
-def _acquire(file: TextIO) -> bool:
-    """Lock an open file; False where another process has."""
+def _acquire(file: TextIO) -> bool | None:
+    """Lock an open file; False where another process has, None where there are no locks."""
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
     return True
 
 
