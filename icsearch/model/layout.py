@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import codecs
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -173,12 +174,15 @@ def load_config(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     """The checkpoint's config, as transformers reads it; raises ModelError."""
     from transformers import AutoConfig
 
+    path = checkpoint.directory / "config.json"
+    if path.read_bytes().startswith(codecs.BOM_UTF8):
+        raise ModelError(f"{path} begins with a byte order mark, which transformers cannot read: save it without one")
     try:
         return AutoConfig.from_pretrained(
             checkpoint.directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # unknown model_type, remote code refused, a value of the wrong type
         raise ModelError(
-            f"transformers cannot use {checkpoint.directory / 'config.json'} ({first_line(error)}): "
+            f"transformers cannot use {path} ({first_line(error)}): "
             "check model_type and its values, or pass --trust-remote-code if the checkpoint brings its own code"
         ) from error

@@ -84,6 +84,11 @@ FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "config is a list": (lambda p: p.checkpoint(config_json="[1, 2]"), "holds a list", AGAIN),
     "config is text": (lambda p: p.checkpoint(config_json='"glm"'), "holds 'glm'", AGAIN),
     "config is UTF-16": (lambda p: p.checkpoint(config_json="{}".encode("utf-16")), "is not JSON", AGAIN),
+    "config has a byte order mark": (
+        lambda p: p.checkpoint(config_json=b"\xef\xbb\xbf" + (p.checkpoint() / "config.json").read_bytes()),
+        "begins with a byte order mark",
+        "save it without one",
+    ),
     "config is Latin-1": (lambda p: p.checkpoint(config_json=b'{"a": "\xe4"}'), "is not JSON", AGAIN),
     "config is deep": (lambda p: p.checkpoint(config_json="[" * 100_000), "nested too deeply", AGAIN),
     "config says a thing twice": (
