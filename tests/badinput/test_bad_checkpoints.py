@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import struct
 from collections.abc import Callable
@@ -18,6 +19,13 @@ READERS = ("calibrate", "greedy", "dp-baseline", "eval")  # each row is given to
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+
+
+def marked(place: Place) -> Path:
+    """A checkpoint whose config.json an editor has put a byte order mark in front of."""
+    config = place.checkpoint() / "config.json"
+    config.write_bytes(codecs.BOM_UTF8 + config.read_bytes())
+    return config.parent
 
 
 def indexed(weight_map: Any) -> Callable[[Place], Path]:
@@ -84,11 +92,7 @@ FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "config is a list": (lambda p: p.checkpoint(config_json="[1, 2]"), "holds a list", AGAIN),
     "config is text": (lambda p: p.checkpoint(config_json='"glm"'), "holds 'glm'", AGAIN),
     "config is UTF-16": (lambda p: p.checkpoint(config_json="{}".encode("utf-16")), "is not JSON", AGAIN),
-    "config has a byte order mark": (
-        lambda p: p.checkpoint(config_json=b"\xef\xbb\xbf" + (p.checkpoint() / "config.json").read_bytes()),
-        "begins with a byte order mark",
-        "save it without one",
-    ),
+    "config has a byte order mark": (marked, "begins with a byte order mark", "save it without one"),
     "config is Latin-1": (lambda p: p.checkpoint(config_json=b'{"a": "\xe4"}'), "is not JSON", AGAIN),
     "config is deep": (lambda p: p.checkpoint(config_json="[" * 100_000), "nested too deeply", AGAIN),
     "config says a thing twice": (
