@@ -54,6 +54,8 @@ add(app, "report", commands.report, EVALUATING, ["command-line"], ["runs"])
 add(app, "export", commands.export, SERVING, ["engines", "native-checkpoints"], ["file"])
 add(app, "import", commands.import_pattern, SERVING, ["engines"], ["source"])
 
+TOGETHER = ("calibrate", "fisher", "greedy", "dp-baseline", "eval")  # of several processes, rank 0 makes the batches
+
 
 @cache
 def program() -> Any:
@@ -66,7 +68,10 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def start(arguments: list[str], debug: bool) -> object:
-    """In this process, or in all that a launcher such as torchrun has started."""
+    """In this process, or in all that a launcher such as torchrun has started, where the command runs in several."""
+    command = next((argument for argument in arguments if argument in program().commands), "")
+    if command not in TOGETHER or "--help" in arguments:
+        return _call(arguments)
     launch = read_launch(os.environ)
     if launch.size == 1:
         return _call(arguments)

@@ -10,6 +10,8 @@ import contextlib
 import json
 import math
 import os
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -18,7 +20,6 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
 
 from icsearch.core.errors import IcsearchError
 from icsearch.sweep.distributed.heartbeat import GRACE, Heartbeat
@@ -26,6 +27,8 @@ from icsearch.sweep.distributed.launch import Launch
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.0002, 0.02  # seconds between two looks for a message
 JOIN_TIMEOUT = 300.0  # seconds that processes may be apart when they start
+A_LOOK = 0.5  # seconds that a call which hears no signal may take while they come together
+QUIET = 2.0  # seconds until a process says whom it waits for
 NEVER = timedelta(days=30)  # the heartbeat ends what hangs; a process may compute for as long as it takes
 
 
@@ -118,20 +121,16 @@ class World:
 
 
 def join(launch: Launch) -> World:
-    """Find the other processes. Raises JoinError where they do not come."""
+    """Find the other processes, and say whom this one waits for. Raises JoinError where they do not come."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    where = f"the store at {host}:{port} (of rank 0, or of its launcher)"
     try:
-        store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN_TIMEOUT)))
+        store = _reach_store(launch, host, port, where)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = PrefixStore(f"icsearch/{attempt}", store)
-        another = TCPStore(  # a connection of its own: the main thread may be waiting on the other one
-            host,
-            port,
-            is_master=False,
-            timeout=timedelta(seconds=JOIN_TIMEOUT),
-            wait_for_workers=False,
-        )
-        where = f"the store at {host}:{port} (of rank 0, or of its launcher)"
+        another = _connect(
+            host, port, is_master=False
+        )  # a connection of its own: the main thread may be waiting on the other one
         heartbeat = Heartbeat(launch.rank, launch.size, PrefixStore(f"icsearch/{attempt}", another), where)
         heartbeat.announce()
         _wait_for_all(launch, own)
@@ -155,6 +154,46 @@ def join(launch: Launch) -> World:
     return World(launch, own, heartbeat)
 
 
+def _connect(host: str, port: int, **more: Any) -> TCPStore:
+    """A connection to the store, which waits for nobody: torch's own rendezvous does, in a call deaf to signals."""
+    return TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=JOIN_TIMEOUT), **more)
+
+
+def _reach_store(launch: Launch, host: str, port: int, where: str) -> TCPStore:
+    """The store that all processes share: rank 0 keeps it, where its launcher does not."""
+    if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return _connect(host, port, is_master=True, multi_tenant=True)
+    waiting = _Waiting(f"rank {launch.rank} of {launch.size} waits for {where}")
+    while True:  # until somebody listens there: a connection's own wait hears no signal either
+        try:
+            socket.create_connection((host, port), timeout=A_LOOK).close()
+        except OSError as error:
+            if waiting.seconds > JOIN_TIMEOUT:
+                raise ValueError(f"nobody is there after {JOIN_TIMEOUT:.0f} s: {error}") from None
+            waiting.check()
+            time.sleep(LONGEST_PAUSE)
+        else:
+            return _connect(host, port, is_master=False)
+
+
+class _Waiting:
+    """Says on stderr, once, what a process waits for."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._said, self._started = what, False, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the wait began."""
+        return time.monotonic() - self._started
+
+    def check(self) -> None:
+        """Speak, where it has taken more than a moment."""
+        if not self._said and self.seconds > QUIET:
+            print(f"icsearch: {self._what}; WORLD_SIZE is set, unset it to run alone", file=sys.stderr, flush=True)
+            self._said = True
+
+
 def look_for(
     store: Any, keys: list[str], between: Callable[[], object] = lambda: None, patience: float = math.inf
 ) -> None:
@@ -173,12 +212,16 @@ def look_for(
 
 def _wait_for_all(launch: Launch, store: Any) -> None:
     """Raises ValueError that names those who did not come."""
-    signs = [f"beat/{rank}" for rank in range(launch.size)]
+    signs = {rank: f"beat/{rank}" for rank in range(launch.size)}
+
+    def missing() -> str:
+        return ", ".join(str(rank) for rank, sign in signs.items() if not store.check([sign]))
+
+    waiting = _Waiting(f"rank {launch.rank} of {launch.size} waits for rank {missing()}")
     try:
-        look_for(store, signs, patience=JOIN_TIMEOUT)
+        look_for(store, list(signs.values()), waiting.check, patience=JOIN_TIMEOUT)
     except TimeoutError:
-        missing = [str(rank) for rank, sign in enumerate(signs) if not store.check([sign])]
-        raise ValueError(f"rank {', '.join(missing)} did not come within {JOIN_TIMEOUT:.0f} s") from None
+        raise ValueError(f"rank {missing()} did not come within {JOIN_TIMEOUT:.0f} s") from None
 
 
 def has_own_gpu(launch: Launch) -> bool:
