@@ -43,6 +43,6 @@ def test_a_wait_is_told_and_ended_by_a_signal(tmp_path: Path, rank: int, words: 
         said = process.stderr.readline()
         process.send_signal(number)
         rest = process.communicate(timeout=60)[1]  # not by the deadline of the wait, which is 300 seconds
-    assert said.startswith(f"icsearch: {words}") and "unset it to run alone" in said
+    assert said.startswith(f"note: {words}") and "unset it to run alone" in said
     assert process.returncode == 128 + number
     assert rest.count("\n") <= 1

@@ -190,7 +190,7 @@ class _Waiting:
     def check(self) -> None:
         """Speak, where it has taken more than a moment."""
         if not self._said and self.seconds > QUIET:
-            print(f"icsearch: {self._what}; WORLD_SIZE is set, unset it to run alone", file=sys.stderr, flush=True)
+            print(f"note: {self._what}; WORLD_SIZE is set, unset it to run alone", file=sys.stderr, flush=True)
             self._said = True
 
 
