@@ -117,6 +117,20 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
     return read_object(path, expected=what, advice="download it again", error=ModelError)
 
 
+def _instead_of_weights(directory: Path) -> tuple[str, str]:
+    """What lies where weights should, and what to do about it."""
+    files = sorted(path.name for path in directory.iterdir() if path.is_file())
+    if indices := [name for name in files if name.endswith(".safetensors.index.json")]:
+        return indices[0], f"rename it to {INDEX_NAME} if it lists the shards that lie beside it"
+    if shards := [name for name in files if name.endswith(".safetensors")]:
+        if len(shards) == 1 and "-of-" not in shards[0]:
+            return f"only {shards[0]}", f"rename it to {SINGLE_NAME} if it holds the whole model"
+        more = f" and {len(shards) - 1} more of its kind" if len(shards) > 1 else ""
+        return f"{shards[0]}{more}, without the index that lists them", f"download {INDEX_NAME} too"
+    others = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".gguf"))]
+    return f"only {others[0]}" if others else "no weights", "convert the checkpoint to safetensors"
+
+
 def _shards(directory: Path) -> tuple[Path, ...]:
     """The checkpoint's safetensors files, each present, whole, and holding the tensors that the index promises."""
     if (directory / INDEX_NAME).exists():
@@ -134,11 +148,8 @@ def _shards(directory: Path) -> tuple[Path, ...]:
     elif (directory / SINGLE_NAME).exists():
         promised = {SINGLE_NAME: set()}
     else:
-        others = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in sorted(directory.glob(pattern))]
-        raise ModelError(
-            f"found {f'only {others[0]}' if others else 'no weights'} in {directory}: expected {SINGLE_NAME} or "
-            f"{INDEX_NAME}; convert the checkpoint to safetensors"
-        )
+        found, advice = _instead_of_weights(directory)
+        raise ModelError(f"found {found} in {directory}: expected {SINGLE_NAME} or {INDEX_NAME}; {advice}")
     for file, tensors in promised.items():
         path = directory / file
         if Path(file).name != file or file in ("", "..") or not file.isprintable():  # the first ones lead out of it

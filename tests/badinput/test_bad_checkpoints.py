@@ -21,6 +21,17 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 
 
+def renamed(name: str) -> Callable[[Place], Path]:
+    """A checkpoint whose weights are called otherwise."""
+
+    def rename(place: Place) -> Path:
+        model = place.checkpoint()
+        (model / WEIGHTS).rename(model / name)
+        return model
+
+    return rename
+
+
 def marked(place: Place) -> Path:
     """A checkpoint whose config.json an editor has put a byte order mark in front of."""
     config = place.checkpoint() / "config.json"
@@ -114,6 +125,21 @@ FILES: dict[str, tuple[Callable[[Place], object], str, str]] = {
     "a page in place of a shard": (with_weights(lambda b: b"<!DOCTYPE html>" * 9), "is truncated or damaged", AGAIN),
     "a header of exabytes": (with_weights(lambda b: struct.pack("<Q", 2**60) + b[8:]), "is truncated", AGAIN),
     "a shard is a directory": (shard_directory, "model.safetensors", AGAIN),
+    "shards without an index": (
+        renamed("model-00001-of-00002.safetensors"),
+        "found model-00001-of-00002.safetensors, without the index that lists them",
+        "download model.safetensors.index.json too",
+    ),
+    "weights under another name": (
+        renamed("consolidated.safetensors"),
+        "found only consolidated.safetensors",
+        "rename it to model.safetensors if it holds the whole model",
+    ),
+    "an index under another name": (
+        renamed("quant_model_weights.safetensors.index.json"),
+        "found quant_model_weights.safetensors.index.json",
+        "rename it to model.safetensors.index.json if it lists the shards",
+    ),
     "a shard is a link to nothing": (linked_shard, "found no weights", "expected model.safetensors"),
     "index without a map": (lambda p: indexed(None)(p), "has no weight_map", AGAIN),
     "index with a list": (indexed(["a"]), "has no weight_map", AGAIN),
