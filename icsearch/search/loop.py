@@ -23,7 +23,8 @@ from icsearch.search.protocol import Strategy
 from icsearch.search.swaps import Judged, Outcome, Swaps
 
 CONFIRMED = 4  # patterns that held-out sequences choose among
-PATIENCE = 2  # rounds of finalists in a row that find nothing better end a search: a round that fails teaches the table
+PATIENCE = 2  # rounds of finalists that find nothing much better end a search: a first one that fails teaches the table
+MUCH = 0.05  # of what the best pattern costs: less is within the errors of any calibration
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,8 @@ def run_proposals(scoring: Scoring, heldout: Scorer | None = None, then: Callabl
     """A search on the second-order table, which the journal must hold, from the journal's state to the end.
 
     Single flips are measured, then the nested path that follows from table and flips, then round after round what the
-    table, mended by all that was measured, holds for best; until PATIENCE rounds in a row have found nothing better, or
-    there were enough. Where there is a scorer of `heldout` sequences, these choose among the best. What was proposed is
+    table, mended by all that was measured, holds for best; until PATIENCE rounds in a row have found nothing much
+    better, or there were enough. Where there is a scorer of `heldout` sequences, these choose among the best. What was proposed is
     journaled before it is measured, and a run that goes on takes it from there.
     """
     record = scoring.record
@@ -280,8 +281,7 @@ def _run_rounds(scoring: Scoring, proposals: Proposals) -> None:
         if number:
             finalists = [Pattern(letters) for letters in record.proposals[number]]
             scoring.score(len(record.commits), finalists, f"round {number}")
-        latest = {letters for some in record.proposals[1:][-PATIENCE:] for letters in some}
-        in_vain = number >= PATIENCE and proposals.best.letters not in latest
+        in_vain = number >= PATIENCE and proposals.gain(PATIENCE) < MUCH
         if record.chosen or in_vain or number == options["rounds"]:
             return
         if not (finalists := proposals.finalists(options["finalists"])):

@@ -10,7 +10,7 @@ from icsearch.runs.fisher_file import arrays_of
 from icsearch.runs.journal import Event
 from icsearch.runs.record import RunRecord
 from icsearch.search.protocol import KL, LOSS
-from icsearch.search.second_order import PatternSearch, SecondOrderTable, correction
+from icsearch.search.second_order import SMALLEST, PatternSearch, SecondOrderTable, correction
 
 
 class Proposals:
@@ -31,6 +31,14 @@ class Proposals:
         """Patterns to measure, by the objective: local optima first."""
         ranked = (pattern for _, pattern in self._search().best(self._kept, [self.best]))
         return list(islice((each for each in ranked if each.letters not in self._record.nll), count))
+
+    def gain(self, rounds: int) -> float:
+        """The part of its cost by which the last rounds have made the best pattern cheaper."""
+        latest = {letters for some in self._record.proposals[-rounds:] for letters in some}
+        before = next(pattern for pattern in self.measured() if pattern.letters not in latest)
+        cheaper = self._record.objective.difference(before.letters, self.best.letters).delta
+        cost = self._record.objective.difference(before.letters, self._record.start_pattern.letters).delta
+        return cheaper / max(abs(cost), SMALLEST)
 
     def event(self, patterns: Sequence[Pattern]) -> Event:
         """The event that proposes these patterns."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from icsearch.core.errors import JournalError
 from icsearch.core.pattern import Pattern
 from icsearch.runs.journal import Event, Journal
 from icsearch.runs.record import RunRecord
-from icsearch.search.loop import Scores, Scoring, run_proposals
+from icsearch.search.loop import MUCH, PATIENCE, Scores, Scoring, run_proposals
 
 DRAWS, FLIPS = 2, 3
 OPTIONS = {
@@ -124,20 +124,21 @@ class Odd(WithKl):
         return scores
 
 
-def test_rounds_end_when_two_in_a_row_find_nothing_better(tmp_path: Path) -> None:
+def test_rounds_end_when_two_in_a_row_find_nothing_much_better(tmp_path: Path) -> None:
     went_on, ended, rounds = 0, 0, 4
     for world in range(20):
         record = run(tmp_path / f"{world}", Odd(world), rounds=rounds, finalists=1)
-        best = min(record.loss(x) for x in record.nll if x.count("S") == FLIPS and [x] not in record.proposals[1:])
-        helped = []
-        for (letters,) in record.proposals[1:]:
-            helped.append(record.loss(letters) < best)
-            best = min(best, record.loss(letters))
-        in_vain = [not (one or two) for one, two in pairwise(helped)]
+        start = record.loss(record.start_pattern.letters)
+        best = [min(record.loss(x) for x in record.nll if x.count("S") == FLIPS and [x] not in record.proposals[1:])]
+        best += [min(best[0], record.loss(letters)) for (letters,) in record.proposals[1:]]
+        best = list(accumulate(best, min))
+        in_vain = [
+            before - after < MUCH * (before - start) for before, after in zip(best, best[PATIENCE:], strict=False)
+        ]
         assert not any(in_vain[:-1])
-        assert in_vain[-1] or len(helped) == rounds
-        went_on += (False, True) in pairwise(helped)
-        ended += len(helped) < rounds
+        assert in_vain[-1] or len(record.proposals) - 1 == rounds
+        went_on += best[1] == best[0] > best[2]
+        ended += len(record.proposals) - 1 < rounds
     assert went_on > 1 and ended > 1
     assert len(run(tmp_path / "one", WithKl(), rounds=1, finalists=1).proposals) == 2
 
