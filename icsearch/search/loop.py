@@ -245,8 +245,8 @@ def run_proposals(scoring: Scoring, heldout: Scorer | None = None, then: Callabl
 
     Single flips are measured, then the nested path that follows from table and flips, then round after round what the
     table, mended by all that was measured, holds for best; until PATIENCE rounds in a row have found nothing much
-    better, or there were enough. Where there is a scorer of `heldout` sequences, these choose among the best. What was proposed is
-    journaled before it is measured, and a run that goes on takes it from there.
+    better, or there were enough. Where there is a scorer of `heldout` sequences, these choose among the best. What was
+    proposed is journaled before it is measured, and a run that goes on takes it from there.
     """
     record = scoring.record
     start = record.start_pattern
