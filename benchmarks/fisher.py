@@ -100,7 +100,7 @@ def correlations(record: RunRecord, directory: Path) -> dict[str, float]:
     for name, group, numbers in (
         ("single flips, table", singles, None),
         ("random patterns, table", chosen, None),
-        ("random patterns, corrected by single flips", chosen, correction(table, singles)),
+        ("random patterns, corrected by single flips", chosen, correction(table, record.start_pattern, singles)),
     ):
         predicted = table.predict(full_of(group), numbers)
         actual = np.array(list(group.values())).T

@@ -14,7 +14,7 @@ from icsearch.cli.config import PREFIX, check_variables, use_config
 from icsearch.cli.options import Group, add
 from icsearch.core import __version__
 from icsearch.core.endings import run_to_its_end
-from icsearch.sweep.distributed.launch import read_launch
+from icsearch.sweep.distributed.launch import LAUNCHED, read_launch
 
 if TYPE_CHECKING:
     from icsearch.sweep.distributed.world import World
@@ -71,7 +71,8 @@ def start(arguments: list[str], debug: bool) -> object:
     """In this process, or in all that a launcher such as torchrun has started, where the command runs in several."""
     command = next((argument for argument in arguments if argument in program().commands), "")
     if command not in TOGETHER or "--help" in arguments:
-        return _call(arguments)
+        repeated = LAUNCHED in os.environ and os.environ.get("RANK", "0") != "0"
+        return None if repeated else _call(arguments)
     launch = read_launch(os.environ)
     if launch.size == 1:
         return _call(arguments)

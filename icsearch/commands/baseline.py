@@ -140,6 +140,6 @@ def _choose(scoring: Scoring) -> None:
         scoring.append({"event": "compared", "by": "kascade", **best(kascade - kascade.diagonal()[:, None])})
     if record.fisher.true and "fisher" not in record.compared:
         table = table_of(record)
-        search = PatternSearch(table, start, record.stay_full, LOSS, correction(table, {}))
+        search = PatternSearch(table, start, record.stay_full, LOSS, correction(table, start, {}))
         price, pattern = search.best(kept)[0]
         scoring.append({"event": "compared", "by": "fisher", "pattern": pattern.letters, "objective": price})

@@ -207,13 +207,17 @@ def _fit_stages(pattern: Pattern, file: PatternFile, engine: Engine, serving: Se
     aligned = aligned_partition(pattern, file.layer_indices, sizes)
     cuts = _cuts(engine, aligned) if aligned else ""
     fewer = "has fewer F layers than there are stages: serve it in fewer"
-    if lacking := [layer for _, layer in wrong if layer in _without_indexer(file)]:
-        served = f"serve it with {cuts}" if cuts else f"it {fewer}"
+    served = f"serve it with {cuts}" if cuts else f"it {fewer}"
+    if lacking := _among(wrong, file, "native_shared"):
         raise ExportError(f"{trouble}; the checkpoint shares layer {lacking[0]} itself, which cannot be F: {served}")
     if serving.repair == NONE:
-        return pattern, [
-            f"{trouble}; the pattern is left as it is, {f'so serve it with {cuts}' if cuts else f'and {fewer}'}"
-        ]
+        left = f"so serve it with {cuts}" if cuts else f"and {fewer}"
+        return pattern, [f"{trouble}; the pattern is left as it is, {left}"]
+    if lacking := _among(wrong, file, "declared_shared"):
+        raise ExportError(
+            f"{trouble}; the config shares layer {lacking[0]}, and whether there is an indexer is not known: give the "
+            f"checkpoint's directory with --model-config, or {served}"
+        )
     elsewhere = f"; or leave the pattern as it is, and serve it with {cuts}" if cuts else ""
     starts = stage_starts(file.layer_indices, sizes)  # those that are F already must stay so
     added = add_full(pattern, starts, serving.losses)
@@ -229,15 +233,16 @@ def _fit_stages(pattern: Pattern, file: PatternFile, engine: Engine, serving: Se
 
 
 def _cuts(engine: Engine, sizes: Sequence[int]) -> str:
-    """How an engine is made to cut the layers into stages of these sizes, and what export is told of it."""
-    typed = f"--serve-pp {','.join(map(str, accumulate([0, *sizes[:-1]])))}"
-    return f"{engine.partition_variable}={','.join(map(str, sizes))}" if engine.partition_variable else typed
+    """How the layers are cut into stages of these sizes, in the engine's words where those are known."""
+    if engine.partition_variable:
+        return f"{engine.partition_variable}={','.join(map(str, sizes))}"
+    return f"stages that begin at layers {', '.join(map(str, accumulate([0, *sizes[:-1]])))}"
 
 
-def _without_indexer(file: PatternFile) -> set[int]:
-    """Decoder layers that must not be made F: without indexer weights, or said to be shared by a config alone."""
-    positions = [*(file.model.get("native_shared") or []), *(file.model.get("declared_shared") or [])]
-    return {file.layer_indices[position] for position in positions}
+def _among(wrong: Sequence[tuple[int, int]], file: PatternFile, key: str) -> list[int]:
+    """Of the layers on which stages would start, those at positions that the file's model lists under a key."""
+    listed = {file.layer_indices[position] for position in file.model.get(key) or []}
+    return [layer for _, layer in wrong if layer in listed]
 
 
 def _lack(added: Repair, starts: Sequence[int], losses: Losses) -> str:

@@ -84,6 +84,10 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
         known = backbone or Backbone.alike(len(rest))
         return Imported(Pattern.parse(rest, len(known.layer_indices)), None, known, model_type=known.model_type)
     source = _source(rest, backbone)
+    if chosen and source.engine not in (None, chosen):
+        raise EngineConfigError(
+            f"{source.name} is what {source.engine.title} reads, not {chosen.title}: name no engine"
+        )
     chosen = chosen or source.engine
     if chosen is None:
         model_type = _model_type(source.backbone, backbone)
@@ -202,12 +206,16 @@ def _of_toml(text: str, name: str) -> _Source:
         raise EngineConfigError(
             f"{name} is not TOML ({first_line(error)}): give the file that prime-rl is started with"
         ) from None
+    found: list[dict[str, Any]] = []
     while tables:
         table = tables.pop()
-        if isinstance(keys := table.get(PRIME_RL.inside), dict):
-            return _Source(name, keys, engine=PRIME_RL)
         tables += [each for each in table.values() if isinstance(each, dict)]
-    raise EngineConfigError(f"{name} has no table {PRIME_RL.inside}: prime-rl goes by the model's own config.json then")
+        found += [table[PRIME_RL.inside]] if isinstance(table.get(PRIME_RL.inside), dict) else []
+    if not found:
+        raise EngineConfigError(f"{name} has no table {PRIME_RL.inside}: prime-rl goes by the model's config.json then")
+    if any(keys != found[0] for keys in found):
+        raise EngineConfigError(f"{name} has several tables {PRIME_RL.inside}, which differ: give one of them")
+    return _Source(name, found[0], engine=PRIME_RL)
 
 
 def _of_keys(keys: Mapping[str, Any], name: str, given: Backbone | None) -> _Source:
@@ -391,7 +399,7 @@ def _by_default(
     """Where no key says anything: all F, but for a family that shares by itself."""
     if unknown := [key for key in given if key in reader.unknown]:
         raise EngineConfigError(
-            f"how {engine.title} reads {unknown[0]} for {model_type} is not known here: "
+            f"how {engine.title} reads {unknown[0]}{f' for {model_type}' if model_type else ''} is not known here: "
             f"give {' or '.join(reader.order)}"
         )
     if num_letters is None:

@@ -21,7 +21,7 @@ from icsearch.engines.engine import (
     json_flag,
 )
 from icsearch.engines.pipeline import split_front, split_vllm
-from icsearch.model.config import FREQ, KINDS, MODEL_TYPES, OFFSET, PATTERN, TYPES
+from icsearch.model.config import FREQ, KINDS, MODEL_TYPES, PATTERN, TYPES
 
 MAY_IGNORE = "For other types it may ignore the pattern and run every layer as F without a word: check."
 NOT_KNOWN = "Whether it reads the pattern for other types is not known here: check."
@@ -267,7 +267,9 @@ PRIME_RL = Engine(
     on_other_types=NOT_KNOWN,
     nests=False,
     inside="index_cache",
-    reader=Reader(order=(engine.PRIME_RL_PATTERN,), unknown=(engine.PRIME_RL_FREQ, FREQ, PATTERN, OFFSET)),
+    reader=Reader(
+        order=(engine.PRIME_RL_PATTERN, TYPES), freq=engine.PRIME_RL_FREQ, unknown=(engine.PRIME_RL_FREQ, FREQ, PATTERN)
+    ),
 )
 PADDLEFLEET = Engine(
     name="paddlefleet",
@@ -281,7 +283,7 @@ PADDLEFLEET = Engine(
     dsa_letters_only=("deepseek_v4",),
     stages=CARRIED,
     carried="in its plain schedule, without virtual stages",
-    reader=Reader(order=(engine.PADDLE_PATTERN, PATTERN), words=False, any_case=True),
+    reader=Reader(order=(engine.PADDLE_PATTERN, PATTERN), unknown=(TYPES, FREQ), words=False, any_case=True),
 )
 
 ENGINES: dict[str, Engine] = {

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from filelock import SoftFileLock, Timeout
+from filelock import AcquireReturnProxy, SoftFileLock, Timeout
 
 from icsearch.core.errors import JournalError
 from icsearch.core.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory
@@ -82,7 +82,8 @@ class RunDirectory:
         with lock:
             remove_stale_temporaries(self.path)
             try:
-                yield "" if lock in _held else f"no locks in {self.path}: {_OWNER_NAME} there says who is at work"
+                named = isinstance(lock, AcquireReturnProxy)
+                yield f"no locks in {self.path}: {_OWNER_NAME} there says who is at work" if named else ""
             finally:
                 with contextlib.suppress(OSError):  # what stands in the way is no reason to hide the run's own outcome
                     if made_now and {path.name for path in self.path.iterdir()} <= {_LOCK_NAME, _OWNER_NAME}:
@@ -90,7 +91,7 @@ class RunDirectory:
                             (self.path / name).unlink(missing_ok=True)
                         self.path.rmdir()
 
-    def _take_lock(self) -> TextIO | SoftFileLock:
+    def _take_lock(self) -> TextIO | AcquireReturnProxy[SoftFileLock]:
         """The lock, ours.
 
         A run that never began may have taken file and directory away since the file was opened: then again.
@@ -112,14 +113,12 @@ class RunDirectory:
                     return lock
             lock.close()
 
-    def _take_soft_lock(self) -> SoftFileLock:
+    def _take_soft_lock(self) -> AcquireReturnProxy[SoftFileLock]:
         """A file that names its owner, who removes it; that of a process which died here does not count."""
-        lock = SoftFileLock(self.path / _OWNER_NAME, timeout=0)
         try:
-            lock.acquire()
+            return SoftFileLock(self.path / _OWNER_NAME, timeout=0).acquire()
         except Timeout:
             raise self._taken(f" (if not, remove {self.path / _OWNER_NAME})") from None
-        return lock
 
     def _taken(self, more: str) -> JournalError:
         return JournalError(f"another icsearch is running in {self.path}{more}: wait for it, or give another --out")

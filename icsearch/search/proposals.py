@@ -58,7 +58,7 @@ class Proposals:
 
     def _search(self) -> PatternSearch:
         record = self._record
-        numbers = correction(self._table, measured_prices(record))
+        numbers = correction(self._table, record.start_pattern, measured_prices(record))
         return PatternSearch(self._table, record.start_pattern, record.stay_full, self._objective, numbers)
 
 

@@ -93,44 +93,47 @@ def summed(numbers: Any, sources: Any) -> Any:
     return numbers[:, layers, sources].sum(-1)
 
 
-def correction(table: SecondOrderTable, measured: Mapping[Pattern, tuple[float, float]]) -> Any:
-    """float64 [2, N, N]: what to add to the prices for each S layer and source; zeros where nothing was measured.
+def correction(table: SecondOrderTable, start: Pattern, measured: Mapping[Pattern, tuple[float, float]]) -> Any:
+    """float64 [2, N, N]: what to add to the prices for each layer and source; zeros where nothing was measured.
 
-    Single flips say how far each layer's prices may be off. A layer's number has a part that is common to all sources,
-    and one of each source, which may be the larger the dearer that source is beside the single flip's.
+    `start` is the unmodified model's pattern: what a layer uses there costs nothing. Single flips say how far the
+    prices of their layers may be off: of the flipped one, and of those that the checkpoint shares behind it. A layer's
+    number has a part that is common to all sources, and one of each source, which may be the larger the dearer that
+    source is beside the single flip's.
     """
     count = table.drawn.shape[2]
     numbers = np.zeros((2, count, count))
     patterns = list(measured)
     if not patterns:
         return numbers
-    full = full_of(patterns)
-    sources, layers = sources_of(full), np.arange(count)
+    full, own_full = full_of(patterns), full_of([start])[0]
+    sources, usual, layers = sources_of(full), sources_of(own_full[None])[0], np.arange(count)
     residuals = np.array([measured[pattern] for pattern in patterns]).T - table.predict(full)  # [2, M]
-    shared = sources != layers  # [M, N]
-    singles = {int(row.argmax()): number for number, row in enumerate(shared) if row.sum() == 1}
+    moved = sources != usual  # [M, N]: layers that use another selection than in the unmodified model
+    flipped = own_full & ~full
+    singles = [number for number, row in enumerate(flipped) if row.sum() == 1]
     prices = np.abs(np.array(list(measured.values())).T)  # [2, M]
-    pairs = table.pair_costs()[KL]
+    pairs, kl = table.pair_costs()[KL], table.predict(full)[KL]
     for price, residual in enumerate(residuals):
         spread, dearer = np.full(count, SMALLEST), np.ones((count, count))
-        for layer, number in singles.items():
-            kl = pairs[layer, sources[number, layer]]
-            spread[layer] += abs(residual[number]) + kl
-            dearer[layer] = np.maximum(1, pairs[layer] / (kl + SMALLEST))
+        for number in singles:
+            for layer in np.flatnonzero(moved[number]).tolist():
+                spread[layer] += abs(residual[number]) + kl[number]
+                dearer[layer] = np.maximum(1, pairs[layer] / (pairs[layer, sources[number, layer]] + SMALLEST))
         common, own = spread**2 / 2, (spread[:, None] * dearer) ** 2 / 2  # [N], [N, N]: priors of both parts
-        own[layers, layers] = 0.0  # an F layer, or one that keeps what it had
+        own[layers, usual] = 0.0
         used = own[layers, sources]  # [M, N]
-        alike = (shared * common) @ shared.T
+        alike = (moved * common) @ moved.T
         for layer in range(count):
             same = sources[:, layer, None] == sources[None, :, layer]
             alike += same * used[:, layer]
         scatter = SMALLEST + SCATTER * prices[price]
-        scatter[list(singles.values())] = SMALLEST
+        scatter[singles] = SMALLEST
         weights = np.linalg.solve(alike + np.diag(scatter**2), residual)  # [M]
         for layer in range(count):
-            numbers[price, layer] += common[layer] * (weights @ shared[:, layer])
+            numbers[price, layer] += common[layer] * (weights @ moved[:, layer])
             np.add.at(numbers[price, layer], sources[:, layer], used[:, layer] * weights)
-        numbers[price, layers, layers] = 0.0
+        numbers[price, layers, usual] = 0.0
     return numbers
 
 

@@ -318,10 +318,16 @@ def test_the_table_of_prime_rl(tmp_path: Path) -> None:
     (tmp_path / "rl.toml").write_text(f"max_steps = 3\n[trainer.model]\nname = 'x'\n{text}[orchestrator]\nseed = 1\n")
     found = import_pattern(f"{tmp_path}/rl.toml", None, SIX)
     assert (found.pattern.letters, found.engine) == ("FFSFSS", ENGINES["prime-rl"])
+    own = {"model_type": "glm_moe_dsa", "num_hidden_layers": 6, "indexer_types": ["full", "full", *["shared"] * 4]}
+    assert read(own, "prime-rl", SIX)[0] == "FFSSSS"  # where there is no such table
     for bad, words in (
-        ("[model]\nname = 1", "no table index_cache: prime-rl goes by the model's own config.json then"),
+        ("[model]\nname = 1", "no table index_cache: prime-rl goes by the model's config.json then"),
         ("[model\n", "the text is not TOML"),
-        ("[model.index_cache]\ntopk_freq = 2", "how prime-rl reads topk_freq for .* is not known"),
+        ("[model.index_cache]\ntopk_freq = 2", "how prime-rl reads topk_freq is not known here"),
+        ("prime-rl:freq:2", "how prime-rl reads topk_freq is not known here"),
+        ("paddlefleet:freq:2", "how PaddleFleet reads index_topk_freq is not known here"),
+        (f"vllm:{tmp_path}/rl.toml", "is what prime-rl reads, not vLLM: name no engine"),
+        (text + '[orchestrator.index_cache]\ntopk_pattern = "FFFFFF"\n', "several tables index_cache, which differ"),
         (f"{tmp_path}/nowhere.toml", "cannot read .*nowhere.toml"),
     ):
         with pytest.raises(PatternError, match=words):
@@ -346,7 +352,7 @@ def test_freq_and_offset_by_each_engines_rule() -> None:
         ('{"use_index_cache": true, "index_topk_pattern": "FS"}', None,
          "transformers, vllm, sglang, trtllm, lmdeploy, atom, vllm-ascend, xllm, paddlefleet"),
         ('{"index_topk_pattern": "FS"}', Backbone(2, (0, 1), "deepseek_v32"), "vllm, sglang, atom, vllm-ascend"),
-        ('{"text_config": {"indexer_types": ["full"]}}', None, "transformers, lmdeploy, atom, llamacpp"),
+        ('{"text_config": {"indexer_types": ["full"]}}', None, "transformers, lmdeploy, atom, llamacpp, prime-rl"),
         ('{"glm-dsa.attention.indexer.types": [true, false]}', None, "llamacpp"),
         ('{"dsa_indexer_topk_freq": 2}', SIX, "megatron"),
         ('{"model_type": "hy_v4", "num_hidden_layers": 6}', None, "transformers"),

@@ -23,6 +23,7 @@ from icsearch.search.second_order import (
 
 LAYERS, SEQUENCES, DRAWS = 8, 5, 3
 TOKENS = [31, 40, 17, 40, 22]
+ALL_F = Pattern.full(LAYERS)
 NOTHING = np.zeros((2, LAYERS, LAYERS))
 
 
@@ -79,7 +80,7 @@ def test_pair_costs_are_the_prices_of_one_layer_alone() -> None:
 
 
 def test_nothing_measured_corrects_nothing() -> None:
-    assert not correction(made_up(), {}).any()
+    assert not correction(made_up(), ALL_F, {}).any()
 
 
 def a_world(table: SecondOrderTable, seed: int = 1) -> Any:
@@ -98,7 +99,7 @@ def test_a_corrected_table_gives_back_the_single_flips() -> None:
     table = made_up()
     singles = [Pattern.full(LAYERS).flip(layer) for layer in range(1, LAYERS)]
     known = measured_in(table, a_world(table), singles)
-    again = table.predict(full_of(singles), correction(table, known))
+    again = table.predict(full_of(singles), correction(table, ALL_F, known))
     assert pytest.approx(np.array(list(known.values())), abs=10 * SMALLEST) == again.T
 
 
@@ -109,8 +110,8 @@ def test_corrections_foretell_patterns_that_were_not_measured() -> None:
     others = all_patterns(4)[::3]
     truth = np.array(list(measured_in(table, off, others).values())).T
     raw = np.abs(table.predict(full_of(others)) - truth).mean()
-    by_flips = correction(table, measured_in(table, off, singles))
-    with_more = correction(table, measured_in(table, off, [*singles, *all_patterns(5)[::2]]))
+    by_flips = correction(table, ALL_F, measured_in(table, off, singles))
+    with_more = correction(table, ALL_F, measured_in(table, off, [*singles, *all_patterns(5)[::2]]))
     errors = [np.abs(table.predict(full_of(others), each) - truth).mean() for each in (by_flips, with_more)]
     assert errors[1] < errors[0] < raw / 4
 
@@ -119,7 +120,7 @@ def test_corrections_of_the_loss_and_of_the_kl_are_apart() -> None:
     table = made_up()
     off = a_world(table)
     off[KL] = 0.0
-    numbers = correction(table, measured_in(table, off, [*all_patterns(7), *all_patterns(6)]))
+    numbers = correction(table, ALL_F, measured_in(table, off, [*all_patterns(7), *all_patterns(6)]))
     assert np.abs(numbers[LOSS]).max() > 0.01
     assert np.abs(numbers[KL]).max() < 1e-9
 
@@ -156,6 +157,20 @@ def test_local_optima_come_first() -> None:
         assert [price for price, _ in part] == sorted(price for price, _ in part)
 
 
+def test_flips_are_learned_where_the_checkpoint_shares_layers_itself() -> None:
+    """The layer behind a flip, which has no indexer, moves with it."""
+    table, start = made_up(), Pattern("FFFSFFSF")
+    table.drawn[:, :, 3, 2] = table.true[:, 3, 2] = 0.0  # what a layer uses in the unmodified model costs nothing
+    table.drawn[:, :, 6, 5] = table.true[:, 6, 5] = 0.0
+    flips = [start.flip(layer) for layer in start.full_layers[1:]]
+    loss, kl = table.predict(full_of(flips)) + 0.5
+    known = dict(zip(flips, zip(loss.tolist(), kl.tolist(), strict=True), strict=True))
+    numbers = correction(table, start, known)
+    assert np.abs(table.predict(full_of(flips), numbers) - np.array([loss, kl])).max() < 10 * SMALLEST
+    assert not table.predict(full_of([start]), numbers).any()
+    assert numbers[KL, 3, 1] > 0.1  # sharing layer 2 hands layer 3 the selection of layer 1
+
+
 def test_dear_sources_may_be_further_off_than_cheap_ones() -> None:
     """What a pattern is off by is laid on the layer whose source is dearer than that of its single flip."""
     drawn = np.tril(np.ones((SEQUENCES, DRAWS, LAYERS, LAYERS)), -1)
@@ -164,7 +179,9 @@ def test_dear_sources_may_be_further_off_than_cheap_ones() -> None:
     singles = [Pattern.full(LAYERS).flip(layer) for layer in range(1, LAYERS)]
     odd = Pattern("FFFSSSSF")
     loss, kl = table.predict(full_of([odd]))[:, 0]
-    numbers = correction(table, {**measured_in(table, np.zeros((2, LAYERS, LAYERS)), singles), odd: (loss + 1, kl + 1)})
+    numbers = correction(
+        table, ALL_F, {**measured_in(table, np.zeros((2, LAYERS, LAYERS)), singles), odd: (loss + 1, kl + 1)}
+    )
     assert numbers[KL, 5, 2] > 20 * numbers[KL, 6, 2] > 0
     assert numbers[KL, 6, 2] == pytest.approx(numbers[KL, 4, 2])
 
@@ -177,7 +194,7 @@ def test_what_a_sum_cannot_say_is_not_learned_by_heart() -> None:
     )
     odd = Pattern("FFSSFSSF")
     loss, kl = table.predict(full_of([odd]))[:, 0]
-    numbers = correction(table, {**singles, odd: (loss + 0.5, kl + 0.5)})
+    numbers = correction(table, ALL_F, {**singles, odd: (loss + 0.5, kl + 0.5)})
     off = float(summed(numbers, sources_of(full_of([odd])))[LOSS, 0])
     assert 0.01 < off < 0.5
     again = table.predict(full_of(singles), numbers) - np.array(list(singles.values())).T

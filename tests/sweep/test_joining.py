@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from icsearch.sweep.distributed import world
+from icsearch.sweep.distributed.launch import Launch
 from several import free_port
 
 EVAL = ["eval", "demo", "--pattern", "uniform:1/4", "--calibration", "demo", "--num-sequences", "1"]
@@ -46,3 +48,24 @@ def test_a_wait_is_told_and_ended_by_a_signal(tmp_path: Path, rank: int, words: 
     assert said.startswith(f"note: {words}") and "unset it to run alone" in said
     assert process.returncode == 128 + number
     assert rest.count("\n") <= 1
+
+
+@pytest.mark.parametrize(("rank", "prints"), [(0, True), (1, False)])
+def test_a_launcher_runs_what_needs_no_others_once(rank: int, prints: bool) -> None:
+    environment = {**variables(rank), "TORCHELASTIC_RUN_ID": "x"}
+    command = [sys.executable, "-m", "icsearch", "plan", "demo"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    assert bool(done.stdout) is prints
+
+
+def test_who_is_waited_for_is_those_who_are_missing_when_it_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(world, "QUIET", 0.0)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    missing = ["1", "2"]
+    waiting = world._Waiting(Launch(0, 3), lambda: f"rank {', '.join(missing)}")
+    missing.remove("1")
+    waiting.check()
+    waiting.check()
+    assert capsys.readouterr().err == "note: rank 0 of 3 waits for rank 2\n"  # and no word of running alone

@@ -18,6 +18,7 @@ CALIBRATION, HELDOUT = "calibration", "heldout"  # the sets of sequences that a 
 # What processes do with a wave beside scoring it: see `Worker.do_job`.
 MEASURE, COMPARE, TABLE = "measure", "compare", "table"
 WAVES_PER_PLACE = 2  # of a pipeline whose layers are streamed
+LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun and accelerate set it; what else is in an environment may be left over
 IN_FLIGHT = 2  # packets of branches that may be on their way to the next process of a pipeline before one waits
 
 

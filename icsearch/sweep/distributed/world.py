@@ -23,7 +23,7 @@ from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined
 
 from icsearch.core.errors import IcsearchError
 from icsearch.sweep.distributed.heartbeat import GRACE, Heartbeat
-from icsearch.sweep.distributed.launch import Launch
+from icsearch.sweep.distributed.launch import LAUNCHED, Launch
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.0002, 0.02  # seconds between two looks for a message
 JOIN_TIMEOUT = 300.0  # seconds that processes may be apart when they start
@@ -156,14 +156,17 @@ def join(launch: Launch) -> World:
 
 def _connect(host: str, port: int, **more: Any) -> TCPStore:
     """A connection to the store, which waits for nobody: torch's own rendezvous does, in a call deaf to signals."""
-    return TCPStore(host, port, wait_for_workers=False, timeout=timedelta(seconds=JOIN_TIMEOUT), **more)
+    libuv = os.environ.get("USE_LIBUV", "1") == "1"  # as torch reads it: some builds lack it
+    return TCPStore(
+        host, port, wait_for_workers=False, timeout=timedelta(seconds=JOIN_TIMEOUT), use_libuv=libuv, **more
+    )
 
 
 def _reach_store(launch: Launch, host: str, port: int, where: str) -> TCPStore:
     """The store that all processes share: rank 0 keeps it, where its launcher does not."""
     if launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return _connect(host, port, is_master=True, multi_tenant=True)
-    waiting = _Waiting(f"rank {launch.rank} of {launch.size} waits for {where}")
+    waiting = _Waiting(launch, lambda: where)
     while True:  # until somebody listens there: a connection's own wait hears no signal either
         try:
             socket.create_connection((host, port), timeout=A_LOOK).close()
@@ -179,7 +182,8 @@ def _reach_store(launch: Launch, host: str, port: int, where: str) -> TCPStore:
 class _Waiting:
     """Says on stderr, once, what a process waits for."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, launch: Launch, what: Callable[[], str]) -> None:
+        self._who = f"rank {launch.rank} of {launch.size}"
         self._what, self._said, self._started = what, False, time.monotonic()
 
     @property
@@ -189,9 +193,11 @@ class _Waiting:
 
     def check(self) -> None:
         """Speak, where it has taken more than a moment."""
-        if not self._said and self.seconds > QUIET:
-            print(f"note: {self._what}; WORLD_SIZE is set, unset it to run alone", file=sys.stderr, flush=True)
-            self._said = True
+        if self._said or self.seconds < QUIET:
+            return
+        alone = "" if LAUNCHED in os.environ else "; WORLD_SIZE is set, unset it to run alone"
+        print(f"note: {self._who} waits for {self._what()}{alone}", file=sys.stderr, flush=True)
+        self._said = True
 
 
 def look_for(
@@ -217,7 +223,7 @@ def _wait_for_all(launch: Launch, store: Any) -> None:
     def missing() -> str:
         return ", ".join(str(rank) for rank, sign in signs.items() if not store.check([sign]))
 
-    waiting = _Waiting(f"rank {launch.rank} of {launch.size} waits for rank {missing()}")
+    waiting = _Waiting(launch, lambda: f"rank {missing()}")
     try:
         look_for(store, list(signs.values()), waiting.check, patience=JOIN_TIMEOUT)
     except TimeoutError:
