@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -421,16 +421,27 @@ class RunRecord(Record):
         return [pattern for pattern in complete if self.stay_full <= {*pattern.full_layers}]
 
     def frontier(self) -> dict[int, Pattern]:
-        """By the number of F layers, most first: of the measured patterns the one of lowest objective.
+        """By the number of F layers, most first: the steadiest of the measured patterns.
 
         Down to what was asked for: below that nothing was searched, and only uniform patterns are known.
         """
         fewest = len(self.start_pattern.full_layers) - self.start["options"]["num_shared"]
-        best: dict[int, tuple[float, str]] = {}
+        of_count: dict[int, list[Pattern]] = {}
         for pattern in (each for each in self.measured() if len(each.full_layers) >= fewest):
-            count, price = len(pattern.full_layers), (self.objective.loss(pattern.letters), pattern.letters)
-            best[count] = min(best.get(count, price), price)
-        return {count: Pattern(letters) for count, (_, letters) in sorted(best.items(), reverse=True)}
+            of_count.setdefault(len(pattern.full_layers), []).append(pattern)
+        return {count: self.steadiest(patterns) for count, patterns in sorted(of_count.items(), reverse=True)}
+
+    def steadiest(self, patterns: Iterable[Pattern]) -> Pattern:
+        """Of measured patterns that one standard error does not part from the lowest objective, the lowest KL.
+
+        The lowest of many losses is partly luck, and the KL's relative error is several times smaller (the rule of one
+        standard error: Breiman and others, Classification and Regression Trees, 1984).
+        """
+        lowest, *others = sorted(patterns, key=lambda each: (self.objective.loss(each.letters), each.letters))
+        if self.by_kl or not self.has_kl:
+            return lowest
+        alike = [each for each in others if self.objective.difference(each.letters, lowest.letters).is_tie] + [lowest]
+        return min(alike, key=lambda each: (self.kl.loss(each.letters), each.letters))
 
     def loss(self, letters: str) -> float:
         """Nats per token; raises JournalError if the pattern was not scored on every sequence."""

@@ -265,7 +265,10 @@ def run_proposals(scoring: Scoring, heldout: Scorer | None = None, then: Callabl
         scoring.progress.committed(record)
     _run_rounds(scoring, proposals)
     if record.chosen is None:
-        pattern = proposals.best if heldout is None else _confirmed(scoring.of(HELDOUT_SET, heldout), proposals)
+        if heldout is None:
+            pattern = record.steadiest(proposals.measured())
+        else:
+            pattern = _confirmed(scoring.of(HELDOUT_SET, heldout), proposals)
         price = record.objective.difference(pattern.letters, start.letters).delta
         scoring.append({"event": "chosen", "pattern": pattern.letters, "objective": price})
     then()

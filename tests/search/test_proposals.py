@@ -143,6 +143,33 @@ def test_rounds_end_when_two_in_a_row_find_nothing_much_better(tmp_path: Path) -
     assert len(run(tmp_path / "one", WithKl(), rounds=1, finalists=1).proposals) == 2
 
 
+class Steady(WithKl):
+    """Losses in which patterns of this budget are alike but for noise, and a KL that says which one is best."""
+
+    def score(self, patterns: Sequence[Pattern], wave: tuple[int, int], on_layer: Any) -> Scores:
+        scores = super().score(patterns, wave, on_layer)
+        for pattern in patterns:
+            if len(pattern.shared_layers) == FLIPS:
+                chance = random.Random(pattern.letters)
+                scores.nll[pattern.letters] = [25 + chance.gauss(0, 3) for _ in range(*wave)]
+        return scores
+
+
+@pytest.mark.parametrize("objective", ["lm-loss", "kl"])
+def test_of_patterns_that_no_standard_error_parts_the_one_of_lowest_kl_is_taken(tmp_path: Path, objective: str) -> None:
+    record = run(tmp_path / "j", Steady(), finalists=8, objective=objective)
+    of_budget = [p for p in map(Pattern, record.nll) if len(p.full_layers) == LAYERS - FLIPS]
+    lowest = min(of_budget, key=lambda p: record.objective.loss(p.letters))
+    alike = [p for p in of_budget if record.objective.difference(p.letters, lowest.letters).is_tie]
+    if objective == "kl":
+        assert record.pattern == lowest
+    else:
+        assert len(alike) > 1 and record.pattern != lowest
+        assert (
+            record.pattern == min(alike, key=lambda p: record.kl.loss(p.letters)) == record.frontier()[LAYERS - FLIPS]
+        )
+
+
 @pytest.mark.parametrize("heldout", [False, True])
 def test_killed_after_any_sweep_and_resumed(tmp_path: Path, heldout: bool) -> None:
     whole = WithKl()
