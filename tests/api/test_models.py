@@ -336,7 +336,8 @@ def test_specs_of_the_command_line_are_patterns_too(glm_checkpoint: Path, tmp_pa
         ("hy_v4", 'transformers:{"index_topk_pattern":"FSSS"}', "FFFF"),  # its config's indexer_types win
         ("mistral_large4", 'vllm:{"use_index_cache":true,"index_topk_pattern":"FSSS"}', "FFFF"),  # outside text_config
         ("mistral_large4", 'vllm:{"text_config":{"use_index_cache":true,"index_topk_pattern":"FSSS"}}', "FSSS"),
-        ("deepseek_v4", "atom:freq:2", None),
+        ("deepseek_v4", "atom:freq:2", "FSF"),  # by the number among the C4 layers
+        ("deepseek_v4", "vllm:freq:2", None),
     ],
 )
 def test_an_engines_settings_are_read_as_an_evaluation_reads_them(
@@ -352,7 +353,7 @@ def test_an_engines_settings_are_read_as_an_evaluation_reads_them(
     )
     for way in ways:
         if letters is None:
-            with pytest.raises(PatternError, match="how ATOM reads index_topk_freq for deepseek_v4 is not known"):
+            with pytest.raises(PatternError, match="how vLLM reads index_topk_freq for deepseek_v4 is not known"):
                 way()
         else:
             assert way().letters == letters

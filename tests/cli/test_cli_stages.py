@@ -41,7 +41,7 @@ def test_a_search_says_which_block_cannot_begin_on_f(
     assert sum(BLOCK in note for note in journal_notes(out)) == 1
     assert BLOCK in flat((out / "report.html").read_text())
     told = refused(capsys, "export", out, "--engine", "vllm", "--serve-pp", 2)
-    assert "the checkpoint has no indexer at layer 4" in told
+    assert "the checkpoint shares layer 4 itself, which cannot be F" in told
     status, _, err = run(capsys, "export", out, "--engine", "vllm", "--serve-pp", "0,3")  # as the note says
     assert status == 0, err
 
