@@ -136,7 +136,7 @@ def found_where(view: RunView) -> str:
     known = view.fisher.of(found.pattern)
     if view.off_curve is None:
         rivals = len(view.fisher.finalists(found.full))
-        text = f"This is the nested path’s own pattern: of {rivals} {size} that were measured, none is better"
+        text = f"This is the nested path’s own pattern: of {rivals} {size} that were measured, none is clearly better"
         text = text if rivals > 1 else "This is the nested path’s own pattern"
     else:
         change = record.objective.difference(found.pattern.letters, view.points[-1].pattern.letters)
@@ -144,7 +144,15 @@ def found_where(view: RunView) -> str:
             f"This pattern is not on the nested path ({known.told if known else 'measured'}): its {view.objective} "
             f"minus that of the path’s pattern of as many F layers is {numbers.difference(change)}"
         )
-    return f"{text}{'; held-out sequences chose among the best' if record.heldout and not record.refinement else ''}."
+    if record.heldout and not record.refinement:
+        return f"{text}; held-out sequences chose among the best."
+    alike = (each for each in record.measured() if len(each.full_layers) == found.full)
+    lowest = min(alike, key=lambda each: (record.objective.loss(each.letters), each.letters))
+    if lowest != found.pattern:
+        change = record.objective.difference(found.pattern.letters, lowest.letters)
+        apart = f"one standard error does not part it from the lowest loss ({numbers.difference(change)})"
+        text += f"; {apart}, and its KL is lower"
+    return f"{text}."
 
 
 def foretold(fisher: FisherView) -> str:

@@ -278,7 +278,7 @@ def test_csv_has_what_was_predicted(off_path: RunView) -> None:
 
 
 def test_where_the_pattern_was_found(on_path: RunView, off_path: RunView) -> None:
-    assert sentences.found_where(on_path).endswith("with 4 F layers that were measured, none is better.")
+    assert sentences.found_where(on_path).endswith("with 4 F layers that were measured, none is clearly better.")
     found, path = off_path.record.pattern.letters, off_path.record.proposals[0][-1]
     change = off_path.record.difference(found, path)
     text = sentences.found_where(off_path)
