@@ -28,7 +28,7 @@ from icsearch.calibration.batches import (
 from icsearch.calibration.far import ALL, Counting
 from icsearch.calibration.sources import MANIFEST_FILE, TOKENS_FILE, ReadyTokens, TextSource, parse_source
 from icsearch.core.errors import CalibrationError
-from icsearch.core.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory, write_atomically
+from icsearch.core.files import make_directory, refusing, remove_stale_temporaries, sync_directory, write_atomically
 from icsearch.core.jsonfile import TEXT, FieldError, check_fields, optional, read_object, shown, write_object
 
 
@@ -238,16 +238,10 @@ def place(directory: Path) -> Iterator[None]:
         raise
 
 
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise CalibrationError(
-            f"cannot write the calibration to {directory}: {error.strerror or error}; choose another place"
-        ) from None
+def _writing(directory: Path) -> contextlib.AbstractContextManager[None]:
+    return refusing(
+        lambda reason: CalibrationError(f"cannot write the calibration to {directory}: {reason}; choose another place")
+    )
 
 
 def load(directory: Path) -> Calibration:

@@ -54,6 +54,7 @@ add(app, "report", commands.report, EVALUATING, ["command-line"], ["runs"])
 add(app, "export", commands.export, SERVING, ["engines", "native-checkpoints"], ["file"])
 add(app, "import", commands.import_pattern, SERVING, ["engines"], ["source"])
 
+COMMANDS = {command.name for command in app.registered_commands}
 TOGETHER = ("calibrate", "fisher", "greedy", "dp-baseline", "eval")  # of several processes, rank 0 makes the batches
 
 
@@ -69,7 +70,7 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 def start(arguments: list[str], debug: bool) -> object:
     """In this process, or in all that a launcher such as torchrun has started, where the command runs in several."""
-    command = next((argument for argument in arguments if argument in program().commands), "")
+    command = next((argument for argument in arguments if argument in COMMANDS), "")
     if command not in TOGETHER or "--help" in arguments:
         repeated = LAUNCHED in os.environ and os.environ.get("RANK", "0") != "0"
         return None if repeated else _call(arguments)

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeGuard
 
@@ -20,6 +20,20 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def is_disk_full(error: BaseException) -> TypeGuard[OSError]:
     """True where there was no room for what was written: on the disk, in a quota, or under a limit of file sizes."""
     return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+@contextlib.contextmanager
+def refusing(tell: Callable[[str], Exception]) -> Iterator[None]:
+    """Where a file system refuses what is done inside, raise what `tell` makes of its reason.
+
+    The OSError of a full disk stays what it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        raise tell(error.strerror or str(error)) from None
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Sizes and names in words, what was probably meant, and the first line of another library's error."""
+"""TOML, sizes and names in words, what was probably meant, and the first line of another library's error."""
 
 from __future__ import annotations
 

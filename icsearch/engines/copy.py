@@ -11,10 +11,10 @@ from pathlib import Path
 
 from icsearch.core.errors import IcsearchError, ShardError
 from icsearch.core.files import (
-    is_disk_full,
     lives,
     make_directory,
     naming,
+    refusing,
     sync_directory,
     typed_path,
     write_atomically,
@@ -143,15 +143,8 @@ def whole_directory(target: Path) -> Iterator[Path]:
     sync_directory(target.parent)
 
 
-@contextlib.contextmanager
-def _explained(what: str, advice: str) -> Iterator[None]:
-    """Within the block a file system that refuses is a CopyError with its reason; a full disk stays one."""
-    try:
-        yield
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise CopyError(f"{what} ({error.strerror or error}): {advice}") from None
+def _explained(what: str, advice: str) -> contextlib.AbstractContextManager[None]:
+    return refusing(lambda reason: CopyError(f"{what} ({reason}): {advice}"))
 
 
 def fill_directory(plan: CopyPlan, directory: Path, tell: Callable[[str], None]) -> Copied:

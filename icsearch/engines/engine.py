@@ -42,7 +42,7 @@ def decoder_letters(pattern: Pattern, layer_indices: Sequence[int], num_hidden_l
     return "".join(letters)
 
 
-SEPARATE, CARRIED, NOT_KNOWN = "separate", "carried", "not known"  # selections, from one pipeline stage to the next
+SEPARATE, CARRIED, UNKNOWN = "separate", "carried", "unknown"  # selections, from one pipeline stage to the next
 Render = Callable[[dict[str, Any]], str]
 Split = Callable[[int, int], list[int]]  # (layers, stages) to layers per stage
 
@@ -109,7 +109,7 @@ class Engine:
     all_layers_alike: bool = False
     split: Split | None = None
     partition_variable: str | None = None
-    stages: str = NOT_KNOWN
+    stages: str = UNKNOWN
     carried: str = ""
     writes: str | None = None
     inside: str = ""

@@ -13,7 +13,7 @@ from icsearch.core.files import check_new
 from icsearch.core.jsonfile import FieldError, check_fields, write_object
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import MODEL_FIELDS, PatternFile
-from icsearch.engines.engine import CARRIED, NOT_KNOWN, Engine, ExportError, decoder_letters
+from icsearch.engines.engine import CARRIED, UNKNOWN, Engine, ExportError, decoder_letters
 from icsearch.engines.gguf import write_gguf
 from icsearch.engines.native import declared_shared, edit_config
 from icsearch.engines.pipeline import (
@@ -200,7 +200,7 @@ def _fit_stages(pattern: Pattern, file: PatternFile, engine: Engine, serving: Se
     trouble, title = describe(sizes, wrong), engine.title
     if engine.stages == CARRIED:
         return pattern, [f"{trouble}, which {title} serves: a selection goes from stage to stage ({engine.carried})"]
-    if engine.stages == NOT_KNOWN:
+    if engine.stages == UNKNOWN:
         unsure = f"whether {title} hands a selection on from stage to stage is not known here"
         return pattern, [f"{trouble}; {unsure}: the pattern is left as it is, try it before you rely on it"]
     trouble += ", with no selection to reuse"

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from icsearch.core.errors import PatternError
@@ -174,7 +175,7 @@ def _source(text: str, given: Backbone | None) -> _Source:
         offset = {} if numbers[2] is None else {OFFSET: int(numbers[2])}
         return _Source(text, {FREQ: int(numbers[1]), **offset}, numbers=True)
     if _TABLE.match(text):
-        return _of_toml(text, "the text")
+        return _of_toml(text)
     if part := _part_to_give(text):
         raise EngineConfigError(f"a command line is not read here: give {part}")
     path = typed_path(text, EngineConfigError)
@@ -186,26 +187,22 @@ def _source(text: str, given: Backbone | None) -> _Source:
             )
         return _Source(str(path), keys, engine=LLAMACPP, backbone=backbone)
     if path.suffix == ".toml":
-        try:
-            return _of_toml(read_text(path), str(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise EngineConfigError(
-                f"cannot read {path} ({error}): give the file that prime-rl is started with"
-            ) from None
+        return _of_toml(path)
     document = load_config(path)
     if str(document.get("format", "")).startswith("icsearch."):
         raise EngineConfigError(f"{path} is a file of icsearch itself: give it to eval or export as it is")
     return _of_keys(document, str(path), given)
 
 
-def _of_toml(text: str, name: str) -> _Source:
-    """The table of prime-rl that shares selections, wherever in the file it stands."""
+def _of_toml(text: str | Path) -> _Source:
+    """The table of prime-rl that shares selections, wherever in a TOML text or a file it stands."""
+    name, advice = str(text) if isinstance(text, Path) else "the text", "give the file that prime-rl is started with"
     try:
-        tables = [parse_toml(text)]
+        tables = [parse_toml(read_text(text) if isinstance(text, Path) else text)]
+    except OSError as error:
+        raise EngineConfigError(f"cannot read {name} ({error.strerror}): {advice}") from None
     except (ValueError, RecursionError) as error:
-        raise EngineConfigError(
-            f"{name} is not TOML ({first_line(error)}): give the file that prime-rl is started with"
-        ) from None
+        raise EngineConfigError(f"{name} is not TOML ({first_line(error)}): {advice}") from None
     found: list[dict[str, Any]] = []
     while tables:
         table = tables.pop()

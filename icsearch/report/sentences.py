@@ -146,8 +146,7 @@ def found_where(view: RunView) -> str:
         )
     if record.heldout and not record.refinement:
         return f"{text}; held-out sequences chose among the best."
-    alike = (each for each in record.measured() if len(each.full_layers) == found.full)
-    lowest = min(alike, key=lambda each: (record.objective.loss(each.letters), each.letters))
+    lowest = record.ranked(each for each in record.measured() if len(each.full_layers) == found.full)[0]
     if lowest != found.pattern:
         change = record.objective.difference(found.pattern.letters, lowest.letters)
         apart = f"one standard error does not part it from the lowest loss ({numbers.difference(change)})"

@@ -6,12 +6,12 @@ import contextlib
 import csv
 import io
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from icsearch.core.errors import IcsearchError
-from icsearch.core.files import check_new, is_disk_full, typed_path, write_atomically
+from icsearch.core.files import check_new, refusing, typed_path, write_atomically
 from icsearch.report import canvas, figures
 from icsearch.report.eval_view import EvalView, view_eval
 from icsearch.report.page import render_page
@@ -154,14 +154,8 @@ def _write(out: Path, content: str) -> None:
         write_atomically(out, content)
 
 
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if is_disk_full(error):
-            raise
-        raise ReportError(f"cannot write {out}: {error.strerror or error}") from None
+def _writing(out: Path) -> contextlib.AbstractContextManager[None]:
+    return refusing(lambda reason: ReportError(f"cannot write {out}: {reason}"))
 
 
 def curve_csv(view: RunView) -> str:

@@ -8,15 +8,21 @@ import os
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
-
-from filelock import AcquireReturnProxy, SoftFileLock, Timeout
+from typing import TYPE_CHECKING, Any, TextIO
 
 from icsearch.core.errors import JournalError
-from icsearch.core.files import is_disk_full, make_directory, remove_stale_temporaries, sync_directory
+from icsearch.core.files import make_directory, refusing, remove_stale_temporaries, sync_directory
 from icsearch.runs.journal import Event, Journal, apply_all
 from icsearch.runs.record import JOURNAL_NAME
 from icsearch.runs.schema import check_options
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from filelock import AcquireReturnProxy, SoftFileLock
 
 RESULT_NAMES = (
     "pattern.json",
@@ -30,11 +36,6 @@ RESULT_NAMES = (
     "eval.json",
     "eval.csv",
 )
-try:
-    import fcntl
-except ModuleNotFoundError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 _LOCK_NAME, _OWNER_NAME = ".lock", ".lock.owner"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)  # some network file systems
 _MUST_AGREE = ("options", "model", "calibration")
@@ -73,17 +74,12 @@ class RunDirectory:
         began is not left behind. Raises JournalError.
         """
         made_now = not self.path.exists()
-        try:
+        with refusing(lambda reason: JournalError(f"cannot write to {self.path} ({reason}): give another --out")):
             lock = self._take_lock()
-        except OSError as error:
-            if is_disk_full(error):
-                raise
-            raise JournalError(f"cannot write to {self.path} ({error.strerror}): give another --out") from None
         with lock:
             remove_stale_temporaries(self.path)
             try:
-                named = isinstance(lock, AcquireReturnProxy)
-                yield f"no locks in {self.path}: {_OWNER_NAME} there says who is at work" if named else ""
+                yield "" if lock in _held else f"no locks in {self.path}: {_OWNER_NAME} there says who is at work"
             finally:
                 with contextlib.suppress(OSError):  # what stands in the way is no reason to hide the run's own outcome
                     if made_now and {path.name for path in self.path.iterdir()} <= {_LOCK_NAME, _OWNER_NAME}:
@@ -115,6 +111,8 @@ class RunDirectory:
 
     def _take_soft_lock(self) -> AcquireReturnProxy[SoftFileLock]:
         """A file that names its owner, who removes it; that of a process which died here does not count."""
+        from filelock import SoftFileLock, Timeout  # most runs need it not, and every command would wait for it
+
         try:
             return SoftFileLock(self.path / _OWNER_NAME, timeout=0).acquire()
         except Timeout:

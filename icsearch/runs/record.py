@@ -431,13 +431,17 @@ class RunRecord(Record):
             of_count.setdefault(len(pattern.full_layers), []).append(pattern)
         return {count: self.steadiest(patterns) for count, patterns in sorted(of_count.items(), reverse=True)}
 
+    def ranked(self, patterns: Iterable[Pattern]) -> list[Pattern]:
+        """Measured patterns, the lowest objective first."""
+        return sorted(patterns, key=lambda each: (self.objective.loss(each.letters), each.letters))
+
     def steadiest(self, patterns: Iterable[Pattern]) -> Pattern:
         """Of measured patterns that one standard error does not part from the lowest objective, the lowest KL.
 
         The lowest of many losses is partly luck, and the KL's relative error is several times smaller (the rule of one
         standard error: Breiman and others, Classification and Regression Trees, 1984).
         """
-        lowest, *others = sorted(patterns, key=lambda each: (self.objective.loss(each.letters), each.letters))
+        lowest, *others = self.ranked(patterns)
         if self.by_kl or not self.has_kl:
             return lowest
         alike = [each for each in others if self.objective.difference(each.letters, lowest.letters).is_tie] + [lowest]

@@ -52,9 +52,7 @@ class Proposals:
 
     def measured(self) -> list[Pattern]:
         """All of the budget asked for that were measured and may be run, the best first."""
-        table = self._record.objective
-        possible = [each for each in self._record.measured() if len(each.full_layers) == self._kept]
-        return sorted(possible, key=lambda each: (table.loss(each.letters), each.letters))
+        return self._record.ranked(each for each in self._record.measured() if len(each.full_layers) == self._kept)
 
     def _search(self) -> PatternSearch:
         record = self._record

@@ -128,9 +128,7 @@ def join(launch: Launch) -> World:
         store = _reach_store(launch, host, port, where)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         own = PrefixStore(f"icsearch/{attempt}", store)
-        another = _connect(
-            host, port, is_master=False
-        )  # a connection of its own: the main thread may be waiting on the other one
+        another = _connect(host, port, is_master=False)  # the main thread may be waiting on the other connection
         heartbeat = Heartbeat(launch.rank, launch.size, PrefixStore(f"icsearch/{attempt}", another), where)
         heartbeat.announce()
         _wait_for_all(launch, own)
