@@ -97,9 +97,9 @@ def correction(table: SecondOrderTable, start: Pattern, measured: Mapping[Patter
     """float64 [2, N, N]: what to add to the prices for each layer and source; zeros where nothing was measured.
 
     `start` is the unmodified model's pattern: what a layer uses there costs nothing. Single flips say how far the
-    prices of their layers may be off: of the flipped one, and of those that the checkpoint shares behind it. A layer's
-    number has a part that is common to all sources, and one of each source, which may be the larger the dearer that
-    source is beside the single flip's.
+    prices of their layers may be off: of the flipped one, and of those that the checkpoint shares behind it. Under a
+    source that is dearer than the single flip's a layer may be off the more. Half of that (in variance) is one factor
+    for all sources of a layer, half is each source's own.
     """
     count = table.drawn.shape[2]
     numbers = np.zeros((2, count, count))
@@ -120,20 +120,19 @@ def correction(table: SecondOrderTable, start: Pattern, measured: Mapping[Patter
             for layer in np.flatnonzero(moved[number]).tolist():
                 spread[layer] += abs(residual[number]) + kl[number]
                 dearer[layer] = np.maximum(1, pairs[layer] / (pairs[layer, sources[number, layer]] + SMALLEST))
-        common, own = spread**2 / 2, (spread[:, None] * dearer) ** 2 / 2  # [N], [N, N]: priors of both parts
-        own[layers, usual] = 0.0
-        used = own[layers, sources]  # [M, N]
-        alike = (moved * common) @ moved.T
+        half = np.sqrt(0.5) * spread[:, None] * dearer  # [N, N]: priors' standard deviation, of either part
+        half[layers, usual] = 0.0
+        used = half[layers, sources]  # [M, N]
+        alike = used @ used.T
         for layer in range(count):
             same = sources[:, layer, None] == sources[None, :, layer]
-            alike += same * used[:, layer]
+            alike += same * used[:, layer] ** 2
         scatter = SMALLEST + SCATTER * prices[price]
         scatter[singles] = SMALLEST
         weights = np.linalg.solve(alike + np.diag(scatter**2), residual)  # [M]
+        numbers[price] = half * (weights @ used)[:, None]
         for layer in range(count):
-            numbers[price, layer] += common[layer] * (weights @ moved[:, layer])
-            np.add.at(numbers[price, layer], sources[:, layer], used[:, layer] * weights)
-        numbers[price, layers, usual] = 0.0
+            np.add.at(numbers[price, layer], sources[:, layer], used[:, layer] ** 2 * weights)
     return numbers
 
 
