@@ -3,10 +3,11 @@
 Usage: python benchmarks/real.py [STEP …] [--out runs/real] [--processes 2]
 
 Steps, in this order, by default all of them:
-    search      fisher, exact greedy, greedy in two stages, the similarity DP (with Kascade's score), on documentation
-    stability   fisher on other documentation, on code and on news
-    far         fisher on documents that look back: on all their tokens, and on far tokens alone
+    search      fisher (by loss, and by KL), exact greedy, greedy in two stages, the similarity DP (with Kascade's
+                score), on documentation
     measure     what each finds, on documentation of other packages, code, news, and documents that look back
+    stability   fisher on other documentation, on code and on news, and what the pattern of one costs on another
+    far         fisher on documents that look back, on all their tokens and on far tokens alone, and what that buys
     passkey     a number told once, asked for at several distances, by generation
     tables      all of that as Markdown, and summary.json
 
@@ -21,7 +22,7 @@ import json
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,14 @@ from icsearch.runs.record import RunRecord, load_run
 from stability import kendall_tau
 
 BUDGETS = ("1/2", "1/3", "1/4", "1/8")
+BY_KL = ("1/4", "1/2")
 LENGTH, SEQUENCES = 512, 8
 # What is measured on: its file, and how many sequences.
 KINDS = {"documentation": ("docs-heldout", 16), "code": ("code", 8), "news": ("prose", 8)}
 LOOKING_BACK = {"looking back": "all", "far tokens": "far"}  # searched on, and which tokens count
 OTHERS = {"other documentation": ("docs", 1), "code": ("code", 1), "news": ("prose", 1)}  # searched on, and its seed
 DISTANCES, KEYS = (100, 300, 800), 10
-STEPS = ("search", "stability", "far", "measure", "passkey", "tables")
+STEPS = ("search", "measure", "stability", "far", "passkey", "tables")
 
 
 class Runs:
@@ -80,6 +82,9 @@ class Runs:
             self.make("dp-baseline", f"dp-{_named(budget)}", docs, *size, "--retention", budget, *again)
         for budget in ("1/8", "1/2", "1/3"):
             self.make("fisher", f"fisher-{_named(budget)}", docs, *size, "--retention", budget, "--table", table)
+        for budget in BY_KL:
+            by_kl = ("--retention", budget, "--table", table, "--objective", "kl")
+            self.make("fisher", f"fisher-kl-{_named(budget)}", docs, *size, *by_kl)
         self.make("greedy", "staged", docs, *size, "--retention", "1/8", "--stages", 2)
 
     def patterns(self) -> dict[str, str]:
@@ -94,39 +99,40 @@ class Runs:
                     found[f"{method} {budget}"] = _at(run, budget)
             if (run := self._finished(f"fisher-{_named(budget)}")) is not None:
                 found[f"fisher {budget}"] = run.pattern.letters
-            elif (letters := self._on_the_way(budget)) is not None:
-                found[f"fisher {budget}"] = letters
-        for name in (*OTHERS, *LOOKING_BACK):
-            if (run := self._finished(f"fisher-on-{_named(name)}")) is not None:
-                found[f"fisher on {name} 1/4"] = run.pattern.letters
+            if (run := self._finished(f"fisher-kl-{_named(budget)}")) is not None:
+                found[f"fisher by KL {budget}"] = run.pattern.letters
         return found
 
-    def _on_the_way(self, budget: str) -> str | None:
-        """The best pattern of a larger budget that the fisher run at 1/4 has measured."""
-        if (run := self._finished("fisher-1-4")) is None:
-            return None
-        kept = num_full(parse_retention(budget), len(run.start_pattern))
-        best = icsearch.load_pattern_file(self.out / "fisher-1-4" / "pattern.json").frontier
-        return next((found.pattern for found in best if found.full_layers == kept), None)
+    def of_text(self, names: Iterable[str]) -> dict[str, str]:
+        """What fisher at 1/4 finds on documentation, and on these texts."""
+        places = {"documentation": "fisher-1-4"} | {name: f"fisher-on-{_named(name)}" for name in names}
+        runs = {name: run for name, place in places.items() if (run := self._finished(place)) is not None}
+        return {f"fisher on {name} 1/4": run.pattern.letters for name, run in runs.items()}
 
     def _finished(self, name: str) -> RunRecord | None:
         return load_run(self.out / name) if (self.out / name / "pattern.json").exists() else None
 
-    def specs(self) -> list[str]:
-        uniform = [f"uniform:{budget}" for budget in BUDGETS]
-        return [word for spec in [*uniform, *dict.fromkeys(self.patterns().values())] for word in ("--pattern", spec)]
+    def eval(self, name: str, kind: str, patterns: Mapping[str, str], *budgets: str) -> None:
+        """Measure patterns, and uniform ones of these budgets, on held-out text: of one of KINDS, or looking back."""
+        specs = [*(f"uniform:{budget}" for budget in budgets), *dict.fromkeys(patterns.values())]
+        words = [word for spec in specs for word in ("--pattern", spec)]
+        if kind in KINDS:
+            text, sequences = KINDS[kind]
+            size = ("--seq-len", LENGTH, "--num-sequences", sequences, "--seed", 2)
+            self.make("eval", f"{name}-{_named(kind)}", self.text(text), *size, *words)
+        else:
+            self.make("eval", f"{name}-{_named(kind)}", self.looking_back("batches-heldout", 2), *words)
 
     def measure(self) -> None:
-        for kind, (name, sequences) in KINDS.items():
-            size = ("--seq-len", LENGTH, "--num-sequences", sequences, "--seed", 2)
-            self.make("eval", f"eval-{_named(kind)}", self.text(name), *size, *self.specs())
-            if kind == "documentation":
-                self.make("eval", "eval-looking-back", self.looking_back("batches-heldout", 2), *self.specs())
+        for kind in (*KINDS, "looking back"):
+            self.eval("eval", kind, self.patterns(), *BUDGETS)
 
     def stability(self) -> None:
         for name, (text, seed) in OTHERS.items():
             size = ("--seq-len", LENGTH, "--num-sequences", SEQUENCES, "--seed", seed)
             self.make("fisher", f"fisher-on-{_named(name)}", self.text(text), *size, "--retention", "1/4")
+        for kind in KINDS:
+            self.eval("eval-of-texts", kind, self.of_text(OTHERS))
 
     def looking_back(self, name: str, seed: int, count: str = "far") -> Path:
         """Batches of documents that look back, in which far tokens count or all."""
@@ -137,6 +143,7 @@ class Runs:
         for name, count in LOOKING_BACK.items():
             batches = self.looking_back(f"batches-{count}", 1, count)
             self.make("fisher", f"fisher-on-{_named(name)}", batches, "--retention", "1/4")
+        self.eval("eval-of-texts", "looking back", self.of_text(LOOKING_BACK))
 
     def passkey(self) -> None:
         """Digits told once in news, and asked for so many tokens later; greedy decoding."""
@@ -169,7 +176,8 @@ class Runs:
             for path in sorted(self.out.glob("eval-*"))
             if (path / "eval.json").exists()
         }
-        names = {letters: name for name, letters in self.patterns().items()}
+        found = self.patterns() | self.of_text((*OTHERS, *LOOKING_BACK))
+        names = {letters: ", ".join(name for name in found if found[name] == letters) for letters in found.values()}
         for kind, view in evaluations.items():
             print(f"\n### {kind} (all F {numbers.loss(view.baseline.loss)})\n")
             print("| F | pattern | letters | loss above all F | KL | gap closed |\n|---|---|---|---|---|---|")
