@@ -29,19 +29,21 @@ SHARED_HEADS = {"vocab_size": VOCABULARY, "hidden_size": 32, "head_dim": 16, "ma
 EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
 
 
-def _deepseek_v4() -> Any:
-    return transformers.DeepseekV4Config(
+def _deepseek_v4(**changes: Any) -> Any:
+    sizes = {
         **SHARED_HEADS, **EXPERTS, **HYPER, **NO_SPECIAL,
-        num_hidden_layers=5, num_attention_heads=4, q_lora_rank=24, partial_rotary_factor=0.5, n_routed_experts=4,
-        layer_types=[
+        "num_hidden_layers": 5, "num_attention_heads": 4, "q_lora_rank": 24, "partial_rotary_factor": 0.5,
+        "n_routed_experts": 4,
+        "layer_types": [
             "heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention",
             "compressed_sparse_attention", "compressed_sparse_attention",
         ],
-        mlp_layer_types=["hash_moe", "moe", "moe", "moe", "moe"],
-        compress_rates={"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
-        o_groups=2, o_lora_rank=8, index_n_heads=2, index_head_dim=16, index_topk=3, sliding_window=8,
-        initializer_range=0.3,
-    )  # fmt: skip
+        "mlp_layer_types": ["hash_moe", "moe", "moe", "moe", "moe"],
+        "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 8},
+        "o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 3,
+        "sliding_window": 8, "initializer_range": 0.3,
+    }  # fmt: skip
+    return transformers.DeepseekV4Config(**{**sizes, **changes})
 
 
 def _glm5_next(**changes: Any) -> Any:

@@ -16,6 +16,7 @@ from icsearch.core.jsonfile import read_object, shown
 from icsearch.core.text import first_line
 from icsearch.model.config import check_config, check_sharing
 from icsearch.model.header import read_header
+from icsearch.model.quantisation import with_quantisation
 
 DEMO = "demo"
 INDEX_NAME = "model.safetensors.index.json"
@@ -50,7 +51,7 @@ def open_checkpoint(name_or_path: str, *, trust_remote_code: bool = False) -> Ch
     """
     local = _local(name_or_path)
     directory = local or _download(name_or_path, [*_HUB_FILES, *_HUB_CODE] if trust_remote_code else _HUB_FILES)
-    config = _read_json(directory / "config.json", "the checkpoint's config.json")
+    config = with_quantisation(_read_json(directory / "config.json", "the checkpoint's config.json"), directory)
     check_config(config, name_or_path)
     check_sharing(config, name_or_path)
     shards = _shards(directory)

@@ -105,18 +105,6 @@ def mtp_layers(keys: Mapping[str, Any]) -> int:
     return next((keys[key] for key in MTP_KEYS if keys.get(key)), 0)
 
 
-def dtype_name(config: Mapping[str, Any], name: str) -> str:
-    """The type of a checkpoint's weights as its config names it, its own or its language model's.
-
-    Where it names none: bfloat16 for weights that are quantised, which are dequantised to it, else float32. It need
-    not be one that is known here; whatever JSON value it is, it comes as text.
-    """
-    for keys in (config, language_config(config, name)):
-        if stated := keys.get("dtype") or keys.get("torch_dtype"):
-            return str(stated)
-    return "bfloat16" if quantization(config, name) else "float32"
-
-
 @dataclass(frozen=True)
 class Backbone:
     """`num_layers` decoder layers, those of multi-token prediction (`mtp_layers`) not among them.
@@ -230,43 +218,6 @@ def check_config(config: Mapping[str, Any], name: str, kinds: Mapping[str, Kind]
 
 def _wrong(name: str, what: str) -> ModelError:
     return ModelError(f"config.json of {name}: {what}; use the config that belongs to the weights")
-
-
-FP8 = "fp8"
-_BLOCK = [128, 128]  # of weights with one scale, where the config does not say
-
-
-def quantization(config: Mapping[str, Any], name: str) -> Any:
-    """`quantization_config`, of the whole or of the language model; whatever JSON value it is."""
-    return config.get("quantization_config") or language_config(config, name).get("quantization_config")
-
-
-def fp8_block(config: Mapping[str, Any], name: str) -> tuple[int, int] | None:
-    """Rows and columns of the blocks that have one scale, None where weights are not quantised.
-
-    Raises ModelError for another quantisation than FP8 in blocks.
-    """
-    settings = quantization(config, name)
-    if not settings:
-        return None
-    if not isinstance(settings, dict):
-        raise ModelError(
-            f"{name} has quantization_config {shown(settings)}: expected an object with quant_method {FP8!r}, or none; "
-            "use the config that belongs to the weights"
-        )
-    if settings.get("quant_method") != FP8:
-        raise ModelError(
-            f"{name} is quantised by {shown(settings.get('quant_method'))}: expected {FP8!r}, with a scale for each "
-            "block of 128 x 128 weights, or no quantization_config at all; convert it to bfloat16 first"
-        )
-    block = settings.get("weight_block_size", _BLOCK)
-    if not list_of(whole(1), 2).fits(block):
-        raise ModelError(
-            f"quantization_config of {name} has weight_block_size {shown(block)}: expected two sizes, such "
-            "as [128, 128]; convert it to bfloat16 first"
-        )
-    rows, columns = block
-    return rows, columns
 
 
 # --- which layers a checkpoint shares --------------------------------------------------------------------------------

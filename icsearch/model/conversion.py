@@ -20,24 +20,21 @@ from icsearch.core.errors import ModelError
 from icsearch.model.checkpoint import Checkpoint
 from icsearch.model.config import language_config, mtp_layers
 from icsearch.model.families.decoder import layer_list
+from icsearch.model.formats.weights import Weights
 from icsearch.model.model import native_types
-from icsearch.model.shards import Shards
 
 Tensors = Mapping[str, Any]  # by name: tensors, or stored ones
 
 
 class Conversion:
-    """The conversion for one model of transformers, whose parameters are on meta until they are filled.
+    """The conversion for one model of transformers, whose parameters are on meta until they are filled."""
 
-    `quantizer` is transformers' quantizer of an FP8 checkpoint, None for one that is not quantised.
-    """
-
-    def __init__(self, model: Any, dtype: torch.dtype, quantizer: Any = None) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.modeling_utils import LoadStateDictConfig
 
         self._model = model
-        mapping: Any = [copy.copy(step) for step in get_model_conversion_mapping(model, hf_quantizer=quantizer)]
+        mapping: Any = [copy.copy(step) for step in get_model_conversion_mapping(model)]
         for step in mapping:
             if getattr(step, "force_cpu", False):
                 step.force_cpu = False  # it runs where we say: on the CPU, and in rehearsal on meta
@@ -45,7 +42,6 @@ class Conversion:
             device_map={"": "cpu"},
             dtype=dtype,
             dtype_plan=model._get_dtype_plan(dtype),  # what a family keeps in float32
-            hf_quantizer=quantizer,
             weight_mapping=mapping,
         )
 
@@ -59,9 +55,9 @@ class Conversion:
         for name, text in errors.items():
             raise RuntimeError(f"{_reason(text)}, while {name} was made")
 
-    def rehearse(self, shards: Shards) -> Any:
+    def rehearse(self, weights: Weights) -> Any:
         """Convert all tensors without their data; afterwards every parameter on meta has the type that it will have."""
-        return self._apply({name: stored.on_meta() for name, stored in shards.items()}, "meta")
+        return self._apply({name: stored.on_meta() for name, stored in weights.items()}, "meta")
 
     def _apply(self, tensors: Tensors, device: str) -> Any:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model

@@ -16,15 +16,15 @@ from icsearch.core.errors import ModelError
 from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.text import first_line
 from icsearch.model.checkpoint import Checkpoint
-from icsearch.model.config import TEXT_CONFIG, Backbone, dtype_name
+from icsearch.model.config import TEXT_CONFIG, Backbone
 from icsearch.model.families.calls import numbers_handed_on
 from icsearch.model.families.decoder import auto_class, check_one_each, layer_configs
 from icsearch.model.families.ending import streams
 from icsearch.model.families.selection import SelectionForm, index_heads, read_form
-from icsearch.model.fp8 import make_quantizer
 from icsearch.model.kernels import scores_alike
 from icsearch.model.machine import is_out_of_memory
 from icsearch.model.model import DsaModel
+from icsearch.model.quantisation import dtype_name, quantisation
 from icsearch.model.shape import ModelShape
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,7 +79,7 @@ class Layout:
 
 def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
     """Build the model without memory and read its layout; raises ModelError where it is none that can be searched."""
-    make_quantizer(checkpoint)  # refuses a quantisation that cannot be read
+    quantisation(checkpoint.config, checkpoint.name)  # refuses one that cannot be read
     config = load_config(checkpoint, trust_remote_code)
     with building(checkpoint), torch.device("meta"):
         model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)

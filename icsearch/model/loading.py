@@ -14,7 +14,7 @@ from icsearch.core.text import first_line
 from icsearch.model.checkpoint import Checkpoint
 from icsearch.model.conversion import Conversion, check_finite, check_rehearsed, layer_prefix
 from icsearch.model.families.decoder import auto_class, decoder_layers
-from icsearch.model.fp8 import check_none_quantised, make_quantizer
+from icsearch.model.formats.weights import weights_of
 from icsearch.model.layout import DTYPES, building, config_dtype, load_config
 from icsearch.model.machine import is_out_of_memory, out_of_memory
 from icsearch.model.model import DsaModel, LayerWeights, StreamedWeights
@@ -35,11 +35,9 @@ class Reader:
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.shards = Shards(checkpoint.shards)
-        quantizer = make_quantizer(checkpoint)
-        if quantizer is None:
-            check_none_quantised(checkpoint, self.shards)
-        self._conversion = Conversion(model, dtype, quantizer)
-        rehearsed = self._conversion.rehearse(self.shards)
+        self._weights = weights_of(checkpoint, self.shards)
+        self._conversion = Conversion(model, dtype)
+        rehearsed = self._conversion.rehearse(self._weights)
         self._tied, self.left_out = check_rehearsed(checkpoint, model, rehearsed)
         self._of_layer: list[list[str]] = [[] for _ in self.layers]  # the tensors that make each layer
         self._outside: dict[str, str] = {}  # the others that are of use, with the parameter of each
@@ -47,12 +45,13 @@ class Reader:
         self._in_cpu_memory: dict[int, dict[str, torch.Tensor]] = {}
         prefix, parameters = layer_prefix(model), set(model.state_dict())
         floating = {name for name, weight in model.named_parameters() if weight.is_floating_point()}
-        for name, target in self._conversion.targets(self.shards).items():
-            stored = self.shards[name].get_dtype()
-            if quantizer is None and target in floating and stored.startswith(("I", "U", "BOOL")):
+        for name, target in self._conversion.targets(self._weights).items():
+            stored = self._weights[name].get_dtype()
+            if target in floating and stored.startswith(("I", "U", "BOOL")):
                 raise ModelError(  # some quantisations are nothing but whole numbers in place of weights
-                    f"tensor {name} of {checkpoint.name} is {stored}: expected floating-point weights, as "
-                    "config.json names no quantization_config; convert the checkpoint, or use its own config"
+                    f"tensor {name} of {checkpoint.name} is {stored}: expected floating-point weights, or a "
+                    "quantization_config in config.json that says how they are stored; convert the checkpoint, or use "
+                    "its own config"
                 )
             if target not in parameters:
                 continue  # such as the layers of an MTP head
@@ -71,7 +70,7 @@ class Reader:
 
     def _read(self, index: int) -> None:
         """Read one decoder layer's weights; the first time, look whether all are finite."""
-        self._conversion.fill({name: self.shards[name] for name in self._of_layer[index]})
+        self._conversion.fill({name: self._weights[name] for name in self._of_layer[index]})
         if index not in self._known_finite:
             check_finite(self._checkpoint, self.layers[index].state_dict(prefix=f"{layer_prefix(self.model)}{index}."))
             self._known_finite.add(index)
@@ -124,7 +123,7 @@ class Reader:
         }
         unwanted = tuple(f"{path}." for path, module in self.model.named_modules() if not wanted.get(module, True))
         names = [name for name, target in self._outside.items() if not target.startswith(unwanted)]
-        self._conversion.fill({name: self.shards[name] for name in names})
+        self._conversion.fill({name: self._weights[name] for name in names})
         if first or last:
             self.model.tie_weights(missing_keys=set(self._tied), recompute_mapping=False)
         here = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}

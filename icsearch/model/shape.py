@@ -133,6 +133,10 @@ class ModelShape:
         """Weights of one expert: gate, up, down."""
         return 3 * self.hidden_size * self.moe_intermediate_size
 
+    def routed_weights(self, index: int) -> int:
+        """Weights of a decoder layer's routed experts."""
+        return self.expert_weights * self.routed_experts if index >= self.dense_layers else 0
+
     @property
     def router_weights(self) -> int:
         return self.hidden_size * self.routed_experts
@@ -141,7 +145,7 @@ class ModelShape:
         """Parameters of a decoder layer, norms included; biases, which the large models have none of, are not."""
         norms = 2 * self.hidden_size + self.q_lora_rank + self.kv_lora_rank
         indexer = (self.index_weights + 2 * self.index_head_dim) if with_indexer else 0
-        experts = self.expert_weights * (self.routed_experts + self.shared_experts) + self.router_weights
+        experts = self.routed_weights(index) + self.expert_weights * self.shared_experts + self.router_weights
         mlp = 3 * self.hidden_size * self.intermediate_size if index < self.dense_layers else experts
         if index < self.dense_layers:
             mlp -= 2 * self.hidden_size * self.gate_rank  # that norm has no gate

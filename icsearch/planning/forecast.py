@@ -341,7 +341,7 @@ class Course:
         loading = 0.0
         if self.placement.offload != DISK:  # weights come once; all processes read the same disks
             loading = model.stored_model_bytes * grid.data / device.read_rate
-            if model.quantised:
+            if model.quantisation:
                 loading += model.stored_model_bytes / grid.pipeline / device.convert_rate
         bringing = [self._bringing(block) if self.streamed else 0.0 for block in self.blocks]
         # A trunk runs through the other places before the last one has anything to do.
@@ -377,5 +377,5 @@ class Course:
             cached = model.stored_model_bytes <= MEMORY_SHARE * device.node_memory
             rate = device.cached_rate if cached else device.read_rate
             seconds += stored * self.placement.grid.size / rate
-            seconds += stored / device.convert_rate if model.quantised else 0.0
+            seconds += stored / device.convert_rate if model.quantisation else 0.0
         return seconds * self.waves

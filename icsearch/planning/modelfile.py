@@ -11,11 +11,11 @@ from icsearch.core.files import demo_checkpoint, may_be_hub_id, typed_path
 from icsearch.core.jsonfile import FLAG, TEXT, list_of, read_object, shown, whole
 from icsearch.core.pattern import Pattern
 from icsearch.core.text import first_line
-from icsearch.model.config import check_config, dtype_name, fp8_block, language_config, start_pattern
+from icsearch.model.config import check_config, language_config, start_pattern
+from icsearch.model.quantisation import Quantisation, dtype_name, quantisation, with_quantisation
 from icsearch.model.shape import ModelShape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-FP8_BYTES = 1
 _COUNTS = (  # sizes that `ModelShape` reads, and says of each what it must be at least
     "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
     "v_head_dim", "index_n_heads", "index_head_dim", "index_topk", "intermediate_size", "moe_intermediate_size",
@@ -36,7 +36,7 @@ _READ = {
 class ModelFile:
     """What a config.json says: sizes, the start pattern, types, and bytes of each weight on disk.
 
-    `dtype` is the checkpoint's own, which weights are dequantised to where they are stored in FP8.
+    `dtype` is the checkpoint's own, which weights are dequantised to where they are quantised.
     """
 
     name: str
@@ -44,7 +44,7 @@ class ModelFile:
     shape: ModelShape
     start: Pattern
     dtype: str
-    stored_bytes: float  # per parameter of a decoder layer
+    quantisation: Quantisation | None
     tied: bool  # the LM head is the embedding
     max_positions: int
 
@@ -55,11 +55,6 @@ class ModelFile:
         if path.suffix != ".json":
             return self.name
         return str(path.parent) if path.name == "config.json" else "MODEL"
-
-    @property
-    def quantised(self) -> bool:
-        """Whether decoder layers are stored in FP8."""
-        return self.stored_bytes < DTYPE_BYTES[self.dtype]
 
     @property
     def outside_parameters(self) -> int:
@@ -75,8 +70,16 @@ class ModelFile:
         return self.outside_parameters + sum(map(self.layer_parameters, range(self.shape.layers)))
 
     def stored_layer_bytes(self, index: int) -> float:
-        """Bytes of a decoder layer in the checkpoint."""
-        return self.layer_parameters(index) * self.stored_bytes
+        """Bytes of a decoder layer in the checkpoint.
+
+        Where only the experts are in a smaller format, all else is counted as the config's type; exceptions that a
+        config lists are not.
+        """
+        plain, found = DTYPE_BYTES[self.dtype], self.quantisation
+        if found is None:
+            return self.layer_parameters(index) * plain
+        experts = self.shape.routed_weights(index)
+        return experts * found.expert_bytes + (self.layer_parameters(index) - experts) * (found.other_bytes or plain)
 
     @property
     def stored_model_bytes(self) -> float:
@@ -88,7 +91,8 @@ class ModelFile:
 def open_model_file(name: str) -> ModelFile:
     """The model in a config.json: a file, a directory with one, a hub id, or demo. Raises ModelError."""
     path = _find(name)
-    config = read_object(path, expected="a model's config.json", advice="download it again", error=ModelError)
+    found = read_object(path, expected="a model's config.json", advice="download it again", error=ModelError)
+    config = with_quantisation(found, path.parent)
     inner = language_config(config, name)
     if not any(key.startswith(("index_", "indexer_")) for key in inner):
         raise ModelError(
@@ -104,16 +108,13 @@ def open_model_file(name: str) -> ModelFile:
     dtype = dtype_name(config, name)
     if dtype not in DTYPE_BYTES:
         raise ModelError(f"{path} has dtype {shown(dtype)}: expected {', '.join(DTYPE_BYTES)}; mend it")
-    block = fp8_block(config, name)
-    # A float32 scale for each block; it may take a byte in place of four, which a config does not say: 0.02% less.
-    stored = DTYPE_BYTES[dtype] if block is None else FP8_BYTES + DTYPE_BYTES["float32"] / (block[0] * block[1])
     return ModelFile(
         name=name,
         model_type=str(config.get("model_type", "")),
         shape=shape,
         start=start_pattern(config, name),
         dtype=dtype,
-        stored_bytes=stored,
+        quantisation=quantisation(config, name),
         tied=bool(inner.get("tie_word_embeddings")),
         max_positions=inner.get("max_position_embeddings") or 0,
     )

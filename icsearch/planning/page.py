@@ -143,8 +143,10 @@ def _facts(plan: Plan) -> RenderableType:
     count = model.num_parameters
     parameters = f"{count / 1e9:.4g}B" if count >= 10**9 else f"{count / 1e6:.4g}M"
     stored, computed = format_bytes(round(model.stored_model_bytes)), format_bytes(case.job.weights.total)
-    if model.quantised:
-        weights = f"{stored} on disk in FP8; dequantised as they are read: {computed} in {case.dtype}"
+    if model.quantisation:
+        weights = (
+            f"{stored} on disk in {model.quantisation.label}; dequantised as they are read: {computed} in {case.dtype}"
+        )
     elif model.dtype == case.dtype:
         weights = f"{computed}, on disk and in memory ({case.dtype})"
     else:

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import fp8_fixtures
 import icsearch
+import quantised_fixtures
 import tiny
 from icsearch.core.errors import IcsearchError
 from icsearch.core.pattern_file import load_pattern_file
@@ -163,7 +163,7 @@ def test_a_copy_is_the_model_that_our_own_loader_reads(
 
 def test_fp8_scales_go_with_their_weights(tmp_path: Path) -> None:
     letters = "FSFSF"
-    source = fp8_fixtures.save_quantized(tmp_path / "model", indexer_types=["full"] * 5)
+    source = quantised_fixtures.save_quantized(tmp_path / "model", indexer_types=["full"] * 5)
     save_pattern(tmp_path / "pattern.json", source, letters)
     exported(source, tmp_path / "out", drop_indexers=True)
     before, after = all_tensors(source), all_tensors(tmp_path / "out")

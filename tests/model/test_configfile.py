@@ -18,9 +18,9 @@ import tiny
 from icsearch.commands.plan import plan as make_plan
 from icsearch.core.errors import IcsearchError, ModelError
 from icsearch.model.checkpoint import open_checkpoint
-from icsearch.model.config import dtype_name, fp8_block
 from icsearch.model.layout import inspect
 from icsearch.model.loading import load, quiet_transformers
+from icsearch.model.quantisation import dtype_name, quantisation
 from icsearch.planning.modelfile import open_model_file
 from plan_fixtures import plan_request
 
@@ -105,7 +105,7 @@ def test_what_every_command_refuses(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("fp8", "has quantization_config 'fp8': expected an object with quant_method 'fp8'"),
+        ("fp8", "has quantization_config 'fp8': expected an object with quant_method, such as 'fp8'"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "weight_block_size 128: expected two sizes"),
         ({"quant_method": "fp8", "weight_block_size": [0, 0]}, "weight_block_size a list: expected two sizes"),
         ({"quant_method": "gptq"}, "is quantised by 'gptq': expected 'fp8'"),
@@ -127,12 +127,63 @@ def test_a_plan_and_a_run_refuse_the_same_quantisation(
             read(str(directory))
 
 
-def test_the_blocks_of_a_quantisation() -> None:
-    assert fp8_block({}, "M") is None
-    assert fp8_block({"quantization_config": {"quant_method": "fp8"}}, "M") == (128, 128)
-    assert fp8_block({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "M") == (128, 128)
-    given = {"quant_method": "fp8", "weight_block_size": [64, 32]}
-    assert fp8_block({"quantization_config": given}, "M") == (64, 32)
+def stored(settings: dict[str, Any], **more: Any) -> tuple[str, tuple[int, int], float, float | None]:
+    found = quantisation({"quantization_config": settings, **more}, "M")
+    assert found and found == quantisation({"text_config": {"quantization_config": settings, **more}}, "M")
+    return found.label, found.block, found.expert_bytes, found.other_bytes
+
+
+def test_how_weights_are_stored() -> None:
+    """The format, FP8's block, and bytes of a weight of an expert and of another, scales counted."""
+    assert quantisation({}, "M") is None
+    eight = 1 + 4 / 128**2
+    assert stored({"quant_method": "fp8"}) == ("FP8", (128, 128), eight, eight)
+    assert stored({"quant_method": "fp8", "weight_block_size": [64, 32]})[1] == (64, 32)
+    mixed = ("FP8 with MXFP4 experts", (128, 128), 0.5 + 1 / 32, eight)
+    assert stored({"quant_method": "fp8", "expert_dtype": "fp4"}) == mixed
+    assert stored({"quant_method": "fp8"}, expert_dtype="fp4") == mixed
+    assert stored({"quant_method": "modelopt", "quant_algo": "NVFP4"}) == ("NVFP4", (128, 128), 0.5 + 1 / 16, None)
+    packed: dict[str, Any] = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+    assert stored(packed) == ("NVFP4", (128, 128), 0.5 + 1 / 16, None)
+    weights = {"num_bits": 4, "group_size": 32, "symmetric": True}
+    packed |= {"format": "mixed-precision", "config_groups": {"0": {"format": "pack-quantized", "weights": weights}}}
+    assert stored(packed) == ("int4", (128, 128), 0.5 + 2 / 32, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"quant_method": "gptq"}, "is quantised by 'gptq': expected 'fp8' .* 'modelopt' .* 'compressed-tensors' with"),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "'modelopt' with quant_algo 'FP8': expected"),
+        ({"quant_method": "compressed-tensors"}, "with format None: expected"),
+        (
+            {"quant_method": "compressed-tensors", "format": "float-quantized"},
+            "format 'float-quantized': expected",
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"0": {"format": "pack-quantized"}, "1": {"format": "dense"}},
+            },
+            "with format 'dense' and 'pack-quantized': expected",
+        ),
+        *(
+            (
+                {
+                    "quant_method": "compressed-tensors",
+                    "format": "pack-quantized",
+                    "config_groups": {"0": {"weights": {"num_bits": 4, **odd}}},
+                },
+                f"pack-quantized and {next(iter(odd))} .*: expected",
+            )
+            for odd in ({"num_bits": 8}, {"symmetric": False}, {"actorder": "group"}, {"num_bits": None})
+        ),
+    ],
+)
+def test_a_format_that_is_not_known_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as caught:
+        quantisation({"quantization_config": settings}, "M")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_null_text_config_is_none(directory: Path) -> None:

@@ -33,7 +33,7 @@ def test_large_models_have_the_parameters_that_are_known(name: str) -> None:
     found = open_model_file(str(CONFIGS / f"{name}.json"))
     assert found.num_parameters == pytest.approx(PARAMETERS[name], rel=0.005)
     assert found.stored_model_bytes == pytest.approx(PARAMETERS[name], rel=0.01)  # a byte each
-    assert found.dtype == "bfloat16" and found.quantised and found.checkpoint == "MODEL"
+    assert found.dtype == "bfloat16" and found.quantisation and found.checkpoint == "MODEL"
 
 
 @pytest.mark.parametrize("name", sorted(PARAMETERS))
