@@ -278,7 +278,7 @@ def apply_pattern(model: Model, pattern: str | Pattern) -> Model:
     Raises PatternError, and leaves the model alone, where the pattern has another length, asks F of a layer that the
     checkpoint itself shares, or the model has no indexers.
     """
-    from icsearch.model.slot import SelectionStore, put_slot
+    from icsearch.model.slot import Returned, SelectionStore, put_slot
 
     owners = _owners(model)
     if not owners:
@@ -289,8 +289,9 @@ def apply_pattern(model: Model, pattern: str | Pattern) -> Model:
     indexers = [getattr(owner.indexer, "inner", owner.indexer) for _, owner in owners]
     start = Pattern("".join(SHARED if indexer is None else FULL for indexer in indexers))
     store = SelectionStore(_fit(pattern, start, _backbone(model)))
+    returned = Returned()
     for position, (_, owner) in enumerate(owners):
-        put_slot(owner, position).store = store
+        put_slot(owner, position, returned).store = store
     return model
 
 

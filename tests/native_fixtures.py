@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, GlmM
 from transformers.models.mistral_large4.configuration_mistral_large4 import MistralLarge4Config
 
 import tiny
+import tiny_families
 from icsearch.core.pattern import Pattern
 from icsearch.core.pattern_file import PatternFile, Step
 from icsearch.model.checkpoint import fingerprint, open_checkpoint
@@ -26,7 +27,7 @@ VISION: dict[str, Any] = {
     "image_size": 16,
     "patch_size": 4,
 }
-NATIVE = ("glm_moe_dsa", "hy_v4", "mistral_large4")
+NATIVE = ("glm_moe_dsa", "hy_v4", "mistral_large4", *(["hy_v4_vl"] if "hy_v4_vl" in tiny_families.CONFIGS else []))
 
 
 def make_config(family: str, **changes: Any) -> Any:
@@ -36,6 +37,10 @@ def make_config(family: str, **changes: Any) -> Any:
         return GlmMoeDsaConfig(**sizes)
     if family == "hy_v4":
         return HYV4Config(**sizes, bos_token_id=None, eos_token_id=0)
+    if family == "hy_v4_vl":
+        return tiny_families.CONFIGS[family](
+            **{**tiny.SIZES, "mlp_layer_types": ["sparse"] * LAYERS, "indexer_types": ["full"] * LAYERS, **changes}
+        )
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     text = {name: value for name, value in sizes.items() if name != "q_lora_rank"}
     return MistralLarge4Config(text_config={**text, "rope_parameters": rope}, vision_config=VISION)
@@ -43,7 +48,7 @@ def make_config(family: str, **changes: Any) -> Any:
 
 def auto_class(family: str) -> Any:
     """What loads a checkpoint of the family."""
-    return AutoModelForImageTextToText if family == "mistral_large4" else AutoModelForCausalLM
+    return AutoModelForImageTextToText if family in ("mistral_large4", "hy_v4_vl") else AutoModelForCausalLM
 
 
 def save_native(directory: Path, family: str, shard_size: str = "5GB", **changes: Any) -> Path:

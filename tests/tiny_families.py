@@ -119,6 +119,14 @@ def _hy_v4(**changes: Any) -> Any:
     )
 
 
+def _hy_v4_vl(**changes: Any) -> Any:
+    text = {**MLA, **NO_SPECIAL, "hc_mult": 2, "indexer_types": ["full"] * 4, "n_group": 1, "topk_group": 1, **changes}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1,
+              "out_hidden_size": 32, "max_image_size": 64}  # fmt: skip
+    return transformers.HYV4VLConfig(text_config={**text, "rope_parameters": rope}, vision_config=vision)
+
+
 # n-gram embeddings in the first layer, which take token ids; stored in two parts
 NGRAMS = {
     "ple_layer_ids": [1],
@@ -139,6 +147,7 @@ CONFIGS: dict[str, Callable[..., Any]] = {
     "glm5_next": _glm5_next,
     "minimax_m3_vl": _minimax_m3_vl,
     "qwen4_exp": _qwen4_exp,
+    **({"hy_v4_vl": _hy_v4_vl} if hasattr(transformers, "HYV4VLConfig") else {}),  # from transformers 5.24 on
 }
 CLASSES = {
     "deepseek_v32": "DeepseekV32ForCausalLM",
@@ -151,6 +160,7 @@ CLASSES = {
     "glm5_next": "Glm5NextForConditionalGeneration",
     "minimax_m3_vl": "MiniMaxM3SparseForConditionalGeneration",
     "qwen4_exp": "Qwen4ExpForConditionalGeneration",
+    "hy_v4_vl": "HYV4VLForConditionalGeneration",
 }
 
 

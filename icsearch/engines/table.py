@@ -32,15 +32,18 @@ TRANSFORMERS = Engine(
     how="put these keys into the checkpoint's config.json, in place of what is there under the same names",
     settings=engine.config_keys,
     render=config_json,
-    model_types=("glm_moe_dsa", "hy_v4", "mistral_large4"),
+    model_types=("glm_moe_dsa", "hy_v4", "hy_v4_vl", "mistral_large4"),
     on_other_types="For other types transformers 5.23 ignores these keys, or (glm5_next) fails on the first S layer.",
     wrapper_note="the config wraps a text model: the keys belong into text_config, as written",
     nested_alone=True,
     stages=CARRIED,
     carried="its layers hand it on, on whatever devices they are",
     writes="config.json",
-    without_indexers=(("glm_moe_dsa", ""), ("hy_v4", ""), ("mistral_large4", "")),
-    readers=(("hy_v4", Reader(order=MODEL_TYPES["hy_v4"].heeded, default_freq=MODEL_TYPES["hy_v4"].freq)),),
+    without_indexers=(("glm_moe_dsa", ""), ("hy_v4", ""), ("hy_v4_vl", ""), ("mistral_large4", "")),
+    readers=tuple(
+        (kind, Reader(order=MODEL_TYPES[kind].heeded, default_freq=MODEL_TYPES[kind].freq))
+        for kind in ("hy_v4", "hy_v4_vl")
+    ),
 )
 VLLM = Engine(
     name="vllm",

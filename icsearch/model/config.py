@@ -50,7 +50,7 @@ class ModelType:
     """What is known of a `model_type`.
 
     `mixed`: only some of its decoder layers have an indexer, and the config must say which. `heeded`: the keys of a
-    pattern that transformers 5.23 goes by, the first that is there wins; where none is, every `freq`-th layer is F.
+    pattern that transformers 5.24 goes by, the first that is there wins; where none is, every `freq`-th layer is F.
     """
 
     mixed: bool = False
@@ -64,6 +64,7 @@ MODEL_TYPES = {
     "glm_moe_dsa": ModelType(heeded=(TYPES, PATTERN, FREQ)),
     "mistral_large4": ModelType(heeded=(TYPES, PATTERN, FREQ)),
     "hy_v4": ModelType(heeded=(TYPES,), freq=4),
+    "hy_v4_vl": ModelType(heeded=(TYPES,), freq=4),
     "dots3_note": ModelType(mixed=True),
     "deepseek_v4": ModelType(mixed=True),
     "glm5_next": ModelType(mixed=True, heeded=(TYPES, PATTERN, FREQ)),

@@ -40,7 +40,7 @@ from icsearch.model.kernels import (
     random_copy,
     turns,
 )
-from icsearch.model.slot import SelectionStore, put_slot
+from icsearch.model.slot import Returned, SelectionStore, put_slot
 
 # What a family's code raises where a config asks for what it does not have, such as keys that no layer before it made.
 _MISFITS = (LookupError, TypeError, AttributeError)
@@ -147,7 +147,8 @@ class DsaModel:
         owners = indexer_owners(model)
         self.layer_indices = [index for index, _ in owners]
         self.owners = [owner for _, owner in owners]
-        self.slots = [put_slot(owner, position) for position, owner in enumerate(self.owners)]
+        returned = Returned()
+        self.slots = [put_slot(owner, position, returned) for position, owner in enumerate(self.owners)]
         self.native_shared = [slot.position for slot in self.slots if slot.inner is None]
         self._slot_of = dict(zip(self.layer_indices, self.slots, strict=True))
         self._observer: Observer | None = None

@@ -18,6 +18,33 @@ from icsearch.core.pattern import FULL, Pattern
 
 
 @dataclass
+class Returned:
+    """How the indexers of one model return a selection: alone, or among other values; the first call tells."""
+
+    among: int | None = None  # so many values; 0: alone, None: not known yet
+    place: int = 0
+
+    def selection(self, returned: Any) -> Any:
+        """What of an indexer's return value is the selection: of several, the one tensor of whole numbers or truths.
+
+        Where it is none of that, it is handed on as it is, and refused by `check_made_by`.
+        """
+        self.among = 0
+        if isinstance(returned, tuple):
+            tensors = [isinstance(each, Tensor) and not each.is_floating_point() for each in returned]
+            if tensors.count(True) == 1:
+                self.among, self.place = len(returned), tensors.index(True)
+                return returned[self.place]
+        return returned
+
+    def wrapped(self, selection: Any) -> Any:
+        """A selection as an indexer would return it, None in the place of other values."""
+        if not self.among:
+            return selection
+        return tuple(selection if place == self.place else None for place in range(self.among))
+
+
+@dataclass
 class SelectionStore:
     """One run's pattern and its current selection, whatever the family's indexer returns ([B, T, k] indices)."""
 
@@ -42,7 +69,7 @@ class SelectionStore:
         if not isinstance(self.selection, Tensor):
             raise ModelError(
                 f"the indexer of DSA layer {position} returned a {type(self.selection).__name__}: expected one tensor, "
-                "the selection; this family cannot be searched"
+                "the selection, or one among values of other kinds; this family cannot be searched"
             )
 
 
@@ -53,8 +80,9 @@ class IndexerSlot(nn.Module):
     `inner`, so that names in the state dict, devices and dtypes stay those of the model.
     """
 
-    def __init__(self, inner: nn.Module | None, position: int) -> None:
+    def __init__(self, inner: nn.Module | None, position: int, returned: Returned) -> None:
         super().__init__()
+        self.returned = returned
         # Past nn.Module's registration: as a submodule, `inner` would show up in every parameter name.
         object.__setattr__(self, "inner", inner)
         self.position = position
@@ -65,18 +93,21 @@ class IndexerSlot(nn.Module):
                 object.__setattr__(self, table, getattr(inner, table))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The selection for this layer: computed if F, the store's if S."""
+        """The selection for this layer, as its indexer returns it: computed if F, the store's if S."""
         if self.store is None:
             return self._compute(args, kwargs)
         if self.store.replayed:
-            return self.store.selection
+            return self.returned.wrapped(self.store.selection)
         if self.store.pattern.is_full(self.position):
-            self.store.selection, self.store.source = self._compute(args, kwargs), self.position
-            return self.store.selection
+            computed = self._compute(args, kwargs)
+            self.store.selection, self.store.source = self.returned.selection(computed), self.position
+            return computed
         self._check_source(self.store)
-        if self.store.probe is not None and self.inner is not None:
-            self.store.probe(self.position, self.store.selection, self._compute(args, kwargs))
-        return self.store.selection
+        if self.inner is not None and (self.store.probe is not None or self.returned.among is None):
+            own = self.returned.selection(self._compute(args, kwargs))
+            if self.store.probe is not None:
+                self.store.probe(self.position, self.store.selection, own)
+        return self.returned.wrapped(self.store.selection)
 
     def _check_source(self, store: SelectionStore) -> None:
         """An S layer reads the nearest F layer before it: refuse what another one made."""
@@ -106,11 +137,15 @@ class IndexerSlot(nn.Module):
             return getattr(inner, name)
 
 
-def put_slot(owner: nn.Module, position: int) -> IndexerSlot:
-    """The slot in place of the owner's indexer: the one that stands there, or a new one."""
+def put_slot(owner: nn.Module, position: int, returned: Returned) -> IndexerSlot:
+    """The slot in place of the owner's indexer: the one that stands there, or a new one.
+
+    `returned` is one object for all slots of a model: the first stage of a pipeline has an F layer before any S, and a
+    later one may not, which then asks an indexer of its own once.
+    """
     indexer: Any = owner.indexer
     if not isinstance(indexer, IndexerSlot):
-        owner.indexer = indexer = IndexerSlot(indexer, position)
+        owner.indexer = indexer = IndexerSlot(indexer, position, returned)
     return indexer
 
 

@@ -118,9 +118,9 @@ def _sample(model: DsaModel, pattern: Pattern, input_ids: torch.Tensor, length: 
         output = model.model(input_ids=input_ids[:, :length], use_cache=True, logits_to_keep=1)
         filled = _now(model.device)
         for position in range(length, input_ids.shape[1]):
-            cache = output.past_key_values
             token = input_ids[:, position : position + 1]
-            output = model.model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache = "cache" if "cache" in output else "past_key_values"  # its name until transformers 5.23
+            output = model.model(input_ids=token, use_cache=True, **{cache: output[cache]})
         end = _now(model.device)
     return _Sample(filled - start, (end - filled) / (input_ids.shape[1] - length))
 

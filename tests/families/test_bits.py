@@ -26,8 +26,15 @@ from icsearch.sweep.sweep import Sweeper, naive_nll
 
 LAYERS = {"dots3_note": (0, 2, 3), "deepseek_v4": (1, 3, 4), "glm5_next": (0, 2, 4), "minimax_m3_vl": (1, 2, 3)}
 LAYERS |= {"qwen4_exp": (1, 2, 3)}
-GATED = {"axk2", "hy_v4", "dots3_note", "deepseek_v4", "qwen4_exp"}  # between core attention and its projection
-WRAPPERS = {"mistral_large4", "dots3_note", "glm5_next", "minimax_m3_vl", "qwen4_exp"}
+GATED = {
+    "axk2",
+    "hy_v4",
+    "hy_v4_vl",
+    "dots3_note",
+    "deepseek_v4",
+    "qwen4_exp",
+}  # between core attention and its projection
+WRAPPERS = {"hy_v4_vl", "mistral_large4", "dots3_note", "glm5_next", "minimax_m3_vl", "qwen4_exp"}
 
 
 def stock(checkpoint: Path, family: str) -> Any:

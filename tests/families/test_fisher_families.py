@@ -23,6 +23,7 @@ from icsearch.model.model import DsaModel
 from icsearch.runs.arrays import square_of
 from icsearch.sweep.branches import Batch, cut_batches
 from icsearch.sweep.fisher import FisherSweep, direct_table, table_of
+from native_fixtures import NATIVE
 from ties import broken_by_our_rule
 
 DRAWS, SEED = 2, 5
@@ -90,7 +91,7 @@ def test_layers_that_take_token_ids(made: Made) -> None:
     assert_close(swept(dsa, masked(2)), twin(dsa, masked(2)))
 
 
-@pytest.mark.parametrize("family", ["glm_moe_dsa", "hy_v4", "mistral_large4"])
+@pytest.mark.parametrize("family", NATIVE)
 def test_native_sharing(made: Made, tmp_path: Path, family: str) -> None:
     """A native S layer is told apart from what it has: borrowing what it borrows anyway changes exactly nothing."""
     dsa = load(natively(made(family), tmp_path / "native", "FSFS", (0, 1, 2, 3)))

@@ -19,6 +19,7 @@ from icsearch.model import loading
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.model import DsaModel
 from icsearch.sweep.sweep import Sweeper, naive_nll
+from native_fixtures import NATIVE
 
 TYPES = {"F": "full", "S": "shared"}
 
@@ -50,7 +51,7 @@ def load(directory: Path) -> DsaModel:
     return loading.load(open_checkpoint(str(directory)))
 
 
-@pytest.mark.parametrize("family", ["glm_moe_dsa", "hy_v4", "mistral_large4"])
+@pytest.mark.parametrize("family", NATIVE)
 @pytest.mark.parametrize("letters", ["FFSS", "FSFS"])
 @torch.inference_mode()
 def test_native_sharing_is_ours_bit_for_bit(made: Made, tmp_path: Path, family: str, letters: str) -> None:

@@ -20,6 +20,7 @@ from icsearch.core.pattern import Pattern
 from icsearch.model import loading
 from icsearch.model.checkpoint import open_checkpoint
 from icsearch.model.model import DsaModel
+from icsearch.model.slot import IndexerSlot, Returned, SelectionStore
 from icsearch.sweep.sweep import Sweeper, naive_nll
 
 CODE = Path(toy_code.__file__)
@@ -94,12 +95,33 @@ def test_its_attention_cannot_be_heard(tmp_path: Path, tokens: Path, capsys: pyt
     assert "called transformers' attention functions 0 times in one layer" in line
 
 
+def test_a_selection_among_other_values(tmp_path: Path) -> None:
+    """An indexer that returns its scores too, as transformers' may one day (#48863): the losses of one that does not.
+
+    Swept, by the model's own forward, with a pattern applied, and on a later stage of a pipeline, where an S layer is
+    called before any indexer has been.
+    """
+    batches, ids = random_batches(2), random_ids()
+    plain, beside = (load(save_toy(tmp_path / name, name)) for name in ("", "scores beside"))
+    swept = Sweeper(beside).sweep(patterns := all_patterns(beside), batches)
+    assert swept == Sweeper(plain).sweep(patterns, batches)
+    for pattern in patterns:
+        assert swept.nll[pattern.letters] == naive_nll(beside, pattern, batches)
+    model = icsearch.load(str(tmp_path / "scores beside"), "FSSF", trust_remote_code=True)
+    with torch.inference_mode(), plain.running(Pattern("FSSF")):
+        assert torch.equal(model(ids).logits, plain.model(ids).logits)
+    indexer = toy_code.Chooser(toy_code.ToyConfig(twist="scores beside"))
+    slot = IndexerSlot(indexer, 1, Returned())
+    slot.store = SelectionStore(Pattern("FS"), chosen := torch.zeros(1, 20, 8, dtype=torch.int64))
+    assert slot(torch.randn(1, 20, 32)) == (None, chosen)
+
+
 @pytest.mark.parametrize(
     ("twist", "expected"),
     [
         ("silent", "Chooser does not say how many tokens it selects: expected the attributes"),
         ("past the call", "DSA layer 0 ran as F and did not call its indexer"),
-        ("pair", "the indexer of DSA layer 0 returned a tuple: expected one tensor"),
+        ("two selections", "the indexer of DSA layer 0 returned a tuple: expected one tensor"),
         ("twice", "decoder layer 0 has 2 modules `indexer`: expected one"),
         ("backwards", "calls 0 decoder layers in order and then layer 3: expected each layer once"),
         ("fewer", "calls 3 decoder layers in order and then none of the others"),

@@ -42,7 +42,8 @@ class Chooser(nn.Module):
         scores = self.q(states) @ self.k(states).transpose(1, 2)
         future = torch.ones_like(scores[0], dtype=torch.bool).triu(1)
         chosen = scores.masked_fill(future, float("-inf")).topk(self.topk, dim=-1).indices
-        return (chosen, scores) if self.twist == "pair" else chosen
+        others = {"scores beside": (scores, chosen), "two selections": (chosen, chosen)}
+        return others.get(self.twist, chosen)
 
 
 class Attention(nn.Module):
@@ -55,7 +56,8 @@ class Attention(nn.Module):
 
     def forward(self, states):
         chosen = self.indexer.choose(states) if self.twist == "past the call" else self.indexer(states)
-        chosen = chosen[0] if isinstance(chosen, tuple) else chosen
+        if self.twist in ("scores beside", "two selections"):
+            _, chosen = chosen
         q, k, v = self.qkv(states).chunk(3, dim=-1)
         mask = torch.zeros(*states.shape[:2], states.shape[1], dtype=torch.bool).scatter(-1, chosen, True).tril()
         return self.o_proj(functional.scaled_dot_product_attention(q, k, v, mask))
