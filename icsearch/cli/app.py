@@ -53,6 +53,7 @@ add(app, "eval", commands.evaluate, EVALUATING, ["choosing", "method"])
 add(app, "report", commands.report, EVALUATING, ["command-line"], ["runs"])
 add(app, "export", commands.export, SERVING, ["engines", "native-checkpoints"], ["file"])
 add(app, "import", commands.import_pattern, SERVING, ["engines"], ["source"])
+add(app, "check", commands.check, SERVING, ["engines"], ["model"])
 
 COMMANDS = {command.name for command in app.registered_commands}
 TOGETHER = ("calibrate", "fisher", "greedy", "dp-baseline", "eval")  # of several processes, rank 0 makes the batches

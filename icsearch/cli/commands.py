@@ -16,6 +16,7 @@ from icsearch.cli.running import Session, print_result, running
 from icsearch.commands.requests import (
     BaselineRequest,
     CachedCalibrationRequest,
+    CheckRequest,
     EvalRequest,
     ExportRequest,
     FisherRequest,
@@ -204,6 +205,22 @@ def import_pattern(request: ImportRequest) -> None:
         found.pattern_file(text).save(request.out)
         typer.echo(f"wrote {request.out}", err=True)
     typer.echo(found.pattern.letters)
+
+
+def check(request: CheckRequest) -> None:
+    """Say what engines will run with a config.json.
+
+    Where they differ, and what is wrong with it: exit code 2 then.
+    """
+    from icsearch.commands.check import check as make_check
+
+    made = make_check(request)
+    if request.json:
+        typer.echo(dumps(made.document(), indent=1))
+    else:
+        typer.echo("\n".join(made.lines()))
+    if made.problems:
+        raise typer.Exit(2)
 
 
 def report(request: ReportRequest) -> None:

@@ -542,6 +542,15 @@ class ImportRequest(Request):
 
 
 @dataclass(frozen=True)
+class CheckRequest(Request):
+    """A config, and the engine that is to run it; none: all that share in models of its type."""
+
+    model: Annotated[str, Option("A config.json, a checkpoint, a hub id, or demo", READING, "MODEL")]
+    engine: Annotated[str | None, Option(ENGINE_NAMES, READING, "NAME", offers=ENGINES)] = None
+    json: Annotated[bool, Option("Print it as JSON (icsearch.check/1)", OUTPUT)] = False
+
+
+@dataclass(frozen=True)
 class ReportRequest(Request):
     """Runs to write about, and how."""
 

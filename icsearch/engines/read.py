@@ -42,6 +42,10 @@ _TABLE = re.compile(r"\[[a-z]")  # how a table of a TOML file begins
 _NUMBERS = re.compile(r"freq:(\d{1,6})(?:,offset:(\d{1,6}))?")
 
 
+class NotKnownError(EngineConfigError):
+    """What an engine makes of these keys is not known here."""
+
+
 @dataclass(frozen=True)
 class Imported:
     """The pattern that an engine runs, on the decoder layers of a model, and what is to be known about it.
@@ -100,6 +104,11 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
             f"front, one of {', '.join(engine.name for engine in sharing or looking or ENGINES.values())}"
         )
     return _imported(source, chosen, backbone)
+
+
+def import_config(config: Mapping[str, Any], name: str, engine: Engine) -> Imported:
+    """The pattern that an engine runs with a model's own config.json, called `name`. Raises EngineConfigError."""
+    return _imported(_Source(name, config, backbone=read_backbone(config, name)), engine, None)
 
 
 def is_engine_source(text: str) -> bool:
@@ -395,7 +404,7 @@ def _by_default(
 ) -> Read:
     """Where no key says anything: all F, but for a family that shares by itself."""
     if unknown := [key for key in given if key in reader.unknown]:
-        raise EngineConfigError(
+        raise NotKnownError(
             f"how {engine.title} reads {unknown[0]}{f' for {model_type}' if model_type else ''} is not known here: "
             f"give {' or '.join(reader.order)}"
         )
@@ -438,8 +447,7 @@ def _letters_of(key: str, given: Mapping[str, Any], reader: Reader, num_letters:
         freq = 1
     if not whole(1, MAX_LAYERS).fits(freq):
         raise EngineConfigError(
-            f"{reader.freq} is {shown(freq)}: expected an integer from 1 (transformers and vLLM fail on null); remove "
-            "the key where it is not meant"
+            f"{reader.freq} is {shown(freq)}: expected an integer from 1; remove the key where it is not meant"
         )
     if offset is not None and not whole(0, MAX_LAYERS).fits(offset):
         raise EngineConfigError(f"{reader.offset} is {shown(offset)}: expected an integer from 0")
@@ -488,7 +496,7 @@ def _losing(key: str, given: Mapping[str, Any], letters: str, engine: Engine, re
     """Notes on other keys that say something else and lose."""
     notes = []
     for other in (TYPES, PATTERN, FREQ):
-        if other == key or other not in given:
+        if other == key or other not in given or (other == FREQ and reader.freq != FREQ):
             continue
         try:
             differs = _letters_of(other, given, reader, len(letters))[: len(letters)] != letters

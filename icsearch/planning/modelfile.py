@@ -90,7 +90,7 @@ class ModelFile:
 
 def open_model_file(name: str) -> ModelFile:
     """The model in a config.json: a file, a directory with one, a hub id, or demo. Raises ModelError."""
-    path = _find(name)
+    path = find_config(name)
     found = read_object(path, expected="a model's config.json", advice="download it again", error=ModelError)
     config = with_quantisation(found, path.parent)
     inner = language_config(config, name)
@@ -139,7 +139,8 @@ def _shape(name: str, config: dict[str, Any]) -> ModelShape:
         raise ModelError(f"{name}, a {kind} model, cannot be planned for: {error}") from None
 
 
-def _find(name: str) -> Path:
+def find_config(name: str) -> Path:
+    """The config.json of a directory, a hub id or demo, or the file itself. Raises ModelError."""
     if name == "demo":
         return demo_checkpoint() / "config.json"
     path = typed_path(name, ModelError)
