@@ -22,6 +22,7 @@ from icsearch.model.config import (
     Backbone,
     EngineConfigError,
     read_backbone,
+    refuse_modes,
 )
 
 CHECK_FORMAT = "icsearch.check/1"
@@ -98,6 +99,7 @@ def check_config(
     By `engine` alone, or by all that read a config.json and share in models of its type. Raises EngineConfigError
     where it is not that of a model with indexers.
     """
+    refuse_modes(config, name, EngineConfigError)
     backbone = read_backbone(config, name)
     reading = [each for each in ENGINES.values() if OWN_KEYS & {*each.reader_of(backbone.model_type).order}]
     serving = [each for each in reading if each is TRANSFORMERS or each.serves(backbone.model_type)]

@@ -34,7 +34,7 @@ from icsearch.engines.pipeline import (
     usual_sizes_on_shared,
 )
 from icsearch.engines.table import ENGINES, TRANSFORMERS, find_engine
-from icsearch.model.config import COMMON, family, load_config, read_backbone
+from icsearch.model.config import COMMON, family, load_config, read_backbone, refuse_modes
 
 
 @dataclass(frozen=True)
@@ -288,6 +288,7 @@ def with_config(
     config share layers, but take no weights away.
     Raises ExportError where the pattern is for other layers or another type of model.
     """
+    refuse_modes(config, name, ExportError)
     backbone = read_backbone(config, name)
     letters, known, mtp = len(file.pattern), file.model.get("model_type"), backbone.mtp_layers
     if mtp and letters == len(backbone.layer_indices) + mtp:

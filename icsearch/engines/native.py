@@ -306,9 +306,9 @@ def notes(model_type: str, letters: str, dropped: bool, has_params: bool) -> Ite
     if SHARED not in letters:
         return
     if model_type == "glm5_next":
-        yield "transformers 5.23 reads the pattern of a glm5_next config, and then fails in its first S layer"
+        yield "transformers 5.24 reads the pattern of a glm5_next config, and then fails in its first S layer"
     elif model_type not in TRANSFORMERS.model_types:
-        yield f"transformers 5.23 does not read the pattern of a {model_type} config: it runs every layer as F"
+        yield f"transformers 5.24 does not read the pattern of a {model_type} config: it runs every layer as F"
     if model_type not in TRANSFORMERS.model_types:
         serving = [engine for engine in ENGINES.values() if engine.nests and engine.serves(model_type)]
         misreading = [engine for engine in serving if engine.counts_indexed(model_type)]
@@ -328,7 +328,7 @@ def notes(model_type: str, letters: str, dropped: bool, has_params: bool) -> Ite
             "these weights"
         )
         if TRANSFORMERS.title not in known:
-            yield "transformers 5.23 loads it with random indexers in the S layers: serve it elsewhere"
+            yield "transformers 5.24 loads it with random indexers in the S layers: serve it elsewhere"
     elif TRANSFORMERS.title in known:
         yield (
             "the S layers' indexer weights are still there: transformers leaves them unread and lists them as "

@@ -29,8 +29,10 @@ from icsearch.model.config import (
     TYPES,
     Backbone,
     EngineConfigError,
+    Modes,
     language_config,
     load_config,
+    own_modes,
     read_backbone,
 )
 
@@ -93,6 +95,8 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
         raise EngineConfigError(
             f"{source.name} is what {source.engine.title} reads, not {chosen.title}: name no engine"
         )
+    if source.backbone and (modes := own_modes(source.keys, source.name)):
+        return _by_modes(modes, source.backbone)
     chosen = chosen or source.engine
     if chosen is None:
         model_type = _model_type(source.backbone, backbone)
@@ -305,6 +309,21 @@ def _imported(source: _Source, engine: Engine, given: Backbone | None) -> Import
     except PatternError as error:
         raise EngineConfigError(f"{engine.title} would be given a pattern it cannot run: {error}") from None
     return Imported(pattern, engine, backbone, (*key_notes, *notes), model_type)
+
+
+def _by_modes(modes: Modes, backbone: Backbone) -> Imported:
+    """F where a layer selects, whatever the engine: the config says what the model is."""
+    selecting = {*modes.full, *modes.reindex}
+    letters = "".join(FULL if layer in selecting else SHARED for layer in backbone.layer_indices)
+    notes = [
+        f"{backbone.model_type} shares by itself: layers {', '.join(map(str, modes.full))} are Full, "
+        f"{', '.join(map(str, modes.reindex)) or 'none'} Reindex (F here: they select, by keys of an earlier layer), "
+        "the rest Reuse (S)"
+    ]
+    try:
+        return Imported(Pattern(letters), None, backbone, tuple(notes), backbone.model_type)
+    except PatternError as error:
+        raise EngineConfigError(f"its index_source_layer_ids are of another model: {error}") from None
 
 
 def _counted(keys: Mapping[str, Any], engine: Engine, model: Backbone, model_type: str | None) -> int:

@@ -73,6 +73,15 @@ MODEL_TYPES = {
 }
 
 
+# DeepSeek-V4.1 shares by itself, in three modes: who selects (index) and who has keys to select by (kv); transformers
+# 5.24 has no such model.
+OWN_MODES = "deepseek_v41"
+_SOURCES = {
+    "index_source_layer_ids": list_of(whole(0, MAX_LAYERS)),
+    "kv_source_layer_ids": list_of(whole(0, MAX_LAYERS)),
+}
+
+
 class EngineConfigError(PatternError):
     """A config, an override or a file of an engine that cannot be read as a pattern."""
 
@@ -178,7 +187,8 @@ def indexed_layers(keys: Mapping[str, Any], num_layers: int, model_type: str | N
     """
     kinds, sparse = keys.get("layer_types"), keys.get("sparse_attention_config")
     if not kinds and keys.get("compress_ratios"):
-        kinds = ["compressed_sparse_attention" if ratio == C4 else "other" for ratio in keys["compress_ratios"]]
+        chosen = (lambda ratio: ratio > 0) if family(model_type) == OWN_MODES else (lambda ratio: ratio == C4)
+        kinds = ["compressed_sparse_attention" if chosen(ratio) else "other" for ratio in keys["compress_ratios"]]
     if not kinds and isinstance(sparse, dict) and isinstance(sparse.get("sparse_attention_freq"), list):
         kinds = ["minimax_m3_sparse" if chosen else "other" for chosen in sparse["sparse_attention_freq"]]
     if not kinds:
@@ -187,6 +197,46 @@ def indexed_layers(keys: Mapping[str, Any], num_layers: int, model_type: str | N
     if named or family(model_type) == "minimax_m3_vl":  # its layers of full attention are dense
         return tuple(named)
     return tuple(index for index, kind in enumerate(kinds[:num_layers]) if kind == FULL_ATTENTION)
+
+
+@dataclass(frozen=True)
+class Modes:
+    """Layers of DeepSeek-V4.1 that select: `full` by keys of their own, `reindex` by those of an earlier layer.
+
+    `reuse` take over a selection. The second ones choose among candidate blocks where an earlier layer has made some.
+    """
+
+    full: tuple[int, ...]
+    reindex: tuple[int, ...]
+    reuse: tuple[int, ...]
+
+
+def own_modes(config: Mapping[str, Any], name: str) -> Modes | None:
+    """The modes of a config.json, None where it is not that of a DeepSeek-V4.1; raises EngineConfigError."""
+    keys = language_config(config, name, EngineConfigError)
+    if OWN_MODES not in (family(str(each.get("model_type"))) for each in (config, keys)):
+        return None
+    try:
+        check_fields(keys, {**_BACKBONE, **_SOURCES, "compress_ratios": list_of(whole(0))})
+    except FieldError as error:
+        raise EngineConfigError(f"{name} cannot be used ({error}): use the model's own config.json") from None
+    index, kv = (set(keys[key]) for key in _SOURCES)
+    layers = [layer for layer, ratio in enumerate(keys["compress_ratios"][: keys["num_hidden_layers"]]) if ratio]
+    return Modes(
+        full=tuple(layer for layer in layers if layer in index & kv),
+        reindex=tuple(layer for layer in layers if layer in index - kv),
+        reuse=tuple(layer for layer in layers if layer not in index),
+    )
+
+
+def refuse_modes(config: Mapping[str, Any], name: str, error: type[IcsearchError] = ModelError) -> None:
+    """Raise `error` for a DeepSeek-V4.1: its three modes are no pattern of F and S."""
+    if (modes := own_modes(config, name)) is not None:
+        raise error(
+            f"{name} is of a {OWN_MODES} model, which shares by itself in three modes ({len(modes.full)} layers Full, "
+            f"{len(modes.reindex)} Reindex, {len(modes.reuse)} Reuse): nothing here searches or serves those; "
+            "icsearch import shows them"
+        )
 
 
 def load_config(path: Path) -> dict[str, Any]:
@@ -210,6 +260,7 @@ _ALWAYS = {
 
 def check_config(config: Mapping[str, Any], name: str, kinds: Mapping[str, Kind] | None = None) -> None:
     """Raise ModelError, which names the checkpoint, for what does not have its kind in the language model's part."""
+    refuse_modes(config, f"config.json of {name}")
     expected = {key: optional(kind) for key, kind in {**_ALWAYS, **(kinds or {})}.items()}
     try:
         check_fields(language_config(config, f"config.json of {name}"), expected)

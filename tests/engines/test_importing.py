@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 from icsearch.core.errors import IcsearchError, PatternError
 from icsearch.core.files import published_patterns
 from icsearch.core.jsonfile import write_object
-from icsearch.core.pattern_file import load_pattern_file
+from icsearch.core.pattern import Pattern
+from icsearch.core.pattern_file import PatternFile, load_pattern_file
+from icsearch.engines.check import check_config
+from icsearch.engines.export import with_config
 from icsearch.engines.read import import_pattern, is_engine_source
 from icsearch.engines.table import ENGINES
-from icsearch.model.config import INDEXED_TYPES, Backbone, read_backbone
+from icsearch.model.checkpoint import open_checkpoint
+from icsearch.model.config import INDEXED_TYPES, Backbone, EngineConfigError, load_config, read_backbone
+from icsearch.planning.modelfile import open_model_file
 
 GLM = {"model_type": "glm_moe_dsa", "num_hidden_layers": 6}
 SIX = Backbone.alike(6)
@@ -551,3 +556,50 @@ def test_any_json_is_read_or_refused_in_one_line(keys: dict[str, Any], engine: s
     else:
         assert found.pattern.letters[0] == "F"
         assert len(found.pattern) == len(found.backbone.layer_indices)
+
+
+V41 = {  # as DeepSeek-V4.1-Flash says it, with fewer layers
+    "model_type": "deepseek_v41_text", "num_hidden_layers": 10, "index_topk": 8,
+    "compress_ratios": [0, 0, 2, 2, 2, 1, 1, 1, 1, 1],
+    "index_source_layer_ids": [2, 5, 7], "kv_source_layer_ids": [2, 5], "candidate_source_layer_id": 5,
+}  # fmt: skip
+
+
+def test_the_three_modes_of_deepseek_v41(tmp_path: Path) -> None:
+    """Who selects is F, whatever the engine; the layers that do so by keys of another are named."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "deepseek_v41", "text_config": V41}))
+    for engine in (None, "vllm"):
+        found = import_pattern(str(path), engine)
+        assert found.pattern.letters == "FSSFSFSS" and found.backbone.layer_indices == tuple(range(2, 10))
+        (note,) = found.notes
+        assert "layers 2, 5 are Full, 7 Reindex" in note and found.engine is None
+
+
+def test_they_are_refused_by_name_elsewhere(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"model_type": "deepseek_v41", "text_config": V41}))
+    file = PatternFile(Pattern("FSSFSFSS"), tuple(range(2, 10)), "imported", model={"model_type": "deepseek_v41"})
+    modes = r"three modes \(2 layers Full, 1 Reindex, 5 Reuse\)"
+    for refuse in (
+        lambda: check_config(load_config(path), "M"),
+        lambda: open_checkpoint(str(tmp_path)),
+        lambda: open_model_file(str(path)),
+        lambda: with_config(file, load_config(path), "M"),
+    ):
+        with pytest.raises(IcsearchError, match=modes):
+            refuse()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"index_source_layer_ids": None}, "index_source_layer_ids is missing"),
+        ({"index_source_layer_ids": [3]}, "its index_source_layer_ids are of another model"),
+        ({"compress_ratios": "2"}, "compress_ratios is '2'"),
+    ],
+)
+def test_modes_that_cannot_be_read(change: dict[str, Any], message: str) -> None:
+    keys = {key: value for key, value in {**V41, **change}.items() if value is not None}
+    with pytest.raises(EngineConfigError, match=message):
+        import_pattern(json.dumps({**keys, "model_type": "deepseek_v41"}))

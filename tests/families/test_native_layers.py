@@ -78,7 +78,7 @@ def test_hy_v4_shares_by_default(made: Made) -> None:
 
 @torch.inference_mode()
 def test_glm5_next_shares_through_the_slots_alone(made: Made, tmp_path: Path) -> None:
-    """In transformers 5.23 its own sharing raises: linear layers in between do not hand the selection on. Slots do."""
+    """In transformers 5.24 its own sharing raises: linear layers in between do not hand the selection on. Slots do."""
     whole, ids, batches = made("glm5_next"), random_ids(), random_batches(2)
     native = natively(whole, tmp_path / "native", "FSS", (0, 2, 4))
     with pytest.raises(ValueError, match="Shared DSA layers require top-k indices"):
