@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from icsearch.calibration.batches import (
     tokenizer_fingerprint,
 )
 from icsearch.calibration.far import ALL, Counting
+from icsearch.calibration.fields import template_of
 from icsearch.calibration.sources import MANIFEST_FILE, TOKENS_FILE, ReadyTokens, TextSource, parse_source
 from icsearch.core.errors import CalibrationError
 from icsearch.core.files import make_directory, refusing, remove_stale_temporaries, sync_directory, write_atomically
@@ -50,6 +53,7 @@ def obtain(
     rebuild: bool = False,
     copy_ready: bool = False,
     counting: Counting | None = None,
+    field: str | None = None,
 ) -> tuple[Calibration, bool]:
     """The calibration that SOURCE names, checked against the model's limits, and whether it was there already.
 
@@ -60,7 +64,7 @@ def obtain(
     returns None for a model without tokenizer; that is an error only where text has to be tokenised. `counting` says
     which of the tokens count; ready ones come into `cache_dir` then, whatever the source.
     """
-    source = parse_source(source_text)
+    source = parse_source(source_text, field)
     if isinstance(source, ReadyTokens):
         sizes = {"seq_len": seq_len, "num_sequences": num_sequences}
         calibration = _ready(source.directory, sizes, tokenizer_loader, limits)
@@ -80,7 +84,9 @@ def obtain(
     check_length(seq_len, limits)  # before anything is written: a cache of the wrong length would be in the way
     tokenizer = tokenizer_loader()
     check_request(tokenizer, seq_len, num_sequences)
+    source.render = template_of(tokenizer)
     key = cache_key(source, tokenizer_fingerprint(tokenizer), seq_len, num_sequences, seed)
+    key |= of_field(source, tokenizer)
     make = partial(build, source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
     if counting is None:
         return _obtain(cache_dir, key, make, limits, rebuild)
@@ -167,6 +173,14 @@ def cache_key(source: TextSource, tokenizer: str, seq_len: int, num_sequences: i
         "num_sequences": num_sequences,
         "seed": seed,
     }
+
+
+def of_field(source: TextSource, tokenizer: Tokenizer) -> dict[str, str]:
+    """What decides the tokens where another field of rows than the text is read: it, and the template of chats."""
+    if (field := source.read_field) is None:
+        return {}
+    template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
+    return {"field": field, "chat_template": hashlib.sha256(template.encode()).hexdigest()}
 
 
 def _fingerprint_left(cache_dir: Path) -> object:

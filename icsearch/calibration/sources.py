@@ -2,7 +2,7 @@
 
     demo, demo:heldout            the built-in corpus (no file, no download)
     FILE.txt                      one document per file, unless lines ``<|endoftext|>`` separate several
-    FILE.jsonl, FILE.parquet      the field or column ``text``, one document per line or row
+    FILE.jsonl, FILE.parquet      one document per line or row: a field or column of it (see calibration/fields.py)
     hf:NAME[:CONFIG][:SPLIT]      a dataset of the hub or a local folder, through `datasets`, streamed
     DIRECTORY                     ready tokens: calibration.safetensors (see calibration/cache.py)
 
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from icsearch.calibration import corpus
+from icsearch.calibration.fields import TEXT_FIELD, Render, document_of, field_of
 from icsearch.core.errors import CalibrationError
 from icsearch.core.files import typed_path
 from icsearch.core.text import first_line
@@ -59,11 +60,21 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass
 class TextSource(ABC):
-    """Text to be tokenised. `text` is the SOURCE as typed; `revision` is known once a hub dataset was opened."""
+    """Text to be tokenised. `text` is the SOURCE as typed; `revision` is known once a hub dataset was opened.
+
+    `field` is the one of rows that was asked for, and `render` what chats go through, where that is known.
+    """
 
     text: str
     corpus_version: str | None = None
     revision: str | None = None
+    field: str | None = None
+    render: Render | None = None
+
+    @property
+    def read_field(self) -> str | None:
+        """The field of rows that is read; None where that is TEXT_FIELD, as ever, or there are no rows."""
+        return self.field if self.field != TEXT_FIELD else None
 
     @property
     @abstractmethod
@@ -86,12 +97,21 @@ class ReadyTokens:
 Source = TextSource | ReadyTokens
 
 
-def parse_source(text: str) -> Source:
-    """The source that `text` names, checked as far as possible without reading it.
+def parse_source(text: str, field: str | None = None) -> Source:
+    """The source that `text` names, checked as far as possible without reading it; `field`: what of its rows to read.
 
     Raises CalibrationError for what is none: a missing or empty file, an unknown extension, a directory
-    without tokens, an hf: spec without a name.
+    without tokens, an hf: spec without a name, a field of what has no rows.
     """
+    source = _parsed(text)
+    if field is not None:
+        if not isinstance(source, JsonLines | Parquet | HubDataset):
+            raise CalibrationError(f"--field {field} is of rows, and {text} has none: leave it out")
+        source.field = field
+    return source
+
+
+def _parsed(text: str) -> Source:
     if text == "demo" or text.startswith("demo:"):
         split = text.partition(":")[2] or "calibration"
         if text == "demo:" or split not in ("calibration", "heldout"):
@@ -210,9 +230,26 @@ class TextFile(FileSource):
 
 @dataclass
 class JsonLines(FileSource):
-    """A .jsonl file: one JSON object with a string ``text`` per line; blank lines are skipped."""
+    """A .jsonl file: one JSON object per line; blank lines are skipped."""
+
+    @property
+    def read_field(self) -> str | None:
+        """By the first line where none was asked for."""
+        if self.field is None:
+            for row, where in self._rows():
+                self.field = field_of(row, where, None)
+                break
+        return super().read_field
 
     def read(self) -> Iterator[str]:
+        for row, where in self._rows():
+            name = field_of(row, where, self.field)
+            # An escape such as \ud800 alone is half a character, which no tokenizer takes.
+            text = document_of(row[name], f"{where}: field {name}", self.render)
+            yield text.encode("utf-8", "replace").decode("utf-8")
+
+    def _rows(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """Objects, and where each is."""
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
         with _file_errors(self.path), self.path.open("rb") as file:
             for number, raw in enumerate(file, 1):
@@ -227,33 +264,36 @@ class JsonLines(FileSource):
                         f"{where} is not JSON ({error}): expected one JSON object per line"
                     ) from None
                 if not isinstance(row, dict):
-                    raise CalibrationError(
-                        f"{where} is a JSON {type(row).__name__}: expected an object with a text field"
-                    )
-                # An escape such as \ud800 alone is half a character, which no tokenizer takes.
-                yield text_of(row, where).encode("utf-8", "replace").decode("utf-8")
+                    raise CalibrationError(f"{where} is a JSON {type(row).__name__}: expected an object")
+                yield row, where
 
 
 @dataclass
 class Parquet(FileSource):
-    """A .parquet file with a string column ``text``; no other column is read."""
+    """A .parquet file: one of its columns, and no other is read."""
+
+    @property
+    def read_field(self) -> str | None:
+        """By its columns where none was asked for."""
+        with self._opened() as file:
+            self.field = field_of(file.schema_arrow.names, str(self.path), self.field)
+        return super().read_field
 
     def read(self) -> Iterator[str]:
+        with self._opened() as file:
+            name = field_of(file.schema_arrow.names, str(self.path), self.field)
+            for batch in file.iter_batches(batch_size=256, columns=[name]):
+                for value in batch.column(0).to_pylist():
+                    yield document_of(value, f"{self.path}: column {name}", self.render)
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
         import pyarrow
         import pyarrow.parquet
 
         try:
             with pyarrow.parquet.ParquetFile(self.path) as file:
-                schema = file.schema_arrow
-                if "text" not in schema.names:
-                    raise CalibrationError(
-                        f"{self.path} has no column text (found: {_names(schema.names)}): rename one to text"
-                    )
-                kind = str(schema.field("text").type)
-                if not kind.startswith(("string", "large_string", "dictionary<values=string")):
-                    raise CalibrationError(f"{self.path}: column text holds {kind}: expected strings")
-                for batch in file.iter_batches(batch_size=256, columns=["text"]):
-                    yield from (text or "" for text in batch.column(0).to_pylist())
+                yield file
         except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
             raise CalibrationError(
                 f"{self.path} cannot be read as Parquet ({first_line(error)}): expected a whole .parquet file"
@@ -302,8 +342,12 @@ class HubDataset(TextSource):
         return hashlib.sha256(spec.encode()).hexdigest()
 
     def documents(self, seed: int) -> Iterator[str]:
-        texts = (text_of(row, self.text) for row in self._rows())
-        return shuffled(usable(texts), seed, *HUB_BUFFER)
+        return shuffled(usable(self._texts()), seed, *HUB_BUFFER)
+
+    def _texts(self) -> Iterator[str]:
+        for row in self._rows():
+            name = field_of(row, self.text, self.field or TEXT_FIELD)
+            yield document_of(row[name], f"{self.text}: field {name}", self.render)
 
     def _rows(self) -> Iterator[dict[str, Any]]:
         # Whatever `datasets`, the hub client or a file format raises here is about the source, so it is said in
@@ -372,16 +416,6 @@ def usable(documents: Iterable[str]) -> Iterator[str]:
                 yield piece
 
 
-def text_of(row: dict[str, Any], where: str) -> str:
-    """The string in ``text``; nothing (null) counts as blank. Raises CalibrationError naming the fields found."""
-    if "text" not in row:
-        raise CalibrationError(f"{where} has no field text (found: {_names(row)}): rename one to text")
-    text = row["text"]
-    if text is not None and not isinstance(text, str):
-        raise CalibrationError(f"{where}: field text holds a {type(text).__name__}: expected a string")
-    return text or ""
-
-
 def _decoded(decoder: codecs.IncrementalDecoder, raw: bytes, path: Path, line: int, final: bool = False) -> str:
     try:
         return decoder.decode(raw, final)
@@ -414,7 +448,3 @@ def _quiet(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(map(str, names)) or "none"

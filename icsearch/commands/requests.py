@@ -129,6 +129,10 @@ class CalibrationRequest(Request):
     seq_len: SeqLen = None
     num_sequences: NumSequences = None
     seed: Annotated[int, Option("Which texts, in which order", CALIBRATION, "S")] = 0
+    field: Annotated[
+        str | None,
+        Option("What of a row is its text", CALIBRATION, "NAME", default="text, else chat messages", read=str),
+    ] = None
     trust_remote_code: Annotated[bool, Option("Run code that the checkpoint brings along", CALIBRATION)] = False
 
 

@@ -95,6 +95,7 @@ def obtain(
         rebuild=fresh,
         copy_ready=copy_ready,
         counting=counting,
+        field=request.field,
     )
 
 

@@ -342,8 +342,12 @@ DAMAGED: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
     "txt bytes": ("a.txt", lambda p: p.write_bytes(b"a\nb\n\xff\xfe"), ("UTF-8", "line 3", "iconv")),
     "txt cut": ("a.txt", lambda p: p.write_bytes("a\nä".encode()[:-1]), ("UTF-8", "line 2")),
     "no parquet": ("a.parquet", lambda p: p.write_text("x" * 100), ("cannot be read as Parquet",)),
-    "no column": ("a.parquet", lambda p: write_parquet(p, body=["a"], id=[1]), ("no column text", "body, id")),
-    "no strings": ("a.parquet", lambda p: write_parquet(p, text=[["a"]]), ("holds list<", "expected strings")),
+    "no column": (
+        "a.parquet",
+        lambda p: write_parquet(p, body=["a"], id=[1]),
+        ("no field text or messages", "body, id"),
+    ),
+    "no strings": ("a.parquet", lambda p: write_parquet(p, text=[[1]]), ("holds a list", "expected a string")),
 }
 
 
