@@ -18,10 +18,14 @@ from icsearch.commands.specs import Target, resolve_specs
 from icsearch.core.errors import IcsearchError, ModelError
 from icsearch.core.jsonfile import write_object
 from icsearch.core.pattern import Pattern
+from icsearch.engines.export import is_uniform
+from icsearch.model.layout import Layout
 from icsearch.model.loading import load_tokenizer
 from icsearch.model.model import DsaModel
+from icsearch.model.quantisation import weight_bytes
 from icsearch.model.shape import ModelShape
 from icsearch.planning.rows import model_rows, process_rows, weight_rows
+from icsearch.planning.serving import Saved, footprint
 from icsearch.planning.work import cost_rows
 from icsearch.runs.evaluation import EvalRecord
 from icsearch.runs.journal import Event
@@ -131,7 +135,7 @@ def _measure(request: EvalRequest, inputs: Inputs, loaded: Loaded, questions: Qu
     target = Target("", "", layout.start_pattern, "", layers=layout.backbone)
     named = resolve_specs(request.patterns, target, request.retentions, force=True)
     read = [f"{pattern.name}: {note}" for pattern in named for note in pattern.notes]
-    run.note([*loaded.notes, *_uncounted(inputs), *read], tell=True)
+    run.note([*loaded.notes, *_uncounted(inputs), *read, *_uniform_alone(patterns, layout)], tell=True)
     waves = cut_waves(loaded.batches, loaded.memory.batches_per_wave)
     measure_missing(run, loaded.dsa, waves, patterns, per_sweep, _shared_by(loaded, record, listener))
     run.note(guessing_notes(record.loss(layout.start_pattern.letters), layout.vocab_size), tell=True)
@@ -222,8 +226,14 @@ def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRe
     extras: dict[str, Callable[[], Any]] = {}
     if not _uncounted(inputs):
         contexts, counted = request.contexts or DEFAULT_CONTEXTS, _shape(inputs)
+        each = weight_bytes(inputs.source.config, inputs.source.name)
+        before = footprint(counted, start, each)
         extras["cost_rows"] = lambda: [
-            {"name": name, "rows": [asdict(row) for row in cost_rows(counted, pattern, contexts, baseline=start)]}
+            {
+                "name": name,
+                "rows": [asdict(row) for row in cost_rows(counted, pattern, contexts, baseline=start)],
+                "saved": asdict(Saved.between(before, footprint(counted, pattern, each))),
+            }
             for pattern, name in names.items()
             if pattern != start
         ]
@@ -238,6 +248,17 @@ def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRe
 def _shape(inputs: Inputs) -> ModelShape:
     """What the cost is counted from; raises ModelError for a family that is not counted."""
     return ModelShape.from_config(inputs.source.config, dsa_layers=len(inputs.layout.layer_indices))
+
+
+def _uniform_alone(patterns: Sequence[Pattern], layout: Layout) -> list[str]:
+    """A note where nothing is measured that was found for a model: what uniform patterns cost shows on long texts."""
+    others = [pattern for pattern in patterns if pattern != layout.start_pattern]
+    if not others or not all(map(is_uniform, others)):
+        return []
+    return [
+        "only uniform patterns are measured here: short texts hide what they cost on long contexts (give longer "
+        "sequences, or --tasks N); icsearch fisher finds a pattern for this model"
+    ]
 
 
 def _uncounted(inputs: Inputs) -> list[str]:

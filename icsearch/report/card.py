@@ -17,7 +17,7 @@ from icsearch.core.pattern_file import PatternFile
 from icsearch.engines.export import exports_of_type
 from icsearch.report import numbers
 from icsearch.report.eval_view import EvalView
-from icsearch.report.sentences import ENGINES_SHOWN, IN_SAMPLE, headline, no_engine
+from icsearch.report.sentences import ENGINES_SHOWN, IN_SAMPLE, headline, memory_sentences, no_engine
 from icsearch.report.view import RunView
 from icsearch.runs import results
 from icsearch.runs.results import split_notes
@@ -133,6 +133,7 @@ def _eval_section(view: EvalView) -> str:
                 rows,
             ),
             "\n".join(f"- {row.name}: `{row.pattern}`: {row.verdict}" for row in view.rows if not row.is_baseline),
+            *([" ".join(memory)] if (memory := memory_sentences(view)) else []),
         ]
     )
 

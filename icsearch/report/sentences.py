@@ -12,6 +12,7 @@ from statistics import median
 
 from icsearch.core.statistics import Difference
 from icsearch.core.text import format_bytes
+from icsearch.engines.native import LOAD_WITHOUT_INDEXERS
 from icsearch.report import numbers
 from icsearch.report.eval_view import EvalRow, EvalView, Gap
 from icsearch.report.fisher_view import FLIP, FisherView, Ranked
@@ -404,3 +405,31 @@ def overlap_summary(row: EvalRow) -> str:
     mean = sum(row.overlap.values()) / len(row.overlap)
     lowest, layer = min((share, layer) for layer, share in row.overlap.items())
     return f"{row.full} F · overlap {numbers.percent(mean)}, lowest {numbers.percent(lowest)} (layer {layer})"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def memory_sentences(view: EvalView) -> list[str]:
+    """What serving each pattern frees, by what eval.json counted; patterns that free the same together."""
+    freed: dict[str, list[str]] = {}
+    for cost in view.document.get("cost_rows") or ():
+        saved = cost.get("saved") or {}
+        keys, per_token, weights = (saved.get(name) or 0 for name in ("index_keys", "per_token", "index_weights"))
+        if keys > 0:
+            token, cache, indexers = (format_bytes(round(size)) for size in (keys, per_token, weights))
+            more = per_token / (per_token - keys) - 1
+            what = (
+                f"{token} of the {cache} that a token takes in the cache ({numbers.percent(more)} more tokens in the "
+                f"same memory), and {indexers} of indexer weights"
+            )
+            freed.setdefault(what, []).append(f"“{cost['name']}”")
+    told = [f"Served, {listed(names)} {'free' if names[1:] else 'frees'} {what}." for what, names in freed.items()]
+    if told:
+        model_type = str((view.document.get("model") or {}).get("model_type"))
+        known = LOAD_WITHOUT_INDEXERS.get(model_type, [])
+        those = f"{listed(known)} (of {model_type})" if known else f"none is known to, for {model_type}"
+        told.append(f"That is so in engines that build no indexer for an S layer: {those}. Latents in 16 bits.")
+    return told

@@ -172,6 +172,8 @@ def eval_table(document: dict[str, Any]) -> RenderableType:
             against = numbers.shortened(gap.uniform.name, NAME_WIDTH)
             gaps.add_row(_name(gap.row), against, sentences.gap_closed(gap))
         parts += [Text(), gaps]
+    if memory := sentences.memory_sentences(view):
+        parts += [Text(), Text(" ".join(memory), style="dim")]
     notes = {
         sentences.NOT_KNOWN: any(sentences.NOT_KNOWN.startswith(short_verdict(row.verdict)) for row in view.rows),
         f"{IN_SAMPLE_MARK} {sentences.IN_SAMPLE}: {sentences.SEARCHED_HERE}": any(row.in_sample for row in view.rows),

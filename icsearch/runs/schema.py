@@ -291,7 +291,7 @@ DOCUMENT_FIELDS = {
     "notes": optional(list_of(TEXT)),
     "gaps": optional(_each({"name": TEXT, "uniform": TEXT, "gap_closed": _error, "std_err": _error})),
     "cost": optional(OBJECT),
-    "cost_rows": optional(_each({"name": TEXT, "rows": _each(_ESTIMATE)})),
+    "cost_rows": optional(_each({"name": TEXT, "rows": _each(_ESTIMATE), "saved": optional(OBJECT)})),
     "measured": optional(
         _each(
             {"name": TEXT, "phase": one_of(*PHASES), "length": whole(1), "min": NUMBER, "median": NUMBER, "max": NUMBER}
