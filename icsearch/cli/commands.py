@@ -114,14 +114,22 @@ def plan(request: PlanRequest) -> None:
     """
     from rich.console import Console
 
-    from icsearch.commands.plan import plan as make_plan
+    from icsearch.commands import plan as planned
+    from icsearch.planning import serving
     from icsearch.planning.page import command, document, table
 
-    made = make_plan(request)
+    console = Console()
+    if request.serve:
+        bought = planned.serving(request)
+        if request.json:
+            typer.echo(dumps(serving.document(bought), indent=1))
+        else:
+            console.print(serving.table(bought))
+        return
+    made = planned.plan(request)
     if request.json:
         typer.echo(dumps(document(made), indent=1))
         return
-    console = Console()
     console.print(table(made))
     console.print(f"recommended:\n{command(made)}", soft_wrap=True, highlight=False, markup=False)
 

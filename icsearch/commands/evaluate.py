@@ -25,7 +25,7 @@ from icsearch.model.model import DsaModel
 from icsearch.model.quantisation import weight_bytes
 from icsearch.model.shape import ModelShape
 from icsearch.planning.rows import model_rows, process_rows, weight_rows
-from icsearch.planning.serving import Saved, footprint
+from icsearch.planning.serving import CONTEXTS, Saved, footprint
 from icsearch.planning.work import cost_rows
 from icsearch.runs.evaluation import EvalRecord
 from icsearch.runs.journal import Event
@@ -44,7 +44,6 @@ Questions = dict[str, list[tasks.Task]]
 # Writes the results of an evaluation into its directory, given the content of eval.json.
 Publish = Callable[[Path, dict[str, Any]], object]
 
-DEFAULT_CONTEXTS = (10_000, 60_000, 120_000, 200_000)  # the lengths of the paper's table
 TASK_SEED = 0
 ROOM_TO_WRITE = 16  # tokens decoded behind a prompt
 EXTRAS = {  # what is done for each of them, in words
@@ -225,7 +224,7 @@ def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRe
         names.setdefault(Pattern(row["pattern"]), row["name"])
     extras: dict[str, Callable[[], Any]] = {}
     if not _uncounted(inputs):
-        contexts, counted = request.contexts or DEFAULT_CONTEXTS, _shape(inputs)
+        contexts, counted = request.contexts or CONTEXTS, _shape(inputs)
         each = weight_bytes(inputs.source.config, inputs.source.name)
         before = footprint(counted, start, each)
         extras["cost_rows"] = lambda: [

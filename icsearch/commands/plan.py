@@ -5,10 +5,11 @@ from __future__ import annotations
 from icsearch.commands.requests import AUTO, DEFAULT_NUM_SEQUENCES, PlanRequest
 from icsearch.core.errors import IcsearchError
 from icsearch.model.shape import default_batch_size
-from icsearch.planning.devices import parse_devices
+from icsearch.planning.devices import Devices, parse_devices
 from icsearch.planning.forecast import Case, Plan, make_plan
 from icsearch.planning.modelfile import open_model_file
 from icsearch.planning.rehearsal import Workload
+from icsearch.planning.serving import Serving, plan_serving
 
 
 def plan(request: PlanRequest) -> Plan:
@@ -16,16 +17,25 @@ def plan(request: PlanRequest) -> Plan:
     return make_plan(make_case(request))
 
 
-def make_case(request: PlanRequest) -> Case:
-    """What a request asks, checked, in numbers; raises IcsearchError."""
-    devices = parse_devices(
+def serving(request: PlanRequest) -> Serving:
+    """What sharing buys where the model is served; raises IcsearchError for bad input."""
+    return plan_serving(open_model_file(request.model), devices_of(request))
+
+
+def devices_of(request: PlanRequest) -> Devices:
+    """As typed; raises IcsearchError."""
+    return parse_devices(
         request.devices,
         memory=request.device_memory,
         flops=request.device_flops,
         bandwidth=request.bandwidth,
         read_rate=request.read_rate,
     )
-    model = open_model_file(request.model)
+
+
+def make_case(request: PlanRequest) -> Case:
+    """What a request asks, checked, in numbers; raises IcsearchError."""
+    devices, model = devices_of(request), open_model_file(request.model)
     sequences = request.num_sequences or DEFAULT_NUM_SEQUENCES
     seq_len = request.seq_len or max(256, 4 * model.shape.index_topk)
     if seq_len <= model.shape.index_topk:

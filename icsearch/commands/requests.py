@@ -492,7 +492,8 @@ class PlanRequest(ShareRequest):
         float | None,
         Option("What weights are read from disk with", MACHINES, "4GB/s", default="4GB/s", read=_rate("--read-rate")),
     ] = None
-    json: Annotated[bool, Option("Print the plan as JSON (icsearch.plan/1)", OUTPUT)] = False
+    serve: Annotated[bool, Option("What sharing buys in serving, in place of a plan", OUTPUT)] = False
+    json: Annotated[bool, Option("Print it as JSON (icsearch.plan/1, serving/1)", OUTPUT)] = False
 
 
 @dataclass(frozen=True)

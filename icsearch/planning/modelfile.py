@@ -74,11 +74,14 @@ class ModelFile:
         Where only the experts are in a smaller format, all else is counted as the config's type; exceptions that a
         config lists are not.
         """
-        plain, found = DTYPE_BYTES[self.dtype], self.quantisation
-        if found is None:
-            return self.layer_parameters(index) * plain
-        experts = self.shape.routed_weights(index)
-        return experts * found.expert_bytes + (self.layer_parameters(index) - experts) * (found.other_bytes or plain)
+        experts, found = self.shape.routed_weights(index), self.quantisation
+        of_experts = experts * (found.expert_bytes if found else DTYPE_BYTES[self.dtype])
+        return of_experts + (self.layer_parameters(index) - experts) * self.other_bytes
+
+    @property
+    def other_bytes(self) -> float:
+        """Bytes on disk of a weight of a decoder layer that is none of a routed expert's."""
+        return (self.quantisation and self.quantisation.other_bytes) or DTYPE_BYTES[self.dtype]
 
     @property
     def stored_model_bytes(self) -> float:
