@@ -86,6 +86,18 @@ class EngineConfigError(PatternError):
     """A config, an override or a file of an engine that cannot be read as a pattern."""
 
 
+def no_indexers(config: Mapping[str, Any], name: str) -> ModelError:
+    """What to say of a model whose class has no indexers, and which class would, where its config tells of some."""
+    keys = language_config(config, f"config.json of {name}")
+    told = next((key for key in keys if key.startswith(INDEX_KEYS)), None)
+    hint = f"; config.json has {told}: if the weights have indexers, such a model_type has them too" if told else ""
+    return ModelError(
+        f"{name} is a {config.get('model_type', 'nameless')} model and has no indexers: expected a "
+        "DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa, whose decoder layers have a module "
+        f"`indexer` that returns a selection{hint}"
+    )
+
+
 def family(model_type: str | None) -> str:
     """The model_type of the whole model, also where that of its text model is given; "" for none."""
     return (model_type or "").removesuffix("_text")

@@ -16,7 +16,7 @@ from icsearch.core.errors import ModelError
 from icsearch.core.pattern import FULL, SHARED, Pattern
 from icsearch.core.text import first_line
 from icsearch.model.checkpoint import Checkpoint
-from icsearch.model.config import TEXT_CONFIG, Backbone
+from icsearch.model.config import TEXT_CONFIG, Backbone, no_indexers
 from icsearch.model.families.calls import numbers_handed_on
 from icsearch.model.families.decoder import auto_class, check_one_each, layer_configs
 from icsearch.model.families.ending import streams
@@ -86,11 +86,7 @@ def inspect(checkpoint: Checkpoint, trust_remote_code: bool = False) -> Layout:
     skeleton = DsaModel(model)
     indexer = skeleton.telling_indexer
     if indexer is None:
-        raise ModelError(
-            f"{checkpoint.name} is a {config.model_type} model and has no indexers: "
-            "expected a DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa, whose decoder layers "
-            "have a module `indexer` that returns a selection"
-        )
+        raise no_indexers(checkpoint.config, checkpoint.name)
     try:
         check_one_each(skeleton.layer_indices)
         selection, (heads, head_dim) = read_form(indexer), index_heads(indexer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from icsearch.core.files import demo_checkpoint, may_be_hub_id, typed_path
 from icsearch.core.jsonfile import FLAG, TEXT, list_of, read_object, shown, whole
 from icsearch.core.pattern import Pattern
 from icsearch.core.text import first_line
-from icsearch.model.config import check_config, language_config, start_pattern
+from icsearch.model.config import INDEX_KEYS, check_config, family, language_config, no_indexers, start_pattern
 from icsearch.model.quantisation import DTYPE_BYTES, Quantisation, dtype_name, quantisation, with_quantisation
 from icsearch.model.shape import ModelShape
 
@@ -96,11 +98,9 @@ def open_model_file(name: str) -> ModelFile:
     found = read_object(path, expected="a model's config.json", advice="download it again", error=ModelError)
     config = with_quantisation(found, path.parent)
     inner = language_config(config, name)
-    if not any(key.startswith(("index_", "indexer_")) for key in inner):
-        raise ModelError(
-            f"{name} is a {config.get('model_type', 'nameless')} model and has no indexers: expected the config.json "
-            "of a DeepSeek-Sparse-Attention checkpoint such as deepseek_v32 or glm_moe_dsa"
-        )
+    told = any(key.startswith(INDEX_KEYS) for key in inner)
+    if not told or _lacks_indexers(str(config.get("model_type")), "auto_map" in config):
+        raise no_indexers(config, name)
     shape = _shape(name, config)
     if shape.dsa_layers != shape.layers:
         raise ModelError(
@@ -120,6 +120,15 @@ def open_model_file(name: str) -> ModelFile:
         tied=bool(inner.get("tie_word_embeddings")),
         max_positions=inner.get("max_position_embeddings") or 0,
     )
+
+
+def _lacks_indexers(model_type: str, own_code: bool) -> bool:
+    """Whether transformers has a class of this type, and its code knows of no indexer; told without running any."""
+    package = find_spec("transformers")
+    if own_code or package is None or package.origin is None or not re.fullmatch(r"\w{1,64}", model_type):
+        return False
+    code = Path(package.origin).parent / "models" / family(model_type) / f"modeling_{family(model_type)}.py"
+    return code.exists() and "ndexer" not in code.read_text(encoding="utf-8")
 
 
 def _shape(name: str, config: dict[str, Any]) -> ModelShape:

@@ -6,6 +6,7 @@ Every key that is read, here or by transformers, with values of every kind.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,19 @@ def test_a_plan_and_a_run_refuse_the_same_quantisation(
     for read in (open_model_file, lambda name: inspect(open_checkpoint(name))):
         with pytest.raises(ModelError, match=message):
             read(str(directory))
+
+
+def test_a_type_that_was_rewritten_is_refused_by_a_plan_as_by_a_run(directory: Path) -> None:
+    """deepseek_v3 in place of deepseek_v32, as some loaders want it: transformers' class has no indexers then."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_type": "deepseek_v3"}))
+    told = []
+    for read in (open_model_file, lambda name: inspect(open_checkpoint(name))):
+        with pytest.raises(ModelError, match="is a deepseek_v3 model and has no indexers") as caught:
+            read(str(directory))
+        told.append(str(caught.value))
+    assert told[0] == told[1] and "such as deepseek_v32 or glm_moe_dsa" in told[0]
+    assert re.search(r"; config.json has index_\w+: if the weights have indexers, such a model_type has them", told[0])
 
 
 def stored(settings: dict[str, Any], **more: Any) -> tuple[str, tuple[int, int], float, float | None]:
