@@ -22,7 +22,7 @@ from icsearch.model.quantisation import COMPRESSED, FP8, Quantisation, quantisat
 from icsearch.model.shards import Shards, StoredTensor
 
 # Of activations and of the cache, which stay as they are computed here.
-_UNUSED = ("input_scale", "input_global_scale", "activation_scale", "qscale_act", "k_scale", "v_scale")
+_UNUSED = (".input_scale", ".input_global_scale", ".activation_scale", ".qscale_act", ".k_scale", ".v_scale")
 
 
 @dataclass(frozen=True)
