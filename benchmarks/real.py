@@ -38,7 +38,7 @@ from icsearch.runs.record import RunRecord, load_run
 from stability import kendall_tau
 
 BUDGETS = ("1/2", "1/3", "1/4", "1/8")
-BY_KL = ("1/4",)
+BY_KL = BUDGETS
 LENGTH, SEQUENCES = 512, 8
 # What is measured on: its file, and how many sequences.
 KINDS = {"documentation": ("docs-heldout", 16), "code": ("code", 8), "news": ("prose", 8)}

@@ -9,7 +9,7 @@ from icsearch.search.protocol import SearchTask, Strategy
 
 EXACT = "exact"
 # Of a search on the second-order table, by default: labels drawn a sequence, patterns measured a round, rounds at most.
-DRAWS, FINALISTS, ROUNDS = 4, 8, 8
+DRAWS, FINALISTS, ROUNDS = 4, 8, 4
 LIKELY_ROUNDS = 3  # that a plan counts with: as a rule the last two find nothing better
 STRATEGIES: dict[str, Callable[[SearchTask], Strategy]] = {EXACT: Greedy}
 
