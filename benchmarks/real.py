@@ -38,7 +38,6 @@ from icsearch.runs.record import RunRecord, load_run
 from stability import kendall_tau
 
 BUDGETS = ("1/2", "1/3", "1/4", "1/8")
-BY_KL = BUDGETS
 LENGTH, SEQUENCES = 512, 8
 # What is measured on: its file, and how many sequences.
 KINDS = {"documentation": ("docs-heldout", 16), "code": ("code", 8), "news": ("prose", 8)}
@@ -82,7 +81,7 @@ class Runs:
             self.make("dp-baseline", f"dp-{_named(budget)}", docs, *size, "--retention", budget, *again)
         for budget in ("1/8", "1/2", "1/3"):
             self.make("fisher", f"fisher-{_named(budget)}", docs, *size, "--retention", budget, "--table", table)
-        for budget in BY_KL:
+        for budget in BUDGETS:
             by_kl = ("--retention", budget, "--table", table, "--objective", "kl")
             self.make("fisher", f"fisher-kl-{_named(budget)}", docs, *size, *by_kl)
         self.make("greedy", "staged", docs, *size, "--retention", "1/8", "--stages", 2)
