@@ -45,6 +45,7 @@ class CalibrationOptions(TypedDict, total=False):
     seq_len: int
     num_sequences: int
     seed: int
+    field: str | None
     trust_remote_code: bool
 
 
