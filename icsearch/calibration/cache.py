@@ -25,10 +25,11 @@ from icsearch.calibration.batches import (
     check_length,
     check_request,
     described,
+    document_prefix,
     tokenizer_fingerprint,
 )
 from icsearch.calibration.far import ALL, Counting
-from icsearch.calibration.fields import template_of
+from icsearch.calibration.fields import TEXT_FIELD, template_of
 from icsearch.calibration.sources import MANIFEST_FILE, TOKENS_FILE, ReadyTokens, TextSource, parse_source
 from icsearch.core.errors import CalibrationError
 from icsearch.core.files import make_directory, refusing, remove_stale_temporaries, sync_directory, write_atomically
@@ -84,7 +85,7 @@ def obtain(
     check_length(seq_len, limits)  # before anything is written: a cache of the wrong length would be in the way
     tokenizer = tokenizer_loader()
     check_request(tokenizer, seq_len, num_sequences)
-    source.render = template_of(tokenizer)
+    source.render = template_of(tokenizer, document_prefix(tokenizer))
     key = cache_key(source, tokenizer_fingerprint(tokenizer), seq_len, num_sequences, seed)
     key |= of_field(source, tokenizer)
     make = partial(build, source, tokenizer, key, vocab_size=limits.vocab_size, shortest=limits.index_topk + 1)
@@ -175,9 +176,9 @@ def cache_key(source: TextSource, tokenizer: str, seq_len: int, num_sequences: i
     }
 
 
-def of_field(source: TextSource, tokenizer: Tokenizer) -> dict[str, str]:
+def of_field(source: TextSource, tokenizer: Tokenizer) -> dict[str, Any]:
     """What decides the tokens where another field of rows than the text is read: it, and the template of chats."""
-    if (field := source.read_field) is None:
+    if (field := source.chosen_field) in (None, TEXT_FIELD):
         return {}
     template = json.dumps(getattr(tokenizer, "chat_template", None), sort_keys=True)
     return {"field": field, "chat_template": hashlib.sha256(template.encode()).hexdigest()}

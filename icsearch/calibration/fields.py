@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from icsearch.core.errors import CalibrationError
@@ -30,8 +30,9 @@ def field_of(names: Collection[str], where: str, asked: str | None) -> str:
     wanted = (asked,) if asked else (TEXT_FIELD, *CHAT_FIELDS)
     if found := next((name for name in wanted if name in names), None):
         return found
+    there = ", ".join(names) or "none"
     raise CalibrationError(
-        f"{where} has no field {' or '.join(wanted)} (found: {listed(names)}): give --field with the one to read"
+        f"{where} has no field {' or '.join(wanted)} (found: {there}): give --field with the one to read"
     )
 
 
@@ -54,11 +55,12 @@ def document_of(value: Any, where: str, render: Render | None) -> str:
     return render([_message(each, where) for each in value])
 
 
-def template_of(tokenizer: Any) -> Render:
-    """Renders a chat as the checkpoint's own template does, without what every document gets in front anyway.
+def template_of(tokenizer: Any, prefix: Sequence[int] = ()) -> Render:
+    """Renders a chat as the checkpoint's own template does, without the `prefix` that every document gets anyway.
 
-    Raises CalibrationError, as what it returns does.
+    What it returns raises CalibrationError.
     """
+    in_front = tokenizer.decode(prefix) if prefix else ""
 
     def render(chat: Chat) -> str:
         if not getattr(tokenizer, "chat_template", None):
@@ -67,21 +69,14 @@ def template_of(tokenizer: Any) -> Render:
                 "chat_template.jinja beside the model, or give a field of ready text (--field NAME)"
             )
         try:
-            text = str(tokenizer.apply_chat_template(chat, tokenize=False))
+            return str(tokenizer.apply_chat_template(chat, tokenize=False)).removeprefix(in_front)
         except Exception as error:  # a template raises what it likes, such as for roles that do not alternate
             raise CalibrationError(
                 f"the model's chat template refuses a chat of {', '.join(each['role'] for each in chat)[:80]} "
                 f"({first_line(error)}): leave such chats out"
             ) from error
-        prefix = tokenizer.decode(tokenizer("")["input_ids"])
-        return text.removeprefix(prefix)
 
     return render
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a message."""
-    return ", ".join(map(str, names)) or "none"
 
 
 def _message(row: Mapping[str, Any], where: str) -> dict[str, str]:

@@ -72,9 +72,9 @@ class TextSource(ABC):
     render: Render | None = None
 
     @property
-    def read_field(self) -> str | None:
-        """The field of rows that is read; None where that is TEXT_FIELD, as ever, or there are no rows."""
-        return self.field if self.field != TEXT_FIELD else None
+    def chosen_field(self) -> str | None:
+        """The field of rows that is read; None where there are no rows."""
+        return None
 
     @property
     @abstractmethod
@@ -232,18 +232,14 @@ class TextFile(FileSource):
 class JsonLines(FileSource):
     """A .jsonl file: one JSON object per line; blank lines are skipped."""
 
-    @property
-    def read_field(self) -> str | None:
+    @cached_property
+    def chosen_field(self) -> str:
         """By the first line where none was asked for."""
-        if self.field is None:
-            for row, where in self._rows():
-                self.field = field_of(row, where, None)
-                break
-        return super().read_field
+        return next((field_of(row, where, self.field) for row, where in self._rows()), TEXT_FIELD)
 
     def read(self) -> Iterator[str]:
         for row, where in self._rows():
-            name = field_of(row, where, self.field)
+            name = field_of(row, where, self.chosen_field)
             # An escape such as \ud800 alone is half a character, which no tokenizer takes.
             text = document_of(row[name], f"{where}: field {name}", self.render)
             yield text.encode("utf-8", "replace").decode("utf-8")
@@ -272,16 +268,15 @@ class JsonLines(FileSource):
 class Parquet(FileSource):
     """A .parquet file: one of its columns, and no other is read."""
 
-    @property
-    def read_field(self) -> str | None:
+    @cached_property
+    def chosen_field(self) -> str:
         """By its columns where none was asked for."""
         with self._opened() as file:
-            self.field = field_of(file.schema_arrow.names, str(self.path), self.field)
-        return super().read_field
+            return field_of(file.schema_arrow.names, str(self.path), self.field)
 
     def read(self) -> Iterator[str]:
+        name = self.chosen_field
         with self._opened() as file:
-            name = field_of(file.schema_arrow.names, str(self.path), self.field)
             for batch in file.iter_batches(batch_size=256, columns=[name]):
                 for value in batch.column(0).to_pylist():
                     yield document_of(value, f"{self.path}: column {name}", self.render)
@@ -316,6 +311,11 @@ class HubDataset(TextSource):
         return self.split or "train"
 
     @property
+    def chosen_field(self) -> str:
+        """As asked for: to look for one would take the network."""
+        return self.field or TEXT_FIELD
+
+    @property
     def folder(self) -> Path | None:
         path = typed_path(self.name, CalibrationError)
         return path if path.is_dir() else None
@@ -346,7 +346,7 @@ class HubDataset(TextSource):
 
     def _texts(self) -> Iterator[str]:
         for row in self._rows():
-            name = field_of(row, self.text, self.field or TEXT_FIELD)
+            name = field_of(row, self.text, self.chosen_field)
             yield document_of(row[name], f"{self.text}: field {name}", self.render)
 
     def _rows(self) -> Iterator[dict[str, Any]]:

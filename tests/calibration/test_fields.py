@@ -84,6 +84,18 @@ def test_text_goes_before_messages(tmp_path: Path, tokenizer: Any) -> None:
     assert documents(source, tokenizer) == ["One."] and documents(source, tokenizer, "messages") == [CHAT]
 
 
+def test_the_first_row_chooses_for_all(tmp_path: Path, tokenizer: Any) -> None:
+    """Whether or not anybody has asked for the choice before: what decides the cache is what is read."""
+    source = written(tmp_path / "a.jsonl", [{"messages": MESSAGES}, {"text": "One."}])
+    for asked_before in (False, True):
+        parsed = parse_source(source)
+        assert not isinstance(parsed, ReadyTokens)
+        parsed.render = template_of(tokenizer)
+        assert not asked_before or parsed.chosen_field == "messages"
+        with pytest.raises(CalibrationError, match=r"line 2 has no field messages \(found: text\): give --field"):
+            list(parsed.documents(0))
+
+
 def test_a_template_that_writes_the_prefix_too(tokenizer: Any) -> None:
     """Every document gets the tokenizer's prefix in front: what a template writes of it is not doubled."""
 
@@ -93,13 +105,10 @@ def test_a_template_that_writes_the_prefix_too(tokenizer: Any) -> None:
         def apply_chat_template(self, chat: Any, tokenize: bool) -> str:
             return "<s>" + chat[0]["content"]
 
-        def __call__(self, text: str) -> dict[str, list[int]]:
-            return {"input_ids": [0]}
-
         def decode(self, ids: list[int]) -> str:
             return "<s>" * len(ids)
 
-    assert template_of(Prefixed())([{"role": "user", "content": "<s>One."}]) == "<s>One."
+    assert template_of(Prefixed(), [0])([{"role": "user", "content": "<s>One."}]) == "<s>One."
 
 
 def test_batches_of_chats_are_found_again_by_their_template(
