@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from icsearch.commands.requests import CheckRequest
 from icsearch.engines.check import Check, check_config
 from icsearch.engines.native import layers_with_indexer
@@ -17,6 +15,7 @@ def check(request: CheckRequest) -> Check:
     path = find_config(request.model)
     config, name = load_config(path), str(path)
     engine = find_engine(request.engine) if request.engine else None
-    with_indexer = layers_with_indexer(path.parent, read_backbone(config, name).num_layers)
-    beside = with_indexer if Path(request.model).is_dir() or path.name == "config.json" else None
-    return check_config(config, name, beside, engine)
+    with_indexer = None
+    if path.name == "config.json":  # another name says nothing of the weights that lie beside it
+        with_indexer = layers_with_indexer(path.parent, read_backbone(config, name).num_layers)
+    return check_config(config, name, with_indexer, engine)

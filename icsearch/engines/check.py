@@ -115,7 +115,7 @@ def _verdict(engine: Engine, config: Mapping[str, Any], backbone: Backbone, name
         return text.replace(engine.title, "it")
 
     try:
-        found = import_config(config, name, engine)
+        found = import_config(config, name, engine, backbone)
     except EngineConfigError as error:
         return Verdict(engine, None, error=of_it(str(error)), known=not isinstance(error, NotKnownError))
     said = any(keys.get(key) is not None for keys in (config, backbone.keys) for key in PATTERN_KEYS)

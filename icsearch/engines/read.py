@@ -110,9 +110,12 @@ def import_pattern(text: str, engine: str | None = None, backbone: Backbone | No
     return _imported(source, chosen, backbone)
 
 
-def import_config(config: Mapping[str, Any], name: str, engine: Engine) -> Imported:
-    """The pattern that an engine runs with a model's own config.json, called `name`. Raises EngineConfigError."""
-    return _imported(_Source(name, config, backbone=read_backbone(config, name)), engine, None)
+def import_config(config: Mapping[str, Any], name: str, engine: Engine, backbone: Backbone) -> Imported:
+    """The pattern that an engine runs with a model's own config.json, called `name`, which describes `backbone`.
+
+    Raises EngineConfigError.
+    """
+    return _imported(_Source(name, config, backbone=backbone), engine, None)
 
 
 def is_engine_source(text: str) -> bool:
