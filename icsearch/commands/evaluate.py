@@ -19,10 +19,10 @@ from icsearch.core.errors import IcsearchError, ModelError
 from icsearch.core.jsonfile import write_object
 from icsearch.core.pattern import Pattern
 from icsearch.engines.export import is_uniform
-from icsearch.model.layout import Layout
+from icsearch.model.layout import Layout, config_dtype
 from icsearch.model.loading import load_tokenizer
 from icsearch.model.model import DsaModel
-from icsearch.model.quantisation import weight_bytes
+from icsearch.model.quantisation import other_bytes, quantisation
 from icsearch.model.shape import ModelShape
 from icsearch.planning.rows import model_rows, process_rows, weight_rows
 from icsearch.planning.serving import CONTEXTS, Saved, footprint
@@ -225,7 +225,8 @@ def _extras(request: EvalRequest, inputs: Inputs, loaded: Loaded, record: EvalRe
     extras: dict[str, Callable[[], Any]] = {}
     if not _uncounted(inputs):
         contexts, counted = request.contexts or CONTEXTS, _shape(inputs)
-        each = weight_bytes(inputs.source.config, inputs.source.name)
+        found = quantisation(inputs.source.config, inputs.source.name)
+        each = other_bytes(found, config_dtype(inputs.source).itemsize)
         before = footprint(counted, start, each)
         extras["cost_rows"] = lambda: [
             {

@@ -14,7 +14,6 @@ from icsearch.core.errors import ModelError
 from icsearch.core.jsonfile import list_of, read_object, shown, whole
 from icsearch.model.config import language_config
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 KEY = "quantization_config"
 BESIDE = "hf_quant_config.json"  # where older checkpoints of modelopt say it
 FP8, MODELOPT, COMPRESSED = "fp8", "modelopt", "compressed-tensors"
@@ -72,12 +71,9 @@ def dtype_name(config: Mapping[str, Any], name: str) -> str:
     return "bfloat16" if settings_of(config, name) else "float32"
 
 
-def weight_bytes(config: Mapping[str, Any], name: str) -> float:
-    """Bytes on disk of a weight that is none of a routed expert's; raises ModelError for a type that is not known."""
-    found, plain = quantisation(config, name), dtype_name(config, name).removeprefix("torch.")
-    if plain not in DTYPE_BYTES:
-        raise ModelError(f"{name} has dtype {shown(plain)}: expected {', '.join(DTYPE_BYTES)}; mend it")
-    return found.other_bytes if found and found.other_bytes else DTYPE_BYTES[plain]
+def other_bytes(found: Quantisation | None, plain: int) -> float:
+    """Bytes on disk of a weight that is none of a routed expert's, where one that is not quantised takes `plain`."""
+    return (found and found.other_bytes) or plain
 
 
 def quantisation(config: Mapping[str, Any], name: str) -> Quantisation | None:

@@ -116,6 +116,11 @@ class ModelShape:
         return queries + self.hidden_size * (self.index_head_dim + self.index_heads)
 
     @property
+    def indexer_parameters(self) -> int:
+        """Weights of one indexer, and the norm of its keys."""
+        return self.index_weights + 2 * self.index_head_dim
+
+    @property
     def projection_weights(self) -> int:
         """Weights of one layer's attention: query down and up, key-value down, key and value up, output."""
         heads = self.heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
@@ -144,7 +149,7 @@ class ModelShape:
     def layer_parameters(self, index: int, with_indexer: bool = True) -> int:
         """Parameters of a decoder layer, norms included; biases, which the large models have none of, are not."""
         norms = 2 * self.hidden_size + self.q_lora_rank + self.kv_lora_rank
-        indexer = (self.index_weights + 2 * self.index_head_dim) if with_indexer else 0
+        indexer = self.indexer_parameters if with_indexer else 0
         experts = self.routed_weights(index) + self.expert_weights * self.shared_experts + self.router_weights
         mlp = 3 * self.hidden_size * self.intermediate_size if index < self.dense_layers else experts
         if index < self.dense_layers:

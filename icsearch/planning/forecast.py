@@ -16,12 +16,11 @@ from functools import cache, cached_property
 
 from icsearch.core.errors import IcsearchError
 from icsearch.core.text import format_bytes
-from icsearch.model.quantisation import DTYPE_BYTES
 from icsearch.model.shape import BLOCK_ELEMENTS, CPU, DISK, EXPERT_CHUNK_TOKENS, HEAD_CHUNK_TOKENS, RESIDENT
 from icsearch.planning.devices import Device, Devices
 from icsearch.planning.footprint import FLOAT, Call, blockwise_shape
 from icsearch.planning.memory import MEMORY_SHARE, Job, Kept, Machine, Memory, WeightSizes, fit
-from icsearch.planning.modelfile import ModelFile
+from icsearch.planning.modelfile import DTYPE_BYTES, ModelFile
 from icsearch.planning.rehearsal import Sweep, Workload, layer_evaluations
 from icsearch.planning.work import Widths, layer_work
 from icsearch.search.registry import DRAWS, LIKELY_ROUNDS, ROUNDS, STRATEGIES

@@ -14,9 +14,10 @@ from icsearch.core.jsonfile import FLAG, TEXT, list_of, read_object, shown, whol
 from icsearch.core.pattern import Pattern
 from icsearch.core.text import first_line
 from icsearch.model.config import INDEX_KEYS, check_config, family, language_config, no_indexers, start_pattern
-from icsearch.model.quantisation import DTYPE_BYTES, Quantisation, dtype_name, quantisation, with_quantisation
+from icsearch.model.quantisation import Quantisation, dtype_name, other_bytes, quantisation, with_quantisation
 from icsearch.model.shape import ModelShape
 
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _COUNTS = (  # sizes that `ModelShape` reads, and says of each what it must be at least
     "hidden_size", "num_attention_heads", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim",
     "v_head_dim", "index_n_heads", "index_head_dim", "index_topk", "intermediate_size", "moe_intermediate_size",
@@ -83,7 +84,7 @@ class ModelFile:
     @property
     def other_bytes(self) -> float:
         """Bytes on disk of a weight of a decoder layer that is none of a routed expert's."""
-        return (self.quantisation and self.quantisation.other_bytes) or DTYPE_BYTES[self.dtype]
+        return other_bytes(self.quantisation, DTYPE_BYTES[self.dtype])
 
     @property
     def stored_model_bytes(self) -> float:

@@ -53,7 +53,7 @@ def footprint(shape: ModelShape, pattern: Pattern, weight_bytes: float, widths: 
     return Footprint(
         latents=shape.layers * shape.latent * widths.latents,
         index_keys=full * (shape.index_head_dim * widths.index_keys + scale),
-        index_weights=full * (shape.index_weights + 2 * shape.index_head_dim) * weight_bytes,
+        index_weights=full * shape.indexer_parameters * weight_bytes,
     )
 
 
@@ -68,16 +68,6 @@ class Saved:
     @classmethod
     def between(cls, before: Footprint, after: Footprint) -> Saved:
         return cls(before.index_keys - after.index_keys, before.per_token, before.index_weights - after.index_weights)
-
-    @property
-    def share(self) -> float:
-        """Of a token's cache."""
-        return self.index_keys / self.per_token
-
-    @property
-    def more_tokens(self) -> float:
-        """How many times as many tokens the same cache holds, weights aside."""
-        return self.per_token / (self.per_token - self.index_keys)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ def test_bytes_of_glm_5_by_hand() -> None:
     indexer = 2048 * 32 * 128 + 6144 * (128 + 32) + 2 * 128
     saved = Saved.between(whole, shared)
     assert saved.index_weights == 57 * indexer * 2 == pytest.approx(1.07e9, rel=0.01)  # SGLang #30531: 0.98 GB a rank
-    assert saved.index_keys == 57 * 132 and saved.share == 57 * 132 / (78 * (1152 + 132))
-    assert saved.more_tokens == pytest.approx(1284 * 78 / (1152 * 78 + 132 * 21))
+    assert saved.index_keys == 57 * 132 and saved.index_keys / saved.per_token == 57 * 132 / (78 * (1152 + 132))
+    assert saved.per_token / (saved.per_token - saved.index_keys) == pytest.approx(1284 * 78 / (1152 * 78 + 132 * 21))
 
 
 def test_tokens_are_what_memory_leaves() -> None:
